@@ -1,0 +1,12 @@
+"""Version of mmela and the versions of its companions that it works with."""
+
+__version__ = '0.1.0'
+
+# package: (first supported version, first unsupported version)
+SUPPORTED = {
+    'torch': ('2.0.0', '3.0.0'),
+    'mmengine': ('0.10.0', '1.0.0'),
+    'mmcv': ('2.0.0', '3.0.0'),
+    'mmdet': ('3.0.0', '4.0.0'),
+    'mmpretrain': ('1.0.0', '2.0.0'),
+}
