@@ -1,0 +1,196 @@
+"""Real runs of two processes over gloo."""
+import json
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+
+from mmela.hooks import named_layer_attentions
+from tests.toy import toy_config, train
+
+POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.9)
+HOOK = dict(windows=[(1, 1), (3, 3)], policy=POLICY)
+LONG = dict(windows=[(1, 3)], policy=POLICY)
+
+
+def whole(work_dir, **kwargs):
+    return toy_config(work_dir, HOOK, norm_eval=True, **kwargs)
+
+
+def in_window(work_dir, **kwargs):
+    return toy_config(work_dir, LONG, norm_eval=True, **kwargs)
+
+
+def uneven(work_dir, **kwargs):
+    """Rank 0 has 6 samples and rank 1 has 5."""
+    cfg = toy_config(
+        work_dir,
+        dict(windows=[(1, 1)], policy=POLICY),
+        epochs=2,
+        lr=0.,
+        size=11,
+        norm_eval=True,
+        **kwargs)
+    cfg.train_dataloader.sampler.round_up = False
+    return cfg
+
+
+def keep_value(work_dir, **kwargs):
+    return toy_config(
+        work_dir, dict(HOOK, keep_value=True), norm_eval=True, **kwargs)
+
+
+def iterations(work_dir, **kwargs):
+    return toy_config(
+        work_dir,
+        dict(windows=[(1, 5)], policy=POLICY, by_epoch=False),
+        norm_eval=True,
+        train_cfg=dict(by_epoch=False, max_iters=7),
+        default_hooks=dict(
+            checkpoint=dict(type='CheckpointHook', by_epoch=False,
+                            interval=2)),
+        **kwargs)
+
+
+def resume(make, checkpoint):
+
+    def made(work_dir, **kwargs):
+        return make(work_dir, load_from=checkpoint, resume=True, **kwargs)
+
+    return made
+
+
+def runs(root):
+    """Runs of two processes, in this order; some resume an earlier one."""
+    return dict(
+        whole=whole,
+        uneven=uneven,
+        keep_value=keep_value,
+        iterations=iterations,
+        in_window=in_window,
+        whole_resumed=resume(whole, f'{root}/whole/epoch_2.pth'),
+        in_window_resumed=resume(in_window, f'{root}/in_window/epoch_2.pth'),
+        one_to_two=resume(in_window, f'{root}/single_in_window/epoch_2.pth'),
+        iterations_resumed=resume(iterations,
+                                  f'{root}/iterations/iter_4.pth'))
+
+
+def work(rank, root, port):
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE='2',
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
+    for name, make in runs(root).items():
+        runner = train(
+            make(
+                f'{root}/{name}',
+                batch_size=2,
+                launcher='pytorch',
+                model_wrapper_cfg=dict(
+                    type='MMDistributedDataParallel',
+                    device_ids=None,
+                    find_unused_parameters=False)))
+        torch.save(
+            dict(
+                state={
+                    key: int(a.attention_state)
+                    for key, a in named_layer_attentions(runner.model).items()
+                },
+                weights=runner.model.module.state_dict(),
+                moments=len(runner.optim_wrapper.optimizer.state),
+                trained=sum(p.requires_grad
+                            for p in runner.model.parameters())),
+            f'{root}/{name}/rank{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp('two')
+    train(in_window(root / 'single_in_window'))
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(work, (str(root), port), nprocs=2)
+    return root
+
+
+def ranks(root, name):
+    return [torch.load(root / name / f'rank{rank}.pt') for rank in range(2)]
+
+
+def prunings(work_dir):
+    with open(f'{work_dir}/pruning.json') as file:
+        return json.load(file)['prunings']
+
+
+def kl_values(pruning):
+    return [x['kl'] for x in pruning['layers'] if x['kl'] is not None]
+
+
+@pytest.mark.parametrize('name', list(runs('')))
+def test_ranks_agree(root, name):
+    """All ranks hold the same masks and weights and go on training."""
+    first, second = ranks(root, name)
+    assert first['state'] == second['state']
+    assert any(first['state'].values())
+    for key, value in first['weights'].items():
+        if 'running' not in key and 'num_batches' not in key:
+            assert torch.equal(value, second['weights'][key]), key
+    if name != 'uneven':
+        assert first['moments'] == first['trained']
+
+
+@pytest.mark.parametrize('name', ['whole', 'keep_value', 'iterations'])
+def test_same_as_one_process(root, tmp_path, name):
+    """Two ranks with half the batch each train the same network."""
+    runner = train(runs('')[name](tmp_path))
+    found, _ = ranks(root, name)
+    pairs = list(zip(prunings(root / name), prunings(tmp_path)))
+    assert len(pairs) == len(prunings(tmp_path))
+    for two, one in pairs:
+        assert two['pruned'] == one['pruned']
+        assert kl_values(two) == pytest.approx(kl_values(one), rel=1e-4)
+    for key, value in runner.model.state_dict().items():
+        torch.testing.assert_close(
+            found['weights'][key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_uneven_ranks_do_not_bias_the_mean(root, tmp_path):
+    """All samples count the same: as one process that sees all at once."""
+    train(uneven(tmp_path, batch_size=11))
+    (two, ), (one, ) = prunings(root / 'uneven'), prunings(tmp_path)
+    assert kl_values(two) == pytest.approx(kl_values(one), rel=1e-5)
+
+
+@pytest.mark.parametrize('resumed, original', [
+    ('whole_resumed', 'whole'),
+    ('in_window_resumed', 'in_window'),
+    ('one_to_two', 'in_window'),
+    ('iterations_resumed', 'iterations'),
+])
+def test_resume_ends_as_uninterrupted(root, resumed, original):
+    for two, one in zip(prunings(root / resumed), prunings(root / original)):
+        assert two['pruned'] == one['pruned']
+    found, expected = ranks(root, resumed)[0], ranks(root, original)[0]
+    assert found['state'] == expected['state']
+    for key, value in expected['weights'].items():
+        torch.testing.assert_close(
+            found['weights'][key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_two_to_one(root, tmp_path):
+    """A checkpoint of two ranks resumes on one."""
+    runner = train(
+        resume(in_window, f'{root}/in_window/epoch_2.pth')(tmp_path))
+    expected = ranks(root, 'in_window')[0]
+    for key, value in runner.model.state_dict().items():
+        torch.testing.assert_close(
+            expected['weights'][key], value, rtol=1e-4, atol=1e-6)

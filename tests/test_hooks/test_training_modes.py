@@ -1,0 +1,189 @@
+"""Pruning with what users of mmengine switch on."""
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.model import is_model_wrapper
+from mmengine.registry import MODEL_WRAPPERS
+from mmengine.runner import FlexibleRunner
+from torch import nn
+
+from mmela.hooks import named_layer_attentions
+from mmela.layers import AttentionState
+from tests.toy import toy_config, train
+
+POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.9)
+HOOK = dict(windows=[(1, 1), (3, 3)], policy=POLICY)
+
+
+def states(model):
+    if is_model_wrapper(model):
+        model = model.module
+    return {
+        name: attention.attention_state
+        for name, attention in named_layer_attentions(model).items()
+    }
+
+
+@pytest.fixture(scope='module')
+def plain(tmp_path_factory):
+    return train(toy_config(tmp_path_factory.mktemp('plain'), HOOK))
+
+
+def assert_same_run(runner, plain):
+    assert AttentionState.PRUNED in states(runner.model).values()
+    assert states(runner.model) == states(plain.model)
+    for key, value in plain.model.state_dict().items():
+        torch.testing.assert_close(
+            runner.model.state_dict()[key], value, rtol=1e-4, atol=1e-6)
+
+
+def optimizer(**kwargs):
+    return dict(
+        optimizer=dict(type='SGD', lr=0.001, momentum=0.9, weight_decay=0.01),
+        **kwargs)
+
+
+def test_gradient_accumulation(tmp_path):
+    """Two batches of 2 make one of 4, but for the BN statistics."""
+    one = train(toy_config(tmp_path / 'one', HOOK, norm_eval=True))
+    two = train(
+        toy_config(
+            tmp_path / 'two',
+            HOOK,
+            norm_eval=True,
+            batch_size=2,
+            optim_wrapper=optimizer(accumulative_counts=2)))
+    assert_same_run(two, one)
+
+
+def test_pruning_amid_an_accumulation(tmp_path):
+    """Half-accumulated gradients of pruned parameters are forgotten."""
+    runner = train(
+        toy_config(
+            tmp_path, HOOK, optim_wrapper=optimizer(accumulative_counts=2)))
+    for name, param in runner.model.named_parameters():
+        if not param.requires_grad:
+            assert param.grad is None, name
+
+
+def test_activation_checkpointing(tmp_path, plain):
+    """A stage that runs twice per step is measured right."""
+    runner = train(
+        toy_config(
+            tmp_path, HOOK, activation_checkpointing=['layer1', 'layer2']))
+    assert states(runner.model) == states(plain.model)
+
+
+def test_clip_grad(tmp_path):
+    runner = train(
+        toy_config(
+            tmp_path,
+            HOOK,
+            optim_wrapper=optimizer(clip_grad=dict(max_norm=0.1))))
+    assert AttentionState.PRUNED in states(runner.model).values()
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(tmp_path, dtype):
+    """What AmpOptimWrapper does on a GPU, which mmengine wants for it."""
+    with torch.autocast('cpu', dtype=dtype):
+        runner = train(toy_config(tmp_path, HOOK))
+    assert AttentionState.PRUNED in states(runner.model).values()
+    assert all(p.dtype == torch.float32 for p in runner.model.parameters())
+
+
+def test_auto_scale_lr(tmp_path):
+    runner = train(
+        toy_config(
+            tmp_path,
+            HOOK,
+            auto_scale_lr=dict(enable=True, base_batch_size=8)))
+    assert runner.optim_wrapper.get_lr()['lr'] == [0.0005]
+    assert AttentionState.PRUNED in states(runner.model).values()
+
+
+def test_frozen_stage(tmp_path):
+    """A frozen stage is measured and pruned too, and stays frozen."""
+    cfg = toy_config(tmp_path, HOOK)
+    cfg.model.frozen_stages = 1
+    runner = train(cfg)
+    assert any(
+        name.startswith('layer1') and state == AttentionState.PRUNED
+        for name, state in states(runner.model).items())
+    assert not any(p.requires_grad
+                   for p in runner.model.layer1.parameters())
+
+
+def test_sync_bn():
+    """torch runs it on GPUs only; the conversion keeps the structure."""
+    from tests.toy import ToyNetwork
+    model = ToyNetwork(dict(type='MRLABase', head_dim=4))
+    model.layer1[1].layer_attn.attention_state = AttentionState.PRUNED
+    model.eval()
+    x, target = torch.randn(2, 8, 6, 6), torch.zeros(2)
+    expected = model(x, target)
+    before = states(model)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model).eval()
+    assert isinstance(model.layer1[0].layer_attn.norm, nn.SyncBatchNorm)
+    assert states(model) == before
+    torch.testing.assert_close(model(x, target), expected)
+
+
+def test_compile_keeps_one_graph_and_recompiles_once_per_pruning():
+    from tests.toy import ToyNetwork
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = ToyNetwork(dict(type='MRLABase', head_dim=4))
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    x, target = torch.randn(2, 8, 6, 6), torch.zeros(2)
+    counts = []
+    for pruned in (None, model.layer1[2], model.layer2[1]):
+        if pruned is not None:
+            pruned.layer_attn.attention_state = AttentionState.PRUNED
+        for _ in range(3):
+            compiled(x, target, mode='loss')['loss'].backward()
+        torch.testing.assert_close(
+            compiled(x, target), model(x, target), rtol=1e-4, atol=1e-5)
+        counts.append(len(graphs))
+    # One graph for mode='loss' and one for mode='tensor' each time
+    assert counts == [2, 4, 6]
+
+
+def test_compiled_run(tmp_path, plain):
+    torch._dynamo.reset()
+    runner = train(
+        toy_config(tmp_path, HOOK, compile=dict(backend='eager')))
+    assert_same_run(runner, plain)
+
+
+def test_flexible_runner(tmp_path, plain):
+    cfg = toy_config(tmp_path, HOOK)
+    cfg = Config(
+        dict(cfg, strategy=dict(type='SingleDeviceStrategy'), env_cfg={}))
+    runner = FlexibleRunner.from_cfg(cfg)
+    runner.train()
+    assert_same_run(runner, plain)
+
+
+def test_other_wrappers_are_refused(tmp_path):
+
+    @MODEL_WRAPPERS.register_module(force=True)
+    class ShardedWrapper(nn.Module):
+
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def train_step(self, *args, **kwargs):
+            raise AssertionError('the run must end before the first step')
+
+    from mmengine.runner import Runner
+    runner = Runner.from_cfg(toy_config(tmp_path, HOOK))
+    runner.model = ShardedWrapper(runner.model)
+    with pytest.raises(ValueError, match='ShardedWrapper.*MMDistributed'):
+        runner.train()
