@@ -1,0 +1,17 @@
+"""Train a detector or a classifier with the toolbox's own tools/train.py.
+
+usage: python tools/train.py CONFIG [arguments of the toolbox's train.py]
+
+Most used: --work-dir DIR, --resume [CHECKPOINT], --amp, --auto-scale-lr,
+--cfg-options KEY=VALUE ...
+
+Example:
+  python tools/train.py configs/faster_rcnn/faster-rcnn_r50_ela_fpn_1x_coco.py \
+      --work-dir work_dirs/ela
+"""
+import sys
+
+from mmela.utils.toolbox import run_tool
+
+if __name__ == '__main__':
+    run_tool('train.py', sys.argv[1:], __doc__)
