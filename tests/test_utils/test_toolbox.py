@@ -1,0 +1,29 @@
+import pytest
+
+from mmela.utils.toolbox import find_tool, run_tool
+
+
+def test_finds_the_tool_of_the_configs_toolbox(config_dir):
+    mmdet = pytest.importorskip('mmdet')
+    config = next((config_dir / 'faster_rcnn').glob('*r50*.py'))
+    tool = find_tool(str(config), 'train.py')
+    assert tool.is_file() and str(tool).startswith(mmdet.__path__[0])
+
+
+def test_errors_name_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no config at nowhere.py'):
+        find_tool('nowhere.py', 'train.py')
+    config = tmp_path / 'config.py'
+    config.write_text("default_scope = 'no_such_toolbox'")
+    with pytest.raises(ValueError, match="'no_such_toolbox'"):
+        find_tool(str(config), 'train.py')
+    with pytest.raises(SystemExit, match='error: no config at nowhere.py'):
+        run_tool('train.py', ['nowhere.py'], 'usage')
+
+
+@pytest.mark.parametrize('argv, code', [([], 2), (['--help'], 0)])
+def test_usage(argv, code, capsys):
+    with pytest.raises(SystemExit) as error:
+        run_tool('train.py', argv, 'usage: ...')
+    assert error.value.code == code
+    assert 'usage: ...' in capsys.readouterr().out
