@@ -1,6 +1,13 @@
+import runpy
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples each time, and none left behind in the checkout
+settings.register_profile(
+    'mmela', derandomize=True, deadline=None, database=None)
+settings.load_profile('mmela')
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -8,6 +15,16 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope='session')
 def config_dir() -> Path:
     return ROOT / 'configs'
+
+
+@pytest.fixture(scope='session')
+def shapes(tmp_path_factory) -> Path:
+    """A tiny data set in COCO layout."""
+    tool = ROOT / 'tools' / 'dataset' / 'make_shapes.py'
+    path = tmp_path_factory.mktemp('data') / 'shapes'
+    make_shapes = runpy.run_path(str(tool))['make_shapes']
+    make_shapes(path, train=6, val=3, size=96, seed=0)
+    return path
 
 
 @pytest.fixture(scope='session')

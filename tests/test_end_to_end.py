@@ -18,26 +18,14 @@ MMDET_TOOLS = Path(mmdet.__file__).parent / '.mim' / 'tools'
 CONFIG = ROOT / 'configs/faster_rcnn/faster-rcnn_r50_ela_fpn_1x_coco.py'
 
 
-@pytest.fixture(scope='module')
-def data_root(tmp_path_factory):
-    sys.path.insert(0, str(ROOT / 'tools' / 'dataset'))
-    try:
-        from make_shapes import make_shapes
-    finally:
-        sys.path.pop(0)
-    path = tmp_path_factory.mktemp('data') / 'shapes'
-    make_shapes(path, train=6, val=3, size=96, seed=0)
-    return path
-
-
-def options(data_root):
+def options(shapes):
     """The 1x COCO config made small: its structure stays."""
-    anns = data_root / 'annotations'
+    anns = shapes / 'annotations'
     return [
         '--cfg-options',
-        f'train_dataloader.dataset.data_root={data_root}/',
-        f'val_dataloader.dataset.data_root={data_root}/',
-        f'test_dataloader.dataset.data_root={data_root}/',
+        f'train_dataloader.dataset.data_root={shapes}/',
+        f'val_dataloader.dataset.data_root={shapes}/',
+        f'test_dataloader.dataset.data_root={shapes}/',
         f'val_evaluator.ann_file={anns}/instances_val2017.json',
         f'test_evaluator.ann_file={anns}/instances_val2017.json',
         'train_dataloader.num_workers=0',
@@ -85,7 +73,7 @@ def run(script, *args, cwd):
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory, data_root):
+def trained(tmp_path_factory, shapes):
     """A run by mmdet's train.py, from a folder outside the checkout."""
     cwd = tmp_path_factory.mktemp('run')
     out = run(
@@ -93,7 +81,7 @@ def trained(tmp_path_factory, data_root):
         CONFIG,
         '--work-dir',
         cwd / 'work',
-        *options(data_root),
+        *options(shapes),
         f'val_evaluator.outfile_prefix={cwd}/val',
         cwd=cwd)
     return cwd, out
@@ -120,7 +108,7 @@ def test_train_prunes(trained):
     assert 'bbox_mAP' in out
 
 
-def test_resume(trained, tmp_path, data_root):
+def test_resume(trained, tmp_path, shapes):
     """With torch's safe loading, through mmdet's own tool."""
     cwd, _ = trained
     run(MMDET_TOOLS / 'train.py',
@@ -129,7 +117,7 @@ def test_resume(trained, tmp_path, data_root):
         tmp_path,
         '--resume',
         cwd / 'work' / 'epoch_2.pth',
-        *options(data_root),
+        *options(shapes),
         cwd=tmp_path)
     assert active(tmp_path / 'epoch_3.pth') == active(
         cwd / 'work' / 'epoch_3.pth')
@@ -139,7 +127,7 @@ def test_resume(trained, tmp_path, data_root):
     pytest.param(MMDET_TOOLS / 'test.py', id='mmdet'),
     pytest.param(ROOT / 'tools' / 'test.py', id='mmela'),
 ])
-def test_test(trained, tmp_path, data_root, script):
+def test_test(trained, tmp_path, shapes, script):
     """The detections are those of the last validation in training."""
     cwd, _ = trained
     out = run(
@@ -148,7 +136,7 @@ def test_test(trained, tmp_path, data_root, script):
         cwd / 'work' / 'epoch_3.pth',
         '--work-dir',
         tmp_path,
-        *options(data_root),
+        *options(shapes),
         f'test_evaluator.outfile_prefix={tmp_path}/test',
         cwd=tmp_path)
     assert 'bbox_mAP' in out
@@ -158,12 +146,12 @@ def test_test(trained, tmp_path, data_root, script):
     assert found == expected
 
 
-def test_our_train(tmp_path, data_root):
+def test_our_train(tmp_path, shapes):
     run(ROOT / 'tools' / 'train.py',
         CONFIG,
         '--work-dir',
         tmp_path,
-        *options(data_root),
+        *options(shapes),
         'train_cfg.max_epochs=1',
         'custom_hooks.0.windows=[(1,1)]',
         cwd=tmp_path)

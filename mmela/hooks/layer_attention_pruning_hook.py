@@ -5,7 +5,7 @@ import json
 import os
 import os.path as osp
 import time
-from typing import Dict, List, Optional, Sequence, Tuple, Union
+from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.dist import (all_reduce, broadcast_object_list,
@@ -17,51 +17,14 @@ from mmengine.registry import HOOKS
 from mmengine.runner import FlexibleRunner, IterBasedTrainLoop
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..layers import AttentionState, LayerAttention, LayerAttentionStage
 from ..pruning import PRUNING_POLICIES
+from .functional import (decide, layer_attention_stages,
+                         named_layer_attentions, prune)
 from .kl_meter import REDUCTIONS, NetworkKLMeter
 
 CHECKPOINT_KEY = 'layer_attention_pruning'
-
-
-def layer_attention_stages(model: nn.Module) -> Dict[str, LayerAttentionStage]:
-    """Stages of a model that have layer attentions.
-
-    Args:
-        model (nn.Module): A model, wrapped for distributed training or not.
-
-    Returns:
-        dict[str, LayerAttentionStage]: By name, in the order of the forward
-        pass, e.g. ``backbone.layer1``.
-    """
-    if is_model_wrapper(model):
-        model = model.module
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LayerAttentionStage) and module.attentions
-    }
-
-
-def named_layer_attentions(model: nn.Module) -> Dict[str, LayerAttention]:
-    """Layer attentions of a model.
-
-    Args:
-        model (nn.Module): A model, wrapped for distributed training or not.
-
-    Returns:
-        dict[str, LayerAttention]: By name, in the order of the forward pass,
-        e.g. ``backbone.layer1.0.layer_attn``.
-    """
-    return {
-        f'{stage_name}.{name}.layer_attn': block.layer_attn
-        for stage_name, stage in layer_attention_stages(model).items()
-        for name, block in stage.named_children()
-        if hasattr(block, 'layer_attn')
-    }
 
 
 @HOOKS.register_module()
@@ -294,25 +257,7 @@ class LayerAttentionPruningHook(Hook):
 
     def _decide(self, runner) -> dict:
         """Have the policy decide on the sums, which rank 0 has."""
-        names, stages, kl = [], [], []
-        values = self._meter.compute()
-        for index, (stage_name, stage) in enumerate(self._stages.items()):
-            active = [
-                name for name, attention in self._attentions.items()
-                if attention.active and name.startswith(stage_name + '.')
-            ]
-            names += active
-            stages += [index] * len(active)
-            kl += values[stage_name]
-        decision = self.policy(
-            [float('nan') if value is None else value for value in kl],
-            stages=stages,
-            measured=[value is not None for value in kl],
-            names=names)
-        layers = decision.rows()
-        stage_names = list(self._stages)
-        for layer, stage in zip(layers, stages):
-            layer['stage'] = stage_names[stage]
+        layers = decide(self._stages, self._meter.compute(), self.policy)
         return dict(
             window=list(self._window),
             unit='epoch' if self.by_epoch else 'iteration',
@@ -327,19 +272,13 @@ class LayerAttentionPruningHook(Hook):
 
     def _apply(self, runner, pruned: Sequence[str]) -> None:
         """Prune attentions wherever the run holds a copy of them."""
-        state = AttentionState.VALUE_ONLY if self.keep_value else \
-            AttentionState.PRUNED
         models = [runner.model]
         models += [
             hook.ema_model.module for hook in runner.hooks
             if isinstance(hook, EMAHook) and hasattr(hook, 'ema_model')
         ]
         for model in models:
-            attentions = named_layer_attentions(model)
-            for name in pruned:
-                attentions[name].attention_state = state
-            for stage in layer_attention_stages(model).values():
-                _drop_unseen_values(stage)
+            prune(model, pruned, self.keep_value)
         if pruned:
             self._forget_optimizer_state(runner)
             self._rewrap(runner)
@@ -447,17 +386,6 @@ class LayerAttentionPruningHook(Hook):
             saved = checkpoint[CHECKPOINT_KEY]
             self.history = copy.deepcopy(saved['history'])
             self._resumed = saved['window']
-
-
-def _drop_unseen_values(stage: LayerAttentionStage) -> None:
-    """Prune whole what keeps its value for no later attention.
-
-    Its parameters would get no gradient, which distributed training waits for.
-    """
-    for attention in reversed(stage.attentions):
-        if attention.active:
-            return
-        attention.attention_state = AttentionState.PRUNED
 
 
 def _check_windows(

@@ -1,4 +1,4 @@
 from mmengine.registry import Registry
 
+# Policies for mmela.hooks.LayerAttentionPruningHook
 PRUNING_POLICIES = Registry('pruning policy', scope='mmela')
-"""Policies that :class:`mmela.hooks.LayerAttentionPruningHook` can be given."""

@@ -82,4 +82,3 @@ def test_saturated_attention_is_finite():
 
 def test_attention_without_measurement_is_nan():
     assert all(value != value for value in KLMeter(make_stage()).compute())
-

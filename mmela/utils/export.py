@@ -1,0 +1,71 @@
+from pathlib import Path
+from typing import Optional, Sequence, Union
+
+import torch
+from torch import nn
+
+
+class _Outputs(nn.Module):
+    """A backbone that returns a tuple, whatever its toolbox returns."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x):
+        return tuple(self.backbone(x))
+
+
+def export_backbone(backbone: nn.Module,
+                    path: Union[str, Path],
+                    size: Sequence[int] = (224, 224),
+                    opset: Optional[int] = None) -> None:
+    """Write a backbone as ONNX or TorchScript.
+
+    Pruned attentions are not part of the result. Batch and image size are
+    free in it.
+
+    Args:
+        backbone (nn.Module): A backbone with inputs (B, 3, H, W); set to eval
+            mode here.
+        path (str | Path): File to write: ``.onnx`` for ONNX, ``.pt`` for
+            TorchScript.
+        size (Sequence[int]): Height and width to trace with, in pixels.
+            Defaults to (224, 224).
+        opset (int, optional): ONNX operator set. Defaults to that of torch.
+
+    Raises:
+        ValueError: If the file name ends otherwise.
+    """
+    path = Path(path)
+    if path.suffix not in ('.onnx', '.pt'):
+        raise ValueError(f'{path} must end with .onnx (ONNX) or .pt '
+                         '(TorchScript)')
+    # Detectors evaluate their norms in train() too; eval() returns nothing.
+    backbone.eval()
+    model = _Outputs(backbone).eval()
+    # Two images: a size of 1 would be taken for a constant.
+    x = torch.rand(2, 3, *size)
+    if path.suffix == '.pt':
+        with torch.no_grad():
+            torch.jit.trace(model, x, check_trace=False).save(str(path))
+        return
+    with torch.no_grad():
+        names = [f'out{i}' for i in range(len(model(x)))]
+    batch = torch.export.Dim('batch', min=1)
+    height = torch.export.Dim('height', min=32)
+    width = torch.export.Dim('width', min=32)
+    torch.onnx.export(
+        model, (x, ),
+        str(path),
+        input_names=['x'],
+        output_names=names,
+        opset_version=opset,
+        dynamic_shapes=dict(x={
+            0: batch,
+            2: height,
+            3: width
+        }),
+        dynamo=True,
+        external_data=False,
+        verbose=False)

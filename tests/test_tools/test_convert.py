@@ -1,0 +1,144 @@
+"""tools/convert: slim, prune and export, on a small classifier or detector."""
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmela.hooks import named_layer_attentions, prune
+from mmela.layers import AttentionState
+
+pytest.importorskip('mmdet')
+pytest.importorskip('mmcv.ops', exc_type=ImportError)
+
+from mmdet.registry import MODELS  # noqa: E402
+
+TOOLS = Path(__file__).resolve().parents[2] / 'tools' / 'convert'
+PRUNED = ['backbone.layer1.1.layer_attn', 'backbone.layer3.2.layer_attn']
+
+
+def tool(name, *args):
+    runpy.run_path(str(TOOLS / f'{name}.py'))['main'](list(map(str, args)))
+
+
+@pytest.fixture
+def network(tmp_path, config_dir):
+    """A pruned Faster R-CNN: its config and checkpoint."""
+    name = 'faster_rcnn/faster-rcnn_r50_ela_fpn_1x_coco.py'
+    cfg = Config.fromfile(config_dir / name)
+    cfg.model.backbone.update(
+        base_channels=8,
+        init_cfg=None,
+        layer_attention=dict(type='MRLABase', head_dim=8))
+    cfg.model.neck.update(in_channels=[32, 64, 128, 256])
+    cfg.model.roi_head.bbox_head.fc_out_channels = 16
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    prune(model, PRUNED)
+    cfg.dump(tmp_path / 'config.py')
+    torch.save(
+        dict(meta=dict(epoch=3), state_dict=model.state_dict(), optimizer=1),
+        tmp_path / 'checkpoint.pth')
+    return tmp_path / 'config.py', tmp_path / 'checkpoint.pth', model
+
+
+def test_slim(network, tmp_path):
+    config, checkpoint, model = network
+    tool('slim', config, checkpoint, tmp_path / 'slim.pth')
+    slim_cfg = Config.fromfile(tmp_path / 'slim.py')
+    saved = torch.load(tmp_path / 'slim.pth')
+    assert slim_cfg.custom_hooks == []
+    assert slim_cfg.model.backbone.attention_blocks == [[0, 2], [0, 1, 2, 3],
+                                                        [0, 1, 3, 4, 5],
+                                                        [0, 1, 2]]
+    slim = MODELS.build(slim_cfg.model)
+    slim.load_state_dict(saved['state_dict'])  # no key missing or unexpected
+    assert 'optimizer' not in saved
+    assert not any(key.startswith(tuple(PRUNED)) for key in slim.state_dict())
+    model.eval()
+    slim.eval()
+    x = torch.rand(2, 3, 65, 97)
+    for a, b in zip(model.extract_feat(x), slim.extract_feat(x)):
+        assert torch.equal(a, b)
+
+
+def test_slim_keeps_values_that_are_seen(network, tmp_path):
+    config, checkpoint, model = network
+    prune(model, ['backbone.layer2.1.layer_attn'], keep_value=True)
+    torch.save(dict(state_dict=model.state_dict()), checkpoint)
+    tool('slim', config, checkpoint, tmp_path / 'slim.pth')
+    slim = MODELS.build(Config.fromfile(tmp_path / 'slim.py').model)
+    slim.load_state_dict(torch.load(tmp_path / 'slim.pth')['state_dict'])
+    assert slim.backbone.layer2[1].layer_attn.attention_state == \
+        AttentionState.VALUE_ONLY
+
+
+@pytest.mark.parametrize('suffix', ['.onnx', '.pt'])
+def test_export(network, tmp_path, suffix):
+    config, checkpoint, model = network
+    out = tmp_path / f'backbone{suffix}'
+    tool('export', config, checkpoint, out, '--size', '64', '96')
+    if suffix == '.onnx':
+        onnxruntime = pytest.importorskip('onnxruntime')
+        session = onnxruntime.InferenceSession(str(out))
+
+        def run(x):
+            return session.run(None, dict(x=x.numpy()))
+    else:
+        run = torch.jit.load(str(out))
+    model.eval()
+    for shape in [(2, 3, 64, 96), (1, 3, 64, 64), (3, 3, 97, 129)]:
+        x = torch.rand(shape)
+        with torch.no_grad():
+            expected, found = model.backbone(x), run(x)
+        assert len(found) == len(expected) == 4
+        for a, b in zip(found, expected):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_prune_after_training(network, tmp_path, shapes):
+    config, checkpoint, _ = network
+    model = MODELS.build(Config.fromfile(config).model)
+    torch.save(dict(state_dict=model.state_dict()), checkpoint)
+    options = [
+        f'test_dataloader.dataset.data_root={shapes}/',
+        'test_dataloader.num_workers=0',
+        'test_dataloader.persistent_workers=False',
+        'test_dataloader.dataset.pipeline.1.scale=(96,96)'
+    ]
+    tool('prune', config, checkpoint, tmp_path / 'pruned.pth', '--policy',
+         'type=FixedCount', 'count=4', '--batches', '2', '--cfg-options',
+         *options)
+    state_dict = torch.load(tmp_path / 'pruned.pth')['state_dict']
+    model.load_state_dict(state_dict)
+    found = [
+        name for name, attention in named_layer_attentions(model).items()
+        if not attention.active
+    ]
+    report = json.loads((tmp_path / 'pruned.json').read_text())
+    assert len(found) == 4 and set(found) == set(report['pruned'])
+    kl = sorted((x['kl'], x['name']) for x in report['layers']
+                if x['kl'] is not None)
+    assert {name for _, name in kl[:4]} == set(found)
+
+
+def test_errors_are_one_line(network, tmp_path):
+    config, checkpoint, _ = network
+    plain = tmp_path / 'plain.pth'
+    torch.save(dict(state_dict=dict(x=torch.zeros(1))), plain)
+    for name, args, match in [
+        ('slim', (config, 'nowhere.pth', 'out.pth'), 'no file nowhere.pth'),
+        ('slim', (config, plain, 'out.pth'), 'has no layer attention'),
+        ('slim', (config, checkpoint, checkpoint), 'exists already'),
+        ('export', (config, plain, 'out.onnx'), 'has no backbone'),
+        ('export', (config, checkpoint, 'out.xyz'), 'must end with .onnx'),
+        ('prune', (config, 'nowhere.pth', 'out.pth'), 'no file nowhere.pth'),
+        ('prune', (config, checkpoint, 'out.pth', '--batches', '0'),
+         'batches=0'),
+    ]:
+        with pytest.raises(SystemExit, match=match) as error:
+            tool(name, *args)
+        assert '\n' not in str(error.value)

@@ -1,0 +1,65 @@
+"""Export the backbone of a checkpoint to ONNX or TorchScript.
+
+Batch and image size stay free. Pruned attentions are not part of the result.
+
+Example:
+  python tools/convert/export.py my_config.py epoch_12.pth backbone.onnx
+"""
+import argparse
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+import mmela  # noqa: F401
+from mmela.utils.export import export_backbone
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of the network')
+    parser.add_argument('checkpoint', help='its checkpoint')
+    parser.add_argument('out', help='.onnx for ONNX, .pt for TorchScript')
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        default=(224, 224),
+        metavar=('HEIGHT', 'WIDTH'),
+        help='image size to trace with in pixels (default: 224 224)')
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    for path in (args.config, args.checkpoint):
+        if not Path(path).is_file():
+            raise SystemExit(f'error: no file {path}')
+    if Path(args.out).exists():
+        raise SystemExit(f'error: {args.out} exists already')
+    cfg = Config.fromfile(args.config)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    checkpoint = torch.load(
+        args.checkpoint, map_location='cpu', weights_only=True)
+    state_dict = checkpoint.get('state_dict', checkpoint)
+    prefix = 'backbone.'
+    state_dict = {
+        key[len(prefix):]: value
+        for key, value in state_dict.items() if key.startswith(prefix)
+    }
+    if not state_dict:
+        raise SystemExit(f'error: {args.checkpoint} has no backbone')
+    backbone = MODELS.build(dict(cfg.model.backbone, init_cfg=None))
+    try:
+        backbone.load_state_dict(state_dict)
+        export_backbone(backbone, args.out, args.size)
+    except (RuntimeError, ValueError) as error:
+        raise SystemExit(f'error: {error}')
+    print(args.out)
+
+
+if __name__ == '__main__':
+    main()

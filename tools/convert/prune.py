@@ -1,0 +1,122 @@
+"""Prune redundant layer attentions of a trained checkpoint.
+
+Measures the KL divergence between adjacent attentions on the test data of the
+config, lets a policy decide once, and writes a pruned checkpoint. Nothing is
+trained: expect to fine-tune afterwards.
+
+Example:
+  python tools/convert/prune.py my_config.py epoch_12.pth pruned.pth \
+      --policy type=EBQM gamma=0.5 mu=0.2 --batches 50
+"""
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner, load_state_dict
+from mmengine.utils import track_iter_progress
+
+import mmela  # noqa: F401
+from mmela.hooks import (NetworkKLMeter, decide, format_decisions,
+                         layer_attention_stages, prune)
+from mmela.pruning import PRUNING_POLICIES
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of the network')
+    parser.add_argument('checkpoint', help='trained checkpoint')
+    parser.add_argument('out', help='pruned checkpoint to write')
+    parser.add_argument(
+        '--policy',
+        nargs='+',
+        action=DictAction,
+        default=dict(type='EBQM'),
+        metavar='KEY=VALUE',
+        help='pruning policy (default: type=EBQM)')
+    parser.add_argument(
+        '--batches',
+        type=int,
+        default=100,
+        help='batches of test data to measure on (default: %(default)s)')
+    parser.add_argument(
+        '--reduction',
+        default='mean_kl',
+        choices=['mean_kl', 'mean_distribution'])
+    parser.add_argument('--keep-value', action='store_true')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        metavar='KEY=VALUE',
+        help='change settings of the config')
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def measure(model, dataloader, batches: int, reduction: str) -> dict:
+    """KL divergences of a model's stages over some batches of data."""
+    stages = layer_attention_stages(model)
+    meter = NetworkKLMeter(stages, reduction, eps=1e-8)
+    meter.attach()
+    model.eval()
+    count = min(batches, len(dataloader))
+    for batch in track_iter_progress(
+        (itertools.islice(dataloader, count), count)):
+        model.test_step(batch)
+    print()
+    meter.detach()
+    return meter.compute()
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    for path in (args.config, args.checkpoint):
+        if not Path(path).is_file():
+            raise SystemExit(f'error: no file {path}')
+    if Path(args.out).exists():
+        raise SystemExit(f'error: {args.out} exists already')
+    if args.batches < 1:
+        raise SystemExit(f'error: --batches={args.batches} is not positive')
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    policy = PRUNING_POLICIES.build(dict(args.policy))
+
+    checkpoint = torch.load(
+        args.checkpoint, map_location='cpu', weights_only=True)
+    state_dict = checkpoint.get('state_dict', checkpoint)
+    model = MODELS.build(cfg.model)
+    stages = layer_attention_stages(model)
+    if not any(a.prunable for s in stages.values() for a in s.attentions):
+        raise SystemExit(f'error: {args.config} has no prunable layer '
+                         'attention')
+    load_state_dict(model, state_dict, strict=True)
+    model.to(get_device())
+    dataloader = Runner.build_dataloader(cfg.test_dataloader)
+    kl = measure(model, dataloader, args.batches, args.reduction)
+    layers = decide(stages, kl, policy)
+    names = [layer['name'] for layer in layers if layer['skip']]
+    prune(model, names, args.keep_value)
+    print(format_decisions(layers))
+
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    meta = checkpoint.get('meta', {})
+    torch.save(
+        dict(meta=meta, state_dict=model.to('cpu').state_dict()), out)
+    report = out.with_suffix('.json')
+    report.write_text(json.dumps(dict(layers=layers, pruned=names), indent=2))
+    print(f'{len(layers)} -> {len(layers) - len(names)} active attentions, '
+          f'{policy}\n{out}\n{report}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,102 @@
+"""Remove pruned layer attentions from a checkpoint and its config.
+
+The slim network gives the same outputs: the tool compares both backbones and
+fails if they differ. Optimizer and training state are left out.
+
+Example:
+  python tools/convert/slim.py work_dirs/ela/my_config.py \
+      work_dirs/ela/epoch_12.pth slim.pth
+"""
+import argparse
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+import mmela  # noqa: F401
+from mmela.utils.slim import slim_config, slim_state_dict
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of the pruned network')
+    parser.add_argument('checkpoint', help='its checkpoint')
+    parser.add_argument('out', help='slim checkpoint to write (.pth)')
+    parser.add_argument(
+        '--out-config',
+        help='config to write (default: the slim checkpoint with .py)')
+    parser.add_argument(
+        '--size',
+        type=int,
+        default=128,
+        help='image size of the comparison in pixels (default: %(default)s)')
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def difference(cfg, state_dict, slim_cfg, slim_state, size: int) -> float:
+    """Largest absolute difference of the outputs of two backbones."""
+    outputs = []
+    x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    for config, state in ((cfg, state_dict), (slim_cfg, slim_state)):
+        # Nothing is to be downloaded: the checkpoint follows.
+        backbone_cfg = dict(config.model.backbone, init_cfg=None)
+        backbone = MODELS.build(backbone_cfg)
+        prefix = 'backbone.'
+        backbone.load_state_dict({
+            key[len(prefix):]: value
+            for key, value in state.items() if key.startswith(prefix)
+        })
+        backbone.eval()
+        outputs.append(backbone(x))
+    return max(float((a - b).abs().max()) for a, b in zip(*outputs))
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    out = Path(args.out)
+    out_config = Path(args.out_config or out.with_suffix('.py'))
+    for path in (args.config, args.checkpoint):
+        if not Path(path).is_file():
+            raise SystemExit(f'error: no file {path}')
+    for path in (out, out_config):
+        if path.exists():
+            raise SystemExit(f'error: {path} exists already')
+    cfg = Config.fromfile(args.config)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    checkpoint = torch.load(
+        args.checkpoint, map_location='cpu', weights_only=True)
+    state_dict = checkpoint.get('state_dict', checkpoint)
+    try:
+        slim_state, blocks = slim_state_dict(state_dict)
+        slim_cfg = slim_config(cfg, blocks)
+    except ValueError as error:
+        raise SystemExit(f'error: {args.checkpoint}: {error}')
+
+    gap = difference(cfg, state_dict, slim_cfg, slim_state, args.size)
+    if gap != 0:
+        raise SystemExit(f'error: the outputs differ by {gap}')
+    meta = {
+        key: value
+        for key, value in checkpoint.get('meta', {}).items()
+        if key in ('dataset_meta', 'epoch', 'iter')
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(dict(meta=meta, state_dict=slim_state), out)
+    slim_cfg.dump(out_config)
+    before, after = [
+        sum(v.numel() for v in state.values())
+        for state in (state_dict, slim_state)
+    ]
+    print(f'{out}: {len(slim_state)} of {len(state_dict)} tensors, '
+          f'{after / 1e6:.3f} of {before / 1e6:.3f} M values; '
+          'outputs differ by 0')
+    for prefix, stages in blocks.items():
+        print(f'{out_config}: {prefix}attention_blocks={stages}')
+
+
+if __name__ == '__main__':
+    main()
