@@ -5,7 +5,7 @@ from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, METRICS, MODELS
-from mmengine.runner import Runner
+from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -139,6 +139,7 @@ def train(cfg, **kwargs):
     """Run a config, changed by ``kwargs``, and return the runner."""
     cfg = Config(dict(cfg, **kwargs))
     cfg.experiment_name = f'toy_{torch.rand(1, dtype=torch.double).item()}'
-    runner = Runner.from_cfg(cfg)
+    runner_type = FlexibleRunner if 'strategy' in cfg else Runner
+    runner = runner_type.from_cfg(cfg)
     runner.train()
     return runner

@@ -55,6 +55,15 @@ def iterations(work_dir, **kwargs):
         **kwargs)
 
 
+def flexible(work_dir, model_wrapper_cfg, **kwargs):
+    """FlexibleRunner, whose strategy wraps the model."""
+    return whole(
+        work_dir,
+        strategy=dict(type='DDPStrategy', model_wrapper=model_wrapper_cfg),
+        env_cfg=dict(dist_cfg=dict(backend='gloo')),
+        **kwargs)
+
+
 def resume(make, checkpoint):
 
     def made(work_dir, **kwargs):
@@ -70,6 +79,7 @@ def runs(root):
         uneven=uneven,
         keep_value=keep_value,
         iterations=iterations,
+        flexible=flexible,
         in_window=in_window,
         whole_resumed=resume(whole, f'{root}/whole/epoch_2.pth'),
         in_window_resumed=resume(in_window, f'{root}/in_window/epoch_2.pth'),
@@ -172,6 +182,7 @@ def test_uneven_ranks_do_not_bias_the_mean(root, tmp_path):
 
 @pytest.mark.parametrize('resumed, original', [
     ('whole_resumed', 'whole'),
+    ('flexible', 'whole'),
     ('in_window_resumed', 'in_window'),
     ('one_to_two', 'in_window'),
     ('iterations_resumed', 'iterations'),

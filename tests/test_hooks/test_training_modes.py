@@ -1,7 +1,6 @@
 """Pruning with what users of mmengine switch on."""
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.model import is_model_wrapper
 from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import FlexibleRunner
@@ -162,11 +161,13 @@ def test_compiled_run(tmp_path, plain):
 
 
 def test_flexible_runner(tmp_path, plain):
-    cfg = toy_config(tmp_path, HOOK)
-    cfg = Config(
-        dict(cfg, strategy=dict(type='SingleDeviceStrategy'), env_cfg={}))
-    runner = FlexibleRunner.from_cfg(cfg)
-    runner.train()
+    runner = train(
+        toy_config(
+            tmp_path,
+            HOOK,
+            strategy=dict(type='SingleDeviceStrategy'),
+            env_cfg={}))
+    assert isinstance(runner, FlexibleRunner)
     assert_same_run(runner, plain)
 
 
