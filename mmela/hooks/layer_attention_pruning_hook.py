@@ -45,7 +45,10 @@ class LayerAttentionPruningHook(Hook):
         windows (Sequence[tuple[int, int]]): First and last epoch of each
             measuring window, counted from 1, both inclusive. ELA: (1, 1) and
             (7, 7) of 12 for COCO, (1, 3) and (51, 53) of 100 for ImageNet,
-            (1, 3), (45, 48) and (91, 93) of 180 for CIFAR.
+            (1, 3), (45, 48) and (91, 93) of 180 for CIFAR. None at all prunes
+            no more, which is what fine-tuning a pruned checkpoint on several
+            GPUs needs: the hook then only keeps distributed training from
+            waiting for pruned parameters.
         policy (dict): Config of the pruning policy, see :mod:`mmela.pruning`.
             Defaults to ``dict(type='EBQM')``.
         by_epoch (bool): Whether windows count epochs; otherwise iterations,
@@ -114,13 +117,14 @@ class LayerAttentionPruningHook(Hook):
                 f'IterBasedTrainLoop, not {type(runner.train_loop).__name__}; '
                 'give the windows in epochs and set by_epoch=True')
         end = runner.max_epochs if self.by_epoch else runner.max_iters
-        if self.windows[-1][1] > end:
-            raise ValueError(f'window {self.windows[-1]} ends after the last '
-                             f'of {end} {unit}')
-        if self.windows[-1][1] == end:
-            runner.logger.warning(
-                f'Window {self.windows[-1]} ends with the training: what it '
-                'prunes is never trained without.')
+        for window in self.windows[-1:]:
+            if window[1] > end:
+                raise ValueError(
+                    f'window {window} ends after the last of {end} {unit}')
+            if window[1] == end:
+                runner.logger.warning(
+                    f'Window {window} ends with the training: what it prunes '
+                    'is never trained without.')
 
         if is_model_wrapper(runner.model) and \
                 not isinstance(runner.model, DistributedDataParallel):
@@ -405,8 +409,6 @@ def _check_windows(
             raise ValueError(f'window {(first, last)} is reversed: it ends '
                              'before it starts')
         checked.append((first, last))
-    if not checked:
-        raise ValueError('windows is empty; give at least one (first, last)')
     checked.sort()
     for earlier, later in zip(checked, checked[1:]):
         if later[0] <= earlier[1]:

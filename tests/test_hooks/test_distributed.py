@@ -2,6 +2,7 @@
 import json
 import os
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +37,17 @@ def uneven(work_dir, **kwargs):
         **kwargs)
     cfg.train_dataloader.sampler.round_up = False
     return cfg
+
+
+def fine_tuned(work_dir, **kwargs):
+    """A pruned checkpoint is trained on and pruned no more."""
+    return toy_config(
+        work_dir,
+        dict(windows=[]),
+        epochs=2,
+        norm_eval=True,
+        load_from=str(Path(work_dir).parent / 'whole' / 'epoch_4.pth'),
+        **kwargs)
 
 
 def keep_value(work_dir, **kwargs):
@@ -80,6 +92,7 @@ def runs(root):
         keep_value=keep_value,
         iterations=iterations,
         flexible=flexible,
+        fine_tuned=fine_tuned,
         in_window=in_window,
         whole_resumed=resume(whole, f'{root}/whole/epoch_2.pth'),
         in_window_resumed=resume(in_window, f'{root}/in_window/epoch_2.pth'),
@@ -195,6 +208,12 @@ def test_resume_ends_as_uninterrupted(root, resumed, original):
     for key, value in expected['weights'].items():
         torch.testing.assert_close(
             found['weights'][key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_fine_tuning_keeps_the_structure(root):
+    assert ranks(root, 'fine_tuned')[0]['state'] == ranks(
+        root, 'whole')[0]['state']
+    assert not (root / 'fine_tuned' / 'pruning.json').exists()
 
 
 def test_two_to_one(root, tmp_path):

@@ -256,7 +256,6 @@ def test_kl_that_is_not_finite_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize('windows, error, match', [
-    ([], ValueError, 'empty'),
     ([(0, 1)], ValueError, r'\(0, 1\) starts before 1'),
     ([(3, 2)], ValueError, r'\(3, 2\) is reversed'),
     ([(1, 3), (3, 4)], ValueError, r'\(1, 3\) and \(3, 4\) overlap'),
