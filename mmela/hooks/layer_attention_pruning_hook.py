@@ -15,6 +15,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import FlexibleRunner, IterBasedTrainLoop
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
@@ -426,7 +427,7 @@ def format_decisions(layers: Sequence[dict]) -> str:
     Returns:
         str: A table of 100 columns at most.
     """
-    table = Table()
+    table = Table(box=box.MARKDOWN)
     table.add_column('layer attention', no_wrap=True)
     for column in ('KL', 'normalised', 'mapped'):
         table.add_column(column, justify='right')
@@ -442,4 +443,5 @@ def format_decisions(layers: Sequence[dict]) -> str:
         table.add_row(name, *numbers, layer['reason'])
     buffer = io.StringIO()
     Console(file=buffer, width=100).print(table)
-    return buffer.getvalue().rstrip()
+    lines = (line.rstrip() for line in buffer.getvalue().splitlines())
+    return '\n'.join(line for line in lines if line)
