@@ -18,7 +18,7 @@ The folder is that of COCO: annotations/instances_{train,val}2017.json,
 train2017/ and val2017/.
 
 Example:
-  python tools/dataset/make_shapes.py data/shapes --train 400 --val 60
+  python tools/dataset/make_shapes.py data/shapes --train 320 --val 60
 """
 import argparse
 import json
@@ -35,7 +35,7 @@ from pycocotools import mask as mask_api
 # Raise it when the same arguments come to give other data.
 VERSION = 1
 GENERATOR = 'mmela make_shapes'
-TRAIN, VAL, SIZE, SEED = 400, 60, 192, 0
+TRAIN, VAL, SIZE, SEED = 320, 60, 192, 0
 MIN_SIZE, MAX_SIZE = 64, 2048
 
 CATEGORIES = {
@@ -346,7 +346,7 @@ def make_shapes(out_dir: os.PathLike,
     Args:
         out_dir (str | Path): Folder of the data set. It appears complete or
             not at all.
-        train (int): Number of training images. Defaults to 400.
+        train (int): Number of training images. Defaults to 320.
         val (int): Number of validation images. Defaults to 60.
         size (int): Width and height of the images, in pixels, 64 to 2048.
             Defaults to 192.
