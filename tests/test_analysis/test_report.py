@@ -1,107 +1,550 @@
+"""The report on a run: synthetic work directories, and one real run."""
 import base64
 import json
+import os
 import re
+import runpy
+import shutil
+import subprocess
+import sys
+from html import escape
 from html.parser import HTMLParser
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mmela.analysis import make_report, summarize
+from mmela.analysis.plots import _spread, policy_curve
+from mmela.analysis.run import Run
+from mmela.pruning import PRUNING_POLICIES
 from tests.toy import toy_config, train
 
-HOOK = dict(windows=[(1, 1), (3, 3)], policy=dict(type='EBQM', mu=0.9))
+TOOL = Path(__file__).resolve().parents[2] / 'tools/analysis/report.py'
+POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.2)
+BLOCKS = dict(layer1=3, layer2=4, layer3=6, layer4=3)
+CONFIG = ("custom_hooks = [dict(type='LayerAttentionPruningHook')]\n"
+          'train_cfg = dict(max_epochs=4, type=\'EpochBasedTrainLoop\')\n'
+          "label = '<script>alert(1)</script>'\n")
 
 
-class Sources(HTMLParser):
-    """What a page refers to, and its text."""
+class Page(HTMLParser):
+    """What a page refers to, its text and its table cells."""
 
-    def __init__(self, html):
+    def __init__(self, path):
         super().__init__()
-        self.sources, self.text = [], ''
-        self.feed(html)
+        self.sources, self.text, self.rows, self.tags = [], '', [], []
+        self.in_cell = False
+        self.feed(Path(path).read_text(encoding='utf-8'))
+        self.close()
 
     def handle_starttag(self, tag, attrs):
-        self.sources += [v for k, v in attrs if k in ('src', 'href')]
+        self.tags.append(tag)
+        self.sources += [
+            v for k, v in attrs if k in ('src', 'href', 'srcset', 'action')
+        ]
+        if tag == 'tr':
+            self.rows.append([])
+        elif tag in ('td', 'th'):
+            self.rows[-1].append('')
+            self.in_cell = True
+
+    def handle_endtag(self, tag):
+        if tag in ('dt', 'dd'):
+            self.text += ' '
+        if tag in ('td', 'th'):
+            self.in_cell = False
 
     def handle_data(self, data):
         self.text += data
+        if self.in_cell:
+            self.rows[-1][-1] += data.strip()
+
+
+def pruning(window, iteration, names, seed, policy=POLICY, spread=1.):
+    """A decision as the hook records it."""
+    rng = np.random.default_rng(seed)
+    kl = np.exp(spread * rng.normal(size=len(names)))
+    stages = [n.split('.')[1] for n in names]
+    measured = [i > 0 and stages[i - 1] == s for i, s in enumerate(stages)]
+    indices = np.unique(stages, return_inverse=True)[1]
+    rows = PRUNING_POLICIES.build(dict(policy))(kl, indices, measured,
+                                                names).rows()
+    layers = [dict(r, stage=f'backbone.{s}') for r, s in zip(rows, stages)]
+    return dict(
+        window=list(window),
+        unit='epoch',
+        iteration=iteration,
+        layers=layers,
+        pruned=[x['name'] for x in layers if x['skip']],
+        active=[x['name'] for x in layers if not x['skip']])
+
+
+def write_log(work_dir, stamp, epochs, metrics=True, seconds=0.5, loss=4.):
+    """Write the log of one start: 20 iterations an epoch, each fifth one."""
+    records = []
+    for epoch in epochs:
+        for i in range(5, 21, 5):
+            step = 20 * (epoch - 1) + i
+            records.append(
+                dict(
+                    loss=loss / epoch,
+                    data_time=0.01,
+                    time=seconds / epoch,
+                    epoch=epoch,
+                    iter=step,
+                    step=step))
+        if metrics:
+            records.append({
+                'coco/bbox_mAP': 0.1 * epoch if epoch < 4 else 0.25,
+                'coco/bbox_mAP_50': 0.2 * epoch,
+                'coco/bbox_mAP_l': -1.0,
+                'data_time': 0.1,
+                'time': 9.0,
+                'step': epoch
+            })
+        records.append({'layer_attention/active': 7, 'step': 20 * epoch})
+    path = work_dir / stamp / 'vis_data' / 'scalars.json'
+    path.parent.mkdir(parents=True)
+    path.write_text(''.join(json.dumps(r) + '\n' for r in records))
+    return path
+
+
+def write_prunings(work_dir, prunings, policy=POLICY):
+    hook = dict(
+        windows=[p['window'] for p in prunings],
+        by_epoch=True,
+        policy=policy,
+        keep_value=False,
+        reduction='mean_kl',
+        eps=1e-8)
+    (work_dir / 'pruning.json').write_text(
+        json.dumps(dict(hook=hook, prunings=prunings)))
+
+
+def make_work_dir(work_dir, blocks=BLOCKS, policy=POLICY, spread=1.):
+    """A run of 4 epochs, pruned after 1 and 3."""
+    names = [
+        f'backbone.{stage}.{i}.layer_attn' for stage, depth in blocks.items()
+        for i in range(depth)
+    ]
+    first = pruning((1, 1), 20, names, 0, policy, spread)
+    second = pruning((3, 3), 60, first['active'], 1, policy, spread)
+    write_log(work_dir, '20260102_030405', range(1, 5))
+    write_prunings(work_dir, [first, second], policy)
+    (work_dir / 'my_config.py').write_text(CONFIG)
+    state = {'backbone.conv1.weight': torch.zeros(5, 7)}
+    for name in names:
+        state[f'{name}.conv.weight'] = torch.zeros(11)
+        state[f'{name}.norm.running_mean'] = torch.zeros(3)
+        state[f'{name}.state'] = torch.tensor(
+            0 if name in second['active'] else 2, dtype=torch.uint8)
+    torch.save(dict(meta={}, state_dict=state), work_dir / 'epoch_4.pth')
+    torch.save({}, work_dir / 'best_coco_bbox_mAP_epoch_3.pth')
+    # A folder that has been moved since
+    (work_dir / 'last_checkpoint').write_text('elsewhere/work/epoch_4.pth')
+    return [first, second]
+
+
+def check_offline(page):
+    """Nothing is loaded but what the page holds."""
+    assert page.sources
+    for source in page.sources:
+        assert source.startswith('data:'), source[:80]
+    assert not {'script', 'iframe', 'object', 'embed'} & set(page.tags)
+
+
+def check_pictures(work_dir):
+    paths = sorted((work_dir / 'pictures').iterdir())
+    for path in paths:
+        with Image.open(path) as image:
+            image.verify()
+            assert image.format == 'PNG'
+        assert path.stat().st_size < 200_000
+    return {path.name for path in paths}
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory):
-    cfg = toy_config(tmp_path_factory.mktemp('run'), HOOK)
-    return train(
+def synthetic(tmp_path_factory):
+    work_dir = tmp_path_factory.mktemp('synthetic')
+    return work_dir, make_work_dir(work_dir)
+
+
+def test_numbers(synthetic):
+    work_dir, prunings = synthetic
+    path = make_report(work_dir)
+    assert path == work_dir / 'report.html'
+    page = Page(path)
+    check_offline(page)
+    rows = [tuple(row) for row in page.rows]
+    for record in prunings:
+        assert record['pruned'] and len(record['active']) > 3
+        for layer in record['layers']:
+            numbers = [
+                '' if layer[k] is None else f'{layer[k]:.4g}'
+                for k in ('kl', 'normalized', 'mapped')
+            ]
+            name = ('✕ ' if layer['skip'] else '') + \
+                layer['name'][len('backbone.'):-len('.layer_attn')]
+            assert (name, *numbers, layer['reason']) in rows
+    assert ('coco/bbox_mAP', '0.25', '0.3', 'epoch 3') in rows
+    assert ('coco/bbox_mAP_50', '0.8', '0.8', 'epoch 4') in rows
+    assert ('coco/bbox_mAP_l', '-1', '', '') in rows
+    counts = [16] + [len(p['active']) for p in prunings]
+    # Per epoch: 0.5 / 1; 0.5 / 2 and 0.5 / 3; 0.5 / 4
+    assert ('1 to 20', str(counts[0]), '0.5', '0.01', '4') in rows
+    assert ('21 to 60', str(counts[1]), '0.2083', '0.01', '8') in rows
+    assert ('61 to 80', str(counts[2]), '0.125', '0.01', '4') in rows
+    assert ('layer attentions', '176', str(11 * counts[2])) in rows
+    assert ('whole network', '211', str(35 + 11 * counts[2])) in rows
+    text = ' '.join(page.text.split())
+    for expected in ('Started 2026-01-02 03:04:05', 'Trained 4 of 4 epochs',
+                     'Checkpoint epoch_4.pth', '0.2083 s after (8 logged',
+                     'EBQM(gamma=0.5, alpha=2, beta=5, mu=0.2)',
+                     'Windows: 1 to 1, 3 to 3 (epochs)', CONFIG.split()[-1]):
+        assert expected in text, expected
+    assert '<script' not in path.read_text()
+    names = {
+        'metrics', 'loss', 'timeline', 'kl_epoch_1', 'kl_epoch_3',
+        'mapping_epoch_1', 'mapping_epoch_3'
+    }
+    assert check_pictures(work_dir) == {
+        f'{n}{theme}.png' for n in names for theme in ('', '_dark')
+    }
+    pictures = [s for s in page.sources if s.startswith('data:image/png')]
+    assert len(pictures) == 2 * len(names)
+    for source in pictures:
+        data = re.fullmatch('data:image/png;base64,(.*)', source)[1]
+        assert base64.b64decode(data).startswith(b'\x89PNG')
+
+
+def test_summary(synthetic):
+    work_dir, prunings = synthetic
+    make_report(work_dir)
+    text = summarize(work_dir)
+    for record in prunings:
+        assert (f'After epoch {record["window"][1]}: {len(record["layers"])} '
+                f'-> {len(record["active"])} active') in text
+        for layer in record['layers']:
+            assert layer['reason'] in text
+    assert 'Epoch 3: coco/bbox_mAP 0.3  coco/bbox_mAP_50 0.6 ' \
+        '(best coco/bbox_mAP)' in text
+    assert 'Epoch 4: coco/bbox_mAP 0.25  coco/bbox_mAP_50 0.8 (last)' in text
+    for name in ('epoch_4.pth', 'best_coco_bbox_mAP_epoch_3.pth',
+                 'pruning.json', 'report.html', 'pictures'):
+        assert str(work_dir / name) in text
+    assert max(map(len, text.splitlines())) <= max(
+        100, len(str(work_dir)) + 60)
+
+
+def test_out(synthetic, tmp_path):
+    out = tmp_path / 'page.html'
+    assert make_report(synthetic[0], out) == out
+    check_offline(Page(out))
+    assert str(out) in summarize(synthetic[0], out)
+
+
+def test_no_global_figure(synthetic):
+    make_report(synthetic[0])
+    pyplot = sys.modules.get('matplotlib.pyplot')
+    assert pyplot is None or not pyplot.get_fignums()
+
+
+def test_without_pruning_metrics_config_and_checkpoint(tmp_path):
+    write_log(tmp_path, '20260102_030405', [1], metrics=False)
+    page = Page(make_report(tmp_path))
+    check_offline(page)
+    assert 'Nothing was pruned' in page.text
+    assert 'no validation metrics' in page.text
+    assert 'no dumped config' in page.text
+    assert 'no checkpoint' in page.text
+    assert check_pictures(tmp_path) == {'loss.png', 'loss_dark.png'}
+    text = summarize(tmp_path)
+    assert 'No attention was pruned' in text
+    assert 'no validation metrics' in text
+    assert 'pruning.json' not in text and 'None' not in text
+
+
+def test_resumed_run_is_one_run(tmp_path):
+    """What is done again replaces what was there."""
+    write_log(tmp_path, '20260102_000000', range(1, 4), loss=4.)
+    write_log(tmp_path, '20260103_000000', range(2, 5), loss=40.)
+    # Stopped before its first log, and a validation alone
+    write_log(tmp_path, '20260104_000000', [])
+    (tmp_path / '20260105_000000' / 'vis_data').mkdir(parents=True)
+    (tmp_path / '20260105_000000' / 'vis_data' / 'scalars.json').write_text(
+        json.dumps({'coco/bbox_mAP': 0.9, 'time': 1., 'step': 0}))
+    run = Run(tmp_path)
+    assert run.starts == ['20260102_000000', '20260103_000000']
+    assert list(run.losses) == list(range(5, 81, 5))
+    assert run.losses[20] == 4. and run.losses[25] == 20.
+    assert list(run.metrics) == [1, 2, 3, 4]
+    assert 'resumed 1 time' in Page(make_report(tmp_path)).text
+
+
+def test_abandoned_part_and_earlier_run_are_left_out(tmp_path):
+    write_log(tmp_path, '20260102_000000', range(1, 5))
+    write_log(tmp_path, '20260103_000000', [2])
+    assert max(Run(tmp_path).training) == 40
+    assert list(Run(tmp_path).metrics) == [1, 2]
+    write_log(tmp_path, '20260104_000000', [1])
+    assert Run(tmp_path).starts == ['20260104_000000']
+    assert list(Run(tmp_path).metrics) == [1]
+
+
+def test_iteration_based_and_hierarchical_log(tmp_path):
+    path = tmp_path / '20260102_000000' / 'vis_data' / 'scalars.json'
+    path.parent.mkdir(parents=True)
+    records = [{
+        'train/loss': 3.,
+        'train/time': 0.5,
+        'iter': 10,
+        'step': 10
+    }, {
+        'val/accuracy/top1': 55.5,
+        'val/time': 1.,
+        'step': 10
+    }]
+    path.write_text('\n'.join(map(json.dumps, records)))
+    run = Run(tmp_path)
+    assert run.unit == 'iteration' and run.losses == {10: 3.}
+    assert run.metrics == {10: {'accuracy/top1': 55.5}}
+    assert run.step_times()[0].seconds == 0.5
+    assert 'Iteration 10: accuracy/top1 55.5' in summarize(tmp_path)
+    check_offline(Page(make_report(tmp_path)))
+
+
+@pytest.mark.parametrize('policy', [
+    dict(type='FixedCount', count=2),
+    dict(type='Threshold'),
+    dict(type='QuantileMapping'),
+    dict(type='EBQM', mapping='sigmoid', scope='stage'),
+])
+def test_other_policies(tmp_path, policy):
+    make_work_dir(tmp_path, policy=policy, spread=4.)
+    page = Page(make_report(tmp_path))
+    check_offline(page)
+    mapped = 'mapping_epoch_1.png' in check_pictures(tmp_path)
+    assert mapped == (policy['type'] != 'FixedCount')
+
+
+def test_deep_network_and_unknown_policy(tmp_path):
+    """Names stay apart, pictures small; the curve needs a known policy."""
+    policy = dict(POLICY, gamma=1.)
+    make_work_dir(
+        tmp_path, dict(layer1=3, layer2=8, layer3=36, layer4=3), policy)
+    report = json.loads((tmp_path / 'pruning.json').read_text())
+    report['hook']['policy'] = dict(type='SomebodyElses', mu=0.2)
+    (tmp_path / 'pruning.json').write_text(json.dumps(report))
+    make_report(tmp_path)
+    check_pictures(tmp_path)
+
+
+def test_policy_curve():
+    layers = [dict(normalized=0.5, mapped=0.890625)]
+    # Beta(2, 5) CDF at 0.5: 1 - 0.5**6 - 6 * 0.5**6
+    grid, mapped = policy_curve(POLICY, layers)
+    assert grid[100] == 0.5 and mapped[100] == pytest.approx(0.890625)
+    assert policy_curve(dict(POLICY, alpha=3), layers) is None
+    assert policy_curve(None, layers) is None
+    assert policy_curve(dict(type='EBQM', gamma=7), layers) is None
+
+
+def test_spread():
+    assert _spread([0, 0, 1, 1], 0.1, 0, 1) == pytest.approx([0, .1, .9, 1])
+    assert _spread([0.2, 0.8], 0.1, 0, 1) == [0.2, 0.8]
+
+
+def test_names_are_escaped(tmp_path):
+    evil = '<img src=http://example.org/x.png>'
+    names = [f'backbone.{s}.{evil}$a_{i}$.layer_attn' for s in 'ab'
+             for i in range(4)]
+    record = pruning((1, 1), 20, names, 0)
+    log = write_log(tmp_path, '20260102_030405', [1])
+    log.write_text(log.read_text().replace('bbox_mAP_50', f'{evil} $x^{{$'))
+    write_prunings(tmp_path, [record])
+    (tmp_path / '<b>bold & brave.py').write_text(CONFIG)
+    path = make_report(tmp_path)
+    page = Page(path)
+    check_offline(page)
+    assert 'b' not in page.tags and 'script' not in page.tags
+    assert page.tags.count('img') == 5
+    assert f'{evil}$a_1$' in page.text and '<b>bold & brave.py' in page.text
+
+
+def test_not_a_number(tmp_path):
+    """A diverged run has a report too."""
+    log = write_log(tmp_path, '20260102_030405', [1, 2])
+    log.write_text(
+        log.read_text().replace('"loss": 2.0', '"loss": NaN').replace(
+            '"coco/bbox_mAP": 0.2', '"coco/bbox_mAP": NaN'))
+    make_report(tmp_path)
+    assert Run(tmp_path).best('coco/bbox_mAP') == (1, 0.1)
+
+
+def test_killed_while_writing(tmp_path):
+    log = write_log(tmp_path, '20260102_030405', [1])
+    log.write_text(log.read_text() + '{"loss": 1.')
+    make_report(tmp_path)
+    log.write_text('{"loss": 1.\n' + log.read_text())
+    with pytest.raises(ValueError, match=f'{log}, line 1,'):
+        make_report(tmp_path)
+
+
+def test_unreadable_checkpoint_and_foreign_decisions(tmp_path):
+    make_work_dir(tmp_path)
+    (tmp_path / 'epoch_4.pth').write_bytes(b'nothing')
+    (tmp_path / 'my_config.py').write_text('no python (')
+    text = Page(make_report(tmp_path)).text
+    assert 'epoch_4.pth cannot be read' in text
+    assert 'may be of an earlier run' in text
+    (tmp_path / 'pruning.json').write_text('[]')
+    with pytest.raises(ValueError, match=str(tmp_path / 'pruning.json')):
+        make_report(tmp_path)
+
+
+def test_value_only_keeps_its_parameters(tmp_path):
+    write_log(tmp_path, '20260102_030405', [1])
+    state = {}
+    for i in range(3):
+        name = f'backbone.layer1.{i}.layer_attn'
+        state[f'{name}.weight'] = torch.zeros(10)
+        state[f'{name}.state'] = torch.tensor(i, dtype=torch.uint8)
+    torch.save(dict(state_dict=state), tmp_path / 'epoch_1.pth')
+    (tmp_path / 'last_checkpoint').write_text('epoch_1.pth')
+    counts = Run(tmp_path).parameters()
+    assert (counts.total, counts.pruned) == (30, 10)
+    assert (counts.active, counts.value_only) == (1, 1)
+    assert '1 retrieve nothing' in Page(make_report(tmp_path)).text
+
+
+def test_tool(synthetic, tmp_path, capsys):
+    main = runpy.run_path(str(TOOL))['main']
+    out = tmp_path / 'page.html'
+    main([str(synthetic[0]), '--out', str(out)])
+    assert out.exists() and str(out) in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(['--help'])
+    assert 'Example:' in capsys.readouterr().out
+
+
+def test_tool_errors_are_one_line(tmp_path):
+    main = runpy.run_path(str(TOOL))['main']
+    (tmp_path / 'file').touch()
+    (tmp_path / 'empty').mkdir()
+    make_work_dir(tmp_path)
+    for args, path in [([tmp_path / 'missing'], 'missing'),
+                       ([tmp_path / 'file'], 'file'),
+                       ([tmp_path / 'empty'], 'empty'),
+                       ([tmp_path, '--out', tmp_path / 'no' / 'x'], 'no/x')]:
+        with pytest.raises(SystemExit) as error:
+            main(list(map(str, args)))
+        assert str(tmp_path / path) in error.value.code
+        assert '\n' not in error.value.code
+
+
+def test_real_run(tmp_path):
+    """The runner and the hook write what the report reads."""
+    hook = dict(windows=[(1, 1), (3, 3)], policy=dict(type='EBQM', mu=0.9))
+    cfg = toy_config(tmp_path, hook)
+    train(
         cfg,
         val_dataloader=dict(
             cfg.train_dataloader,
             sampler=dict(type='DefaultSampler', shuffle=False)),
         val_cfg=dict(),
         val_evaluator=dict(type='ToyMetric', prefix='toy'))
-
-
-def test_report(run):
-    path = make_report(run.work_dir)
-    page = Sources(path.read_text(encoding='utf-8'))
-    assert page.sources
-    for source in page.sources:
-        data = re.fullmatch('data:image/png;base64,(.*)', source)[1]
-        assert base64.b64decode(data).startswith(b'\x89PNG')
-    with open(f'{run.work_dir}/pruning.json') as file:
-        prunings = json.load(file)['prunings']
-    for pruning in prunings:
-        for layer in pruning['layers']:
-            assert layer['reason'] in page.text
-            if layer['kl'] is not None:
-                assert f'{layer["kl"]:.4g}' in page.text
-    assert 'LayerAttentionPruningHook' in page.text
-    pictures = {p.name for p in (path.parent / 'pictures').iterdir()}
-    assert pictures == {
-        'metrics.png', 'pruning_epoch_1.png', 'pruning_epoch_3.png'
-    }
-
-
-def test_summary(run):
-    make_report(run.work_dir)
-    text = summarize(run.work_dir)
-    assert f'{run.work_dir}/epoch_4.pth' in text
+    page = Page(make_report(tmp_path))
+    check_offline(page)
+    with open(tmp_path / 'pruning.json') as file:
+        last = json.load(file)['prunings'][-1]
+    assert last['pruned'] or len(last['layers']) < 8
+    for layer in last['layers']:
+        assert layer['reason'] in page.text
+    assert f'{len(last["active"])} of 8' in ' '.join(page.text.split())
+    text = summarize(tmp_path)
+    assert str(tmp_path / 'epoch_4.pth') in text
     assert 'After epoch 1: 8 -> ' in text
     assert 'Epoch 4: toy/mean ' in text
+    run = Run(tmp_path)
+    assert list(run.losses) == list(range(1, 13))
+    assert run.done == run.planned == 4 and not run.notes
+    assert run.parameters().active == len(last['active'])
 
 
-def test_run_without_pruning_or_metrics(tmp_path):
-    train(toy_config(tmp_path, layer_attention=None, epochs=1))
-    page = Sources(make_report(tmp_path).read_text(encoding='utf-8'))
-    assert 'Nothing was pruned' in page.text
-    assert 'no validation metrics' in page.text
+# -- in a browser ----------------------------------------------------------
 
 
-def test_resumed_run_is_one_run(tmp_path, run):
-    """Each start has a folder of its own."""
-    torch.save(
-        torch.load(f'{run.work_dir}/epoch_2.pth'), tmp_path / 'epoch_2.pth')
-    (tmp_path / '20000101_000000' / 'vis_data').mkdir(parents=True)
-    scalars = [dict(loss=7., step=1), dict(loss=8., step=7)]
-    (tmp_path / '20000101_000000' / 'vis_data' / 'scalars.json').write_text(
-        '\n'.join(map(json.dumps, scalars)))
-    train(
-        toy_config(
-            tmp_path,
-            HOOK,
-            load_from=str(tmp_path / 'epoch_2.pth'),
-            resume=True))
-    from mmela.analysis.report import Run
-    losses = Run(tmp_path).losses
-    assert losses[1] == 7. and losses[7] != 8.
-    assert sorted(losses) == [1, *range(7, 13)]
+def browse(chromium, page, profile, *args):
+    profile.mkdir()
+    process = subprocess.run(
+        [
+            chromium, '--headless', '--no-sandbox', '--disable-gpu',
+            '--disable-quic', '--no-first-run',
+            '--disable-background-networking', '--disable-component-update',
+            '--disable-sync', f'--user-data-dir={profile}',
+            '--enable-logging=stderr', '--v=0',
+            '--virtual-time-budget=3000', *args,
+            page.as_uri()
+        ],
+        env=dict(os.environ, HOME=str(profile)),
+        capture_output=True,
+        text=True,
+        timeout=120)
+    assert process.returncode == 0, process.stderr
+    return process
 
 
-def test_html_in_names_is_escaped(tmp_path, run):
-    make_report(run.work_dir)
-    train(toy_config(tmp_path, layer_attention=None, epochs=1))
-    (tmp_path / 'config.py').write_text("x = '<script>alert(1)</script>'")
-    assert '<script>' not in make_report(tmp_path).read_text()
+@pytest.fixture(scope='module')
+def chromium():
+    path = shutil.which('chromium') or shutil.which('chromium-browser')
+    if path is None:
+        pytest.skip('Chromium is not installed')
+    return path
 
 
-def test_no_work_dir(tmp_path):
-    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
-        make_report(tmp_path)
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize('width', [390, 1200])
+def test_in_browser(synthetic, tmp_path, chromium, width, scheme):
+    report = make_report(synthetic[0])
+    shot = tmp_path / 'shot.png'
+    # Blink's numbers of the colour schemes
+    preferred = dict(dark=0, light=1)[scheme]
+    size = [f'--window-size={width},2000', '--hide-scrollbars',
+            f'--blink-settings=preferredColorScheme={preferred}']
+    process = browse(chromium, report, tmp_path / 'profile', *size,
+                     f'--screenshot={shot}')
+    assert 'CONSOLE' not in process.stderr, process.stderr
+    with Image.open(shot) as image:
+        pixels = np.asarray(image.convert('L'))
+    assert pixels.shape == (2000, width)
+    assert (pixels[2, 2] < 64) == (scheme == 'dark')
+    assert pixels.std() > 10
+
+    # Chromium's windows are no narrower than 500, frames are. The page itself
+    # allows no script, so the one around it measures.
+    html = escape(report.read_text(encoding='utf-8'))
+    frame = tmp_path / 'frame.html'
+    frame.write_text(
+        f"""<meta charset="utf-8"><meta name="color-scheme"
+        content="light dark"><title></title><iframe srcdoc="{html}" style=
+        "width: {width}px; height: 2000px; border: 0"></iframe>
+        <script>onload = () => {{
+          const page = document.querySelector('iframe').contentDocument;
+          page.querySelectorAll('details').forEach(x => x.open = true);
+          const images = [...page.images];
+          document.title = JSON.stringify([
+            page.defaultView.innerWidth, page.scrollingElement.scrollWidth,
+            images.length, images.filter(x => x.naturalWidth).length,
+            images.filter(x => x.currentSrc == x.src).length]);
+        }}</script>""",
+        encoding='utf-8')
+    process = browse(chromium, frame, tmp_path / 'profile2', *size,
+                     '--dump-dom')
+    title = re.search('<title>(.*)</title>', process.stdout)[1]
+    inner, scroll, images, loaded, light = json.loads(title)
+    assert inner == width and scroll <= width
+    assert images == loaded == 7
+    assert light == (images if scheme == 'light' else 0)

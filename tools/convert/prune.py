@@ -68,8 +68,8 @@ def measure(model, dataloader, batches: int, reduction: str) -> dict:
     meter.attach()
     model.eval()
     count = min(batches, len(dataloader))
-    for batch in track_iter_progress(
-        (itertools.islice(dataloader, count), count)):
+    batches = itertools.islice(dataloader, count)
+    for batch in track_iter_progress((batches, count)):
         model.test_step(batch)
     print()
     meter.detach()

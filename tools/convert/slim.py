@@ -40,7 +40,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 def difference(cfg, state_dict, slim_cfg, slim_state, size: int) -> float:
     """Largest absolute difference of the outputs of two backbones."""
     outputs = []
-    x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 3, size, size, generator=generator)
     for config, state in ((cfg, state_dict), (slim_cfg, slim_state)):
         # Nothing is to be downloaded: the checkpoint follows.
         backbone_cfg = dict(config.model.backbone, init_cfg=None)
