@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from mmengine.registry import DefaultScope
 
 # The same examples each time, and none left behind in the checkout
 settings.register_profile(
@@ -10,6 +11,12 @@ settings.register_profile(
 settings.load_profile('mmela')
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def no_default_scope() -> None:
+    """Forget the default scope that an earlier run has left behind."""
+    DefaultScope._instance_dict.clear()
 
 
 @pytest.fixture(scope='session')
