@@ -2,9 +2,11 @@ import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import List
+from typing import List, Tuple
 
+import torch
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 
 
 def find_tool(config: str, name: str) -> Path:
@@ -57,3 +59,34 @@ def run_tool(name: str, argv: List[str], usage: str) -> None:
         raise SystemExit(f'error: {error}')
     sys.argv = [str(tool), *argv]
     runpy.run_path(str(tool), run_name='__main__')
+
+
+def open_network(config: str, checkpoint: str,
+                 *outs: Path) -> Tuple[Config, dict, dict]:
+    """Read a network's config and checkpoint for a command-line tool.
+
+    The default scope becomes that of the config.
+
+    Args:
+        config (str): Path of the config.
+        checkpoint (str): Path of the checkpoint, or of a bare state dict.
+        *outs (Path): Files that the tool will write.
+
+    Returns:
+        tuple[Config, dict, dict]: The config, the checkpoint on the CPU, and
+        the state dict in it.
+
+    Raises:
+        SystemExit: With one clear line if an input is missing or an output
+            exists already.
+    """
+    for path in (config, checkpoint):
+        if not Path(path).is_file():
+            raise SystemExit(f'error: no file {path}')
+    for path in outs:
+        if Path(path).exists():
+            raise SystemExit(f'error: {path} exists already')
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    content = torch.load(checkpoint, map_location='cpu', weights_only=True)
+    return cfg, content, content.get('state_dict', content)

@@ -138,6 +138,8 @@ def test_errors_are_one_line(network, tmp_path):
         ('prune', (config, 'nowhere.pth', 'out.pth'), 'no file nowhere.pth'),
         ('prune', (config, checkpoint, 'out.pth', '--batches', '0'),
          'batches=0'),
+        ('prune', (config, checkpoint, 'out.pth', '--policy', 'type=EBQM',
+                   'mu=7'), 'mu=7'),
     ]:
         with pytest.raises(SystemExit, match=match) as error:
             tool(name, *args)

@@ -6,14 +6,12 @@ Example:
   python tools/convert/export.py my_config.py epoch_12.pth backbone.onnx
 """
 import argparse
-from pathlib import Path
 
-import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 
 import mmela  # noqa: F401
 from mmela.utils.export import export_backbone
+from mmela.utils.toolbox import open_network
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -35,16 +33,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    for path in (args.config, args.checkpoint):
-        if not Path(path).is_file():
-            raise SystemExit(f'error: no file {path}')
-    if Path(args.out).exists():
-        raise SystemExit(f'error: {args.out} exists already')
-    cfg = Config.fromfile(args.config)
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    checkpoint = torch.load(
-        args.checkpoint, map_location='cpu', weights_only=True)
-    state_dict = checkpoint.get('state_dict', checkpoint)
+    cfg, _, state_dict = open_network(args.config, args.checkpoint, args.out)
     prefix = 'backbone.'
     state_dict = {
         key[len(prefix):]: value

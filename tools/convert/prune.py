@@ -14,9 +14,9 @@ import json
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import DictAction
 from mmengine.device import get_device
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from mmengine.runner import Runner, load_state_dict
 from mmengine.utils import track_iter_progress
 
@@ -24,6 +24,7 @@ import mmela  # noqa: F401
 from mmela.hooks import (NetworkKLMeter, decide, format_decisions,
                          layer_attention_stages, prune)
 from mmela.pruning import PRUNING_POLICIES
+from mmela.utils.toolbox import open_network
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -78,21 +79,15 @@ def measure(model, dataloader, batches: int, reduction: str) -> dict:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    for path in (args.config, args.checkpoint):
-        if not Path(path).is_file():
-            raise SystemExit(f'error: no file {path}')
-    if Path(args.out).exists():
-        raise SystemExit(f'error: {args.out} exists already')
     if args.batches < 1:
         raise SystemExit(f'error: --batches={args.batches} is not positive')
-    cfg = Config.fromfile(args.config)
+    try:
+        policy = PRUNING_POLICIES.build(dict(args.policy))
+    except (KeyError, TypeError, ValueError) as error:
+        raise SystemExit(f'error: --policy: {error}')
+    cfg, checkpoint, state_dict = open_network(args.config, args.checkpoint,
+                                               args.out)
     cfg.merge_from_dict(args.cfg_options)
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    policy = PRUNING_POLICIES.build(dict(args.policy))
-
-    checkpoint = torch.load(
-        args.checkpoint, map_location='cpu', weights_only=True)
-    state_dict = checkpoint.get('state_dict', checkpoint)
     model = MODELS.build(cfg.model)
     stages = layer_attention_stages(model)
     if not any(a.prunable for s in stages.values() for a in s.attentions):

@@ -11,11 +11,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 
 import mmela  # noqa: F401
 from mmela.utils.slim import slim_config, slim_state_dict
+from mmela.utils.toolbox import open_network
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -60,17 +60,8 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     out = Path(args.out)
     out_config = Path(args.out_config or out.with_suffix('.py'))
-    for path in (args.config, args.checkpoint):
-        if not Path(path).is_file():
-            raise SystemExit(f'error: no file {path}')
-    for path in (out, out_config):
-        if path.exists():
-            raise SystemExit(f'error: {path} exists already')
-    cfg = Config.fromfile(args.config)
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    checkpoint = torch.load(
-        args.checkpoint, map_location='cpu', weights_only=True)
-    state_dict = checkpoint.get('state_dict', checkpoint)
+    cfg, checkpoint, state_dict = open_network(args.config, args.checkpoint,
+                                               out, out_config)
     try:
         slim_state, blocks = slim_state_dict(state_dict)
         slim_cfg = slim_config(cfg, blocks)
