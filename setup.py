@@ -99,7 +99,7 @@ if __name__ == '__main__':
         name='mmela',
         version=VERSION['__version__'],
         description='Layer attention with pruning of redundant retrievals '
-        'for mmdet and mmpretrain',
+        'for OpenMMLab toolboxes',
         long_description=(ROOT / 'README.md').read_text('utf-8'),
         long_description_content_type='text/markdown',
         author='The mmela authors',

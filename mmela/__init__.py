@@ -1,4 +1,4 @@
-"""Efficient layer attention for MMDetection and MMPretrain."""
+"""Efficient layer attention for OpenMMLab toolboxes."""
 from .utils.compat import allow_checkpoint_classes, check_versions
 from .version import __version__
 
