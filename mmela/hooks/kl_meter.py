@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..layers import AttentionState, LayerAttentionStage
-from ..pruning import attention_kl
+from ..pruning import attention_kl, safe_log
 
 REDUCTIONS = ('mean_kl', 'mean_distribution')
 
@@ -79,7 +79,9 @@ class KLMeter:
         sums, count = self.sums[:-1].cpu(), self.sums[-1].cpu()
         if self.reduction == 'mean_kl':
             return (sums / count).tolist()
-        log_probs = [part.log() for part in (sums / count).split(self.tokens)]
+        log_probs = [
+            safe_log(part) for part in (sums / count).split(self.tokens)
+        ]
         return [
             float(attention_kl(log_p, log_q, self.eps))
             for log_p, log_q in zip(log_probs, log_probs[1:])

@@ -9,7 +9,9 @@ def attention_kl(log_p, log_q, eps: float = 1e-8):
     The later block attends over tokens that the earlier one lacks. Each of
     those gets the probability ``eps`` in the earlier distribution, which is
     not normalised again (ELA, eq. 8). Log-probabilities keep the result finite
-    where a softmax underflows to 0.
+    where a softmax underflows to 0. A token to which the earlier block gives
+    exactly 0 adds nothing; one to which only the later block does makes the
+    divergence infinite, see :func:`safe_log`.
 
     Args:
         log_p (ndarray | Tensor): Log-probabilities of the earlier block,
@@ -20,7 +22,8 @@ def attention_kl(log_p, log_q, eps: float = 1e-8):
             Defaults to 1e-8.
 
     Returns:
-        ndarray | Tensor: KL divergence in nats, (...).
+        ndarray | Tensor: KL divergence in nats, (...), on the device and in
+        the dtype of the arguments.
 
     Raises:
         ValueError: If ``eps`` is not in (0, 1) or the later block does not
@@ -37,8 +40,30 @@ def attention_kl(log_p, log_q, eps: float = 1e-8):
         exp, where = np.exp, np.where
     else:
         from torch import exp, where
-    # p log p -> 0 for p -> 0, where the product would be 0 * -inf
-    terms = where(log_p == -math.inf, 0., exp(log_p) *
-                  (where(log_p == -math.inf, 0., log_p) - log_q[..., :tokens]))
+    p = exp(log_p)
+    # p log(p / q) -> 0 for p -> 0, but 0 * inf is NaN: whether log p is -inf
+    # or p has underflowed, leave no infinity to multiply by.
+    zero = p == 0
+    log_ratio = where(zero, 0., log_p) - where(zero, 0., log_q[..., :tokens])
     padding = eps * (math.log(eps) - log_q[..., tokens:])
-    return terms.sum(-1) + padding.sum(-1)
+    return (p * log_ratio).sum(-1) + padding.sum(-1)
+
+
+def safe_log(probs):
+    """Logarithm of probabilities that may have underflowed to 0.
+
+    For distributions that are averaged before :func:`attention_kl`, whose
+    log-probabilities are no longer at hand.
+
+    Args:
+        probs (ndarray | Tensor): Probabilities, of any shape and a
+            floating-point dtype.
+
+    Returns:
+        ndarray | Tensor: Their logarithm, finite: what is below the smallest
+        normal number of the dtype is taken as that number.
+    """
+    if isinstance(probs, np.ndarray):
+        return np.log(np.maximum(probs, np.finfo(probs.dtype).tiny))
+    from torch import finfo
+    return probs.clamp(min=finfo(probs.dtype).tiny).log()

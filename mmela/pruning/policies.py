@@ -22,6 +22,11 @@ class PruningDecision:
             undefined.
         threshold (float): NaN for a policy without one.
         reasons (tuple[str]): Why each attention is pruned or kept.
+        selected (ndarray): Whether an attention is a candidate, i.e. measured
+            and, under EBQM, in the set S, (L,).
+        quantile (ndarray): The largest divergence that a candidate of its pool
+            may have, NaN where undefined, (L,). It is per attention because
+            ``scope='stage'`` has one for each stage.
     """
     names: tuple
     kl: np.ndarray
@@ -30,6 +35,8 @@ class PruningDecision:
     mapped: np.ndarray
     threshold: float
     reasons: tuple
+    selected: np.ndarray
+    quantile: np.ndarray
 
     def rows(self) -> List[dict]:
         """The decision as plain values, one dict per attention.
@@ -144,7 +151,7 @@ class PruningPolicy(metaclass=ABCMeta):
         kl[~measured] = np.nan
         check_kl(kl[measured], [n for n, m in zip(names, measured) if m])
 
-        normalized, mapped = np.full(count, np.nan), np.full(count, np.nan)
+        normalized, mapped, quantile = np.full((3, count), np.nan)
         wanted, selected = np.zeros(count, bool), np.zeros(count, bool)
         pools = [measured] if self.scope == 'network' else [
             measured & (stages == stage) for stage in np.unique(stages)
@@ -154,6 +161,7 @@ class PruningPolicy(metaclass=ABCMeta):
             wanted[pool], selected[pool] = result.skip, result.selected
             normalized[pool] = result.normalized
             mapped[pool] = result.mapped
+            quantile[pool] = result.quantile
 
         reasons = [
             self._reason(*x) for x in zip(measured, selected, wanted, mapped)
@@ -161,7 +169,7 @@ class PruningPolicy(metaclass=ABCMeta):
         skip = self._limit(kl, stages, wanted, reasons)
         return PruningDecision(
             tuple(names), kl, skip, normalized, mapped, self.threshold,
-            tuple(reasons))
+            tuple(reasons), selected, quantile)
 
     def _reason(self, measured: bool, selected: bool, wanted: bool,
                 mapped: float) -> str:
@@ -338,7 +346,12 @@ class QuantileMapping(PruningPolicy):
     parameters and without saying what is compared with the threshold; both are
     decided here. The largest value has ``p = 1``, which a target without
     upper end maps to infinity; ``p`` is therefore taken as at most
-    ``1 - 1 / (2 n)`` of ``n`` values.
+    ``1 - 1 / (2 n)`` of ``n`` values, which keeps their order.
+
+    ``p`` depends on the ranks alone, however far apart the values are. So but
+    for ties, the share of attentions pruned is fixed: close to :math:`F(mu)`,
+    by default 44 % (Gamma) or 26 % (Exponential). A decision reports ``p`` as
+    the normalised value.
 
     Args:
         target (str): ``'gamma'`` or ``'exponential'``. Defaults to

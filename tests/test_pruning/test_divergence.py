@@ -3,9 +3,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import log_softmax
 from scipy.stats import entropy
 
-from mmela.pruning import attention_kl
+from mmela.pruning import attention_kl, safe_log
+
+inf = math.inf
+# Scores as they come, saturated, and masked
+scores = st.one_of(st.floats(-50, 50), st.sampled_from([-1e4, -inf]))
 
 
 def log(*probs):
@@ -49,6 +56,69 @@ def test_saturated_attention_is_finite():
     assert q.exp()[0] == 0
     # All of P lies on a token of log-probability -1e4 - ln 2; eps adds 1e-7
     assert attention_kl(p, q) == pytest.approx(1e4 + math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize('kind', [np.array, torch.tensor])
+@pytest.mark.parametrize('p', [-inf, -1e4])
+@pytest.mark.parametrize('q', [-inf, -1e4, math.log(0.25)])
+def test_underflow_of_both_is_no_nan(kind, p, q):
+    """exp(-1e4) is exactly 0, as exp(-inf) is: 0 log(0 / q) counts as 0."""
+    half = math.log(0.5)
+    with np.errstate(invalid='raise'):
+        kl = attention_kl(kind([0., p]), kind([half, q, half]))
+    # 1 * ln(1 / 0.5); eps adds 1e-8 * ln(1e-8 / 0.5) = -2e-7
+    assert float(kl) == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize('kind', [np.array, torch.tensor])
+def test_infinite_where_only_the_later_is_zero(kind):
+    half = math.log(0.5)
+    assert attention_kl(kind([half, half]), kind([0., -inf, half])) == inf
+    assert attention_kl(kind([0.]), kind([0., -inf])) == inf
+
+
+@given(
+    st.lists(scores, min_size=1, max_size=5),
+    st.lists(scores, min_size=1, max_size=3), st.data())
+def test_any_scores(p, new, data):
+    """Never NaN or negative, and the same in torch.
+
+    The padded P has the mass m = 1 + n eps; by the log-sum inequality the
+    divergence is then at least m ln m > 0.
+    """
+    q = data.draw(st.lists(scores, min_size=len(p), max_size=len(p))) + new
+    # A softmax needs a finite score.
+    log_p = log_softmax([*p, 0.])
+    log_q = log_softmax([0., *q])
+    with np.errstate(invalid='raise'):
+        kl = attention_kl(log_p, log_q)
+    assert kl > -1e-9
+    found = attention_kl(torch.tensor(log_p), torch.tensor(log_q))
+    assert float(found) == pytest.approx(kl, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize('dtype', [np.float16, np.float32, np.float64])
+def test_numpy_keeps_the_dtype(dtype):
+    assert attention_kl(np.zeros((2, 1), dtype), np.zeros(
+        (2, 2), dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'float64'])
+def test_safe_log(dtype):
+    probs = np.array([0., 0.25, 1.], dtype)
+    expected = [np.log(np.finfo(dtype).tiny), math.log(0.25), 0.]
+    found = safe_log(probs), safe_log(torch.tensor(probs)).numpy()
+    for log_probs in found:
+        assert log_probs.dtype == dtype
+        np.testing.assert_allclose(log_probs, expected, rtol=1e-6)
+
+
+def test_mean_distributions_that_underflowed_are_finite():
+    # P = (1, 0), P' = (1, 0, 0), eps * ln(eps / tiny) for the missing token:
+    # 1e-8 * (-18.42 + 708.40) = 6.8998e-06
+    kl = attention_kl(
+        safe_log(np.array([1., 0.])), safe_log(np.array([1., 0., 0.])))
+    assert kl == pytest.approx(6.8998e-06, rel=1e-4)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])

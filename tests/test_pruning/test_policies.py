@@ -86,6 +86,33 @@ def test_scale_invariant(network, policy, factor):
     assert one.skip.tolist() == other.skip.tolist()
 
 
+@given(networks(), policies, st.sampled_from([-512., 0.5, 1024.]))
+def test_shift_invariant(network, policy, shift):
+    """The values are multiples of 1 / 1024: no sum is rounded."""
+    kl, stages, measured = network
+    one = build(policy)(kl, stages, measured)
+    other = build(policy)(kl + shift, stages, measured)
+    assert one.skip.tolist() == other.skip.tolist()
+
+
+@given(networks(), st.sampled_from(['gamma', 'exponential', None]))
+def test_ranks_alone_matter_for_some(network, target):
+    policy = dict(type='QuantileMapping', target=target) if target else dict(
+        type='FixedCount', count=3)
+    kl, stages, measured = network
+    one = build(policy)(kl, stages, measured)
+    other = build(policy)(kl**2, stages, measured)
+    assert one.skip.tolist() == other.skip.tolist()
+
+
+def test_distances_matter_for_ebqm():
+    policy = build(dict(type='EBQM', gamma=1, mu=0.5))
+    # x = 1/4: CDF = 1 - (3/4)^6 - 6/4 (3/4)^5 = 0.466; of the roots, x = 1/2:
+    # CDF = 57/64
+    assert policy([0, 1, 4]).skip.tolist() == [1, 1, 0]
+    assert policy([0, 1, 2]).skip.tolist() == [1, 0, 0]
+
+
 @given(networks(), policies, st.floats(0, 1), st.floats(0, 1))
 def test_monotone_in_mu(network, policy, a, b):
     if policy['type'] == 'FixedCount':
@@ -147,6 +174,62 @@ def test_rows_are_json(network, policy):
     assert [row['kl'] is None for row in rows] == (~measured).tolist()
     for row in rows:
         assert row['reason'].startswith('pruned' if row['skip'] else 'kept')
+
+
+def test_scopes_by_hand():
+    kl = [math.inf, 1, 2, 6, nan, 10, 30, 50]
+    network = [0] * 4 + [1] * 4, [False, True, True, True] * 2
+    # Of 1 2 6 10 30 50 the median is 8; x = 0, 1/5, 1. By the closed form
+    # CDF(1/5) = 1 - 0.8^6 - 6/5 0.8^5 = 0.34464
+    whole = build(dict(type='EBQM', mu=0.3))(kl, *network)
+    np.testing.assert_allclose(whole.quantile, [nan, 8, 8, 8] * 2)
+    assert whole.selected.tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
+    np.testing.assert_allclose(whole.mapped,
+                               [nan, 0, 0.34464, 1, nan, nan, nan, nan])
+    assert whole.skip.tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
+    assert whole.reasons == (
+        'kept: first of its stage, not measured', 'pruned: 0 < 0.3',
+        'kept: 0.345 >= 0.3', 'kept: 1 >= 0.3',
+        'kept: first of its stage, not measured', 'kept: above the quantile',
+        'kept: above the quantile', 'kept: above the quantile')
+    # The medians of the stages are 2 and 30.
+    parts = build(dict(type='EBQM', mu=0.3, scope='stage'))(kl, *network)
+    np.testing.assert_allclose(parts.quantile, [nan, 2, 2, 2, nan, 30, 30, 30])
+    assert parts.selected.tolist() == [0, 1, 1, 0, 0, 1, 1, 0]
+    assert parts.skip.tolist() == [0, 1, 0, 0, 0, 1, 0, 0]
+
+
+def test_limits_by_hand():
+    stages, measured = [0, 0, 0, 1, 1], [False, True, True, False, True]
+    policy = dict(type='FixedCount', count=9)
+    # The first of a stage counts as active.
+    two = build(policy, min_active_per_stage=2)([nan, 2, 1, nan, 0], stages,
+                                                measured)
+    assert two.skip.tolist() == [0, 0, 1, 0, 0]
+    assert two.reasons[1] == two.reasons[4] == 'kept: min_active_per_stage=2'
+    # The smallest first, of equal ones the earlier
+    one = build(policy, max_pruned=2)([nan, 1, 1, nan, 0], stages, measured)
+    assert one.skip.tolist() == [0, 1, 0, 0, 1]
+    assert one.reasons[2] == 'kept: max_pruned=2'
+
+
+@pytest.mark.parametrize('type', ['EBQM', 'Threshold', 'QuantileMapping'])
+@pytest.mark.parametrize('kl', [[], [1.], [2., 2., 2.]])
+def test_nothing_to_tell_apart(type, kl):
+    for scope in ('network', 'stage'):
+        decision = build(dict(type=type, mu=1, scope=scope))(kl)
+        assert decision.skip.tolist() == [False] * len(kl)
+        assert set(decision.reasons) <= {'kept: too few different values'}
+
+
+def test_quantile_mapping_prunes_a_fixed_share():
+    # The Exponential target has F(0.3) = 1 - e^-0.3 = 0.259, so 25 of
+    # 100 distinct values have p < F(mu), p being 0.01, 0.02, ...
+    decision = build(dict(type='QuantileMapping', target='exponential'))(
+        np.geomspace(1e-3, 30, 100))
+    assert decision.skip.tolist() == [True] * 25 + [False] * 75
+    # The largest: -ln(1 / 200) = 5.298, finite
+    assert decision.mapped[-1] == pytest.approx(5.298, abs=1e-3)
 
 
 def test_threshold_by_hand():
