@@ -182,6 +182,8 @@ def test_scopes_by_hand():
     # Of 1 2 6 10 30 50 the median is 8; x = 0, 1/5, 1. By the closed form
     # CDF(1/5) = 1 - 0.8^6 - 6/5 0.8^5 = 0.34464
     whole = build(dict(type='EBQM', mu=0.3))(kl, *network)
+    # What is unmeasured is ignored, whatever stands there.
+    np.testing.assert_allclose(whole.kl, [nan, 1, 2, 6, nan, 10, 30, 50])
     np.testing.assert_allclose(whole.quantile, [nan, 8, 8, 8] * 2)
     assert whole.selected.tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
     np.testing.assert_allclose(whole.mapped,
