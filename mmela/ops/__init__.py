@@ -1,3 +1,4 @@
-from .layer_weighted_sum import layer_weighted_sum
+from .layer_weighted_sum import (BACKENDS, check_backend, layer_weighted_sum,
+                                 reference)
 
-__all__ = ['layer_weighted_sum']
+__all__ = ['BACKENDS', 'check_backend', 'layer_weighted_sum', 'reference']

@@ -1,0 +1,201 @@
+"""The weighted sum over layers as Triton kernels, one pass over all values.
+
+The values stay where they are: a small tensor of their addresses tells the
+kernels where. One program works on a piece of one head of one sample, so a
+weight is a scalar to it. Sums are in single precision.
+
+Importing this needs Triton. With the environment variable
+``TRITON_INTERPRET=1`` the kernels run on a CPU, slowly, for tests.
+"""
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Elements per program. Not tuned: no measurement on a GPU stands behind it.
+BLOCK = 2048
+
+
+@triton.jit
+def _offsets(size, channels, HEAD_DIM: tl.constexpr,
+             CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr):
+    """Offsets of a program's elements in a value, and which of them exist.
+
+    ``size`` is H * W. The head ``row = b * G + g`` is contiguous in NCHW; in
+    NHWC its ``HEAD_DIM`` channels lie side by side at each pixel.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = n < HEAD_DIM * size
+    if CHANNELS_LAST:
+        heads = channels // HEAD_DIM
+        sample = row // heads
+        head = row % heads
+        start = sample * channels * size + head * HEAD_DIM
+        offsets = start + (n // HEAD_DIM) * channels + n % HEAD_DIM
+    else:
+        offsets = row * HEAD_DIM * size + n
+    return offsets, mask
+
+
+@triton.jit
+def _forward_kernel(attn, values, out, layers, size, channels,
+                    HEAD_DIM: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+                    BLOCK: tl.constexpr):
+    """``out = sum_s attn[s] * values[s]``."""
+    offsets, mask = _offsets(size, channels, HEAD_DIM, CHANNELS_LAST, BLOCK)
+    pointer = tl.pointer_type(out.dtype.element_ty)
+    weights = attn + tl.program_id(0).to(tl.int64) * layers
+    total = tl.zeros((BLOCK, ), tl.float32)
+    for s in range(0, layers):
+        # The compiler cannot know that all values are aligned
+        value = tl.multiple_of(tl.load(values + s).to(pointer), 16)
+        v = tl.load(value + offsets, mask=mask, other=0).to(tl.float32)
+        total += tl.load(weights + s).to(tl.float32) * v
+    tl.store(out + offsets, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_kernel(grad, attn, values, grad_values, dots, layers, size,
+                     channels, HEAD_DIM: tl.constexpr,
+                     CHANNELS_LAST: tl.constexpr, NEEDS_ATTN: tl.constexpr,
+                     BLOCK: tl.constexpr):
+    """Gradients of all values and the parts of that of ``attn``.
+
+    ``grad`` is read once. ``dots`` (blocks, B * G, t) takes each program's
+    part of the scalar products, so that their sum is deterministic. A zero
+    among the addresses ``grad_values`` means that the gradient is not wanted.
+    """
+    offsets, mask = _offsets(size, channels, HEAD_DIM, CHANNELS_LAST, BLOCK)
+    pointer = tl.pointer_type(grad.dtype.element_ty)
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1).to(tl.int64)
+    part = dots + (block * tl.num_programs(0) + row) * layers
+    g = tl.load(grad + offsets, mask=mask, other=0).to(tl.float32)
+    for s in range(0, layers):
+        if NEEDS_ATTN:
+            value = tl.multiple_of(tl.load(values + s).to(pointer), 16)
+            v = tl.load(value + offsets, mask=mask, other=0).to(tl.float32)
+            tl.store(part + s, tl.sum(g * v, 0))
+        address = tl.load(grad_values + s)
+        if address != 0:
+            weight = tl.load(attn + row * layers + s).to(tl.float32)
+            target = tl.multiple_of(address.to(pointer), 16)
+            tl.store(
+                target + offsets, (weight * g).to(grad.dtype.element_ty),
+                mask=mask)
+
+
+def fits(values: Sequence[Tensor]) -> bool:
+    """Whether the kernels read these values as they are.
+
+    Args:
+        values (Sequence[Tensor]): Values of shape (B, C, H, W).
+
+    Returns:
+        bool: True if they are in half or single precision, aligned to 16
+        bytes, and all contiguous or all channels_last.
+    """
+    form = _memory_format(values[0])
+    return values[0].dtype in (torch.float16, torch.bfloat16, torch.float32) \
+        and all(v.is_contiguous(memory_format=form) for v in values) \
+        and all(v.data_ptr() % 16 == 0 for v in values)
+
+
+def forward(attn: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """Sum the values, see :func:`mmela.ops.layer_weighted_sum`.
+
+    Args:
+        attn (Tensor): (B, G, t).
+        values (Sequence[Tensor]): ``t`` values, (B, C, H, W). What does not
+            :func:`fit <fits>` is copied first.
+
+    Returns:
+        Tensor: (B, C, H, W), with the data type and layout of the values.
+
+    Raises:
+        ValueError: If the values are in double precision.
+    """
+    attn, values, form = _prepare(attn, values)
+    out = torch.empty_like(values[0])
+    grid, sizes = _launch(attn, out, form)
+    _forward_kernel[grid](attn, _addresses(values), out, len(values), **sizes)
+    return out
+
+
+def backward(
+    grad: Tensor, attn: Tensor, values: Sequence[Tensor], needs_attn: bool,
+    needs_values: Sequence[bool]
+) -> Tuple[Optional[Tensor], List[Optional[Tensor]]]:
+    """Gradients of :func:`forward`; arguments as for ``lean.backward``.
+
+    Args:
+        grad (Tensor): Gradient of the output, (B, C, H, W).
+        attn (Tensor): (B, G, t).
+        values (Sequence[Tensor]): ``t`` values, (B, C, H, W).
+        needs_attn (bool): Whether the gradient of ``attn`` is wanted.
+        needs_values (Sequence[bool]): Whether that of each value is.
+
+    Returns:
+        tuple[Tensor | None, list[Tensor | None]]: The gradients of ``attn``
+        and of each value, None where they are not wanted.
+    """
+    dtype = attn.dtype
+    attn, values, form = _prepare(attn, values)
+    grad = _aligned(grad.to(values[0].dtype), form)
+    grad_values = [
+        torch.empty_like(value) if need else None
+        for value, need in zip(values, needs_values)
+    ]
+    grid, sizes = _launch(attn, grad, form)
+    parts = (grid[1], *attn.shape) if needs_attn else (1, )
+    dots = torch.empty(parts, dtype=torch.float32, device=grad.device)
+    _backward_kernel[grid](
+        grad, attn, _addresses(values), _addresses(grad_values), dots,
+        len(values), NEEDS_ATTN=needs_attn, **sizes)
+    return dots.sum(0).to(dtype) if needs_attn else None, grad_values
+
+
+def _memory_format(value: Tensor) -> torch.memory_format:
+    if value.is_contiguous():
+        return torch.contiguous_format
+    if value.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _aligned(value: Tensor, form: torch.memory_format) -> Tensor:
+    value = value.contiguous(memory_format=form)
+    return value if value.data_ptr() % 16 == 0 else value.clone()
+
+
+def _prepare(attn: Tensor, values: Sequence[Tensor]):
+    if values[0].dtype == torch.float64:
+        raise ValueError("backend='triton' sums in single precision and takes "
+                         'no torch.float64; allowed are torch.float16, '
+                         'torch.bfloat16 and torch.float32')
+    form = _memory_format(values[0])
+    return attn.contiguous(), [_aligned(v, form) for v in values], form
+
+
+def _addresses(tensors: Sequence[Optional[Tensor]]) -> Tensor:
+    """Addresses of the tensors on their device; 0 stands for None."""
+    device = next((t.device for t in tensors if t is not None), None)
+    table = torch.tensor([0 if t is None else t.data_ptr() for t in tensors])
+    return table if device is None else table.to(device, non_blocking=True)
+
+
+def _launch(attn: Tensor, value: Tensor, form: torch.memory_format):
+    """Grid of programs, and the sizes that each kernel takes."""
+    batch, heads, _ = attn.shape
+    channels, size = value.size(1), value.size(2) * value.size(3)
+    head_dim = channels // heads
+    sizes = dict(
+        size=size,
+        channels=channels,
+        HEAD_DIM=head_dim,
+        CHANNELS_LAST=form == torch.channels_last,
+        BLOCK=BLOCK)
+    return (batch * heads, triton.cdiv(head_dim * size, BLOCK)), sizes
