@@ -30,18 +30,37 @@ class LayerMemory:
         scores (list[Tensor]): Scaled scores before the softmax of each active
             attention so far, (B, G, t) with ``t`` the number of tokens that it
             attends over.
+        identity (Tensor, optional): Identity input of the current block after
+            its downsample, (B, C, H, W), where its attention needs it.
+        output (Tensor, optional): ``O^(t-1)`` where attentions are recurrent,
+            (B, C, H, W): what the attention before retrieved, without norm.
+        inputs (list[Tensor]): Outputs of the blocks so far, each
+            (B, C, H, W), where later attentions transform them.
+        pooled (list[Tensor]): The same averaged over space, each (B, 1, C).
+        mean (Tensor, optional): Weighted mean of the block outputs so far,
+            (B, C, H, W), where attentions keep one.
+        mass (Tensor, optional): Sum of the weights in ``mean``, (B, G).
+        previous (LayerMemory, optional): Memory that the stage before has
+            ended with, where attention crosses stages.
     """
 
     def __init__(self) -> None:
         self.keys: List[Tensor] = []
         self.values: List[Tensor] = []
         self.scores: List[Tensor] = []
+        self.identity: Optional[Tensor] = None
+        self.output: Optional[Tensor] = None
+        self.inputs: List[Tensor] = []
+        self.pooled: List[Tensor] = []
+        self.mean: Optional[Tensor] = None
+        self.mass: Optional[Tensor] = None
+        self.previous: Optional['LayerMemory'] = None
 
 
 class LayerAttention(BaseModule, metaclass=ABCMeta):
     """Layer attention of one residual block.
 
-    A subclass says in :meth:`attend` what the block gets from the earlier
+    A subclass says in :meth:`retrieve` what the block gets from the earlier
     blocks of its stage, and in :meth:`store` what a block leaves for the later
     ones although it does not attend itself.
 
@@ -57,6 +76,15 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
     prunable = False
     """bool: Whether the attention yields a distribution over layers, which is
     what redundancy is measured on."""
+
+    needs_identity = False
+    """bool: Whether the stage shall hand over the identity input of the
+    block, as ``memory.identity``."""
+
+    crosses_stages = False
+    """bool: Whether the first attention of a stage takes over the memory of
+    the stage before. Its constructor then takes ``previous_channels`` and
+    ``stride``."""
 
     def __init__(self,
                  channels: int,
@@ -144,9 +172,21 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
             self.store(x, memory)
         return x
 
-    @abstractmethod
     def attend(self, x: Tensor, memory: LayerMemory) -> Tensor:
         """Extend the memory, attend over it and add the result to ``x``."""
+        return x + self.retrieve(x, memory)
+
+    @abstractmethod
+    def retrieve(self, x: Tensor, memory: LayerMemory) -> Tensor:
+        """Extend the memory and attend over it.
+
+        Args:
+            x (Tensor): Output ``X^t`` of the residual block, (B, C, H, W).
+            memory (LayerMemory): Memory of the stage, which this extends.
+
+        Returns:
+            Tensor: What is added to ``x``, (B, C, H, W).
+        """
 
     def store(self, x: Tensor, memory: LayerMemory) -> None:
         """Extend the memory without attending over it."""

@@ -1,7 +1,12 @@
-from mmdet.models.backbones import ResNet
-from mmdet.registry import MODELS
+from typing import Tuple
 
-from .mixin import LayerAttentionMixin
+from mmdet.models.backbones import (PyramidVisionTransformerV2, RegNet,
+                                    Res2Net, ResNet, ResNetV1d, ResNeXt)
+from mmdet.registry import MODELS
+from torch import Tensor
+
+from ...layers import TokenAttentionStage
+from .mixin import HookedLayerAttentionMixin, LayerAttentionMixin
 
 
 @MODELS.register_module()
@@ -13,7 +18,8 @@ class ELAResNet(LayerAttentionMixin, ResNet):
         layer_attention (dict): Config of the layer attention, see
             :class:`mmela.layers.MRLABase`. Defaults to
             ``dict(type='MRLABase')``.
-        **kwargs: All further arguments of ``mmdet.models.ResNet``.
+        **kwargs: All further arguments of ``mmdet.models.ResNet`` and of
+            :class:`LayerAttentionMixin`.
 
     Example:
         >>> import torch
@@ -23,3 +29,75 @@ class ELAResNet(LayerAttentionMixin, ResNet):
         >>> [tuple(x.shape) for x in backbone(torch.rand(1, 3, 64, 64))]
         [(1, 256, 16, 16), (1, 512, 8, 8), (1, 1024, 4, 4), (1, 2048, 2, 2)]
     """
+
+
+@MODELS.register_module()
+class ELAResNetV1d(LayerAttentionMixin, ResNetV1d):
+    """MMDetection's ResNetV1d (deep stem, average pooling in the downsample)
+    with a layer attention after each residual block; arguments as
+    :class:`ELAResNet`."""
+
+
+@MODELS.register_module()
+class ELAResNeXt(LayerAttentionMixin, ResNeXt):
+    """MMDetection's ResNeXt with a layer attention after each residual block;
+    arguments as :class:`ELAResNet`, and those of ``mmdet.models.ResNeXt``."""
+
+
+@MODELS.register_module()
+class ELARes2Net(LayerAttentionMixin, Res2Net):
+    """MMDetection's Res2Net with a layer attention after each residual block;
+    arguments as :class:`ELAResNet`, and those of ``mmdet.models.Res2Net``."""
+
+
+@MODELS.register_module()
+class ELARegNet(LayerAttentionMixin, RegNet):
+    """MMDetection's RegNet with a layer attention after each residual block.
+
+    Args:
+        arch (str | dict): Architecture, e.g. ``'regnetx_3.2gf'``.
+        layer_attention (dict): Config of the layer attention, see
+            :class:`mmela.layers.MRLABase`. Its ``head_dim`` must divide the
+            width of each stage: 8 does for all named architectures. Defaults
+            to ``dict(type='MRLABase')``.
+        **kwargs: All further arguments of ``mmdet.models.RegNet`` and of
+            :class:`LayerAttentionMixin`.
+    """
+
+
+@MODELS.register_module()
+class ELAPyramidVisionTransformerV2(HookedLayerAttentionMixin,
+                                    PyramidVisionTransformerV2):
+    """MMDetection's PVTv2 with a layer attention after each layer.
+
+    The value has a GELU, and nothing is normalized after the attention (MRLA,
+    algorithms 2 and 4). For classification under MMPretrain:
+    ``type='mmdet.ELAPyramidVisionTransformerV2'``.
+
+    Args:
+        layer_attention (dict): Config of the layer attention, see
+            :class:`mmela.layers.MRLABase`; the papers have ``head_dim=16``
+            here. Defaults to ``dict(type='MRLABase')``.
+        **kwargs: All further arguments of
+            ``mmdet.models.PyramidVisionTransformerV2`` and of
+            :class:`HookedLayerAttentionMixin`.
+    """
+
+    def attention_stages(self):
+        stages = []
+        for (_, blocks, _), heads, stride in zip(self.layers, self.num_heads,
+                                                 self.strides):
+            stage = TokenAttentionStage(blocks, resolution=_second)
+            defaults = dict(norm_cfg=None, value_act_cfg=dict(type='GELU'))
+            stages.append((stage, self.embed_dims * heads, stride, defaults))
+        return stages
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+        """(B, 3, H, W) to one map per stage of ``out_indices``."""
+        # A tuple, which the heads of MMPretrain ask for
+        return tuple(super().forward(x))
+
+
+def _second(args: tuple) -> Tuple[int, int]:
+    """Layers of PVT are called with their tokens and the map's size."""
+    return args[1]

@@ -1,0 +1,227 @@
+import math
+from typing import Optional
+
+import torch
+import torch.nn as nn
+from mmcv.cnn import build_norm_layer
+from mmengine.registry import MODELS
+from torch import Tensor
+
+from .base import LayerMemory, eca_kernel_size
+from .qkv import QKVLayerAttention
+
+HEAD_ATTENTIONS = ('linear', 'plain', 'none')
+
+
+@MODELS.register_module()
+class KCLA(QKVLayerAttention):
+    r"""Key-correlated layer attention (KCLA, sections IV, IV-A and IV-B).
+
+    The keys of a head are taken to have one direction, so that only their
+    norms weigh the layers against each other, and one running mean of the
+    block outputs stands for all of them. With :math:`k_g`, :math:`q_g` of head
+    ``g`` and its fixed temperature :math:`s_g`:
+
+    .. math::
+        w^t &= \exp(\min(\lVert k_g^t \rVert s_g, 10)), \quad
+        z^t = z^{t-1} + w^t, \quad u^t = u^{t-1} + w^t X^t \quad
+        \text{(eq. 10)} \\
+        O^t &= \sigma(W_e e^t) f_V^t(u^t / (z^t + 10^{-3})), \quad
+        e_g^t = q_g^t \cdot k_g^t / \lVert k_g^t \rVert \quad
+        \text{(eq. 11)} \\
+        Y^t &= X^t + \mathrm{DropPath}(\mathrm{ReLU}(\mathrm{BN}(O^t)))
+
+    The mean :math:`u / z` is what is kept, never the sum, so that half
+    precision does not overflow. Cost and memory per block do not depend on the
+    number of blocks.
+
+    There is no distribution over layers, so the pruning hook has nothing to
+    measure. A pruned state can still be set by hand.
+
+    Args:
+        channels (int): Channels ``C`` of the block's output.
+        head_dim (int): Channels ``d`` of one head: 16 on CIFAR, 32 on
+            ImageNet; 64 in the authors' detectors. Defaults to 32.
+        drop_path (float): Probability of dropping the attention of a sample
+            in training. Defaults to 0.2, as published.
+        temperature (float): The temperatures of the heads go from this to its
+            inverse in equal steps of their logarithm; 1 gives all the same
+            (table V, a). Defaults to 0.7.
+        exp_norm (bool): Weigh by the exponential of the key norm; without, by
+            the norm itself (table V, b). Defaults to True.
+        head_attention (str): How heads are weighed: ``'linear'`` as in eq. 11,
+            ``'plain'`` without the linear layer (the authors' segmentation
+            networks), ``'none'`` not at all (table V, c). Defaults to
+            ``'linear'``.
+        recurrent (bool): Keep the mean of the values instead of the block
+            outputs, so that those of earlier blocks are not transformed anew
+            (table V, d). Defaults to False.
+        cross_stage (bool): Take over the mean of the stage before (section
+            IV-B; table V, f without). Defaults to True.
+        previous_channels (int, optional): Channels of the stage before; for
+            the first attention of a stage, filled in by the backbone. Defaults
+            to None, which means that nothing is taken over.
+        stride (int): Stride between the stages. Defaults to 1.
+        **kwargs: ``norm_cfg``, ``value_act_cfg``, ``zero_init`` and
+            ``init_cfg``, see :class:`QKVLayerAttention`.
+
+    Raises:
+        ValueError: If ``head_attention`` is unknown, ``temperature`` is not
+            in (0, 1], ``previous_channels`` cannot be shared out among the
+            heads, or as :class:`QKVLayerAttention` does.
+    """
+
+    crosses_stages = True
+
+    def __init__(self,
+                 channels: int,
+                 head_dim: int = 32,
+                 drop_path: float = 0.2,
+                 temperature: float = 0.7,
+                 exp_norm: bool = True,
+                 head_attention: str = 'linear',
+                 recurrent: bool = False,
+                 cross_stage: bool = True,
+                 previous_channels: Optional[int] = None,
+                 stride: int = 1,
+                 **kwargs) -> None:
+        if head_attention not in HEAD_ATTENTIONS:
+            raise ValueError(f'head_attention={head_attention!r} is unknown; '
+                             f'allowed are {HEAD_ATTENTIONS}')
+        if not 0 < temperature <= 1:
+            raise ValueError(f'temperature={temperature} is not in (0, 1]')
+        super().__init__(channels, head_dim, drop_path, **kwargs)
+        self.exp_norm = exp_norm
+        self.recurrent = recurrent
+        self.crosses_stages = cross_stage
+        log_scale = math.log(temperature)
+        self.register_buffer(
+            'scales',
+            torch.linspace(log_scale, -log_scale, self.num_heads).exp(),
+            persistent=False)
+        self.head_attention_type = head_attention
+        if head_attention == 'linear':
+            self.head_attention = nn.Linear(
+                self.num_heads, self.num_heads, bias=False)
+        if cross_stage and previous_channels is not None:
+            self.cross_stage = CrossStage(
+                channels, self.num_heads, previous_channels, stride,
+                kwargs.get('norm_cfg') or dict(type='BN'))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        super().reset_parameters()
+        nn.init.xavier_uniform_(self.query.weight)
+        nn.init.xavier_uniform_(self.key.weight)
+        if hasattr(self, 'head_attention'):
+            nn.init.xavier_uniform_(self.head_attention.weight)
+        if hasattr(self, 'cross_stage'):
+            self.cross_stage.reset_parameters()
+
+    def retrieve(self, x: Tensor, memory: LayerMemory) -> Tensor:
+        pooled = self._pool(x)
+        query = self._split(self.query(pooled))
+        key = self._split(self.key(pooled))
+        norm = key.norm(dim=-1)
+        token = self._value(x) if self.recurrent else x
+
+        self._take_over(x, memory)
+        weight = self._weigh(norm)
+        if memory.mean is None:
+            memory.mean, memory.mass = token, weight
+        else:
+            memory.mass = memory.mass + weight
+            share = self._per_channel(weight / memory.mass, token)
+            memory.mean = torch.lerp(memory.mean.to(token.dtype), token, share)
+
+        # From u / z to u / (z + 1e-3): a factor per head, which commutes with
+        # the depth-wise convolution and so costs nothing beside the next one.
+        gate = memory.mass / (memory.mass + 1e-3)
+        if self.head_attention_type != 'none':
+            # eps: a key of zeros has no direction and gives a score of 0
+            scores = (query * key).sum(-1) / norm.clamp_min(1e-12)
+            if self.head_attention_type == 'linear':
+                scores = self.head_attention(scores)
+            gate = gate * scores.sigmoid()
+        out = memory.mean if self.recurrent else self._value(memory.mean)
+        return self._normalize(out * self._per_channel(gate, out))
+
+    def _weigh(self, norm: Tensor) -> Tensor:
+        """Weight of a token by the norm of its key, (B, G) to (B, G)."""
+        scaled = norm * self.scales.to(norm.dtype)
+        return scaled.clamp_max(10).exp() if self.exp_norm else scaled
+
+    def _take_over(self, x: Tensor, memory: LayerMemory) -> None:
+        """Start the stage with the mean of the stage before."""
+        if not hasattr(self, 'cross_stage') or memory.previous is None:
+            return
+        mean = memory.previous.mean
+        if mean is None:  # all attentions there are pruned
+            return
+        if x.requires_grad and not mean.requires_grad:
+            raise RuntimeError(
+                'KCLA with cross_stage=True got the memory of the stage '
+                'before without its gradient: activation checkpointing of '
+                'whole stages does not hand it over. Use with_cp=True, which '
+                'checkpoints blocks, or cross_stage=False')
+        mean, key = self.cross_stage(mean)
+        memory.mean = mean
+        memory.mass = self._weigh(self._split(key).norm(dim=-1))
+        memory.previous = None
+
+    def extra_repr(self) -> str:
+        return (f'{super().extra_repr()}, exp_norm={self.exp_norm}, '
+                f'head_attention={self.head_attention_type}, '
+                f'recurrent={self.recurrent}')
+
+
+class CrossStage(nn.Module):
+    """Bring the mean of a stage into the shape of the next (KCLA, algorithm 1).
+
+    A 1x1 convolution, grouped by heads and with the stride of the stage, a
+    normalization, and a key of the result.
+
+    Args:
+        channels (int): Channels ``C`` of the next stage.
+        heads (int): Its number of heads ``G``.
+        previous_channels (int): Channels ``C'`` of the stage.
+        stride (int): Stride between the two.
+        norm_cfg (dict): Normalization.
+
+    Raises:
+        ValueError: If ``previous_channels`` is no multiple of ``heads``.
+    """
+
+    def __init__(self, channels: int, heads: int, previous_channels: int,
+                 stride: int, norm_cfg: dict) -> None:
+        super().__init__()
+        if previous_channels % heads:
+            raise ValueError(
+                f'the {previous_channels} channels of a stage cannot be '
+                f'shared out among the {heads} heads of the next; choose '
+                'another head_dim or cross_stage=False')
+        self.reduce = nn.Conv2d(
+            previous_channels, channels, 1, stride, groups=heads, bias=False)
+        self.norm = build_norm_layer(norm_cfg, channels)[1]
+        size = eca_kernel_size(channels)
+        self.key = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        nn.init.kaiming_normal_(self.reduce.weight, mode='fan_out')
+        nn.init.xavier_uniform_(self.key.weight)
+        nn.init.constant_(self.norm.weight, 1.)
+        nn.init.constant_(self.norm.bias, 0.)
+
+    def forward(self, mean: Tensor):
+        """Map a mean.
+
+        Args:
+            mean (Tensor): (B, C', H', W').
+
+        Returns:
+            tuple[Tensor, Tensor]: The mean (B, C, H, W) and its key (B, 1, C).
+        """
+        mean = self.norm(self.reduce(mean))
+        return mean, self.key(mean.mean((2, 3)).unsqueeze(1))

@@ -1,0 +1,221 @@
+from typing import List, Tuple
+
+from mmpretrain.models.backbones import (EfficientNet, RegNet, Res2Net, ResNet,
+                                         ResNetV1d, ResNeXt, SEResNet,
+                                         SEResNeXt, VisionTransformer)
+from mmpretrain.registry import MODELS
+from torch import nn
+
+from ...layers import HookedAttentionStage, TokenAttentionStage
+from .mixin import HookedLayerAttentionMixin, LayerAttentionMixin
+from .resnet_cifar import BottleneckResNet_CIFAR
+
+
+@MODELS.register_module()
+class ELAResNet(LayerAttentionMixin, ResNet):
+    """MMPretrain's ResNet with a layer attention after each residual block.
+
+    Args:
+        depth (int): Depth of the ResNet: 18, 34, 50, 101 or 152.
+        layer_attention (dict): Config of the layer attention, see
+            :class:`mmela.layers.MRLABase`. Defaults to
+            ``dict(type='MRLABase')``.
+        **kwargs: All further arguments of ``mmpretrain.models.ResNet`` and of
+            :class:`LayerAttentionMixin`.
+
+    Example:
+        >>> import torch
+        >>> from mmpretrain.registry import MODELS
+        >>> import mmela
+        >>> backbone = MODELS.build(dict(type='ELAResNet', depth=50))
+        >>> [tuple(x.shape) for x in backbone(torch.rand(1, 3, 64, 64))]
+        [(1, 2048, 2, 2)]
+    """
+
+
+@MODELS.register_module()
+class ELAResNetV1d(LayerAttentionMixin, ResNetV1d):
+    """MMPretrain's ResNetV1d (deep stem, average pooling in the downsample)
+    with a layer attention after each residual block; arguments as
+    :class:`ELAResNet`."""
+
+
+@MODELS.register_module()
+class ELAResNeXt(LayerAttentionMixin, ResNeXt):
+    """MMPretrain's ResNeXt with a layer attention after each residual block;
+    arguments as :class:`ELAResNet`, and those of
+    ``mmpretrain.models.ResNeXt``."""
+
+
+@MODELS.register_module()
+class ELASEResNet(LayerAttentionMixin, SEResNet):
+    """MMPretrain's SE-ResNet with a layer attention after each residual block;
+    arguments as :class:`ELAResNet`, and those of
+    ``mmpretrain.models.SEResNet``."""
+
+
+@MODELS.register_module()
+class ELASEResNeXt(LayerAttentionMixin, SEResNeXt):
+    """MMPretrain's SE-ResNeXt with a layer attention after each residual
+    block; arguments as :class:`ELAResNet`, and those of
+    ``mmpretrain.models.SEResNeXt``."""
+
+
+@MODELS.register_module()
+class ELARes2Net(LayerAttentionMixin, Res2Net):
+    """MMPretrain's Res2Net with a layer attention after each residual block;
+    arguments as :class:`ELAResNet`, and those of
+    ``mmpretrain.models.Res2Net``."""
+
+
+@MODELS.register_module()
+class ELARegNet(LayerAttentionMixin, RegNet):
+    """MMPretrain's RegNet with a layer attention after each residual block.
+
+    Args:
+        arch (str | dict): Architecture, e.g. ``'regnetx_3.2gf'``.
+        layer_attention (dict): Config of the layer attention, see
+            :class:`mmela.layers.MRLABase`. Its ``head_dim`` must divide the
+            width of each stage: 8 does for all named architectures. Defaults
+            to ``dict(type='MRLABase')``.
+        **kwargs: All further arguments of ``mmpretrain.models.RegNet`` and of
+            :class:`LayerAttentionMixin`.
+    """
+
+
+@MODELS.register_module()
+class ELAResNet_CIFAR(LayerAttentionMixin, BottleneckResNet_CIFAR):
+    """:class:`BottleneckResNet_CIFAR` with a layer attention after each block.
+
+    Args:
+        depth (int): 9n + 2 for n blocks per stage, e.g. 20, 56 or 110.
+        layer_attention (dict): Config of the layer attention, see
+            :class:`mmela.layers.MRLABase`. Defaults to
+            ``dict(type='MRLABase')``; the papers have ``head_dim=16`` here.
+        **kwargs: All further arguments of :class:`BottleneckResNet_CIFAR` and
+            of :class:`LayerAttentionMixin`.
+
+    Example:
+        >>> import torch
+        >>> from mmpretrain.registry import MODELS
+        >>> import mmela
+        >>> net = MODELS.build(dict(type='ELAResNet_CIFAR', depth=20))
+        >>> [tuple(x.shape) for x in net(torch.rand(1, 3, 32, 32))]
+        [(1, 256, 8, 8)]
+    """
+
+
+@MODELS.register_module()
+class ELAEfficientNet(HookedLayerAttentionMixin, EfficientNet):
+    """MMPretrain's EfficientNet with a layer attention after each block that
+    has a residual connection (MRLA, section 5.1).
+
+    Consecutive such blocks of one width form a stage. The attention has the
+    probability of stochastic depth of its block.
+
+    Args:
+        arch (str): Architecture, e.g. ``'b0'`` or ``'b1'``.
+        layer_attention (dict): Config of the layer attention, see
+            :class:`mmela.layers.MRLABase`; the papers have ``head_dim=8``
+            here. ``KCLA`` needs ``cross_stage=False``, as its heads cannot
+            share out the channels of the stage before. Defaults to
+            ``dict(type='MRLABase')``.
+        **kwargs: All further arguments of ``mmpretrain.models.EfficientNet``
+            and of :class:`HookedLayerAttentionMixin`.
+    """
+
+    def attention_stages(self):
+        defaults = dict(norm_cfg=self._attention_norm_cfg())
+        groups: List[Tuple[List[nn.Module], int, int]] = []
+        blocks, stride = [], 1
+        for layer in list(self.layers)[1:-1]:
+            for block in layer:
+                if not _is_residual(block):
+                    # Another width or resolution from here on
+                    blocks, stride = [], stride * _stride(block)
+                    continue
+                if not blocks:
+                    groups.append((blocks, _width(block), stride))
+                    stride = 1
+                blocks.append(block)
+        return [(HookedAttentionStage(blocks), channels, stride, defaults)
+                for blocks, channels, stride in groups]
+
+
+@MODELS.register_module()
+class ELAVisionTransformer(HookedLayerAttentionMixin, VisionTransformer):
+    """MMPretrain's vision transformer, such as DeiT, with layer attention.
+
+    The layers are partitioned into stages of four (MRLA, appendix B.1). The
+    value has a GELU, and nothing is normalized after the attention (MRLA,
+    algorithms 2 and 4).
+
+    Args:
+        arch (str | dict): Architecture, e.g. ``'deit-tiny'``.
+        layers_per_stage (int): Layers of a stage. Defaults to 4.
+        layer_attention (dict): Config of the layer attention, see
+            :class:`mmela.layers.MRLABase`; the papers have ``head_dim=16``
+            here. Defaults to ``dict(type='MRLABase')``.
+        **kwargs: All further arguments of
+            ``mmpretrain.models.VisionTransformer`` and of
+            :class:`HookedLayerAttentionMixin`.
+
+    Raises:
+        ValueError: If ``layers_per_stage`` is less than 1, or as
+            :class:`HookedLayerAttentionMixin` does.
+    """
+
+    def __init__(self, *args, layers_per_stage: int = 4, **kwargs) -> None:
+        if layers_per_stage < 1:
+            raise ValueError(
+                f'layers_per_stage={layers_per_stage} is less than 1')
+        self.layers_per_stage = layers_per_stage
+        super().__init__(*args, **kwargs)
+
+    def attention_stages(self):
+        resolution = _PatchResolution(self.patch_embed)
+        extra = self.num_extra_tokens if self.with_cls_token else 0
+        defaults = dict(norm_cfg=None, value_act_cfg=dict(type='GELU'))
+        layers, size = list(self.layers), self.layers_per_stage
+        return [(TokenAttentionStage(layers[i:i + size], resolution,
+                                     extra), self.embed_dims, 1, defaults)
+                for i in range(0, len(layers), size)]
+
+
+class _PatchResolution:
+    """Remembers height and width of the map of patches."""
+
+    def __init__(self, patch_embed: nn.Module) -> None:
+        self.size: Tuple[int, int] = (0, 0)
+        patch_embed.register_forward_hook(self._remember)
+
+    def _remember(self, module: nn.Module, args: tuple, output: tuple) -> None:
+        self.size = output[1]
+
+    def __call__(self, args: tuple) -> Tuple[int, int]:
+        return self.size
+
+
+def _is_residual(block: nn.Module) -> bool:
+    """Whether a block of EfficientNet adds its input to its output."""
+    if hasattr(block, 'with_res_shortcut'):  # InvertedResidual
+        return block.with_res_shortcut
+    return block.with_residual  # EdgeResidual
+
+
+def _last_conv(block: nn.Module) -> nn.Conv2d:
+    return [m for m in block.modules() if isinstance(m, nn.Conv2d)][-1]
+
+
+def _width(block: nn.Module) -> int:
+    """Channels of a block's output."""
+    return _last_conv(block).out_channels
+
+
+def _stride(block: nn.Module) -> int:
+    """Stride of a block."""
+    stride = 1
+    for module in block.modules():
+        if isinstance(module, nn.Conv2d):
+            stride *= module.stride[0]
+    return stride

@@ -1,0 +1,178 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmela.layers import KCLA, AttentionState, LayerAttentionStage
+
+C, D = 16, 4
+G = C // D
+
+
+def make_stage(n=3, channels=C, before=None, **kwargs):
+    """A stage of convolutions, the first of stride 2 after another stage."""
+    crossing = {}
+    last = channels
+    if before is not None:
+        last = before[-1].out_channels
+        crossing = dict(previous_channels=last, stride=2)
+    stage = LayerAttentionStage(*[
+        nn.Conv2d(last if i == 0 else channels, channels, 3,
+                  2 if crossing and i == 0 else 1, 1) for i in range(n)
+    ])
+    for i in range(n):
+        stage.attach(
+            i,
+            KCLA(
+                channels,
+                head_dim=D,
+                **{
+                    **dict(drop_path=0), **kwargs,
+                    **(crossing if i == 0 else {})
+                }))
+    if before is not None and stage[0].layer_attn.crosses_stages:
+        stage.take_over_from(before)
+    return stage
+
+
+def naive_weight(attention, key, g):
+    """Weight of a token in head g, as eq. 10 has it."""
+    heads = attention.num_heads
+    t = attention.test_temperature
+    s = t**(1 - 2 * g / (heads - 1)) if heads > 1 else t
+    norm = math.sqrt(sum(float(v)**2 for v in key)) * s
+    return math.exp(min(norm, 10)) if attention.exp_norm else norm
+
+
+def naive(stages, x):
+    """KCLA with the sums of eq. 10 and 11, head by head."""
+    u = z = None
+    for stage in stages:
+        for i, block in enumerate(stage):
+            x = block(x)
+            a = block.layer_attn
+            if not a.active:
+                continue
+            if i == 0 and hasattr(a, 'cross_stage') and u is not None:
+                m = u / z.repeat_interleave(D, 1)[..., None, None]
+                m = a.cross_stage.reduce(m)
+                norm = a.cross_stage.norm
+                m = F.batch_norm(m, None, None, norm.weight, norm.bias, True)
+                k = F.conv1d(
+                    m.mean((2, 3))[:, None],
+                    a.cross_stage.key.weight,
+                    padding='same')[:, 0]
+                z = torch.tensor([[
+                    naive_weight(a, k[b, g * D:(g + 1) * D], g)
+                    for g in range(a.num_heads)
+                ] for b in range(len(x))])
+                u = m * z.repeat_interleave(D, 1)[..., None, None]
+            elif i == 0:
+                u = z = None
+            y = x.mean((2, 3))[:, None]
+            q = F.conv1d(y, a.query.weight, padding='same')[:, 0]
+            k = F.conv1d(y, a.key.weight, padding='same')[:, 0]
+            w = torch.zeros(len(x), a.num_heads)
+            e = torch.zeros(len(x), a.num_heads)
+            for b in range(len(x)):
+                for g in range(a.num_heads):
+                    head = slice(g * D, (g + 1) * D)
+                    w[b, g] = naive_weight(a, k[b, head], g)
+                    e[b, g] = q[b, head].dot(k[b, head]) / k[b, head].norm()
+            token = a.value(x) if a.recurrent else x
+            wx = token * w.repeat_interleave(D, 1)[..., None, None]
+            u = wx if u is None else u + wx
+            z = w if z is None else z + w
+            out = u / (z + 1e-3).repeat_interleave(D, 1)[..., None, None]
+            if not a.recurrent:
+                out = a.value(out)
+            if a.head_attention_type == 'linear':
+                e = F.linear(e, a.head_attention.weight)
+            if a.head_attention_type != 'none':
+                out = out * e.sigmoid().repeat_interleave(D,
+                                                          1)[..., None, None]
+            out = F.batch_norm(out, None, None, a.norm.weight, a.norm.bias,
+                               True)
+            x = x + F.relu(out)
+    return x
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(),
+    dict(temperature=1),
+    dict(exp_norm=False),
+    dict(head_attention='none'),
+    dict(head_attention='plain'),
+    dict(recurrent=True),
+    dict(cross_stage=False),
+], ids=str)
+def test_equals_naive_loops(kwargs):
+    torch.manual_seed(0)
+    first = make_stage(3, **kwargs)
+    stages = [first, make_stage(2, 2 * C, before=first, **kwargs)]
+    for stage in stages:
+        for attention in stage.attentions:
+            attention.test_temperature = kwargs.get('temperature', 0.7)
+            nn.init.normal_(attention.key.weight, std=3)
+            nn.init.normal_(attention.query.weight, std=3)
+    stages[0][1].layer_attn.attention_state = AttentionState.PRUNED
+    x = torch.randn(2, C, 7, 9)
+    with torch.no_grad():
+        out = stages[1](stages[0](x))
+        torch.testing.assert_close(
+            out, naive(stages, x), rtol=1e-4, atol=1e-5)
+
+
+def test_key_norms_are_capped():
+    """exp(10) at most, so that a mean in half precision stays finite."""
+    torch.manual_seed(0)
+    stage = make_stage(3)
+    for attention in stage.attentions:
+        nn.init.constant_(attention.key.weight, 1e4)
+    x = torch.randn(2, C, 4, 4)
+    with torch.autocast('cpu', dtype=torch.float16):
+        assert stage(x).isfinite().all()
+
+
+def test_gradients_reach_all_parameters():
+    torch.manual_seed(0)
+    first = make_stage()
+    second = make_stage(before=first)
+    second(first(torch.randn(2, C, 8, 8))).square().sum().backward()
+    for stage in (first, second):
+        for name, param in stage.named_parameters():
+            assert param.grad is not None, name
+            # The first block of all has nothing to weigh itself against but
+            # the small constant of eq. 11.
+            assert param.grad.abs().sum() > 0, name
+
+
+def test_the_stage_before_must_run_before():
+    first = make_stage()
+    second = make_stage(before=first)
+    x = first(torch.randn(2, C, 8, 8))
+    second(x)
+    with pytest.raises(RuntimeError, match='did not run just before'):
+        second(x)
+
+
+def test_lost_gradient_is_an_error():
+    first = make_stage()
+    second = make_stage(before=first)
+    x = torch.utils.checkpoint.checkpoint(
+        first, torch.randn(2, C, 8, 8, requires_grad=True), use_reentrant=True)
+    with pytest.raises(RuntimeError, match='without its gradient'):
+        second(x)
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(head_attention='mean'), "head_attention='mean' is unknown"),
+    (dict(temperature=0), r'temperature=0 is not in \(0, 1\]'),
+    (dict(temperature=2), r'temperature=2 is not in \(0, 1\]'),
+    (dict(previous_channels=6), 'the 6 channels .* the 4 heads'),
+])
+def test_errors(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        KCLA(C, head_dim=D, **kwargs)

@@ -1,0 +1,65 @@
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmela.layers import MLA, AttentionState, LayerMemory
+
+C, D = 16, 4
+
+
+def naive(attentions, xs):
+    """MLA block by block, sample by sample and head by head."""
+    outs = []
+    for t, (attention, x_t) in enumerate(zip(attentions, xs)):
+        if not attention.active:
+            outs.append(x_t)
+            continue
+        visible = [
+            s for s in range(t + 1)
+            if attentions[s].attention_state != AttentionState.PRUNED
+        ]
+        values = [attention.value(xs[s]) for s in visible]
+        o = torch.zeros_like(x_t)
+        for b in range(len(x_t)):
+            pooled = [xs[s][b].mean((1, 2))[None, None] for s in visible]
+            q = F.conv1d(
+                x_t[b].mean((1, 2))[None, None],
+                attention.query.weight,
+                padding='same')[0, 0]
+            keys = [
+                F.conv1d(y, attention.key.weight, padding='same')[0, 0]
+                for y in pooled
+            ]
+            for g in range(C // D):
+                head = slice(g * D, (g + 1) * D)
+                logits = [q[head].dot(k[head]) / math.sqrt(D) for k in keys]
+                weights = torch.stack(logits).softmax(0)
+                o[b, head] = sum(
+                    w * v[b, head] for w, v in zip(weights, values))
+        norm = attention.norm
+        o = F.batch_norm(o, None, None, norm.weight, norm.bias, True)
+        outs.append(x_t + F.relu(o))
+    return outs
+
+
+def test_equals_naive_loops():
+    for states in ((0, 0, 0, 0), (0, 2, 0, 0), (0, 1, 0, 2)):
+        torch.manual_seed(0)
+        attentions = [MLA(C, head_dim=D) for _ in range(4)]
+        for attention, state in zip(attentions, states):
+            nn.init.normal_(attention.query.weight, std=5)
+            attention.attention_state = AttentionState(state)
+        xs = [torch.randn(2, C, 6, 5) for _ in range(4)]
+        memory = LayerMemory()
+        outs = [a(x, memory) for a, x in zip(attentions, xs)]
+        for out, expected in zip(outs, naive(attentions, xs)):
+            torch.testing.assert_close(out, expected)
+
+
+def test_prunable_and_keeps_no_parameter_for_later_ones():
+    attention = MLA(C, head_dim=D)
+    assert attention.prunable
+    attention.attention_state = AttentionState.VALUE_ONLY
+    assert not any(p.requires_grad for p in attention.parameters())
