@@ -1,0 +1,3 @@
+_base_ = './resnet20-mrla-light_1xb128_cifar10.py'
+
+model = dict(backbone=dict(depth=110))

@@ -1,0 +1,3 @@
+_base_ = './resnet20_1xb128_cifar100.py'
+
+model = dict(backbone=dict(depth=110))
