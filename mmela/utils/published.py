@@ -1,0 +1,419 @@
+"""Checkpoints of the published MRLA and KCLA networks in mmela's layout.
+
+MRLA: https://github.com/joyfang1106/MRLA,
+KCLA: https://github.com/bgx666/KCLA (its CIFAR folder has MRLA too).
+"""
+import math
+import re
+from collections import Counter
+from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+ARCHS = ('mrla_base', 'mrla_light', 'mla', 'kcla')
+TARGETS = ('classifier', 'detector', 'backbone')
+
+_TYPES = dict(
+    mrla_base='MRLABase', mrla_light='MRLALight', mla='MLA', kcla='KCLA')
+# What the published code sets. No tensor of MRLA's depends on it, and it is
+# not always what the paper says: that has 32 for every ResNet.
+_HEAD_DIM = dict(mrla_base=16, mrla_light=32)
+_CIFAR_HEAD_DIM = 16
+_DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+
+_NORM = ('weight', 'bias', 'running_mean', 'running_var',
+         'num_batches_tracked')
+_OPTIONAL = 'num_batches_tracked'  # not in checkpoints of torch < 0.4.1
+
+# layer2.0.<leaf>, stages.1.0.<leaf>, and for KCLA on ImageNet and COCO
+# layer2.layers.0.<leaf of the block>, layer2.attention.0.<leaf of KCLA>
+_BLOCK_KEY = re.compile(r'(?:layer(?P<layer>\d+)|stages\.(?P<stage>\d+))\.'
+                        r'(?:(?P<part>layers|attention)\.)?'
+                        r'(?P<block>\d+)\.(?P<leaf>.+)')
+_DETECTOR_PARTS = ('neck.', 'rpn_head.', 'roi_head.', 'bbox_head.',
+                   'mask_head.')
+
+_UNUSED_CROSS_STAGE = ('the published forward pass never reads it: the first '
+                       'stage has no stage before it')
+_UNUSED_FINAL_NORM = 'the published forward pass never reads it'
+_FIXED_SCALES = ('fixed scales of the heads, which KCLA computes; their '
+                 'values were checked')
+_NO_CLASSIFIER = 'classifier, which the target has not'
+_NOT_BACKBONE = 'part of the detector, not of its backbone'
+
+
+class KeyMap(NamedTuple):
+    """Where the keys of a published checkpoint go.
+
+    Attributes:
+        mapped (dict[str, str]): New key by published key.
+        dropped (dict[str, str]): Reason by published key that is left out.
+        arch (str): The architecture, one of :data:`ARCHS`.
+    """
+    mapped: Dict[str, str]
+    dropped: Dict[str, str]
+    arch: str
+
+
+def convert_published(
+        state_dict: Dict[str, Tensor],
+        arch: Optional[str] = None,
+        target: str = 'classifier'
+) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
+    """Convert the state dict of a published network to mmela's layout.
+
+    Args:
+        state_dict (dict[str, Tensor]): State dict of a published network, of
+            a detector of MMDetection with a published backbone, or either
+            with the prefix ``module.`` of a data-parallel wrapper.
+        arch (str, optional): One of :data:`ARCHS`. Defaults to None, which
+            means to tell from the keys, see :func:`detect_arch`.
+        target (str): What the result is for. Defaults to ``'classifier'``.
+
+            - ``'classifier'``: MMPretrain's ``ImageClassifier``, whose keys
+              start with ``backbone.`` and ``head.fc.``.
+            - ``'detector'``: a detector of MMDetection. Its neck and heads
+              stay as they are. From a published classifier this makes what
+              ``init_cfg=dict(type='Pretrained', prefix='backbone.', ...)`` of
+              a detector's backbone loads, without the classifier.
+            - ``'backbone'``: a backbone of MMPretrain alone, without prefix.
+
+    Returns:
+        tuple[dict[str, Tensor], dict[str, str]]: The converted state dict, in
+        which all layer attentions are active, and by published key the reason
+        for which it was left out.
+
+    Raises:
+        ValueError: If ``arch`` or ``target`` is unknown, a key has no place in
+            mmela's network, two keys have the same, a part of the network is
+            missing, or a fixed tensor has other values than the published
+            ones.
+    """
+    state_dict = strip_module(state_dict)
+    keys = map_published_keys(state_dict, arch, target)
+    for key, reason in keys.dropped.items():
+        if reason == _FIXED_SCALES:
+            _check_scales(key, state_dict[key])
+    converted = {}
+    for old, new in keys.mapped.items():
+        value = state_dict[old]
+        if new.endswith('.lambda_o'):
+            value = value.flatten()  # published as (C, 1, 1)
+        converted[new] = value
+        if new.endswith('.layer_attn.query.weight'):
+            state = new[:-len('query.weight')] + 'state'
+            converted[state] = torch.tensor(0, dtype=torch.uint8)
+    return converted, keys.dropped
+
+
+def strip_module(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Take off the prefix ``module.`` if all keys have it.
+
+    Args:
+        state_dict (dict[str, Tensor]): A state dict.
+
+    Returns:
+        dict[str, Tensor]: The same tensors by shorter keys.
+    """
+    prefix = 'module.'
+    if not all(key.startswith(prefix) for key in state_dict):
+        return state_dict
+    return {key[len(prefix):]: value for key, value in state_dict.items()}
+
+
+def detect_arch(keys: Iterable[str]) -> str:
+    """Tell the architecture of a published network from its keys.
+
+    The CIFAR network with the attention of MRLA eq. 3 has the same keys as
+    that with MRLA-base, and is taken for it.
+
+    Args:
+        keys (Iterable[str]): Keys of its state dict.
+
+    Returns:
+        str: One of :data:`ARCHS`.
+
+    Raises:
+        ValueError: If the keys are of none of them.
+    """
+    parts = {part for key in keys for part in key.split('.')}
+    for arch, sign in (('kcla', 'bn_attention'), ('mrla_light', 'lambda_t'),
+                       ('mrla_base', 'bn_mrla')):
+        if sign in parts:
+            return arch
+    raise ValueError('the keys are of no published network with layer '
+                     f'attention; known are {", ".join(ARCHS)}')
+
+
+def map_published_keys(state_dict: Dict[str, Tensor],
+                       arch: Optional[str] = None,
+                       target: str = 'classifier') -> KeyMap:
+    """Say where each key of a published network goes.
+
+    Args:
+        state_dict (dict[str, Tensor]): State dict without ``module.``; only
+            its keys matter.
+        arch (str, optional): As in :func:`convert_published`. Defaults to
+            None.
+        target (str): As in :func:`convert_published`. Defaults to
+            ``'classifier'``.
+
+    Returns:
+        KeyMap: New keys, and keys that are left out.
+
+    Raises:
+        ValueError: As :func:`convert_published`, but for the tensors' values.
+    """
+    if target not in TARGETS:
+        raise ValueError(f'target={target!r} is unknown; allowed are '
+                         f'{", ".join(TARGETS)}')
+    if any('.bn_la.' in key for key in state_dict):
+        raise ValueError(
+            'the published ImageNet network of MRLA eq. 4 (keys bn_la) '
+            'replaces the output of a block by BN(O), where MLA adds '
+            'ReLU(BN(O)) to it: the converted network would compute something '
+            'else')
+    if arch is None:
+        arch = detect_arch(state_dict)
+    elif arch not in ARCHS:
+        raise ValueError(f'arch={arch!r} is unknown; allowed are '
+                         f'{", ".join(ARCHS)}')
+    prefix = 'backbone.'
+    detector = any(key.startswith(prefix) for key in state_dict)
+    if detector and target == 'classifier':
+        raise ValueError('the checkpoint is of a detector and has no '
+                         "classifier; allowed are target='detector' and "
+                         "target='backbone'")
+    new_prefix = '' if target == 'backbone' else prefix
+    deep = any('conv1.0.' in key for key in state_dict)
+    stem = _stem_keys(deep, mmdet=target == 'detector')
+    leaves = {**_block_leaves(), **_attention_leaves(arch)}
+
+    mapped, dropped, unknown = {}, {}, []
+    for key in state_dict:
+        if not detector and key in ('fc.weight', 'fc.bias'):
+            if target == 'classifier':
+                mapped[key] = f'head.{key}'
+            else:
+                dropped[key] = _NO_CLASSIFIER
+        elif detector and key.startswith(_DETECTOR_PARTS):
+            if target == 'detector':
+                mapped[key] = key
+            else:
+                dropped[key] = _NOT_BACKBONE
+        elif detector and not key.startswith(prefix):
+            unknown.append(key)
+        else:
+            name = key[len(prefix):] if detector else key
+            new, reason = _place(name, stem, leaves)
+            if new:
+                mapped[key] = new_prefix + new
+            elif reason:
+                dropped[key] = reason
+            else:
+                unknown.append(key)
+    if unknown:
+        # Published for block 11 of stage 3 of ResNet-101
+        within = any('.u_Wk.' in key for key in unknown) and arch == 'kcla'
+        hint = ' (mmela starts the running mean of KCLA anew only between ' \
+            'stages, not within one)' if within else ''
+        raise ValueError(f'arch={arch!r} has no place for {len(unknown)} '
+                         f'keys{hint}: {", ".join(unknown)}')
+    twice = [
+        key for key, count in Counter(mapped.values()).items() if count > 1
+    ]
+    if twice:
+        raise ValueError(f'arch={arch!r}: more than one key becomes each of '
+                         f'{", ".join(twice)}')
+    missing = _missing_keys(set(mapped.values()), arch, target)
+    if missing:
+        raise ValueError(f'{len(missing)} keys are missing that '
+                         f'arch={arch!r}, target={target!r} needs: '
+                         f'{", ".join(missing)}')
+    return KeyMap(mapped, dropped, arch)
+
+
+def published_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
+    """Config of the backbone that a converted checkpoint is for.
+
+    ``head_dim`` of MRLA cannot be read off the tensors. It is what the
+    published code sets: on ImageNet and COCO 32 for MRLA-light and 16, not
+    the paper's 32, for MRLA-base; on CIFAR 16. For KCLA it follows from the
+    number of heads.
+
+    Args:
+        converted (dict[str, Tensor]): What :func:`convert_published` returns.
+        arch (str): One of :data:`ARCHS`.
+
+    Returns:
+        dict: Config of an ``ELAResNet`` or ``ELAResNet_CIFAR``. Its ``depth``
+        is None where no standard network has as many blocks.
+    """
+    prefix = 'backbone.' if 'backbone.layer1.0.conv1.weight' in converted \
+        else ''
+    tensors = {
+        key[len(prefix):]: value
+        for key, value in converted.items() if key.startswith(prefix)
+    }
+    blocks = tuple(len(indices) for indices in _blocks(tensors))
+    deep = 'conv1.weight' not in tensors
+    cifar = not deep and tensors['conv1.weight'].shape[-1] == 3
+    width = tensors['layer1.0.conv1.weight'].shape[0]
+    stem_width = tensors['layer1.0.conv1.weight'].shape[1]
+    if cifar:
+        depth = 9 * blocks[0] + 2 if blocks == blocks[:1] * 3 else None
+        head_dim = _CIFAR_HEAD_DIM
+    else:
+        depth = _DEPTHS.get(blocks)
+        head_dim = _HEAD_DIM.get(arch)
+    if arch == 'kcla':
+        heads = len(tensors['layer1.0.layer_attn.head_attention.weight'])
+        channels = len(tensors['layer1.0.layer_attn.norm.weight'])
+        head_dim = channels // heads
+    cfg = dict(type='ELAResNet_CIFAR' if cifar else 'ELAResNet', depth=depth)
+    default = 16 if cifar else 64
+    if stem_width != default:
+        cfg['stem_channels'] = stem_width
+    if width != default:
+        cfg['base_channels'] = width
+    if deep:
+        cfg['deep_stem'] = True
+    cfg['layer_attention'] = dict(type=_TYPES[arch], head_dim=head_dim)
+    return cfg
+
+
+def _norm_leaves(old: str, new: str) -> Dict[str, str]:
+    return {f'{old}.{name}': f'{new}.{name}' for name in _NORM}
+
+
+def _block_leaves() -> Dict[str, str]:
+    """New by published key within a residual block: they are the same."""
+    leaves = {}
+    for i in (1, 2, 3):
+        leaves[f'conv{i}.weight'] = f'conv{i}.weight'
+        leaves.update(_norm_leaves(f'bn{i}', f'bn{i}'))
+    leaves['downsample.0.weight'] = 'downsample.0.weight'
+    leaves.update(_norm_leaves('downsample.1', 'downsample.1'))
+    return leaves
+
+
+def _attention_leaves(arch: str) -> Dict[str, str]:
+    """New by published key of an attention within its block."""
+    leaves = {}
+    # An older MRLA-light, in detectors too, is named `mla`.
+    layers, norm = dict(
+        mrla_base=(['mrla.mrla'], 'bn_mrla'),
+        mrla_light=(['mrla.mrla', 'mrla.mla'], 'bn_mrla'),
+        mla=(['mrla.mrla'], 'bn_mrla'),
+        kcla=(['kcla'], 'kcla.bn_attention'))[arch]
+    for layer in layers:
+        for old, new in (('Wq', 'query'), ('Wk', 'key'), ('Wv', 'value')):
+            leaves[f'{layer}.{old}.weight'] = f'layer_attn.{new}.weight'
+    leaves.update(_norm_leaves(norm, 'layer_attn.norm'))
+    if arch == 'mrla_light':
+        leaves['mrla.lambda_t'] = 'layer_attn.lambda_o'
+    if arch == 'kcla':
+        cross = 'layer_attn.cross_stage'
+        leaves['kcla.norm_d'] = 'layer_attn.scales'
+        leaves['kcla.head_att.weight'] = 'layer_attn.head_attention.weight'
+        leaves['kcla.adjust_channel.weight'] = f'{cross}.reduce.weight'
+        leaves['kcla.u_Wk.weight'] = f'{cross}.key.weight'
+        leaves.update(_norm_leaves('kcla.u_bn', f'{cross}.norm'))
+    return leaves
+
+
+def _stem_keys(deep: bool, mmdet: bool) -> Dict[str, str]:
+    """New by published key of the stem."""
+    if not deep:
+        return {'conv1.weight': 'conv1.weight', **_norm_leaves('bn1', 'bn1')}
+    keys = {}
+    pairs = ('conv1.0', 'conv1.1'), ('conv1.3', 'conv1.4'), ('conv1.6', 'bn1')
+    for i, (conv, norm) in enumerate(pairs):
+        # mmdet: conv, norm, ReLU three times; mmpretrain: three ConvModules
+        new_conv = f'stem.{3 * i}' if mmdet else f'stem.{i}.conv'
+        new_norm = f'stem.{3 * i + 1}' if mmdet else f'stem.{i}.bn'
+        keys[f'{conv}.weight'] = f'{new_conv}.weight'
+        keys.update(_norm_leaves(norm, new_norm))
+    return keys
+
+
+def _place(name: str, stem: Dict[str, str],
+           leaves: Dict[str, str]) -> Tuple[Optional[str], Optional[str]]:
+    """New key of a backbone's key or why it is dropped; neither if unknown."""
+    if name in stem:
+        return stem[name], None
+    if name.startswith('finalbn.'):
+        return None, _UNUSED_FINAL_NORM
+    match = _BLOCK_KEY.fullmatch(name)
+    if match is None:
+        return None, None
+    stage = int(match['layer'] or int(match['stage']) + 1)
+    block = int(match['block'])
+    leaf = match['leaf']
+    if match['part'] == 'attention':
+        leaf = f'kcla.{leaf}'
+    new = leaves.get(leaf)
+    if new is None:
+        return None, None
+    if new == 'layer_attn.scales':
+        return None, _FIXED_SCALES
+    if '.cross_stage.' in new:
+        if stage == 1 and block == 0:
+            return None, _UNUSED_CROSS_STAGE
+        if block > 0:
+            return None, None
+    return f'layer{stage}.{block}.{new}', None
+
+
+def _blocks(keys: Iterable[str]) -> List[List[int]]:
+    """Indices of the blocks of each stage in mmela's keys without prefix."""
+    stages: Dict[int, set] = {}
+    for key in keys:
+        match = re.match(r'layer(\d+)\.(\d+)\.', key)
+        if match:
+            stages.setdefault(int(match[1]), set()).add(int(match[2]))
+    count = max(stages, default=0)
+    return [sorted(stages.get(stage, [])) for stage in range(1, count + 1)]
+
+
+def _missing_keys(found: set, arch: str, target: str) -> List[str]:
+    """Keys of a complete network that are not among the new ones."""
+    prefix = '' if target == 'backbone' else 'backbone.'
+    names = {key[len(prefix):] for key in found if key.startswith(prefix)}
+    deep = any(name.startswith('stem.') for name in names)
+    needed = set(_stem_keys(deep, target == 'detector').values())
+    attention = set(_attention_leaves(arch).values()) - {'layer_attn.scales'}
+    stages = _blocks(names)
+    for stage, blocks in enumerate(stages, 1):
+        for block in range(max(blocks, default=0) + 1):
+            where = f'layer{stage}.{block}.'
+            downsample = any(
+                name.startswith(where + 'downsample.') for name in names)
+            for leaf in _block_leaves().values():
+                if downsample or not leaf.startswith('downsample.'):
+                    needed.add(where + leaf)
+            cross = stage > 1 and block == 0
+            needed |= {
+                where + leaf
+                for leaf in attention if cross or '.cross_stage.' not in leaf
+            }
+    needed = {prefix + name for name in needed}
+    if not stages:
+        needed.add(prefix + 'layer1.0.conv1.weight')
+    if target == 'classifier':
+        needed |= {'head.fc.weight', 'head.fc.bias'}
+    return sorted(
+        key for key in needed - found if not key.endswith(_OPTIONAL))
+
+
+def _check_scales(key: str, value: Tensor) -> None:
+    """Check the fixed tensor of KCLA that mmela computes itself."""
+    heads = value.numel()
+    bound = -math.log(0.7)
+    expected = torch.linspace(bound, -bound, heads).exp()
+    if not torch.allclose(value.flatten().float(), expected, atol=1e-3):
+        raise ValueError(
+            f'{key} has other values than the published ones, '
+            f'1 / 0.7 to 0.7: {value.flatten()[:4].tolist()} ...; mmela has '
+            'no attention with these')

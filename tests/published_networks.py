@@ -1,0 +1,319 @@
+"""The networks that the authors of MRLA and KCLA published, written plainly.
+
+A network is a state dict in the published key layout and a forward pass in
+evaluation mode on plain tensors, head by head from the equations. Nothing here
+uses mmela, and no module of torch.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+EXPANSION = 4
+
+
+def eca_size(channels):
+    """The odd one of t and t + 1 with t = floor((log2(C) + 1) / 2)."""
+    t = int((math.log2(channels) + 1) / 2)
+    return t + 1 - t % 2
+
+
+class PublishedNetwork:
+    """A bottleneck ResNet with layer attention, with random weights.
+
+    Args:
+        arch (str): 'mla', 'mrla_base', 'mrla_light' or 'kcla'.
+        blocks (tuple[int]): Number of blocks of each stage.
+        stem (str): '7x7' or 'deep' for ImageNet, '3x3' for CIFAR.
+        head_dim (int): Channels of a head.
+        width (int): Inner channels of the first stage.
+        stem_width (int): Output channels of the stem.
+        num_classes (int): Number of classes.
+        light_name (str): How MRLA-light names its layer.
+        seed (int): Seed of the weights.
+    """
+
+    def __init__(self,
+                 arch,
+                 blocks,
+                 stem,
+                 head_dim,
+                 width=8,
+                 stem_width=12,
+                 num_classes=5,
+                 light_name='mrla',
+                 seed=0):
+        self.arch, self.blocks, self.stem = arch, blocks, stem
+        self.head_dim = head_dim
+        self.light_name = light_name if arch == 'mrla_light' else 'mrla'
+        self.generator = torch.Generator().manual_seed(seed)
+        self.state_dict = {}
+        self._make_stem(stem_width)
+        channels = stem_width
+        for stage, depth in enumerate(blocks):
+            inner = width * 2**stage
+            for block in range(depth):
+                stride = 2 if stage > 0 and block == 0 else 1
+                self._make_block(stage, block, channels, inner, stride)
+                channels = inner * EXPANSION
+        if arch == 'mrla_base' and stem == '3x3':
+            self._make_norm('finalbn', channels)
+        self.state_dict['fc.weight'] = self._randn(num_classes, channels) / \
+            math.sqrt(channels)
+        self.state_dict['fc.bias'] = self._randn(num_classes)
+
+    # Names
+
+    def block_name(self, stage, block):
+        if self.arch == 'kcla' and self.stem != '3x3':
+            return f'layer{stage + 1}.layers.{block}'
+        if self.arch == 'mrla_light':
+            return f'layer{stage + 1}.{block}'
+        return f'stages.{stage}.{block}'
+
+    def attention_name(self, stage, block):
+        if self.arch == 'kcla':
+            if self.stem != '3x3':
+                return f'layer{stage + 1}.attention.{block}'
+            return self.block_name(stage, block) + '.kcla'
+        return f'{self.block_name(stage, block)}.mrla.{self.light_name}'
+
+    # Weights
+
+    def _randn(self, *shape):
+        return torch.randn(
+            *shape, generator=self.generator, dtype=torch.double)
+
+    def _make_conv(self, name, out, groups_in, size):
+        self.state_dict[f'{name}.weight'] = self._randn(
+            out, groups_in, size, size) / math.sqrt(groups_in * size * size)
+
+    def _make_norm(self, name, channels, scale=1.):
+        state = self.state_dict
+        state[f'{name}.weight'] = scale * (self._randn(channels) / 4 + 1)
+        state[f'{name}.bias'] = self._randn(channels) / 4
+        state[f'{name}.running_mean'] = self._randn(channels) / 4
+        state[f'{name}.running_var'] = self._randn(channels).abs() + 0.5
+        state[f'{name}.num_batches_tracked'] = torch.tensor(7)
+
+    def _make_stem(self, width):
+        if self.stem == 'deep':
+            self._make_conv('conv1.0', width // 2, 3, 3)
+            self._make_norm('conv1.1', width // 2)
+            self._make_conv('conv1.3', width // 2, width // 2, 3)
+            self._make_norm('conv1.4', width // 2)
+            self._make_conv('conv1.6', width, width // 2, 3)
+        else:
+            self._make_conv('conv1', width, 3, int(self.stem[0]))
+        self._make_norm('bn1', width)
+
+    def _make_block(self, stage, block, channels, inner, stride):
+        name = self.block_name(stage, block)
+        outer = inner * EXPANSION
+        for i, (c_in, c_out, size) in enumerate([(channels, inner, 1),
+                                                 (inner, inner, 3),
+                                                 (inner, outer, 1)], 1):
+            self._make_conv(f'{name}.conv{i}', c_out, c_in, size)
+            # Small at the end of a branch: 16 blocks do not blow up the sum
+            self._make_norm(f'{name}.bn{i}', c_out, 0.4 if i == 3 else 1.)
+        if stride > 1 or channels != outer:
+            self._make_conv(f'{name}.downsample.0', outer, channels, 1)
+            self._make_norm(f'{name}.downsample.1', outer)
+        self._make_attention(stage, block, outer)
+
+    def _make_attention(self, stage, block, channels):
+        name = self.attention_name(stage, block)
+        state = self.state_dict
+        size = eca_size(channels)
+        for letter in 'qk':
+            state[f'{name}.W{letter}.weight'] = self._randn(1, 1, size) / 4
+        self._make_conv(f'{name}.Wv', channels, 1, 3)
+        if self.arch != 'kcla':
+            name = self.block_name(stage, block)
+            self._make_norm(f'{name}.bn_mrla', channels, 0.4)
+            if self.arch == 'mrla_light':
+                state[f'{name}.mrla.lambda_t'] = self._randn(channels, 1, 1)
+            return
+        heads = channels // self.head_dim
+        self._make_norm(f'{name}.bn_attention', channels, 0.4)
+        state[f'{name}.head_att.weight'] = self._randn(heads, heads)
+        scales = torch.tensor(self.scales(heads), dtype=torch.double)
+        state[f'{name}.norm_d'] = (1 / scales).view(1, heads, 1, 1, 1)
+        if block == 0:  # also in the first stage
+            self._make_conv(f'{name}.adjust_channel', channels,
+                            channels // 2 // heads, 1)
+            self._make_norm(f'{name}.u_bn', channels)
+            state[f'{name}.u_Wk.weight'] = self._randn(1, 1, size)
+
+    @staticmethod
+    def scales(heads):
+        """From 0.7 to 1 / 0.7, each the same multiple of the one before."""
+        if heads == 1:
+            return [0.7]
+        ratio = (1 / 0.7 / 0.7)**(1 / (heads - 1))
+        return [0.7 * ratio**g for g in range(heads)]
+
+    # Forward pass
+
+    def conv(self, name, x, stride=1, groups=1):
+        weight = self.state_dict[f'{name}.weight']
+        padding = weight.shape[-1] // 2
+        return F.conv2d(x, weight, None, stride, padding, groups=groups)
+
+    def norm(self, name, x):
+        weight, bias, mean, var = (
+            self.state_dict[f'{name}.{key}'].view(1, -1, 1, 1)
+            for key in ('weight', 'bias', 'running_mean', 'running_var'))
+        return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
+    def over_channels(self, name, pooled):
+        """1-D convolution over the channels, (B, C) to a (B, d) per head."""
+        weight = self.state_dict[f'{name}.weight'].flatten()
+        half = len(weight) // 2
+        padded = F.pad(pooled, (half, half))
+        out = sum(w * padded[:, i:i + pooled.shape[1]]
+                  for i, w in enumerate(weight))
+        return out.split(self.head_dim, dim=1)
+
+    def heads(self, x):
+        """(B, C, H, W) to a (B, d, H, W) per head."""
+        return x.split(self.head_dim, dim=1)
+
+    def forward(self, x):
+        """Outputs of the stages, and the scores of the classes."""
+        if self.stem == '3x3':
+            x = self.norm('bn1', self.conv('conv1', x)).relu()
+        else:
+            if self.stem == 'deep':
+                x = self.norm('conv1.1', self.conv('conv1.0', x, 2)).relu()
+                x = self.norm('conv1.4', self.conv('conv1.3', x)).relu()
+                x = self.norm('bn1', self.conv('conv1.6', x)).relu()
+            else:
+                x = self.norm('bn1', self.conv('conv1', x, 2)).relu()
+            x = F.max_pool2d(x, 3, 2, 1)
+        outs, carried = [], None
+        for stage, depth in enumerate(self.blocks):
+            memory = dict(carried=carried)
+            for block in range(depth):
+                x, identity = self.residual_block(stage, block, x)
+                x = x + getattr(self, self.arch)(stage, block, x, identity,
+                                                 memory)
+            carried = memory.get('mean')
+            outs.append(x)
+        fc = self.state_dict['fc.weight'], self.state_dict['fc.bias']
+        return outs, F.linear(x.mean((2, 3)), *fc)
+
+    def residual_block(self, stage, block, x):
+        name = self.block_name(stage, block)
+        stride = 2 if stage > 0 and block == 0 else 1
+        out = self.norm(f'{name}.bn1', self.conv(f'{name}.conv1', x)).relu()
+        out = self.conv(f'{name}.conv2', out, stride)
+        out = self.norm(f'{name}.bn2', out).relu()
+        out = self.norm(f'{name}.bn3', self.conv(f'{name}.conv3', out))
+        if f'{name}.downsample.0.weight' in self.state_dict:
+            x = self.conv(f'{name}.downsample.0', x, stride)
+            x = self.norm(f'{name}.downsample.1', x)
+        return (out + x).relu(), x
+
+    def value(self, stage, block, x):
+        name = self.attention_name(stage, block)
+        return self.conv(f'{name}.Wv', x, groups=x.shape[1])
+
+    def softmax_attention(self, query, keys, values):
+        """MRLA, eq. 3: per head, values weighted by softmax of the scores."""
+        out = []
+        for g, q in enumerate(query):
+            scores = [(q * key[g]).sum(1) / self.head_dim**0.5 for key in keys]
+            weights = torch.stack(scores).softmax(0)
+            out.append(
+                sum(w.view(-1, 1, 1, 1) * self.heads(value)[g]
+                    for w, value in zip(weights, values)))
+        return torch.cat(out, 1)
+
+    def mla(self, stage, block, x, identity, memory):
+        """MRLA, eq. 3 and 4: own keys and values of all blocks so far."""
+        name = self.attention_name(stage, block)
+        inputs = memory.setdefault('inputs', [])
+        inputs.append(x)
+        query = self.over_channels(f'{name}.Wq', x.mean((2, 3)))
+        keys = [
+            self.over_channels(f'{name}.Wk', y.mean((2, 3))) for y in inputs
+        ]
+        values = [self.value(stage, block, y) for y in inputs]
+        out = self.softmax_attention(query, keys, values)
+        return self.norm(self.block_name(stage, block) + '.bn_mrla',
+                         out).relu()
+
+    def mrla_base(self, stage, block, x, identity, memory):
+        """MRLA, eq. 6: keys and values of earlier blocks are reused."""
+        name = self.attention_name(stage, block)
+        pooled = x.mean((2, 3))
+        keys = memory.setdefault('keys', [])
+        values = memory.setdefault('values', [])
+        keys.append(self.over_channels(f'{name}.Wk', pooled))
+        values.append(self.value(stage, block, x))
+        query = self.over_channels(f'{name}.Wq', pooled)
+        out = self.softmax_attention(query, keys, values)
+        return self.norm(self.block_name(stage, block) + '.bn_mrla',
+                         out).relu()
+
+    def mrla_light(self, stage, block, x, identity, memory):
+        """MRLA, eq. 8, with the identity input as what came before."""
+        name = self.attention_name(stage, block)
+        pooled = x.mean((2, 3))
+        query = self.over_channels(f'{name}.Wq', pooled)
+        key = self.over_channels(f'{name}.Wk', pooled)
+        out = []
+        for q, k, v in zip(query, key, self.heads(self.value(stage, block,
+                                                             x))):
+            score = (q * k).sum(1) / self.head_dim**0.5
+            out.append(score.sigmoid().view(-1, 1, 1, 1) * v)
+        name = self.block_name(stage, block)
+        lambda_o = self.state_dict[f'{name}.mrla.lambda_t']
+        return self.norm(f'{name}.bn_mrla',
+                         lambda_o * identity + torch.cat(out, 1))
+
+    def kcla(self, stage, block, x, identity, memory):
+        """KCLA, eq. 10 and 11, and algorithm 1 between stages."""
+        name = self.attention_name(stage, block)
+        heads = x.shape[1] // self.head_dim
+        scales = self.scales(heads)
+
+        def weigh(keys):
+            return [(key.norm(dim=1) * s).clamp(max=10).exp().view(-1, 1, 1, 1)
+                    for key, s in zip(keys, scales)]
+
+        u = z = [0.] * heads
+        if block > 0:
+            u, z = memory['u'], memory['z']
+        elif memory['carried'] is not None:
+            mean = self.conv(
+                f'{name}.adjust_channel',
+                memory['carried'],
+                stride=2,
+                groups=heads)
+            mean = self.norm(f'{name}.u_bn', mean)
+            z = weigh(self.over_channels(f'{name}.u_Wk', mean.mean((2, 3))))
+            u = [w * y for w, y in zip(z, self.heads(mean))]
+
+        pooled = x.mean((2, 3))
+        query = self.over_channels(f'{name}.Wq', pooled)
+        key = self.over_channels(f'{name}.Wk', pooled)
+        weights = weigh(key)
+        u = [a + w * y for a, w, y in zip(u, weights, self.heads(x))]
+        z = [a + w for a, w in zip(z, weights)]
+        memory['u'], memory['z'] = u, z
+        memory['mean'] = torch.cat([a / b for a, b in zip(u, z)], 1)
+
+        value = self.value(stage, block,
+                           torch.cat([a / (b + 1e-3) for a, b in zip(u, z)],
+                                     1))
+        scores = torch.stack([(q * k).sum(1) / k.norm(dim=1)
+                              for q, k in zip(query, key)], 1)
+        weight = self.state_dict[f'{name}.head_att.weight']
+        gates = torch.sigmoid(scores @ weight.T)
+        out = [
+            gates[:, g].view(-1, 1, 1, 1) * v
+            for g, v in enumerate(self.heads(value))
+        ]
+        return self.norm(f'{name}.bn_attention', torch.cat(out, 1)).relu()

@@ -1,0 +1,439 @@
+"""Published checkpoints against independent networks in their key layout."""
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmela.utils.published import (convert_published, detect_arch,
+                                   map_published_keys, published_backbone)
+from tests.published_networks import PublishedNetwork
+
+TOOL = Path(__file__).resolve().parents[2] / 'tools/convert/published.py'
+IMAGENET = (3, 4, 6, 3)
+# Architecture, blocks, stem and head_dim of what was published
+NETWORKS = dict(
+    mrla_base=('mrla_base', IMAGENET, 'deep', 16),
+    mrla_light=('mrla_light', IMAGENET, '7x7', 32),
+    kcla=('kcla', IMAGENET, '7x7', 16),
+    cifar_mla=('mla', (3, 3, 3), '3x3', 16),
+    cifar_mrla_base=('mrla_base', (3, 3, 3), '3x3', 16),
+    cifar_mrla_light=('mrla_light', (2, 2, 2), '3x3', 16),
+    cifar_kcla=('kcla', (3, 3, 3), '3x3', 16))
+
+
+def network(name, **kwargs):
+    arch, blocks, stem, head_dim = NETWORKS[name]
+    return PublishedNetwork(arch, blocks, stem, head_dim, **kwargs)
+
+
+def tool(*args):
+    runpy.run_path(str(TOOL))['main'](list(map(str, args)))
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_same_outputs(name):
+    """Of each stage, and of the classifier; no key missing or unexpected."""
+    pytest.importorskip('mmpretrain')
+    from mmpretrain.registry import MODELS
+    published = network(name)
+    arch = NETWORKS[name][0]
+    converted, _ = convert_published(published.state_dict, arch)
+    backbone = published_backbone(converted, arch)
+    stages = len(NETWORKS[name][1])
+    model = MODELS.build(
+        dict(
+            type='ImageClassifier',
+            backbone=dict(backbone, out_indices=range(stages)),
+            neck=dict(type='GlobalAveragePooling'),
+            head=dict(
+                type='LinearClsHead',
+                num_classes=5,
+                in_channels=8 * 2**(stages - 1) * 4))).double().eval()
+    model.load_state_dict(converted, strict=True)
+    x = torch.randn(2, 3, 64, 96, dtype=torch.double)
+    with torch.no_grad():
+        outs, scores = published.forward(x)
+        assert len(model.backbone(x)) == stages
+        for found, expected in zip(model.backbone(x), outs):
+            close(found, expected)
+        close(model(x, mode='tensor'), scores)
+
+
+@pytest.mark.parametrize('name', ['mrla_base', 'mrla_light', 'kcla'])
+def test_same_outputs_in_mmdet(name):
+    pytest.importorskip('mmdet')
+    pytest.importorskip('mmcv.ops', exc_type=ImportError)
+    from mmdet.registry import MODELS
+    published = network(name, light_name='mla')
+    converted, _ = convert_published(published.state_dict, target='detector')
+    cfg = published_backbone(converted, name)
+    backbone = MODELS.build(cfg).double()
+    backbone.eval()  # returns None in mmdet
+    backbone.load_state_dict(
+        {key[len('backbone.'):]: value
+         for key, value in converted.items()},
+        strict=True)
+    x = torch.randn(1, 3, 64, 96, dtype=torch.double)
+    with torch.no_grad():
+        outs = backbone(x)
+        assert len(outs) == 4
+        for found, expected in zip(outs, published.forward(x)[0]):
+            close(found, expected)
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_each_layer_of_the_reference_counts(name):
+    """So that equal outputs tell something: the attention changes them."""
+    published = network(name)
+    x = torch.randn(2, 3, 64, 96, dtype=torch.double)
+    scores = published.forward(x)[1]
+    block = len(published.blocks) - 1, published.blocks[-1] - 1
+    attention = published.attention_name(*block)
+    names = ['Wq', 'Wk', 'Wv']
+    if NETWORKS[name][0] == 'kcla':
+        first = published.attention_name(1, 0)
+        names += ['head_att', 'bn_attention']
+        weights = [f'{first}.{x}' for x in ('adjust_channel', 'u_Wk', 'u_bn')]
+    else:
+        weights = [published.block_name(*block) + '.bn_mrla']
+    for weight in weights + [f'{attention}.{name}' for name in names]:
+        weight = published.state_dict[f'{weight}.weight']
+        weight.mul_(2)  # a sign would not change the norm of KCLA's keys
+        assert (published.forward(x)[1] - scores).abs().max() > 1e-3
+        weight.div_(2)
+    close(published.forward(x)[1], scores)
+
+
+def test_keys_of_a_block():
+    """Query and key cannot be told apart by MRLA-light's outputs."""
+    published = network('mrla_light')
+    old = published.state_dict
+    converted, dropped = convert_published(old)
+    assert dropped == {}
+    before, after = 'layer3.2.', 'backbone.layer3.2.'
+    pairs = {
+        'mrla.mrla.Wq.weight': 'layer_attn.query.weight',
+        'mrla.mrla.Wk.weight': 'layer_attn.key.weight',
+        'mrla.mrla.Wv.weight': 'layer_attn.value.weight',
+        'bn_mrla.running_var': 'layer_attn.norm.running_var',
+        'conv2.weight': 'conv2.weight'
+    }
+    for a, b in pairs.items():
+        assert converted[after + b] is old[before + a]
+    close(converted[after + 'layer_attn.lambda_o'],
+          old[before + 'mrla.lambda_t'][:, 0, 0])
+    state = converted[after + 'layer_attn.state']
+    assert state.dtype == torch.uint8 and state == 0
+    assert len(converted) == len(old) + sum(IMAGENET)
+
+
+def test_deep_stem_differs_between_the_toolboxes():
+    old = network('mrla_base').state_dict
+    for target, names in (('classifier', [
+            'backbone.stem.0.conv', 'backbone.stem.0.bn',
+            'backbone.stem.2.conv', 'backbone.stem.2.bn'
+    ]), ('detector', [
+            'backbone.stem.0', 'backbone.stem.1', 'backbone.stem.6',
+            'backbone.stem.7'
+    ]), ('backbone',
+         ['stem.0.conv', 'stem.0.bn', 'stem.2.conv', 'stem.2.bn'])):
+        new, dropped = convert_published(old, target=target)
+        for name, was in zip(names, ['conv1.0', 'conv1.1', 'conv1.6', 'bn1']):
+            assert new[f'{name}.weight'] is old[f'{was}.weight']
+        assert ('fc.weight' in dropped) == (target != 'classifier')
+
+
+def test_drops_what_the_published_code_never_uses():
+    for name in ('kcla', 'cifar_kcla'):
+        published = network(name)
+        _, dropped = convert_published(published.state_dict)
+        first = published.attention_name(0, 0)
+        scales = {key for key in published.state_dict if 'norm_d' in key}
+        assert set(dropped) - scales == {
+            key
+            for key in published.state_dict
+            if key.startswith((f'{first}.adjust', f'{first}.u_'))
+        }
+        assert len(set(dropped) - scales) == 7
+        assert scales <= set(dropped)
+        assert all(dropped.values())
+    _, dropped = convert_published(network('cifar_mrla_base').state_dict)
+    assert {key.split('.')[0] for key in dropped} == {'finalbn'}
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_detects_the_architecture(name):
+    arch = NETWORKS[name][0]
+    found = detect_arch(network(name).state_dict)
+    assert found == ('mrla_base' if arch == 'mla' else arch)
+
+
+def test_config_of_the_backbone():
+    for name, expected in (
+        ('mrla_base',
+         dict(
+             type='ELAResNet',
+             depth=50,
+             deep_stem=True,
+             stem_channels=12,
+             base_channels=8,
+             layer_attention=dict(type='MRLABase', head_dim=16))),
+        ('mrla_light',
+         dict(
+             type='ELAResNet',
+             depth=50,
+             stem_channels=12,
+             base_channels=8,
+             layer_attention=dict(type='MRLALight', head_dim=32))),
+        ('cifar_kcla',
+         dict(
+             type='ELAResNet_CIFAR',
+             depth=29,
+             stem_channels=12,
+             base_channels=8,
+             layer_attention=dict(type='KCLA', head_dim=16))),
+    ):
+        for target in ('classifier', 'backbone'):
+            new, _ = convert_published(
+                network(name).state_dict, target=target)
+            assert published_backbone(new, NETWORKS[name][0]) == expected
+    wide = PublishedNetwork(
+        'mrla_base', (1, 1, 1), '3x3', 16, width=16, stem_width=16)
+    new, _ = convert_published(wide.state_dict)
+    assert published_backbone(new, 'mrla_base') == dict(
+        type='ELAResNet_CIFAR',
+        depth=11,
+        layer_attention=dict(type='MRLABase', head_dim=16))
+    odd = PublishedNetwork('mrla_light', (1, 2), '7x7', 32)
+    new, _ = convert_published(odd.state_dict)
+    assert published_backbone(new, 'mrla_light')['depth'] is None
+
+
+def test_detector():
+    old = {
+        f'backbone.{key}': value
+        for key, value in network('kcla').state_dict.items()
+        if not key.startswith('fc.')
+    }
+    extra = {
+        'neck.fpn_convs.0.conv.weight': torch.rand(2),
+        'rpn_head.rpn_conv.weight': torch.rand(2),
+        'roi_head.bbox_head.fc_cls.weight': torch.rand(2)
+    }
+    old.update(extra)
+    new, dropped = convert_published(old, target='detector')
+    assert all(new[key] is value for key, value in extra.items())
+    assert not set(extra) & set(dropped)
+    bare, dropped = convert_published(old, target='backbone')
+    assert set(extra) <= set(dropped)
+    assert {f'backbone.{key}' for key in bare} == set(new) - set(extra)
+    with pytest.raises(ValueError, match='of a detector and has no classif'):
+        convert_published(old, target='classifier')
+    with pytest.raises(ValueError, match='1 keys: some_head.x'):
+        convert_published({
+            **old, 'some_head.x': torch.rand(1)
+        },
+                          target='detector')
+
+
+def test_wrong_arguments():
+    old = network('cifar_mla').state_dict
+    with pytest.raises(ValueError, match="arch='mrla' is unknown; allowed "
+                       'are mrla_base, mrla_light, mla, kcla'):
+        convert_published(old, 'mrla')
+    with pytest.raises(ValueError, match="target='head' is unknown; allowed "
+                       'are classifier, detector, backbone'):
+        convert_published(old, target='head')
+    with pytest.raises(ValueError, match='of no published network'):
+        convert_published({'conv1.weight': torch.rand(1)})
+    with pytest.raises(ValueError, match='of no published network'):
+        convert_published({})
+
+
+@pytest.mark.parametrize('key', [
+    'layer2.0.se.fc.0.weight', 'layer2.0.mrla.mrla.Wx.weight',
+    'layer2.0.layers.mrla.Wq.weight', 'fc2.weight', 'bn1.scale', 'module.x'
+])
+def test_unaccounted_key(key):
+    old = network('mrla_light').state_dict
+    with pytest.raises(ValueError) as error:
+        convert_published({**old, key: torch.rand(1), 'other': torch.rand(1)})
+    assert str(error.value) == ("arch='mrla_light' has no place for 2 keys: "
+                                f'{key}, other')
+
+
+def test_two_keys_for_one():
+    old = network('mrla_light').state_dict
+    with pytest.raises(
+            ValueError, match='of backbone.layer2.0.conv1.weight, '
+            'backbone.layer2.1.layer_attn.value.weight$'):
+        convert_published({
+            **old, 'stages.1.0.conv1.weight': torch.rand(1),
+            'layer2.1.mrla.mla.Wv.weight': torch.rand(1)
+        })
+
+
+def test_another_arch():
+    with pytest.raises(ValueError, match='no place for .*lambda_t'):
+        convert_published(network('mrla_light').state_dict, 'mrla_base')
+    with pytest.raises(ValueError, match='missing .*lambda_o'):
+        convert_published(network('cifar_mrla_base').state_dict, 'mrla_light')
+    with pytest.raises(ValueError, match='no place for'):
+        convert_published(network('kcla').state_dict, 'mrla_base')
+
+
+@pytest.mark.parametrize('name, old, new', [
+    ('mrla_base', 'stages.1.2.mrla.mrla.Wk.weight',
+     'backbone.layer2.2.layer_attn.key.weight'),
+    ('mrla_base', 'conv1.4.running_var', 'backbone.stem.1.bn.running_var'),
+    ('mrla_light', 'layer4.2.bn3.bias', 'backbone.layer4.2.bn3.bias'),
+    ('mrla_light', 'bn1.weight', 'backbone.bn1.weight'),
+    ('mrla_light', 'layer2.0.downsample.1.weight',
+     'backbone.layer2.0.downsample.1.weight'),
+    ('kcla', 'layer2.attention.0.u_Wk.weight',
+     'backbone.layer2.0.layer_attn.cross_stage.key.weight'),
+    ('cifar_kcla', 'fc.bias', 'head.fc.bias'),
+])
+def test_missing_parts(name, old, new):
+    state_dict = network(name).state_dict
+    del state_dict[old]
+    with pytest.raises(ValueError, match='^1 keys are missing ') as error:
+        convert_published(state_dict)
+    assert str(error.value).endswith(f': {new}')
+
+
+def test_missing_block_and_optional_count():
+    state_dict = network('cifar_mrla_light').state_dict
+    without = {
+        key: value
+        for key, value in state_dict.items()
+        if not key.endswith('num_batches_tracked')
+    }
+    convert_published(without)  # as from torch < 0.4.1
+    without = {
+        key: value
+        for key, value in state_dict.items()
+        if not key.startswith('layer2.0.')
+    }
+    with pytest.raises(ValueError, match='backbone.layer2.0.conv1.weight'):
+        convert_published(without)
+
+
+def test_networks_that_compute_something_else():
+    old = network('cifar_kcla').state_dict
+    scaled = dict(old)
+    key = 'stages.0.0.kcla.norm_d'
+    scaled[key] = 4 * old[key]
+    with pytest.raises(ValueError, match=f'{key} has other values'):
+        convert_published(scaled)
+    again = dict(old)
+    again['stages.2.1.kcla.u_Wk.weight'] = torch.rand(1, 1, 5)
+    with pytest.raises(ValueError, match='1 keys .* within one.*2.1.kcla.u_W'):
+        convert_published(again)
+    eq4 = {
+        key.replace('mrla.mrla.', 'la.').replace('bn_mrla', 'bn_la'): value
+        for key, value in network('mrla_base').state_dict.items()
+    }
+    for arch in (None, 'mla'):
+        with pytest.raises(ValueError, match='MRLA eq. 4'):
+            convert_published(eq4, arch)
+
+
+def test_input_is_left_alone():
+    published = network('cifar_kcla')
+    before = {k: v.clone() for k, v in published.state_dict.items()}
+    convert_published(published.state_dict)
+    assert before.keys() == published.state_dict.keys()
+    for key, value in published.state_dict.items():
+        assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize('wrapper', ['state_dict', 'model', None])
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_tool(tmp_path, capsys, wrapper, prefix):
+    old = network('cifar_kcla').state_dict
+    content = {prefix + key: value for key, value in old.items()}
+    if wrapper:
+        content = {
+            'epoch': 3,
+            'best_acc1': torch.tensor(71.),
+            wrapper: content,
+            'optimizer': dict(state={}, param_groups=[dict(lr=0.1)])
+        }
+    src, dst = tmp_path / 'model_best.pth.tar', tmp_path / 'new' / 'kcla.pth'
+    torch.save(content, src)
+    tool(src, dst)
+    saved = torch.load(dst, weights_only=True)
+    expected, dropped = convert_published(old)
+    assert saved['state_dict'].keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(saved['state_dict'][key], value)
+    backbone = saved['meta']['backbone']
+    assert backbone == published_backbone(expected, 'kcla')
+    out = capsys.readouterr().out
+    # A row of the table stands for the nine blocks
+    row = [line for line in out.splitlines() if 'kcla.Wv.weight' in line]
+    assert [line.split() for line in row] == [[
+        '9', 'stages.*.*.kcla.Wv.weight', '->',
+        'backbone.layer*.*.layer_attn.value.weight'
+    ]]
+    counts = [
+        int(line.split()[0]) for line in out.splitlines()
+        if ' -> ' in line or ' dropped: ' in line
+    ]
+    assert sum(counts) == len(old)
+    assert f'{len(old) - len(dropped)} of {len(old)} tensors' in out
+    assert f'{len(dropped)} dropped' in out
+    assert str(backbone) in out
+
+
+def test_tool_takes_arch_and_target(tmp_path):
+    src, dst = tmp_path / 'mla.pth', tmp_path / 'out.pth'
+    torch.save(network('cifar_mla').state_dict, src)
+    tool(src, dst, '--arch', 'mla', '--target', 'backbone')
+    saved = torch.load(dst, weights_only=True)
+    assert saved['meta']['backbone']['layer_attention']['type'] == 'MLA'
+    assert 'layer1.0.layer_attn.query.weight' in saved['state_dict']
+    assert not any(key.startswith('head.') for key in saved['state_dict'])
+
+
+def test_tool_errors_are_one_line(tmp_path):
+    good, dst = tmp_path / 'good.pth', tmp_path / 'out.pth'
+    torch.save(network('cifar_mla').state_dict, good)
+    extra = tmp_path / 'extra.pth'
+    torch.save(
+        dict(network('cifar_mla').state_dict, other=torch.zeros(1)), extra)
+    code = tmp_path / 'code.pth'
+    torch.save(dict(state_dict=Path), code)
+    text = tmp_path / 'text.pth'
+    text.write_text('no checkpoint')
+    numbers = tmp_path / 'numbers.pth'
+    torch.save(dict(a=1), numbers)
+    for args, match in [
+        (('nowhere.pth', dst), 'no file nowhere.pth'),
+        ((good, good), 'good.pth exists already'),
+        ((code, dst), 'cannot read .*code.pth'),
+        ((text, dst), 'cannot read .*text.pth'),
+        ((numbers, dst), 'numbers.pth holds no state dict'),
+        ((extra, dst), 'extra.pth: .*no place for 1 keys: other'),
+        ((good, dst, '--arch', 'kcla'), "arch='kcla' has no place"),
+    ]:
+        with pytest.raises(SystemExit, match=f'^error: .*{match}') as error:
+            tool(*args)
+        assert '\n' not in str(error.value)
+        assert not dst.exists()
+    with pytest.raises(SystemExit) as error:
+        tool(good, dst, '--arch', 'unknown')
+    assert error.value.code == 2
+
+
+def test_map_tells_the_arch():
+    keys = map_published_keys(network('cifar_mrla_light').state_dict)
+    assert keys.arch == 'mrla_light'
+    assert keys.mapped['layer1.0.mrla.lambda_t'] == \
+        'backbone.layer1.0.layer_attn.lambda_o'

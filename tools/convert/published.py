@@ -1,0 +1,102 @@
+"""Convert a checkpoint of the MRLA or KCLA authors' code to mmela.
+
+Reads what their training scripts for CIFAR, ImageNet and COCO write, and says
+what becomes of each key. A key that has no place in mmela's network is an
+error, so nothing gets lost. Prints the config of the backbone; mind its
+`head_dim`: no tensor of MRLA tells it, it is what their code sets.
+
+Example:
+  python tools/convert/published.py model_best.pth.tar mrla.pth
+  python tools/convert/published.py faster_rcnn.pth mrla.pth --target detector
+"""
+import argparse
+import re
+from collections import Counter
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+
+import mmela  # noqa: F401  (allows the classes in mmengine's checkpoints)
+from mmela.utils.published import (ARCHS, TARGETS, convert_published,
+                                   map_published_keys, published_backbone,
+                                   strip_module)
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('src', help='published checkpoint')
+    parser.add_argument('dst', help='checkpoint to write')
+    parser.add_argument(
+        '--arch',
+        choices=ARCHS,
+        help='architecture (default: told from the keys; say mla for the '
+        'CIFAR network of MRLA eq. 3, whose keys are those of mrla_base)')
+    parser.add_argument(
+        '--target',
+        choices=TARGETS,
+        default='classifier',
+        help='what the result is for: a classifier of MMPretrain, a detector '
+        'of MMDetection or its backbone, or a bare backbone of MMPretrain '
+        '(default: %(default)s)')
+    return parser.parse_args(argv)
+
+
+def load(path: str) -> dict:
+    """State dict of a checkpoint, whatever the training script wraps it in."""
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+    except (EOFError, OSError, RuntimeError, UnpicklingError):
+        raise SystemExit(f'error: cannot read {path}: it is no checkpoint, or '
+                         'holds objects that could run code when loaded')
+    for name in ('state_dict', 'model'):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict) or not content or not all(
+            torch.is_tensor(value) for value in content.values()):
+        raise SystemExit(f'error: {path} holds no state dict')
+    return content
+
+
+def format_table(mapped: dict, dropped: dict) -> str:
+    """Table of the keys, in which a row stands for all blocks."""
+
+    def pattern(key):
+        return re.sub(r'(layer|stages\.)\d+\.(layers\.|attention\.)?\d+\.',
+                      r'\1*.\2*.', key)
+
+    rows = Counter(
+        (pattern(old), '-> ' + pattern(new)) for old, new in mapped.items())
+    rows.update(
+        (pattern(old), 'dropped: ' + why) for old, why in dropped.items())
+    width = max(len(old) for old, _ in rows)
+    return '\n'.join(f'{count:4d}  {old:{width}}  {becomes}'
+                     for (old, becomes), count in rows.items())
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    if not Path(args.src).is_file():
+        raise SystemExit(f'error: no file {args.src}')
+    if Path(args.dst).exists():
+        raise SystemExit(f'error: {args.dst} exists already')
+    state_dict = strip_module(load(args.src))
+    try:
+        keys = map_published_keys(state_dict, args.arch, args.target)
+        converted, dropped = convert_published(state_dict, keys.arch,
+                                               args.target)
+    except ValueError as error:
+        raise SystemExit(f'error: {args.src}: {error}')
+    backbone = published_backbone(converted, keys.arch)
+    out = Path(args.dst)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(dict(meta=dict(backbone=backbone), state_dict=converted), out)
+    print(format_table(keys.mapped, dropped))
+    print(f'{out}: {len(keys.mapped)} of {len(state_dict)} tensors of a '
+          f'{keys.arch} network, {len(dropped)} dropped\nbackbone={backbone}')
+
+
+if __name__ == '__main__':
+    main()
