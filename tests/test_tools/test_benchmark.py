@@ -1,0 +1,422 @@
+"""tools/benchmark: structure, formulas and masks; nothing about times."""
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from mmela.hooks import named_layer_attentions
+from mmela.layers import (AttentionState, LayerAttentionStage, MRLABase,
+                          MRLALight)
+
+pytest.importorskip('mmpretrain')
+
+TOOLS = Path(__file__).resolve().parents[2] / 'tools' / 'benchmark'
+CPU = torch.device('cpu')
+NAMES = ('common', 'compare', 'depth', 'hook_overhead', 'inference', 'memory',
+         'networks', 'plot', 'published_form', 'traffic', 'train_step')
+TINY = ('--device', 'cpu', '--net', 'cifar20', '--size', '16', '--batch', '2',
+        '--rounds', '2', '--warmup', '1', '--bandwidth-mib', '1')
+
+
+@pytest.fixture(scope='module')
+def bench():
+    """The modules of the tools, importable as where a tool is run."""
+    sys.path.insert(0, str(TOOLS))
+    yield SimpleNamespace(**{n: importlib.import_module(n) for n in NAMES})
+    sys.path.remove(str(TOOLS))
+
+
+@pytest.fixture(scope='module')
+def trained(bench, tmp_path_factory):
+    """Results and printed table of train_step.py, run as a user runs it."""
+    out = tmp_path_factory.mktemp('benchmark') / 'results.json'
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore',
+         str(TOOLS / 'train_step.py'), *TINY, '--out', str(out)],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, PYTHONDONTWRITEBYTECODE='1'))
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text()), done.stdout, out
+
+
+def options(bench, *args):
+    """Options of train_step.py for the tiny network, complete."""
+    args = bench.train_step.parse_args([*TINY, *map(str, args)])
+    bench.networks.complete_options(args, bench.common.set_up(args))
+    return args
+
+
+def stage_of(cls, depth, channels=8, **kwargs):
+    torch.manual_seed(0)
+    stage = LayerAttentionStage(*(nn.Identity() for _ in range(depth)))
+    for i in range(depth):
+        stage.attach(i, cls(channels, head_dim=4, **kwargs))
+    return stage
+
+
+# -- the published form ----------------------------------------------------
+
+
+@pytest.mark.parametrize('form', [torch.contiguous_format,
+                                  torch.channels_last])
+@pytest.mark.parametrize('state', list(AttentionState))
+def test_published_form_is_mrla_base(bench, form, state):
+    ours = stage_of(MRLABase, 4)
+    published = stage_of(bench.published_form.PublishedMRLABase, 4)
+    published.load_state_dict(ours.state_dict())
+    results = []
+    for stage in (ours, published):
+        stage.attentions[1].attention_state = state
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(3, 8, 6, 5, generator=generator)
+        x = x.contiguous(memory_format=form).requires_grad_()
+        out = stage(x)
+        out.square().sum().backward()
+        grads = [p.grad for p in stage.parameters() if p.grad is not None]
+        results.append([out, x.grad, *grads])
+    assert len(results[0]) == len(results[1]) > 2
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+# -- traffic ---------------------------------------------------------------
+
+
+def traffic_of(bench, stage, size=(2, 8, 3, 5), train=True):
+    model = nn.ModuleDict(dict(stage=stage))
+    x = torch.randn(size)
+    with torch.set_grad_enabled(train):
+        return bench.traffic.model_traffic(model, lambda: stage(x), 4)
+
+
+VALUE = 2 * 8 * 3 * 5 * 4  # bytes of one value
+
+
+def test_traffic_of_three_blocks(bench):
+    # Blocks see 1, 2 and 3 values
+    traffic = traffic_of(bench, stage_of(MRLABase, 3))
+    # read 1, 2, 3 and write 1 each
+    assert traffic.forward == (2 + 3 + 4) * VALUE
+    # the gradient of the output, then read and write 1, 2, 3
+    assert traffic.backward == (3 + 5 + 7) * VALUE
+    # V1 has three gradients, V2 two, V3 one: three additions
+    assert traffic.accumulation == 3 * 3 * VALUE
+    assert traffic.total == 33 * VALUE
+
+
+def test_traffic_of_published_form(bench):
+    stage = stage_of(bench.published_form.PublishedMRLABase, 2)
+    traffic = traffic_of(bench, stage)
+    # Block 1: read V, write O. Block 2: concatenate 2 + 2, to heads 2 + 2,
+    # multiply 2 + 1.
+    assert traffic.forward == (2 + 11) * VALUE
+    # Block 1: each product reads grad O; read V, write grad V. Block 2: read
+    # grad O twice, read 2, write 2, copy back 2 + 2.
+    assert traffic.backward == (4 + 10) * VALUE
+    assert traffic.accumulation == 3 * VALUE
+
+
+def test_traffic_counts_what_is_seen(bench):
+    stage = stage_of(MRLABase, 4)
+    stage.attentions[1].attention_state = AttentionState.VALUE_ONLY
+    stage.attentions[2].attention_state = AttentionState.PRUNED
+    # Blocks 1 and 4 attend, over V1 and over V1, V2, V4
+    traffic = traffic_of(bench, stage)
+    assert traffic.forward == (2 + 4) * VALUE
+    assert traffic.accumulation == 3 * VALUE
+
+
+def test_traffic_of_light_is_linear(bench):
+    two = traffic_of(bench, stage_of(MRLALight, 2))
+    six = traffic_of(bench, stage_of(MRLALight, 6))
+    assert two.forward == 2 * 3 * VALUE and two.backward == 2 * 5 * VALUE
+    assert six.total == 3 * two.total
+    literal = traffic_of(bench, stage_of(MRLALight, 2, previous='output'))
+    assert literal.forward == (2 + 3) * VALUE
+
+
+def test_traffic_of_inference(bench):
+    traffic = traffic_of(bench, stage_of(MRLABase, 3), train=False)
+    assert traffic.total == traffic.forward == 9 * VALUE
+
+
+def test_bandwidth(bench):
+    assert bench.traffic.copy_bandwidth(CPU, 1 << 20, repeats=2) > 0
+
+
+# -- memory ----------------------------------------------------------------
+
+
+def test_peak_is_that_of_what_lives_at_once(bench):
+    kib = 1 << 10
+
+    def step():
+        first = torch.empty(1024 * kib, dtype=torch.uint8)
+        second = torch.empty(512 * kib, dtype=torch.uint8)  # peak: 1536 KiB
+        del first
+        third = torch.empty(768 * kib, dtype=torch.uint8)
+        return second, third
+
+    for _ in range(2):  # what an earlier measurement has left does not count
+        assert bench.memory.peak_rise(step, CPU) == 1536 * kib
+
+
+def test_shared_storage_counts_once(bench):
+    x = torch.zeros(10)
+    assert bench.memory.storage_bytes([x, x[3:], torch.ones(2)]) == 48
+
+
+# -- masks -----------------------------------------------------------------
+
+
+def test_half_mask(bench):
+    names = [f'backbone.layer{s}.{b}.layer_attn' for s, depth in
+             ((1, 3), (2, 4)) for b in range(depth)]
+    assert bench.networks.half_mask(names) == [
+        f'backbone.layer{block}.layer_attn' for block in ('1.1', '2.1', '2.3')
+    ]
+
+
+def pruned_in(bench, *args):
+    args = options(bench, *args)
+    model = bench.networks.build_network('ela', args)
+    bench.networks.prune_network('ela', model, args)
+    return [name.split('.', 1)[1].rsplit('.', 1)[0]
+            for name, a in named_layer_attentions(model).items()
+            if a.attention_state == AttentionState.PRUNED]
+
+
+def test_masks(bench, tmp_path):
+    assert pruned_in(bench) == ['layer1.1', 'layer2.1', 'layer3.1']
+    assert pruned_in(bench, '--prune', 'layer2.1') == ['layer2.1']
+    full = 'backbone.layer3.1.layer_attn'
+    hook = dict(hook=dict(keep_value=False),
+                prunings=[dict(pruned=[full]), dict(pruned=['layer1.1'])])
+    path = tmp_path / 'mask.json'
+    for content, expected in ((hook, ['layer1.1', 'layer3.1']),
+                              (dict(pruned=[full]), ['layer3.1']),
+                              ([], [])):
+        path.write_text(json.dumps(content))
+        assert pruned_in(bench, '--mask', path) == expected
+
+
+def test_wrong_options_are_one_line(bench, tmp_path):
+    path = tmp_path / 'mask.json'
+    path.write_text('{"layers": []}')
+    for args, text in (
+        (('--variants', 'mrla'), "'mrla' is unknown"),
+        (('--variants', 'kcla:triton'), "'kcla:triton'"),
+        (('--variants', 'ela', 'ela'), 'twice'),
+        (('--batch', '0'), '--batch=0'),
+        (('--mask', path), 'pruned'),
+        (('--device', 'cpuu'), '--device=cpuu'),
+    ):
+        with pytest.raises(SystemExit) as error:
+            options(bench, *args)
+        assert str(error.value).startswith('error: ')
+        assert text in str(error.value) and '\n' not in str(error.value)
+    with pytest.raises(SystemExit, match="'layer9.0' has no layer attention"):
+        pruned_in(bench, '--prune', 'layer9.0')
+
+
+# -- statistics ------------------------------------------------------------
+
+
+def test_rounds_take_turns(bench):
+    calls = []
+    actions = {n: lambda n=n: calls.append(n) for n in 'abc'}
+    times = bench.common.run_rounds(actions, 3, CPU, steps=2)
+    assert ''.join(calls) == 'aabbcc' 'bbccaa' 'ccaabb'
+    assert {n: len(t) for n, t in times.items()} == dict(a=3, b=3, c=3)
+
+
+def test_statistics(bench):
+    result = bench.common.summary([1., 2., 3., 4., 10.])
+    assert result['median'] == 3 and result['iqr'] == 2
+    assert bench.common.summary([2.])['iqr'] == 0
+    # A machine that slows down: each round has the same ratio
+    assert bench.common.ratio([2., 4., 8.], [1., 2., 4.]) == 2
+    assert bench.common.noisy(dict(a=result, b=dict(error=''))) == ['a']
+
+
+def test_busy_machine_is_told(bench, monkeypatch, capsys):
+    monkeypatch.setattr(os, 'getloadavg', lambda: (1e4, 0, 0))
+    about = bench.common.machine(CPU)
+    bench.common.warn_if_busy(about)
+    assert about['busy'] and 'BUSY' in bench.common.describe(about)
+    assert 'load average 10000.0' in capsys.readouterr().err
+    monkeypatch.setattr(os, 'getloadavg', lambda: (0., 0, 0))
+    assert not bench.common.machine(CPU)['busy']
+
+
+@pytest.mark.parametrize('a, b', [(3., 0.), (2., 0.5)])
+def test_fit_recovers_growth(bench, a, b):
+    blocks = [2, 6, 12]
+    fit = bench.depth.fit_growth(blocks, [a * t + b * t**2 for t in blocks])
+    assert fit['linear'] == pytest.approx(a)
+    assert fit['quadratic'] == pytest.approx(b, abs=1e-9)
+    assert fit['share'] == pytest.approx(12 * b / (a + 12 * b), abs=1e-9)
+    assert fit['growth'] == ('quadratic' if b else 'linear')
+
+
+# -- the tools -------------------------------------------------------------
+
+
+def test_train_step(bench, trained):
+    results, printed, _ = trained
+    variants = results['variants']
+    assert list(variants) == list(bench.networks.VARIANTS)
+    for result in variants.values():
+        assert len(result['times']) == 2
+        assert result['peak_bytes'] > result['resident_bytes'] > 0
+    # One function in two forms, one of which copies
+    ours, published = variants['mrla-base'], variants['published']
+    assert ours['loss'] == pytest.approx(published['loss'], rel=1e-5)
+    assert ours['parameters'] == published['parameters']
+    assert ours['peak_bytes'] < published['peak_bytes']
+    assert published['ratio']['published'] == 1
+    assert ours['memory_ratio']['published'] == pytest.approx(
+        ours['peak_bytes'] / published['peak_bytes'])
+    # 2 images; three stages of two blocks: 64 channels at 16 x 16, 128 at
+    # 8 x 8, 256 at 4 x 4. Two blocks: 5 + 8 + 3 values; every second pruned:
+    # 2 + 3.
+    elements = 2 * (64 * 16**2 + 128 * 8**2 + 256 * 4**2)
+    assert ours['traffic']['total'] == 16 * elements * 4
+    assert variants['ela']['traffic']['total'] == 5 * elements * 4
+    assert variants['resnet']['traffic']['total'] == 0
+    assert (variants['ela']['active'], variants['ela']['attentions']) == (3, 6)
+    assert {'name', 'cores', 'torch', 'load_average'} <= set(
+        results['machine'])
+    assert results['settings']['size'] == [16, 16]
+    rows = [line for line in printed.splitlines() if line.startswith('|')]
+    assert [row.split('|')[1].strip() for row in rows[2:]] == list(variants)
+    assert len({row.count('|') for row in rows}) == 1
+
+
+def test_inference(bench, tmp_path, capsys):
+    out = tmp_path / 'results.json'
+    bench.inference.main([
+        *TINY, '--variants', 'resnet', 'mrla-base:reference',
+        '--channels-last', '--out', str(out)
+    ])
+    results = json.loads(out.read_text())['variants']
+    assert results['mrla-base:reference']['traffic']['backward'] == 0
+    assert list(results['mrla-base:reference']['ratio']) == ['resnet']
+    assert 'images/s' in capsys.readouterr().out
+
+
+def test_half_precision(bench):
+    args = options(bench, '--dtype', 'bf16', '--variants', 'mrla-base')
+    results = bench.compare.compare(args, CPU, train=True)
+    elements = 2 * (64 * 16**2 + 128 * 8**2 + 256 * 4**2)
+    traffic = results['variants']['mrla-base']['traffic']
+    assert traffic['total'] == 16 * elements * 2
+
+
+def test_without_memory_for_a_variant(bench, monkeypatch):
+    prepare = bench.networks.Contestant.prepare
+
+    def fail(self, warmup):
+        if type(self.model.backbone).__name__ == 'ELAResNet_CIFAR':
+            raise torch.cuda.OutOfMemoryError
+        return prepare(self, warmup)
+
+    monkeypatch.setattr(bench.networks.Contestant, 'prepare', fail)
+    args = options(bench, '--variants', 'published', 'resnet')
+    results = bench.compare.compare(args, CPU, train=True)
+    assert results['variants']['published'] == dict(error='out of memory')
+    assert results['variants']['resnet']['ratio'] == dict(resnet=1)
+    assert 'out of memory' in bench.compare.table(results)
+
+
+def test_depth(bench, tmp_path, capsys):
+    out = tmp_path / 'results.json'
+    bench.depth.main([
+        '--device', 'cpu', '--channels', '16', '--head-dim', '8', '--size',
+        '32', '--batch', '4', '--blocks', '2', '6', '12', '--rounds', '1',
+        '--warmup', '1', '--bandwidth-mib', '1', '--out', str(out)])
+    results = json.loads(out.read_text())
+    # Concatenation keeps O(T^2) values, the others O(T)
+    growth = {n: f['memory']['growth'] for n, f in results['fits'].items()}
+    assert growth == {
+        'published': 'quadratic',
+        'mrla-base': 'linear',
+        'mrla-light': 'linear',
+        'kcla': 'linear'
+    }
+    assert [r['blocks'] for r in results['stages']['kcla']] == [2, 6, 12]
+    assert 'kcla, 12 blocks' in capsys.readouterr().out
+
+
+def test_hook_overhead(bench, monkeypatch, capsys):
+    measured = []
+    meter = bench.hook_overhead.LayerAttentionPruningHook._open_window
+    monkeypatch.setattr(
+        bench.hook_overhead.LayerAttentionPruningHook, '_open_window',
+        lambda self, window: (measured.append(window), meter(self, window)))
+    args = bench.hook_overhead.parse_args(
+        [*TINY, '--imports', '1', '--toolbox', 'mmpretrain'])
+    monkeypatch.setattr(
+        bench.hook_overhead, 'import_times', lambda imports, repeats: dict(
+            zip(imports, ([2.], [3.]))))
+    results = bench.hook_overhead.measure(args, bench.common.set_up(args))
+    assert measured == [(1, 1)]  # one hook has measured, the other has not
+    assert list(results['steps']) == ['no hook', 'outside', 'inside']
+    both = results['imports']['import mmpretrain; import mmela']
+    assert both['ratio'] == 1.5
+    assert '+50.00%' in bench.hook_overhead.table(results)
+
+
+def test_import_times(bench):
+    imports = ['import sys', 'from time import sleep; sleep(0.2)']
+    times = bench.hook_overhead.import_times(imports, 2)
+    assert [len(times[statement]) for statement in imports] == [2, 2]
+    assert min(times[imports[1]]) >= 0.2
+    with pytest.raises(SystemExit, match='error: import no_toolbox'):
+        bench.hook_overhead.import_times(['import no_toolbox'], 1)
+
+
+def test_detector(bench):
+    pytest.importorskip('mmdet')
+    pytest.importorskip('mmcv.ops', exc_type=ImportError)
+    args = bench.train_step.parse_args([
+        '--net', 'mask-rcnn', '--device', 'cpu', '--size', '64x96', '--batch',
+        '1'
+    ])
+    bench.networks.complete_options(args, bench.common.set_up(args))
+    contestant = bench.networks.Contestant('ela', args, CPU, weights={})
+    assert contestant.batch['inputs'].shape == (1, 3, 64, 96)
+    assert contestant.loss().item() > 0
+    half = [a.active for a in named_layer_attentions(
+        contestant.model).values()]
+    assert half == [
+        *(True, False, True), *(True, False, True, False),
+        *(True, False, True, False, True, False), *(True, False, True)
+    ]
+
+
+def test_plot(bench, trained, tmp_path):
+    path = trained[2]
+    out = tmp_path / 'picture.svg'
+    bench.plot.main([str(path), str(path), '--out', str(out)])
+    assert '<svg' in out.read_text()
+    names, times, memory = bench.plot.bars(trained[0], 'published')
+    assert names == list(bench.networks.VARIANTS)
+    assert times[names.index('published')] == 1
+    assert memory[names.index('published')] == 1
+    figure = bench.plot.draw([trained[0]], 'resnet')
+    assert 'cifar20' in figure.axes[0].get_title()
+    assert trained[0]['machine']['name'] in figure.axes[0].get_title()
+    with pytest.raises(SystemExit, match="no results of 'resnet'"):
+        content = dict(trained[0], variants={})
+        path = tmp_path / 'empty.json'
+        path.write_text(json.dumps(content))
+        bench.plot.load(str(path), 'resnet')

@@ -1,0 +1,53 @@
+"""MRLA-base as its equations read, with all keys and values concatenated.
+
+The yardstick of the benchmarks: what MRLA-base costs where block ``t`` builds
+one tensor of the keys and one of the values of blocks 1 to ``t`` (MRLA, eq. 6)
+and multiplies it head by head (eq. 9). Both the concatenation and the change
+to heads copy, so a stage of ``T`` blocks keeps O(T^2) values for its backward
+pass. Written from the paper, not from the authors' code.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from mmengine.registry import MODELS
+from torch import Tensor
+
+from mmela.layers import LayerMemory, MRLABase
+
+
+@MODELS.register_module()
+class PublishedMRLABase(MRLABase):
+    """MRLA-base with the concatenations of its published form.
+
+    Same parameters and same results as :class:`mmela.layers.MRLABase`, whose
+    arguments it takes; ``backend`` means nothing to it.
+    """
+
+    def _store(self, x: Tensor, pooled: Tensor, memory: LayerMemory) -> None:
+        """Put key and value behind those of the blocks so far."""
+        batch, channels = x.shape[:2]
+        key = self.key(pooled).view(batch, 1, self.num_heads, self.head_dim)
+        value = self.value_act(self.value(x)).unsqueeze(1)
+        # The tensors of the blocks so far: (B, t, G, d) and (B, t, C, H, W)
+        if memory.values:
+            key = torch.cat([memory.keys[0], key], dim=1)
+            value = torch.cat([memory.values[0], value], dim=1)
+        memory.keys[:], memory.values[:] = [key], [value]
+
+    def retrieve(self, x: Tensor, memory: LayerMemory) -> Tensor:
+        batch, channels = x.shape[:2]
+        pooled = F.adaptive_avg_pool2d(x, 1).view(batch, 1, channels)
+        query = self.query(pooled).view(batch, 1, self.num_heads, -1)
+        self._store(x, pooled, memory)
+        key, value = memory.keys[0], memory.values[0]
+
+        layers = value.size(1)
+        scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1)
+        scores = scores / math.sqrt(self.head_dim)  # (B, G, 1, t)
+        memory.scores.append(scores.squeeze(2))
+        value = value.reshape(batch, layers, self.num_heads, -1)
+        # (B, G, t, d * H * W): another copy
+        out = scores.softmax(-1) @ value.transpose(1, 2).contiguous()
+        out = self.norm(out.reshape(x.shape))
+        return self.drop_path(F.relu(out))
