@@ -2,7 +2,7 @@
 from importlib import import_module
 from importlib.util import find_spec
 
-TOOLBOXES = ('mmdet', 'mmpretrain')
+TOOLBOXES = ('mmdet', 'mmpretrain', 'mmseg')
 
 
 def register_backbones() -> None:

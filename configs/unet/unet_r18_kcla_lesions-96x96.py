@@ -1,0 +1,35 @@
+# Trains on a laptop's CPU in about a minute, on the images that
+# `python tools/dataset/make_lesions.py render data/lesions` makes.
+_base_ = ['unet_r18_kcla_kvasir-256x256.py']
+data_root = 'data/lesions'
+# The images are rendered at this size.
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='RandomFlip', prob=0.5, direction='horizontal'),
+    dict(type='RandomFlip', prob=0.5, direction='vertical'),
+    dict(
+        type='RandomRotate', prob=0.5, degree=180., pad_val=0, seg_pad_val=0),
+    dict(type='PackSegInputs')
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='PackSegInputs')
+]
+train_dataloader = dict(
+    num_workers=1, dataset=dict(data_root=data_root, pipeline=train_pipeline))
+val_dataloader = dict(
+    num_workers=1, dataset=dict(data_root=data_root, pipeline=test_pipeline))
+test_dataloader = val_dataloader
+
+param_scheduler = [
+    dict(
+        type='CosineAnnealingLR',
+        T_max=6,
+        eta_min=1e-5,
+        by_epoch=True,
+        convert_to_iter_based=True)
+]
+train_cfg = dict(max_epochs=6, val_interval=2)
+default_hooks = dict(logger=dict(interval=4), checkpoint=dict(interval=2))

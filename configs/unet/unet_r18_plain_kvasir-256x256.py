@@ -1,0 +1,4 @@
+_base_ = [
+    '_base_/unet_r18.py', '_base_/lesions_256x256.py',
+    '_base_/schedule_300e.py'
+]

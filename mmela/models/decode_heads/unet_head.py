@@ -1,0 +1,102 @@
+from typing import Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import ConvModule
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+
+@MODELS.register_module()
+class UNetHead(BaseDecodeHead):
+    """Decoder of a U-Net, with bilinear upsampling.
+
+    From the deepest feature map up, each step resizes what there is to the
+    next finer feature map of the encoder, joins the two along the channels,
+    and convolves twice with 3x3 kernels. The last step is at the resolution
+    of the finest feature map.
+
+    MMSegmentation's own ``UNet`` has encoder and decoder in one backbone, and
+    a learned convolution at each upsampling, which the networks of KCLA
+    (section V-C) do not have.
+
+    Args:
+        in_channels (Sequence[int]): Channels of the encoder's feature maps,
+            finest first. Defaults to (16, 32, 64, 128, 128).
+        decoder_channels (Sequence[int]): Channels after each step, deepest
+            first; one entry less than ``in_channels``. Defaults to
+            (64, 32, 16, 16).
+        norm_cfg (dict): Config of the normalizations. Defaults to
+            ``dict(type='BN')``.
+        init_cfg (dict, optional): Initialization config. Defaults to None,
+            which leaves each layer as it initializes itself; the tiny weights
+            that ``BaseDecodeHead`` gives the last convolution would take long
+            to grow.
+        **kwargs: All further arguments of ``BaseDecodeHead`` but
+            ``channels``, ``in_index`` and ``input_transform``, which follow
+            from these.
+
+    Raises:
+        ValueError: If the numbers of channels do not fit each other.
+    """
+
+    def __init__(self,
+                 in_channels: Sequence[int] = (16, 32, 64, 128, 128),
+                 decoder_channels: Sequence[int] = (64, 32, 16, 16),
+                 norm_cfg: dict = dict(type='BN'),
+                 init_cfg: Optional[dict] = None,
+                 **kwargs) -> None:
+        if len(in_channels) < 2 or \
+                len(decoder_channels) != len(in_channels) - 1:
+            raise ValueError(
+                f'decoder_channels={tuple(decoder_channels)} must have one '
+                f'entry less than in_channels={tuple(in_channels)}, which '
+                'must have two or more')
+        super().__init__(
+            tuple(in_channels),
+            decoder_channels[-1],
+            in_index=tuple(range(len(in_channels))),
+            input_transform='multiple_select',
+            norm_cfg=norm_cfg,
+            init_cfg=init_cfg,
+            **kwargs)
+        self.steps = nn.ModuleList()
+        below = in_channels[-1]
+        for skip, out in zip(in_channels[-2::-1], decoder_channels):
+            self.steps.append(
+                nn.Sequential(
+                    self._conv(skip + below, out), self._conv(out, out)))
+            below = out
+
+    def _conv(self, in_channels: int, out_channels: int) -> ConvModule:
+        return ConvModule(
+            in_channels,
+            out_channels,
+            3,
+            padding=1,
+            conv_cfg=self.conv_cfg,
+            norm_cfg=self.norm_cfg,
+            act_cfg=self.act_cfg)
+
+    def forward(self, inputs: Tuple[Tensor, ...]) -> Tensor:
+        """Decode the feature maps into scores of the classes.
+
+        Args:
+            inputs (tuple[Tensor]): The encoder's feature maps, finest first,
+                each (B, C_i, H_i, W_i).
+
+        Returns:
+            Tensor: (B, out_channels, H_0, W_0).
+        """
+        *skips, x = self._transform_inputs(inputs)
+        for skip, step in zip(reversed(skips), self.steps):
+            # Nothing to do where the last stage has stride 1
+            if x.shape[2:] != skip.shape[2:]:
+                x = F.interpolate(
+                    x,
+                    size=skip.shape[2:],
+                    mode='bilinear',
+                    align_corners=self.align_corners)
+            x = step(torch.cat((skip, x), dim=1))
+        return self.cls_seg(x)

@@ -1,0 +1,392 @@
+"""Make a data set of images with a lesion mask each, for segmentation.
+
+`render` draws photographs of skin with one dark, ragged lesion, hairs, and
+marks that are none. `convert` takes a published data set such as Kvasir-SEG
+or ISIC, scales it to one size, and splits it at random into a part to train
+on and a part to validate on. Both write
+
+    OUT_DIR/images/{train,val}/NAME.png    the image
+    OUT_DIR/masks/{train,val}/NAME.png     1 where the lesion is, 0 elsewhere
+
+which is what MMSegmentation's BaseSegDataset reads. The same arguments give
+the same data. How to lay out the published data sets: docs/segmentation.md.
+
+Examples:
+  python tools/dataset/make_lesions.py render data/lesions
+  python tools/dataset/make_lesions.py convert data/kvasir \\
+      --images Kvasir-SEG/images --masks Kvasir-SEG/masks
+"""
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
+
+import cv2
+import numpy as np
+from mmengine.utils import track_iter_progress
+
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff')
+MIN_SIZE, MAX_SIZE = 32, 2048
+# What ISIC appends to the name of an image for that of its mask
+MASK_ENDING = '_segmentation'
+
+# An image (H, W, 3), BGR, and its mask (H, W) of 0 and 1, both uint8
+Sample = Tuple[np.ndarray, np.ndarray]
+
+
+# -- drawing -----------------------------------------------------------------
+
+
+def _smooth_noise(rng: np.random.Generator, size: int,
+                  cells: int) -> np.ndarray:
+    """Noise of about [-1, 1] that varies over ``size / cells`` pixels."""
+    coarse = rng.uniform(-1, 1, (cells, cells)).astype(np.float32)
+    return cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def _ragged(rng: np.random.Generator, size: int, center: np.ndarray,
+            radius: float) -> np.ndarray:
+    """Signed distance-like map of a blob, below 0 inside; (H, W)."""
+    ys, xs = np.mgrid[:size, :size].astype(np.float32)
+    turn, stretch = rng.uniform(0, np.pi), rng.uniform(1, 1.6)
+    dx, dy = xs - center[0], ys - center[1]
+    along = (dx * np.cos(turn) + dy * np.sin(turn)) / stretch
+    across = (dy * np.cos(turn) - dx * np.sin(turn)) * stretch**.5
+    angle = np.arctan2(across, along)
+    edge = np.ones_like(angle)
+    for order in range(2, 8):
+        edge += rng.uniform(-.25, .25) / order * np.cos(
+            order * angle + rng.uniform(0, 2 * np.pi))
+    return np.hypot(along, across) - radius * edge
+
+
+def _render(rng: np.random.Generator, size: int) -> Sample:
+    """Draw one image and its mask."""
+    skin = rng.uniform((110, 130, 170), (180, 195, 230))  # BGR
+    image = np.empty((size, size, 3), np.float32)
+    image[:] = skin
+    shade = 14 * _smooth_noise(rng, size, 4) + 7 * _smooth_noise(
+        rng, size, max(8, size // 6))
+    image += shade[..., None]
+
+    # Marks that are no lesion: reddish, and lighter than a lesion
+    for _ in range(rng.integers(0, 4)):
+        mark = _ragged(rng, size, rng.uniform(0, size, 2),
+                       rng.uniform(.03, .09) * size)
+        cover = .5 / (1 + np.exp(np.clip(mark, -30, 30) / (.01 * size)))
+        tint = skin * (.75, .7, .95)
+        image += cover[..., None] * (tint - image)
+
+    center = rng.uniform(.3, .7, 2) * size
+    lesion = _ragged(rng, size, center, rng.uniform(.1, .26) * size)
+    mask = (lesion < 0).astype(np.uint8)
+    # A soft border, and a colour that changes within the lesion
+    cover = 1 / (1 + np.exp(np.clip(lesion, -30, 30) / (.012 * size)))
+    dark = skin * rng.uniform(.3, .6, 3) + 25 * _smooth_noise(
+        rng, size, 6)[..., None]
+    image += cover[..., None] * (dark - image)
+
+    for _ in range(rng.integers(0, 7)):  # hairs
+        start, end = rng.uniform(0, size, (2, 2))
+        bend = (start + end) / 2 + rng.uniform(-.2, .2, 2) * size
+        t = np.linspace(0, 1, 20)[:, None]
+        points = (1 - t)**2 * start + 2 * t * (1 - t) * bend + t**2 * end
+        cv2.polylines(
+            image, [np.round(points * 16).astype(np.int32)], False,
+            (rng.uniform(20, 60, 3)).tolist(), max(1, size // 100),
+            cv2.LINE_AA, shift=4)
+
+    ys, xs = np.mgrid[:size, :size] / (size - 1) - .5
+    image *= (1 - rng.uniform(0, .9) * (xs**2 + ys**2))[..., None]
+    image += rng.normal(0, 4, image.shape)
+    return image.clip(0, 255).astype(np.uint8), mask
+
+
+# -- reading what others have published --------------------------------------
+
+
+def _read(path: Path, flags: int) -> np.ndarray:
+    # Through memory: OpenCV itself cannot read from every path.
+    pixels = np.frombuffer(path.read_bytes(), np.uint8)
+    image = cv2.imdecode(pixels, flags) if pixels.size else None
+    if image is None:
+        raise ValueError(f'{path} is no image that OpenCV can read')
+    return image
+
+
+def _load(image_path: Path, mask_path: Path, size: int) -> Sample:
+    """Read one image and its mask, at the size wanted."""
+    image = _read(image_path, cv2.IMREAD_COLOR)
+    mask = _read(mask_path, cv2.IMREAD_GRAYSCALE)
+    if image.shape[:2] != mask.shape:
+        raise ValueError(
+            f'{mask_path} is {mask.shape[1]} x {mask.shape[0]} pixels, its '
+            f'image {image.shape[1]} x {image.shape[0]}')
+    if mask.max() == 1:
+        mask = mask * 255
+    # Kvasir-SEG has its masks as JPEG, so in between 0 and 255 too.
+    mask = (mask > 127).astype(np.uint8)
+    shape = (size, size)
+    shrinks = max(image.shape[:2]) > size
+    return (cv2.resize(
+        image, shape,
+        interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR),
+            cv2.resize(mask, shape, interpolation=cv2.INTER_NEAREST))
+
+
+def _list_images(folder: Path) -> Dict[str, Path]:
+    """Stem to path of the images in a folder."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f'no folder {folder}')
+    found: Dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in SUFFIXES:
+            if path.stem in found:
+                raise ValueError(f'{found[path.stem]} and {path} have the '
+                                 'same name')
+            found[path.stem] = path
+    return found
+
+
+def _pair(images: Sequence[os.PathLike],
+          masks: Sequence[os.PathLike]) -> List[Tuple[str, Path, Path]]:
+    """Name, image and mask for each mask in the folders, by name."""
+    if len(images) != len(masks):
+        raise ValueError(f'{len(images)} folders of images, but {len(masks)} '
+                         'of masks; give as many of the one as of the other')
+    pairs: Dict[str, Tuple[str, Path, Path]] = {}
+    for image_folder, mask_folder in zip(map(Path, images), map(Path, masks)):
+        found = _list_images(image_folder)
+        for stem, mask in _list_images(mask_folder).items():
+            name = stem
+            if name not in found and name.lower().endswith(MASK_ENDING):
+                name = name[:-len(MASK_ENDING)]
+            if name not in found:
+                raise ValueError(f'{mask} has no image {name} in '
+                                 f'{image_folder}')
+            if name in pairs:
+                raise ValueError(f'{pairs[name][2]} and {mask} are both '
+                                 f'masks of an image {name}')
+            pairs[name] = (name, found[name], mask)
+    if len(pairs) < 2:
+        raise ValueError(f'{len(pairs)} images with a mask found in '
+                         f'{", ".join(map(str, images))}; at least 2 are '
+                         'needed, one of them to validate on')
+    return [pairs[name] for name in sorted(pairs)]
+
+
+# -- the data set ------------------------------------------------------------
+
+
+def _write(path: Path, pixels: np.ndarray) -> None:
+    done, png = cv2.imencode('.png', pixels)
+    if not done:
+        raise OSError(f'OpenCV cannot encode {path.name}')
+    path.write_bytes(png.tobytes())
+
+
+def _write_all(
+        out_dir: os.PathLike,
+        samples: Sequence[Tuple[str, str, Callable[[], Sample]]]) -> None:
+    """Write a data set, which appears complete or not at all.
+
+    Args:
+        out_dir (str | Path): Its folder.
+        samples (Sequence[tuple]): Split, name, and a function that makes the
+            image and the mask, for each image.
+    """
+    # Absolute, as a folder such as '.' has no name to build beside.
+    out_dir = Path(out_dir).absolute()
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+            prefix=f'.{out_dir.name}-', dir=out_dir.parent) as temp:
+        new = Path(temp) / 'new'
+        for kind in ('images', 'masks'):
+            for split in ('train', 'val'):
+                (new / kind / split).mkdir(parents=True)
+        for split, name, make in track_iter_progress(list(samples)):
+            image, mask = make()
+            _write(new / 'images' / split / f'{name}.png', image)
+            _write(new / 'masks' / split / f'{name}.png', mask)
+        if out_dir.is_dir():
+            out_dir.rmdir()
+        new.rename(out_dir)
+
+
+def _check(name: str, value: int, low: int, high: Optional[int] = None):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f'{name} must be an integer, got {value!r}')
+    if value < low or (high is not None and value > high):
+        allowed = f'at least {low}' if high is None else f'{low} to {high}'
+        raise ValueError(f'{name} must be {allowed}, got {value}')
+
+
+def _check_free(out_dir: os.PathLike) -> None:
+    path = Path(out_dir)
+    if os.path.lexists(path) and not (path.is_dir()
+                                      and not any(path.iterdir())):
+        raise FileExistsError(f'{out_dir} exists already; give a folder that '
+                              'does not exist or is empty')
+
+
+def render(out_dir: os.PathLike,
+           train: int = 96,
+           val: int = 32,
+           size: int = 96,
+           seed: int = 0) -> Tuple[int, int]:
+    """Draw a data set.
+
+    Args:
+        out_dir (str | Path): Folder of the data set, which must not exist or
+            be empty.
+        train (int): Number of training images. Defaults to 96.
+        val (int): Number of validation images. Defaults to 32.
+        size (int): Width and height in pixels, 32 to 2048. Defaults to 96.
+        seed (int): Seed of all that is random. Defaults to 0.
+
+    Returns:
+        tuple[int, int]: Number of training and of validation images.
+
+    Raises:
+        TypeError: If a number is not an integer.
+        ValueError: If a number is not in its range.
+        FileExistsError: If something is at ``out_dir``.
+    """
+    _check('train', train, 1)
+    _check('val', val, 1)
+    _check('size', size, MIN_SIZE, MAX_SIZE)
+    _check('seed', seed, 0)
+    _check_free(out_dir)
+
+    def maker(split: str, index: int) -> Callable[[], Sample]:
+        # A stream of its own for each image: neither their number nor their
+        # order matters to what is in it.
+        return lambda: _render(
+            np.random.default_rng([seed, split == 'val', index]), size)
+
+    _write_all(out_dir, [(split, f'{index:06d}', maker(split, index))
+                         for split, count in (('train', train), ('val', val))
+                         for index in range(count)])
+    return train, val
+
+
+def convert(out_dir: os.PathLike,
+            images: Sequence[os.PathLike],
+            masks: Sequence[os.PathLike],
+            train_share: float = 0.7,
+            size: int = 256,
+            seed: int = 42) -> Tuple[int, int]:
+    """Convert a published data set.
+
+    An image belongs to the mask of the same name, or of that name with
+    ``_segmentation`` appended. Images without a mask are left out.
+
+    Args:
+        out_dir (str | Path): Folder of the data set, which must not exist or
+            be empty.
+        images (Sequence[str | Path]): Folders of images.
+        masks (Sequence[str | Path]): Their folders of masks, in this order.
+            A pixel is of the lesion where it is brighter than 127, or 1 in a
+            mask of 0 and 1.
+        train_share (float): Share of the images to train on, above 0 and
+            below 1. Defaults to 0.7.
+        size (int): Width and height of what is written, in pixels, 32 to
+            2048. The aspect ratio is not kept. Defaults to 256.
+        seed (int): Seed of the split. Defaults to 42.
+
+    Returns:
+        tuple[int, int]: Number of training and of validation images.
+
+    Raises:
+        TypeError: If a number is not one.
+        ValueError: If a number is not in its range, or a file does not fit.
+        FileNotFoundError: If there is no such folder.
+        FileExistsError: If something is at ``out_dir``.
+    """
+    if not 0 < train_share < 1:
+        raise ValueError('train_share must be above 0 and below 1, got '
+                         f'{train_share}')
+    _check('size', size, MIN_SIZE, MAX_SIZE)
+    _check('seed', seed, 0)
+    _check_free(out_dir)
+    pairs = _pair(images, masks)
+    train = min(max(round(train_share * len(pairs)), 1), len(pairs) - 1)
+    order = np.random.default_rng(seed).permutation(len(pairs)).tolist()
+    training = set(order[:train])
+
+    def maker(image: Path, mask: Path) -> Callable[[], Sample]:
+        return lambda: _load(image, mask, size)
+
+    _write_all(out_dir, [('train' if index in training else 'val', name,
+                          maker(image, mask))
+                         for index, (name, image, mask) in enumerate(pairs)])
+    return train, len(pairs) - train
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True)
+
+    sub = commands.add_parser(
+        'render',
+        help='draw a small data set',
+        description='Example: make_lesions.py render data/lesions')
+    sub.add_argument('out_dir', help='folder of the data set')
+    for name, default, text in (
+        ('train', 96, 'number of training images'),
+        ('val', 32, 'number of validation images'),
+        ('size', 96, f'width and height in pixels, {MIN_SIZE} to {MAX_SIZE}'),
+        ('seed', 0, 'seed of all that is random'),
+    ):
+        sub.add_argument(
+            f'--{name}', type=int, default=default, metavar='N',
+            help=f'{text} (default: {default})')
+
+    sub = commands.add_parser(
+        'convert',
+        help='convert a published data set',
+        description='Example: make_lesions.py convert data/kvasir '
+        '--images Kvasir-SEG/images --masks Kvasir-SEG/masks')
+    sub.add_argument('out_dir', help='folder of the data set')
+    sub.add_argument(
+        '--images', nargs='+', required=True, metavar='DIR',
+        help='folders of images')
+    sub.add_argument(
+        '--masks', nargs='+', required=True, metavar='DIR',
+        help='folders of their masks, in the same order')
+    sub.add_argument(
+        '--train-share', type=float, default=0.7, metavar='X',
+        help='share of the images to train on (default: 0.7)')
+    sub.add_argument(
+        '--size', type=int, default=256, metavar='N',
+        help='width and height of what is written, in pixels (default: 256)')
+    sub.add_argument(
+        '--seed', type=int, default=42, metavar='N',
+        help='seed of the split (default: 42)')
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Command line, see ``--help``.
+
+    Args:
+        argv (Sequence[str], optional): Arguments. Defaults to those of the
+            process.
+
+    Raises:
+        SystemExit: With one clear line if the arguments are not acceptable.
+    """
+    args = vars(parse_args(argv))
+    command = dict(render=render, convert=convert)[args.pop('command')]
+    try:
+        train, val = command(**args)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f'error: {error}')
+    print(f'{args["out_dir"]}: {train} training and {val} validation images')
+
+
+if __name__ == '__main__':
+    main()
