@@ -55,7 +55,7 @@ class HookedAttentionStage(LayerAttentionStage):
         if index == 0:
             self._running = LayerMemory()
             if self._before:
-                self._running.previous = self._before[0].hand_over()
+                self._running.previous = self._before[0].hand_over(args[0])
         slot = self._modules.get(str(index))
         if slot is not None:
             output = self.attend(slot, args, output, self._running)

@@ -3,6 +3,7 @@ from typing import Optional
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmengine.registry import MODELS
 from torch import Tensor
@@ -126,7 +127,7 @@ class KCLA(QKVLayerAttention):
         norm = key.norm(dim=-1)
         token = self._value(x) if self.recurrent else x
 
-        self._take_over(x, memory)
+        self._take_over(memory)
         weight = self._weigh(norm)
         if memory.mean is None:
             memory.mean, memory.mass = token, weight
@@ -142,7 +143,8 @@ class KCLA(QKVLayerAttention):
             # eps: a key of zeros has no direction and gives a score of 0
             scores = (query * key).sum(-1) / norm.clamp_min(1e-12)
             if self.head_attention_type == 'linear':
-                scores = self.head_attention(scores)
+                weight = self.head_attention.weight.to(scores.dtype)
+                scores = F.linear(scores, weight)
             gate = gate * scores.sigmoid()
         out = memory.mean if self.recurrent else self._value(memory.mean)
         return self._normalize(out * self._per_channel(gate, out))
@@ -152,19 +154,13 @@ class KCLA(QKVLayerAttention):
         scaled = norm * self.scales.to(norm.dtype)
         return scaled.clamp_max(10).exp() if self.exp_norm else scaled
 
-    def _take_over(self, x: Tensor, memory: LayerMemory) -> None:
+    def _take_over(self, memory: LayerMemory) -> None:
         """Start the stage with the mean of the stage before."""
         if not hasattr(self, 'cross_stage') or memory.previous is None:
             return
         mean = memory.previous.mean
         if mean is None:  # all attentions there are pruned
             return
-        if x.requires_grad and not mean.requires_grad:
-            raise RuntimeError(
-                'KCLA with cross_stage=True got the memory of the stage '
-                'before without its gradient: activation checkpointing of '
-                'whole stages does not hand it over. Use with_cp=True, which '
-                'checkpoints blocks, or cross_stage=False')
         mean, key = self.cross_stage(mean)
         memory.mean = mean
         memory.mass = self._weigh(self._split(key).norm(dim=-1))

@@ -36,23 +36,29 @@ class LayerAttentionStage(Sequential):
         self._before = (stage, )
         stage._hands_over = True
 
-    def hand_over(self) -> LayerMemory:
+    def hand_over(self, x: Tensor) -> LayerMemory:
         """Give away the memory of the last forward pass.
+
+        Args:
+            x (Tensor): Input of the stage that takes it over.
 
         Returns:
             LayerMemory: The memory, which is forgotten here.
 
         Raises:
-            RuntimeError: If there was no forward pass since the last call.
+            RuntimeError: If there was no forward pass since the last call, or
+                the memory has lost its gradient.
         """
-        if self._memory is None:
+        memory, self._memory = self._memory, None
+        lost = memory is not None and memory.mean is not None and \
+            x.requires_grad and not memory.mean.requires_grad
+        if memory is None or lost:
+            what = 'has no gradient' if lost else 'is not there'
             raise RuntimeError(
                 'the layer attention of a stage takes over the memory of the '
-                'stage before, which did not run just before it. That is so '
-                'where activation checkpointing runs one stage again; use '
-                'with_cp=True, which checkpoints blocks, or '
-                'cross_stage=False')
-        memory, self._memory = self._memory, None
+                f'stage before, which {what}. That is so where activation '
+                'checkpointing runs whole stages; use with_cp=True, which '
+                'checkpoints blocks, or cross_stage=False')
         return memory
 
     @property
@@ -85,7 +91,7 @@ class LayerAttentionStage(Sequential):
         """
         memory = LayerMemory()
         if self._before:
-            memory.previous = self._before[0].hand_over()
+            memory.previous = self._before[0].hand_over(x)
         for block in self:
             attention = getattr(block, 'layer_attn', None)
             if attention is not None and attention.active and \

@@ -285,6 +285,10 @@ def test_bad_arguments(kwargs, match):
 @pytest.mark.parametrize('hook, kwargs, match', [
     (dict(windows=[(5, 5)]), {}, r'\(5, 5\) ends after the last of 4 epochs'),
     (HOOK, dict(layer_attention=None), 'prunable.*found: none'),
+    (HOOK, dict(layer_attention='MRLALight'),
+     'prunable.*found: MRLALight'),
+    (HOOK, dict(layer_attention='KCLA'),
+     'prunable.*found: KCLA'),
     (HOOK, dict(train_cfg=dict(by_epoch=False, max_iters=5)),
      'by_epoch=False'),
     (dict(HOOK, by_epoch=False), {}, 'by_epoch=True'),

@@ -154,7 +154,7 @@ def test_the_stage_before_must_run_before():
     second = make_stage(before=first)
     x = first(torch.randn(2, C, 8, 8))
     second(x)
-    with pytest.raises(RuntimeError, match='did not run just before'):
+    with pytest.raises(RuntimeError, match='which is not there'):
         second(x)
 
 
@@ -163,7 +163,7 @@ def test_lost_gradient_is_an_error():
     second = make_stage(before=first)
     x = torch.utils.checkpoint.checkpoint(
         first, torch.randn(2, C, 8, 8, requires_grad=True), use_reentrant=True)
-    with pytest.raises(RuntimeError, match='without its gradient'):
+    with pytest.raises(RuntimeError, match='which has no gradient'):
         second(x)
 
 

@@ -147,6 +147,15 @@ def test_frozen_stages_freeze_the_attention():
         assert param.requires_grad != frozen, name
 
 
+def test_kcla_after_a_frozen_stage():
+    """The memory that it takes over has no gradient, and needs none."""
+    model = build(
+        frozen_stages=1, layer_attention=dict(type='KCLA', head_dim=8))
+    model(torch.randn(2, 3, 64, 64))[-1].square().mean().backward()
+    for name, param in model.named_parameters():
+        assert param.requires_grad == (param.grad is not None), name
+
+
 def test_pruned_state_in_checkpoint(tmp_path):
     model = build()
     model.layer2[1].layer_attn.attention_state = AttentionState.PRUNED

@@ -1,0 +1,272 @@
+"""Every layer attention on every backbone."""
+import copy
+import itertools
+
+import pytest
+import torch
+
+import mmela  # noqa: F401
+from mmela.layers import (AttentionState, HookedAttentionStage,
+                          LayerAttention)
+
+ATTENTIONS = {
+    'MLA': dict(type='MLA'),
+    'MRLABase': dict(type='MRLABase'),
+    'MRLALight': dict(type='MRLALight'),
+    'MRLALight-output': dict(type='MRLALight', previous='output'),
+    'KCLA': dict(type='KCLA'),
+    'KCLA-within': dict(type='KCLA', cross_stage=False, recurrent=True),
+}
+NARROW = dict(depth=50, base_channels=8, head_dim=8)
+REGNET = dict(w0=16, wa=16.0, wm=2.0, group_w=8, depth=9, bot_mul=1.0)
+MMPRETRAIN = {
+    'ELAResNet': dict(NARROW, stem_channels=8, out_indices=(0, 2, 3)),
+    'ELAResNetV1d': dict(NARROW, stem_channels=8),
+    'ELAResNeXt': dict(
+        NARROW, stem_channels=8, groups=4, width_per_group=16),
+    'ELASEResNet': dict(NARROW, stem_channels=8, out_indices=(1, 3)),
+    'ELASEResNeXt': dict(
+        NARROW, stem_channels=8, groups=4, width_per_group=16),
+    'ELARes2Net': dict(
+        NARROW, stem_channels=8, base_width=4, scales=4, out_indices=(1, )),
+    'ELARegNet': dict(arch=REGNET, head_dim=8),
+    'ELAResNet_CIFAR': dict(
+        depth=29, base_channels=8, stem_channels=8, head_dim=8,
+        out_indices=(0, 2)),
+    'ELAEfficientNet': dict(
+        arch='b1', head_dim=8, out_indices=(3, 6), drop_path_rate=0.2),
+    'ELAVisionTransformer': dict(
+        arch=dict(
+            embed_dims=32, num_layers=6, num_heads=2, feedforward_channels=64),
+        layers_per_stage=3,
+        img_size=64,
+        out_type='featmap',
+        out_indices=[2, 5],
+        drop_path_rate=0.1,
+        head_dim=16),
+}
+MMDET = {
+    'ELAResNet': dict(NARROW, stem_channels=8, out_indices=(0, 2)),
+    'ELAResNetV1d': dict(NARROW, stem_channels=8),
+    'ELAResNeXt': dict(
+        NARROW, stem_channels=8, groups=4, base_width=16),
+    'ELARes2Net': dict(
+        NARROW, stem_channels=8, base_width=26, scales=4, norm_eval=False),
+    'ELARegNet': dict(arch=REGNET, head_dim=8),
+    'ELAPyramidVisionTransformerV2': dict(
+        embed_dims=8,
+        num_layers=[2, 2, 2, 2],
+        drop_path_rate=0.1,
+        head_dim=8,
+        out_indices=(1, 3)),
+}
+# Whose heads cannot share out the channels of the stage before
+NOT_DIVISIBLE = {
+    'ELAEfficientNet', 'ELARegNet', 'ELAPyramidVisionTransformerV2'
+}
+PAIRS = [
+    pytest.param(scope, backbone, attention, id=f'{scope}-{backbone}-{name}')
+    for scope, backbones in (('mmpretrain', MMPRETRAIN), ('mmdet', MMDET))
+    for backbone, (name, attention) in itertools.product(
+        backbones, ATTENTIONS.items())
+]
+
+
+def registry(scope):
+    if scope == 'mmdet':
+        pytest.importorskip('mmcv.ops', exc_type=ImportError)
+    return pytest.importorskip(f'{scope}.registry').MODELS
+
+
+def build(scope, backbone, attention):
+    kwargs = dict(MMPRETRAIN if scope == 'mmpretrain' else MMDET)[backbone]
+    kwargs = copy.deepcopy(kwargs)
+    attention = dict(attention, head_dim=kwargs.pop('head_dim'))
+    if attention['type'] == 'KCLA' and backbone in NOT_DIVISIBLE:
+        attention['cross_stage'] = False
+    torch.manual_seed(0)
+    return registry(scope).build(
+        dict(type=backbone, layer_attention=attention, **kwargs))
+
+
+@pytest.mark.parametrize('scope, backbone, attention', PAIRS)
+def test_pair(scope, backbone, attention):
+    model = build(scope, backbone, attention)
+    attentions = [
+        m for m in model.modules() if isinstance(m, LayerAttention)
+    ]
+    assert len(attentions) >= 6
+    model.train()
+
+    # Forward at an odd size, backward with a gradient in every parameter
+    size = (64, 64) if backbone == 'ELAVisionTransformer' else (65, 97)
+    x = torch.randn(2, 3, *size)
+    outs = model(x)
+    expected = getattr(model, 'out_indices')
+    assert len(outs) == len(expected)
+    assert all(o.size(0) == 2 and o.isfinite().all() for o in outs)
+    # Parameters after the last output take no part
+    last = max(expected)
+    sum(o.square().mean() for o in outs).backward()
+    used = [
+        (name, param) for name, param in model.named_parameters()
+        if param.requires_grad and not _is_after(name, model, last)
+    ]
+    for name, param in used:
+        assert param.grad is not None, name
+    active = [p for n, p in used if 'layer_attn' in n]
+    assert active
+
+    # State dict round trip into a network with other weights
+    other = build(scope, backbone, attention)
+    for param in other.parameters():
+        torch.nn.init.normal_(param)
+    other.load_state_dict(model.state_dict(), strict=True)
+    model.eval()
+    other.eval()
+    with torch.no_grad():
+        outs, again = model(x), other(x)
+        for out, o in zip(outs, again):
+            assert torch.equal(out, o)
+
+        # A copy, as EMA makes one, is on its own
+        clone = copy.deepcopy(model)
+        for param in clone.parameters():
+            param.zero_()
+        for out, o in zip(outs, model(x)):
+            assert torch.equal(out, o)
+
+        # Batch of 1: in eval mode samples do not see each other
+        for out, o in zip(outs, model(x[:1])):
+            torch.testing.assert_close(out[:1], o, rtol=1e-3, atol=1e-4)
+
+        # Half precision
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            for out in model(x):
+                assert out.isfinite().all()
+        half = copy.deepcopy(model).bfloat16()
+        for out, o in zip(outs, half(x.bfloat16())):
+            assert o.dtype == torch.bfloat16 and o.isfinite().all()
+
+        # The attentions matter, and pruned ones are gone
+        for a in attentions:
+            a.attention_state = AttentionState.PRUNED
+        plain = model(x)
+        assert not torch.equal(plain[-1], outs[-1])
+        for a in attentions:
+            for param in a.parameters():
+                param.fill_(float('nan'))
+        for out, o in zip(plain, model(x)):
+            assert torch.equal(out, o)
+
+
+def _is_after(name, model, last):
+    """Whether a parameter comes after the last returned stage."""
+    layers = getattr(model, 'res_layers', None)
+    if layers is None:
+        return False
+    return name.split('.')[0] in layers[last + 1:]
+
+
+@pytest.mark.parametrize('scope, backbone', [
+    (scope, backbone) for scope, backbones in (('mmpretrain', MMPRETRAIN),
+                                               ('mmdet', MMDET))
+    for backbone in backbones
+])
+def test_keys_of_the_toolbox_backbone(scope, backbone):
+    """All keys but those of attentions are those of the toolbox's class."""
+    model = build(scope, backbone, ATTENTIONS['MRLABase'])
+    kwargs = copy.deepcopy(
+        dict(MMPRETRAIN if scope == 'mmpretrain' else MMDET)[backbone])
+    kwargs.pop('head_dim')
+    kwargs.pop('layers_per_stage', None)
+    name = backbone[3:]
+    if name == 'ResNet_CIFAR':
+        name = 'BottleneckResNet_CIFAR'
+    plain = registry(scope).build(dict(type=name, **kwargs))
+    own = {k for k in model.state_dict() if 'layer_attn' not in k}
+    assert own == set(plain.state_dict())
+
+
+def test_four_layers_of_a_transformer_form_a_stage():
+    registry('mmpretrain')
+    model = registry('mmpretrain').build(
+        dict(
+            type='ELAVisionTransformer',
+            arch='deit-tiny',
+            layer_attention=dict(type='MRLABase', head_dim=16)))
+    assert [len(s.attentions) for s in model.layer_attn_stages] == [4, 4, 4]
+    assert model.layer_attn_stages[0][0].layer_attn.num_heads == 12
+
+
+def test_stages_of_efficientnet():
+    """B0 has 1, 1, 2, 2 and 3 residual blocks of 24 to 192 channels."""
+    model = registry('mmpretrain').build(
+        dict(
+            type='ELAEfficientNet',
+            arch='b0',
+            drop_path_rate=0.2,
+            layer_attention=dict(type='MRLABase', head_dim=8)))
+    stages = model.layer_attn_stages
+    assert [[a.channels for a in s.attentions]
+            for s in stages] == [[24], [40], [80] * 2, [112] * 2, [192] * 3]
+    # The attention shares the probability of its block's stochastic depth
+    for stage in stages:
+        for name, slot in stage.named_children():
+            assert slot.layer_attn.drop_path.drop_prob == \
+                stage.blocks[int(name)].drop_path.drop_prob > 0
+
+
+def test_frozen_blocks_freeze_their_attention():
+    model = registry('mmpretrain').build(
+        dict(
+            type='ELAEfficientNet',
+            arch='b0',
+            frozen_stages=3,
+            layer_attention=dict(type='MRLABase', head_dim=8)))
+    model.train()
+    frozen = [
+        not any(p.requires_grad for p in s.attentions[0].parameters())
+        for s in model.layer_attn_stages
+    ]
+    assert frozen == [True, False, False, False, False]
+    assert not model.layer_attn_stages[0][0].layer_attn.training
+
+
+def test_tokens_against_their_equations():
+    """MRLA-light in a transformer (MRLA, algorithm 4), token by token."""
+    model = build('mmpretrain', 'ELAVisionTransformer',
+                  ATTENTIONS['MRLALight']).eval()
+    stage = model.layer_attn_stages[0]
+    seen = {}
+    block = model.layers[0]
+    block.register_forward_pre_hook(
+        lambda m, args: seen.update(x=args[0].clone()))
+    model.layers[1].register_forward_pre_hook(
+        lambda m, args: seen.update(out=args[0].clone()))
+    with torch.no_grad():
+        model(torch.randn(1, 3, 64, 64))
+        x = seen['x']
+        y = x + block.attn(block.ln1(x))
+        y = block.ffn(block.ln2(y), identity=y)
+        a = stage[0].layer_attn
+        normed, before = a.pre_norm(y)[0], a.identity_norm(x)[0]
+        grid = normed[1:].T.reshape(32, 4, 4)
+        value = torch.nn.functional.gelu(a.value(grid[None]))[0]
+        pooled = grid.mean((1, 2))[None, None]
+        q, k = a.query(pooled)[0, 0], a.key(pooled)[0, 0]
+        expected = y[0].clone()
+        expected[0] += normed[0]  # the class token stays apart
+        for g in range(2):
+            head = slice(16 * g, 16 * (g + 1))
+            gate = torch.sigmoid(q[head].dot(k[head]) / 4)
+            patches = (gate * value[head]).flatten(1).T
+            expected[1:, head] += patches + a.lambda_o[head] * before[1:, head]
+        torch.testing.assert_close(
+            seen['out'][0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hooked_stages_run_by_their_hooks_alone():
+    stage = HookedAttentionStage([torch.nn.Identity()])
+    with pytest.raises(NotImplementedError, match='the backbone calls'):
+        stage(torch.zeros(1))
