@@ -5,6 +5,7 @@ import json
 import os
 import os.path as osp
 import time
+from statistics import median
 from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -62,6 +63,17 @@ class LayerAttentionPruningHook(Hook):
             distributions. Defaults to ``'mean_kl'``.
         eps (float): Probability given to the tokens that the earlier of two
             attentions lacks. Defaults to 1e-8.
+        log_interval (int): Write the divergences measured so far to the
+            visualizer each so many iterations of a window, which waits for
+            the device. On several GPUs they are those of the first one since
+            the last epoch or checkpoint on; the decision is on all. 0 writes
+            them with the decision alone. Defaults to 50.
+
+    The visualizer gets ``layer_attention/active`` when the training starts and
+    after each decision, ``layer_attention/kl/NAME`` during a window and with
+    the decision, ``normalized``, ``mapped`` and ``pruned`` with the decision,
+    and ``layer_attention/step_time``, the median in seconds since the decision
+    before or the start, with each decision and at the end.
 
     Raises:
         TypeError: If a window is not a pair of integers.
@@ -81,20 +93,31 @@ class LayerAttentionPruningHook(Hook):
                  by_epoch: bool = True,
                  keep_value: bool = False,
                  reduction: str = 'mean_kl',
-                 eps: float = 1e-8) -> None:
+                 eps: float = 1e-8,
+                 log_interval: int = 50) -> None:
         self.windows = _check_windows(windows)
         self.policy_cfg = dict(policy or dict(type='EBQM'))
-        self.policy = PRUNING_POLICIES.build(dict(self.policy_cfg))
+        # The scope keeps mmengine from looking, in vain and with a warning,
+        # among the toolbox's own.
+        self.policy = PRUNING_POLICIES.build(
+            dict(self.policy_cfg, _scope_='mmela'))
         if reduction not in REDUCTIONS:
             raise ValueError(f'reduction={reduction!r} is unknown; allowed '
                              f'are {", ".join(map(repr, REDUCTIONS))}')
         if not 0 < eps < 1:
             raise ValueError(f'eps={eps} is not in (0, 1)')
+        if type(log_interval) is not int or log_interval < 0:
+            raise ValueError(
+                f'log_interval={log_interval!r} is not an integer >= 0')
         self.by_epoch = by_epoch
         self.keep_value = keep_value
         self.reduction = reduction
         self.eps = eps
+        self.log_interval = log_interval
         self.history: List[dict] = []
+        # Active attentions and median step time between the decisions
+        self._speeds: List[Tuple[int, Optional[float], int]] = []
+        self._timed = 0
         self._meter: Optional[NetworkKLMeter] = None
         self._window: Optional[Tuple[int, int]] = None
         # Sums of the window at the last point from which a run may resume
@@ -152,6 +175,9 @@ class LayerAttentionPruningHook(Hook):
         else:
             self._backup_report(runner)
         self._log_structure(runner)
+        # A resumed run brings the step times of the run before with it.
+        self._timed = len(self._step_times(runner))
+        self._speeds = []
         if not all(a.active for a in self._attentions.values()):
             # The wrapper was made before the checkpoint was loaded.
             self._rewrap(runner)
@@ -205,6 +231,9 @@ class LayerAttentionPruningHook(Hook):
         if self._window is None:
             return
         self._meter.detach()
+        if self.log_interval and is_main_process() and \
+                (runner.iter + 1) % self.log_interval == 0:
+            self._log_divergences(runner)
         if self.by_epoch:
             return
         if self._position(runner) == self._window[1]:
@@ -328,6 +357,8 @@ class LayerAttentionPruningHook(Hook):
 
     def _log_structure(self, runner) -> None:
         active = sum(a.active for a in self._attentions.values())
+        runner.visualizer.add_scalars({'layer_attention/active': active},
+                                      step=runner.iter)
         runner.logger.info(
             f'Layer attentions: {active} of {len(self._attentions)} active in '
             f'{len(self._stages)} stages')
@@ -335,6 +366,7 @@ class LayerAttentionPruningHook(Hook):
     def _log(self, runner, record: dict) -> None:
         before = len(record['layers'])
         after = len(record['active'])
+        self._log_speed(runner, before, record['iteration'])
         window = '-'.join(map(str, sorted(set(record['window']))))
         runner.logger.info(
             f'Layer attention pruning after {record["unit"]} {window}: '
@@ -348,6 +380,53 @@ class LayerAttentionPruningHook(Hook):
                     scalars[f'layer_attention/{key}/{name}'] = layer[key]
             scalars[f'layer_attention/pruned/{name}'] = int(layer['skip'])
         runner.visualizer.add_scalars(scalars, step=record['iteration'])
+
+    def _log_divergences(self, runner) -> None:
+        """Write what the open window has measured so far."""
+        scalars = {}
+        for stage, values in self._meter.compute().items():
+            names = [
+                name for name, attention in self._attentions.items()
+                if name.startswith(f'{stage}.') and attention.active
+            ]
+            scalars.update({
+                f'layer_attention/kl/{name}': value
+                for name, value in zip(names, values) if value is not None
+            })
+        runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
+
+    @staticmethod
+    def _step_times(runner) -> Sequence[float]:
+        """Logged times of all training steps, in seconds."""
+        if 'train/time' not in runner.message_hub.log_scalars:
+            return []
+        return runner.message_hub.get_scalar('train/time').data[0]
+
+    def _log_speed(self, runner, active: int, step: int) -> None:
+        """Write the step time since the last decision.
+
+        Args:
+            runner (Runner): The runner.
+            active (int): Active attentions in that time.
+            step (int): Iterations done.
+        """
+        times = list(self._step_times(runner))[self._timed:]
+        self._timed += len(times)
+        if not times:
+            return
+        seconds = float(median(times))
+        self._speeds.append((active, seconds, len(times)))
+        runner.visualizer.add_scalars({'layer_attention/step_time': seconds},
+                                      step=step)
+
+    def after_train(self, runner) -> None:
+        """Compare the step times between the decisions."""
+        self._log_speed(runner,
+                        sum(a.active for a in self._attentions.values()),
+                        runner.iter)
+        if len(self._speeds) > 1:
+            runner.logger.info('Training speed:\n' +
+                               format_speeds(self._speeds))
 
     def _report_path(self, runner) -> str:
         return osp.join(runner.work_dir, 'pruning.json')
@@ -417,6 +496,27 @@ def _check_windows(
     return checked
 
 
+def format_speeds(speeds: Sequence[Tuple[int, float, int]]) -> str:
+    """Format step times as a table for a terminal.
+
+    Args:
+        speeds (Sequence[tuple[int, float, int]]): Active attentions, median
+            step time in seconds and number of steps, in order.
+
+    Returns:
+        str: A table of 100 columns at most.
+    """
+    table = Table(box=box.MARKDOWN)
+    for column in ('active attentions', 'median step time (s)', 'change',
+                   'steps'):
+        table.add_column(column, justify='right')
+    for active, seconds, count in speeds:
+        change = 100 * (seconds / speeds[0][1] - 1) if speeds[0][1] else 0
+        table.add_row(
+            str(active), f'{seconds:.4g}', f'{change:+.1f} %', str(count))
+    return _render(table)
+
+
 def format_decisions(layers: Sequence[dict]) -> str:
     """Format a decision as a table for a terminal.
 
@@ -441,6 +541,10 @@ def format_decisions(layers: Sequence[dict]) -> str:
         if name.endswith('.layer_attn'):
             name = name[:-len('.layer_attn')]
         table.add_row(name, *numbers, layer['reason'])
+    return _render(table)
+
+
+def _render(table: Table) -> str:
     buffer = io.StringIO()
     Console(file=buffer, width=100).print(table)
     lines = (line.rstrip() for line in buffer.getvalue().splitlines())

@@ -1,12 +1,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from mmengine.hooks import EMAHook
 from mmengine.registry import HOOKS
 
 from mmela.hooks import LayerAttentionPruningHook, named_layer_attentions
+from mmela.hooks.layer_attention_pruning_hook import format_speeds
 from mmela.layers import AttentionState
 from tests.toy import toy_config, train
 
@@ -185,13 +187,48 @@ def test_scalars_reach_the_visualizer(run):
     path = f'{run._log_dir}/vis_data/scalars.json'
     with open(path) as file:
         scalars = [json.loads(line) for line in file]
-    scalars = [s for s in scalars if 'layer_attention/active' in s]
+    active = [s for s in scalars if 'layer_attention/active' in s]
     prunings = report(run)['prunings']
-    assert [s['layer_attention/active']
-            for s in scalars] == [len(p['active']) for p in prunings]
+    assert [s['layer_attention/active'] for s in active
+            ] == [8] + [len(p['active']) for p in prunings]
+    assert active[0]['step'] == 0
     layer = prunings[0]['layers'][1]
-    assert scalars[0][f'layer_attention/kl/{layer["name"]}'] == pytest.approx(
+    assert active[1][f'layer_attention/kl/{layer["name"]}'] == pytest.approx(
         layer['kl'])
+    # Before, between and after the two prunings
+    speeds = [s for s in scalars if 'layer_attention/step_time' in s]
+    assert [s['step'] for s in speeds] == [
+        *(p['iteration'] for p in prunings), run.iter]
+    times = run.message_hub.get_scalar('train/time').data[0]
+    first = prunings[0]['iteration']
+    assert speeds[0]['layer_attention/step_time'] == pytest.approx(
+        np.median(times[:first]))
+
+
+@pytest.mark.parametrize('reduction', ['mean_kl', 'mean_distribution'])
+def test_divergences_are_logged_during_a_window(tmp_path, reduction):
+    hook = dict(HOOK, windows=[(2, 3)], reduction=reduction, log_interval=2)
+    run = train(toy_config(tmp_path, hook))
+    with open(f'{run._log_dir}/vis_data/scalars.json') as file:
+        scalars = [json.loads(line) for line in file]
+    pruning, = report(run)['prunings']
+    layer = pruning['layers'][1]
+    key = f'layer_attention/kl/{layer["name"]}'
+    values = {s['step']: s[key] for s in scalars if key in s}
+    # Epochs 2 and 3 of 3 iterations each
+    assert list(values) == [4, 6, 8, 9]
+    assert values[9] == pytest.approx(layer['kl'])
+    assert len(set(values.values())) > 2
+    hook['log_interval'] = -1
+    with pytest.raises(ValueError, match='log_interval=-1'):
+        train(toy_config(tmp_path, hook))
+
+
+def test_format_speeds():
+    lines = format_speeds([(8, 0.5, 100), (6, 0.4, 50)]).splitlines()
+    cells = [[c.strip() for c in line.split('|')[1:-1]] for line in lines]
+    assert cells[2:] == [['8', '0.5', '+0.0 %', '100'],
+                         ['6', '0.4', '-20.0 %', '50']]
 
 
 def test_ema_model_has_the_same_structure_at_once(tmp_path):

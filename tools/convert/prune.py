@@ -82,7 +82,7 @@ def main(argv=None) -> None:
     if args.batches < 1:
         raise SystemExit(f'error: --batches={args.batches} is not positive')
     try:
-        policy = PRUNING_POLICIES.build(dict(args.policy))
+        policy = PRUNING_POLICIES.build(dict(args.policy, _scope_='mmela'))
     except (KeyError, TypeError, ValueError) as error:
         raise SystemExit(f'error: --policy: {error}')
     cfg, checkpoint, state_dict = open_network(args.config, args.checkpoint,
