@@ -1,4 +1,5 @@
-"""What happened in a run: summary, pictures and report."""
+"""What happened in a run, and what its layer attentions do."""
+from .attention import measure_attention
 from .report import make_report, summarize
 
-__all__ = ['make_report', 'summarize']
+__all__ = ['make_report', 'measure_attention', 'summarize']

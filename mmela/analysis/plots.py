@@ -254,13 +254,19 @@ def timeline_plot(run: Run) -> Plot:
 # -- one pruning -----------------------------------------------------------
 
 
-def kl_plot(pruning: dict, policy: Optional[dict] = None) -> Plot:
+def kl_plot(pruning: dict,
+            policy: Optional[dict] = None,
+            labels: Tuple[str, str] = ('kept', 'pruned')) -> Plot:
     """KL divergence of each attention as a bar, the pruned ones marked.
 
     Args:
-        pruning (dict): An entry of ``prunings`` in ``pruning.json``.
+        pruning (dict): An entry of ``prunings`` in ``pruning.json``. A layer
+            without a divergence may say why under ``note``.
         policy (dict, optional): Config of the policy; the quantile is drawn
             for one over the whole network. Defaults to None.
+        labels (tuple[str, str]): What to call the layers that the policy
+            keeps and those that it skips. Defaults to
+            ``('kept', 'pruned')``.
 
     Returns:
         Callable[[Figure, Theme], None]: Plot for :func:`draw`.
@@ -278,7 +284,7 @@ def kl_plot(pruning: dict, policy: Optional[dict] = None) -> Plot:
     def plot(figure: Figure, theme: Theme) -> None:
         figure.set_size_inches(WIDTH, 1.1 + 0.19 * len(layers))
         axes = figure.subplots()
-        for skip, label in ((False, 'kept'), (True, 'pruned')):
+        for skip, label in zip((False, True), labels):
             chosen = [(i, x['kl']) for i, x in enumerate(layers)
                       if x['skip'] == skip and x['kl'] is not None]
             if chosen:
@@ -298,9 +304,10 @@ def kl_plot(pruning: dict, policy: Optional[dict] = None) -> Plot:
             axes.set_xlim(min(0, *values) if values.size else 0, top * 1.3)
         for index, layer in enumerate(layers):
             kl = layer['kl']
-            note = 'first of its stage' if kl is None else f'{kl:.3g}'
+            note = layer.get('note', 'first of its stage') \
+                if kl is None else f'{kl:.3g}'
             if layer['skip']:
-                note += '  ✕ pruned'
+                note += f'  ✕ {labels[1]}'
             left = axes.get_xlim()[0]
             axes.annotate(
                 note, (left if kl is None else max(kl, left), index),
@@ -350,7 +357,7 @@ def policy_curve(policy: Optional[dict],
         policy has no such function or is unknown here.
     """
     try:
-        built = PRUNING_POLICIES.build(dict(policy or {}))
+        built = PRUNING_POLICIES.build(dict(policy or {}, _scope_='mmela'))
     except (KeyError, TypeError, ValueError):
         return None
     if hasattr(built, 'map'):
@@ -368,7 +375,9 @@ def policy_curve(policy: Optional[dict],
     return np.stack([grid, function(grid)])
 
 
-def mapping_plot(pruning: dict, policy: Optional[dict] = None) -> Plot:
+def mapping_plot(pruning: dict,
+                 policy: Optional[dict] = None,
+                 labels: Tuple[str, str] = ('kept', 'pruned')) -> Plot:
     """Normalised against mapped values, with the threshold.
 
     Args:
@@ -376,6 +385,8 @@ def mapping_plot(pruning: dict, policy: Optional[dict] = None) -> Plot:
             least one mapped value.
         policy (dict, optional): Config of the policy, for its curve. Defaults
             to None.
+        labels (tuple[str, str]): See :func:`kl_plot`. Defaults to
+            ``('kept', 'pruned')``.
 
     Returns:
         Callable[[Figure, Theme], None]: Plot for :func:`draw`.
@@ -403,8 +414,7 @@ def mapping_plot(pruning: dict, policy: Optional[dict] = None) -> Plot:
                 ls='--',
                 lw=1.1,
                 label=f'threshold {threshold:g}')
-        for skip, label, marker in ((False, 'kept', 'o'), (True, 'pruned',
-                                                           'X')):
+        for skip, label, marker in zip((False, True), labels, 'oX'):
             chosen = [(x['normalized'], x['mapped']) for x in layers
                       if x['skip'] == skip]
             if chosen:

@@ -1,8 +1,12 @@
 import base64
+import json
+import re
 from pathlib import Path
 from typing import List, Optional, Tuple, Union
 
 from ..hooks import format_decisions
+from .attention_plots import attention_pictures
+from .complexity import backbone_complexity
 from .plots import (Plot, draw, kl_plot, loss_plot, mapping_plot,
                     metric_groups, metrics_plot, timeline_plot)
 from .run import Run, short_name
@@ -12,6 +16,10 @@ from .template import TEMPLATE
 def make_report(work_dir: Union[str, Path],
                 out: Union[str, Path, None] = None) -> Path:
     """Write a page on a run that needs no other file, and its pictures.
+
+    It shows too what tools/analysis/layer_attention.py has measured on
+    checkpoints of the run, if its ``layer_attention.json`` lie in the work
+    directory or up to two folders below.
 
     Args:
         work_dir (str | Path): Work directory of an mmengine runner, with or
@@ -27,9 +35,11 @@ def make_report(work_dir: Union[str, Path],
         FileNotFoundError: If there is no such directory, or no log of scalars
             in it.
         NotADirectoryError: If it is a file.
-        ValueError: If a log or ``pruning.json`` cannot be read.
+        ValueError: If a log, ``pruning.json`` or ``layer_attention.json``
+            cannot be read.
     """
     run = Run(work_dir)
+    analyses = _read_analyses(run.work_dir)
     pictures = run.work_dir / 'pictures'
     pictures.mkdir(exist_ok=True)
 
@@ -49,6 +59,11 @@ def make_report(work_dir: Union[str, Path],
             curve = inline(mapping_plot(pruning, policy), f'mapping_{name}')
         bars = inline(kl_plot(pruning, policy), f'kl_{name}')
         prunings.append((pruning, bars, curve, before, after))
+    shown = [(name, result,
+              [(p.title, p.caption, inline(p.plot, f'{prefix}_{p.name}'))
+               for p in attention_pictures(result) if not p.detail])
+             for name, prefix, result in analyses]
+    complexity, size, no_complexity = backbone_complexity(run)
     last_step = max(run.metrics, default=None)
     # First, as it may add a note.
     parameters = run.parameters()
@@ -56,6 +71,10 @@ def make_report(work_dir: Union[str, Path],
         title=Path(run.config_name).stem or run.work_dir.resolve().name,
         run=run,
         parameters=parameters,
+        complexity=complexity,
+        size=size,
+        no_complexity=no_complexity,
+        analyses=shown,
         steps=[step for step in steps if step.count],
         policy=_call(policy) if policy else '',
         last_step=last_step,
@@ -69,6 +88,40 @@ def make_report(work_dir: Union[str, Path],
     path = run.work_dir / 'report.html' if out is None else Path(out)
     path.write_text(page, encoding='utf-8')
     return path
+
+
+def _read_analyses(work_dir: Path) -> List[Tuple[str, str, dict]]:
+    """Measurements in a work directory.
+
+    Returns:
+        list[tuple[str, str, dict]]: Folder, start of file names and content of
+        each ``layer_attention.json``, in the order of the epochs in the names.
+
+    Raises:
+        ValueError: If one cannot be read.
+    """
+    found = []
+    for pattern in ('', '*/', '*/*/'):
+        found += work_dir.glob(f'{pattern}layer_attention.json')
+    found.sort(key=lambda path: [
+        int(part) if part.isdigit() else part
+        for part in re.split(r'(\d+)', path.parent.as_posix())
+    ])
+    analyses = []
+    for index, path in enumerate(found):
+        try:
+            result = json.loads(path.read_text(encoding='utf-8'))
+            if result['format'] != 1:
+                raise ValueError(f'format {result["format"]}')
+            list(attention_pictures(result))
+            name = Path(str(result['checkpoint'])).stem
+            for key in ('images', 'data', 'left_out'):
+                result[key]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f'{path} is not of tools/analysis/'
+                             f'layer_attention.py: {error!r}') from error
+        analyses.append((name, f'attention_{index}', result))
+    return analyses
 
 
 def summarize(work_dir: Union[str, Path],

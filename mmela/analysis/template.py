@@ -178,6 +178,20 @@ shown.</figcaption></figure>{% endif %}</div>
 {% endfor %}
 {% if run.prunings %}<p class="soft">pruning.json holds all numbers in full
 precision.</p>{% endif %}
+{% for name, result, pictures in analyses %}
+<h2>Layer attention of {{ name }}</h2>
+<p>Measured by tools/analysis/layer_attention.py on {{ result.images }} images
+({{ result.data }}) with the checkpoint {{ result.checkpoint }}.</p>
+<div class="pictures">
+{% for title, caption, pair in pictures %}<figure>
+{{ picture(pair, title) }}
+<figcaption><strong>{{ title }}.</strong> {{ caption }}</figcaption></figure>
+{% endfor %}
+</div>
+{% if result.left_out %}<details><summary>What is left out and why</summary>
+<ul>{% for note in result.left_out %}<li>{{ note }}</li>{% endfor %}</ul>
+</details>{% endif %}
+{% endfor %}
 
 <h2>Cost</h2>
 {% if steps %}
@@ -214,6 +228,24 @@ normalisation layers. {{ parameters.active }} of {{ parameters.attentions }}
 attentions are active in it.
 {%- if parameters.value_only %} {{ parameters.value_only }} retrieve nothing
 but keep their key and value; their parameters count as in use.{% endif %}</p>
+{% endif %}
+{% if complexity %}
+<div class="box" tabindex="0" role="region" aria-label="Backbone"><table>
+<tr><th>backbone</th><th class="number">active attentions</th>
+<th class="number">GFLOPs</th><th class="number">parameters</th></tr>
+{% for item in complexity %}<tr><td>{{ item.label }}</td>
+<td class="number">{{ item.active }}</td>
+<td class="number">{{ '%.4g'|format(item.flops / 1e9) }}
+{{- change(complexity[0].flops, item.flops) if not loop.first }}</td>
+<td class="number">{{ '{:,}'.format(item.parameters) }}
+{{- change(complexity[0].parameters, item.parameters) if not loop.first }}</td>
+</tr>
+{% endfor %}
+</table></div>
+<p class="soft">Of one image of {{ size[0] }}×{{ size[1] }} pixels, the size of
+the test pipeline. A multiplication with its addition counts once; elementwise
+operations, the weighted sum of the values among them, are not counted.</p>
+{% else %}<p>FLOPs of the backbone are not counted: {{ no_complexity }}.</p>
 {% endif %}
 
 <h2>Config</h2>

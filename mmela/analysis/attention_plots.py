@@ -1,0 +1,346 @@
+"""Pictures of what :func:`mmela.analysis.measure_attention` measures."""
+import math
+import re
+from typing import Iterator, List, NamedTuple, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from .plots import (MARKERS, WIDTH, Plot, Theme, _legend_above, kl_plot,
+                    mapping_plot)
+from .run import short_name
+
+# Blue to yellow, of evenly growing lightness: also without colour vision
+COLOURS = 'cividis'
+NOW = ('active', 'would be pruned')
+GONE = ('pruned', 'value_only')
+
+
+class Picture(NamedTuple):
+    """A picture and what to say about it.
+
+    Attributes:
+        name (str): File name without suffix.
+        title (str): What it shows.
+        caption (str): How to read it, one or two sentences.
+        plot (Callable[[Figure, Theme], None]): For
+            :func:`mmela.analysis.plots.draw`.
+        detail (bool): Whether it is one for a closer look, which a report
+            leaves out.
+    """
+    name: str
+    title: str
+    caption: str
+    plot: Plot
+    detail: bool = False
+
+
+def attention_pictures(result: dict) -> Iterator[Picture]:
+    """All pictures that a measurement allows.
+
+    Args:
+        result (dict): See :func:`mmela.analysis.measure_attention`.
+
+    Yields:
+        Picture: One after the other, maps first.
+    """
+    stages = result['stages']
+    for name, stage in stages.items():
+        if not stage['maps']:
+            continue
+        label, file = short_name(name), _file_name(name)
+        yield Picture(
+            f'maps_{file}', f'Attention weights of {label}',
+            'Mean over images and heads. A row is the block that asks, a '
+            'column the block that it attends to; ✕ and hatching mark what '
+            'is pruned. Rows that look alike are redundant.',
+            map_plot(stage))
+        if len(stage['maps']['heads']) > 1:
+            yield Picture(
+                f'heads_{file}', f'Attention weights of {label} by head',
+                'Mean over images, one map for each head, laid out as the map '
+                'of the mean; grey marks what is pruned.', heads_plot(stage),
+                True)
+    decision = result['decision']
+    if decision and any(x['state'] == 'active' for x in decision['layers']):
+        yield Picture(
+            'kl', 'KL divergence of adjacent active attentions',
+            'How much the weights of an attention differ from those of the '
+            'active one before it in its stage. Hatched: what the policy '
+            'would prune now; ✕ alone: what is pruned already.',
+            kl_plot(
+                dict(layers=decision['layers']), decision['policy'], NOW))
+        if any(x['mapped'] is not None for x in decision['layers']):
+            yield Picture(
+                'policy', 'What the policy makes of the divergences',
+                'Below the threshold is redundant. What is above the quantile '
+                'is not mapped and not shown.',
+                mapping_plot(decision, decision['policy'], NOW))
+    if any(stage['features'] for stage in stages.values()):
+        yield Picture(
+            'features', 'Similarity of the features of adjacent blocks',
+            'Cosine similarity of the outputs of a block and the one before, '
+            'attention included: mean and standard deviation over images.',
+            similarity_plot(stages, 'features'))
+    if any(stage['queries'] for stage in stages.values()):
+        yield Picture(
+            'queries', 'Similarity of the queries of adjacent attentions',
+            'Absolute cosine similarity of the queries of an active attention '
+            'and the active one before, averaged over heads: mean and '
+            'standard deviation over images. Below, how often each value '
+            'occurs, without the first attention of a stage.',
+            similarity_plot(stages, 'queries', result['histogram']))
+    if any(stage['contributions'] for stage in stages.values()):
+        yield Picture(
+            'contributions', "What of a layer reaches its stage's last output",
+            'Product of |lambda_o| of the later layers: mean and standard '
+            'deviation over channels. 1 is undiminished.',
+            contributions_plot(stages))
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r'\W+', '_', short_name(name))
+
+
+# -- attention maps --------------------------------------------------------
+
+
+def _array(rows: Sequence[Sequence[float]]) -> np.ma.MaskedArray:
+    """Weights with None where there is none, as a masked array."""
+    return np.ma.masked_invalid(np.array(rows, dtype=float))
+
+
+def _ticks(states: Sequence[str]) -> List[str]:
+    return [f'✕ {i}' if s in GONE else str(i) for i, s in enumerate(states)]
+
+
+def _hatch(axes: Axes, x: float, y: float, width: float, height: float,
+           theme: Theme) -> None:
+    axes.add_patch(
+        Rectangle((x - 0.5, y - 0.5),
+                  width,
+                  height,
+                  facecolor=theme.faint,
+                  edgecolor=theme.pruned,
+                  hatch='////',
+                  linewidth=0))
+
+
+def _hatch_pruned(axes: Axes, states: Sequence[str], theme: Theme) -> None:
+    """Hatch rows that ask nothing and columns that nobody can attend to."""
+    for i, state in enumerate(states):
+        if state == 'active':
+            continue
+        _hatch(axes, 0, i, i + (state == 'value_only'), 1, theme)
+        if state != 'value_only':
+            _hatch(axes, i, i, 1, len(states) - i, theme)
+
+
+def _colourbar(figure: Figure, image, axes: Axes, theme: Theme) -> None:
+    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02)
+    bar.set_label('attention weight', color=theme.ink, fontsize=9)
+
+
+def map_plot(stage: dict) -> Plot:
+    """Attention weights of a stage as a heat map (ELA, figures 2a, 6, 7).
+
+    Args:
+        stage (dict): One of ``stages`` of a measurement, with maps.
+
+    Returns:
+        Callable[[Figure, Theme], None]: Plot for
+        :func:`mmela.analysis.plots.draw`.
+    """
+    weights = _array(stage['maps']['mean'])
+    states = stage['states']
+    count = len(states)
+
+    def plot(figure: Figure, theme: Theme) -> None:
+        figure.set_size_inches(WIDTH, min(1.6 + 0.45 * count, 4.1))
+        axes = figure.subplots()
+        image = axes.imshow(weights, cmap=COLOURS, vmin=0, vmax=1)
+        _hatch_pruned(axes, states, theme)
+        if count <= 8:
+            for row, column in zip(*np.nonzero(~weights.mask)):
+                weight = weights[row, column]
+                axes.text(
+                    column,
+                    row,
+                    f'{weight:.2f}',
+                    ha='center',
+                    va='center',
+                    fontsize=7,
+                    color='white' if weight < 0.5 else 'black')
+        step = math.ceil(count / 24)
+        ticks = _ticks(states)
+        axes.set_xticks(
+            range(0, count, step), ticks[::step],
+            rotation=90 if count > 12 else 0)
+        axes.set_yticks(range(0, count, step), ticks[::step])
+        axes.set(xlabel='attended block', ylabel='asking block')
+        _colourbar(figure, image, axes, theme)
+
+    return plot
+
+
+def heads_plot(stage: dict) -> Plot:
+    """Attention weights of each head of a stage, all in one picture.
+
+    Args:
+        stage (dict): One of ``stages`` of a measurement, with maps.
+
+    Returns:
+        Callable[[Figure, Theme], None]: Plot for
+        :func:`mmela.analysis.plots.draw`.
+    """
+    heads = [_array(rows) for rows in stage['maps']['heads']]
+    count = len(stage['states'])
+    columns = math.ceil(math.sqrt(len(heads)))
+    rows = math.ceil(len(heads) / columns)
+    # One image of all maps: as many axes would take a minute to lay out.
+    gap = max(1, round(count / 8))
+    pitch = count + gap
+    canvas, gone = np.full(
+        (2, rows * pitch - gap, columns * pitch - gap), np.nan)
+    for index, head in enumerate(heads):
+        y, x = (pitch * i for i in divmod(index, columns))
+        canvas[y:y + count, x:x + count] = head.filled(np.nan)
+        gone[y:y + count, x:x + count][np.tri(count) > ~head.mask] = 1
+
+    def plot(figure: Figure, theme: Theme) -> None:
+        width = 2 * WIDTH
+        figure.set_size_inches(width, 1 + (width - 1) * rows / columns)
+        axes = figure.subplots()
+        image = axes.imshow(canvas, cmap=COLOURS, vmin=0, vmax=1)
+        axes.imshow(gone, cmap=ListedColormap([theme.faint]))
+        for index in range(len(heads)):
+            y, x = (pitch * i for i in divmod(index, columns))
+            # The corner of what is not computed yet
+            axes.text(
+                x + count - 0.6,
+                y - 0.4,
+                f'{index}',
+                ha='right',
+                va='top',
+                fontsize=max(4.5, 9 - columns / 2),
+                color=theme.ink)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set(xlabel='attended block', ylabel='asking block')
+        _colourbar(figure, image, axes, theme)
+
+    return plot
+
+
+# -- similarities and contributions ----------------------------------------
+
+
+def _series(axes: Axes, stages: dict, key: str, theme: Theme) -> None:
+    """A line with deviations for each stage, pruned blocks marked."""
+    shown = {name: s for name, s in stages.items() if s[key]}
+    for index, (name, stage) in enumerate(shown.items()):
+        values = stage[key]
+        if isinstance(values, dict):
+            x, y, std = (values[k] for k in ('blocks', 'mean', 'std'))
+        else:
+            x = [v['blocks'][-1] for v in values]
+            y, std = ([v[k] for v in values] for k in ('mean', 'std'))
+        colour = theme.lines[index % len(theme.lines)]
+        # Beside each other where stages have blocks of the same index
+        shift = 0.08 * (index - (len(shown) - 1) / 2)
+        axes.errorbar(
+            np.array(x) + shift,
+            y,
+            std,
+            color=colour,
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=4.5,
+            linewidth=1.2,
+            elinewidth=0.8,
+            capsize=2,
+            label=short_name(name).replace('$', r'\$'))
+        gone = [(a + shift, b) for a, b in zip(x, y)
+                if stage['states'][a] in GONE]
+        if gone:
+            axes.plot(
+                *zip(*gone),
+                ls='none',
+                marker='x',
+                markersize=10,
+                markeredgewidth=2,
+                color=theme.pruned)
+    axes.grid(color=theme.faint, linewidth=0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend_above(axes, 4)
+
+
+def similarity_plot(stages: dict,
+                    key: str,
+                    histogram: Sequence[int] = None) -> Plot:
+    """Cosine similarities over the blocks (MRLA, figure 2b).
+
+    Args:
+        stages (dict): ``stages`` of a measurement.
+        key (str): ``'features'`` or ``'queries'``.
+        histogram (Sequence[int], optional): Counts in equal bins from 0 to 1,
+            drawn below. Defaults to None.
+
+    Returns:
+        Callable[[Figure, Theme], None]: Plot for
+        :func:`mmela.analysis.plots.draw`.
+    """
+    absolute = 'absolute ' if key == 'queries' else ''
+
+    def plot(figure: Figure, theme: Theme) -> None:
+        panels = 1 + (histogram is not None)
+        figure.set_size_inches(WIDTH, 2.8 * panels)
+        axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
+        _series(axes[0], stages, key, theme)
+        axes[0].set(
+            xlabel='block (✕ pruned), compared with the one before',
+            ylabel=f'{absolute}cosine similarity')
+        low = min(v['mean'] - v['std'] for s in stages.values()
+                  for v in s[key] or [])
+        pad = 0.08 * max(1 - low, 1e-3)
+        axes[0].set_ylim(low - pad, 1 + pad)
+        if histogram is not None:
+            edges = np.linspace(0, 1, len(histogram) + 1)
+            share = np.array(histogram) / max(sum(histogram), 1)
+            axes[1].bar(
+                edges[:-1],
+                share,
+                width=edges[1],
+                align='edge',
+                color=theme.kept,
+                edgecolor=theme.paper,
+                linewidth=0.5)
+            axes[1].set(
+                xlabel='absolute cosine similarity of queries',
+                ylabel='share of heads and images',
+                xlim=(0, 1))
+
+    return plot
+
+
+def contributions_plot(stages: dict) -> Plot:
+    """Effective contributions over the blocks (KCLA, figure 4).
+
+    Args:
+        stages (dict): ``stages`` of a measurement.
+
+    Returns:
+        Callable[[Figure, Theme], None]: Plot for
+        :func:`mmela.analysis.plots.draw`.
+    """
+
+    def plot(figure: Figure, theme: Theme) -> None:
+        axes = figure.subplots()
+        _series(axes, stages, 'contributions', theme)
+        axes.set(xlabel='block', ylabel='product of later |lambda_o|')
+        axes.axhline(0, color=theme.ink, lw=0.6)
+
+    return plot

@@ -1,0 +1,438 @@
+"""Score-CAM of residual blocks: where in an image a block's features count."""
+import copy
+import os
+from typing import Callable, Dict, List, Optional, Sequence
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from ..hooks import layer_attention_stages
+from ..layers import HookedAttentionStage, TokenAttentionStage
+from .attention import measure_attention, stage_blocks
+
+try:
+    from pytorch_grad_cam import ScoreCAM
+    from pytorch_grad_cam.utils.image import show_cam_on_image
+    from pytorch_grad_cam.utils.model_targets import (
+        ClassifierOutputTarget, FasterRCNNBoxScoreTarget)
+except ImportError as error:
+    raise ImportError(
+        'Score-CAM needs pytorch-grad-cam, which is not installed whole '
+        f'({error}): pip install grad-cam==1.5.5') from error
+
+IOU_THRESHOLD = 0.5
+
+
+class StreamedScoreCAM(ScoreCAM):
+    """Score-CAM (Wang et al., 2020) of one image, a few channels at a time.
+
+    The library's own masks the image with all channels at once: 26 GB for the
+    2048 channels of a ResNet-50's last block at 800x1333 pixels.
+
+    Args:
+        model (nn.Module): From images, (B, 3, H, W), to ``B`` outputs.
+        layer (nn.Module): Layer with an output of (B, C, h, w).
+        batch_size (int): Masked images run at a time. Defaults to 16.
+        max_channels (int, optional): Use only so many channels, those that
+            vary most over the image; the others get no weight. Defaults to
+            None, all of them, which is Score-CAM as published.
+        progress (Callable[[int], None], optional): Called after each batch
+            with the number of its images. Defaults to None.
+    """
+
+    def __init__(self,
+                 model: nn.Module,
+                 layer: nn.Module,
+                 batch_size: int = 16,
+                 max_channels: Optional[int] = None,
+                 progress: Optional[Callable[[int], None]] = None) -> None:
+        super().__init__(model, [layer])
+        self.batch_size = batch_size
+        self.max_channels = max_channels
+        self.progress = progress
+
+    @torch.no_grad()
+    def get_cam_weights(self, input_tensor: Tensor, target_layer: nn.Module,
+                        targets: Sequence[Callable], activations: np.ndarray,
+                        grads: Optional[np.ndarray]) -> np.ndarray:
+        """Weight of each channel: softmax of the score that its mask gets.
+
+        Args:
+            input_tensor (Tensor): The image, (1, 3, H, W).
+            target_layer (nn.Module): The layer.
+            targets (Sequence[Callable[[Any], Tensor]]): The score of an
+                output; one entry.
+            activations (ndarray): Output of the layer, (1, C, h, w).
+            grads (ndarray | None): Not used.
+
+        Returns:
+            ndarray: (1, C).
+        """
+        # Or the hooks would keep the activations of all masked images.
+        self.activations_and_grads.release()
+        maps = torch.from_numpy(activations[0]).float()
+        channels = select_channels(maps, self.max_channels)
+        scores = torch.full((len(maps), ), -torch.inf)
+        for part in channels.split(self.batch_size):
+            masks = F.interpolate(
+                maps[part][:, None].to(self.device),
+                size=input_tensor.shape[-2:],
+                mode='bilinear',
+                align_corners=True)
+            low = masks.amin((2, 3), keepdim=True)
+            high = masks.amax((2, 3), keepdim=True)
+            outputs = self.model(input_tensor * (masks - low) /
+                                 (high - low + 1e-8))
+            scores[part] = torch.tensor(
+                [float(targets[0](output)) for output in outputs])
+            if self.progress is not None:
+                self.progress(len(part))
+        return scores.softmax(0)[None].numpy()
+
+
+def select_channels(maps: Tensor, number: Optional[int]) -> Tensor:
+    """Indices of the channels that vary most.
+
+    Args:
+        maps (Tensor): Activations, (C, h, w).
+        number (int | None): How many; None for all.
+
+    Returns:
+        Tensor: Indices in ascending order.
+    """
+    if number is None or number >= len(maps):
+        return torch.arange(len(maps))
+    order = maps.flatten(1).var(1).argsort(descending=True, stable=True)
+    return order[:number].sort().values
+
+
+class DetectorOutputs(nn.Module):
+    """A detector of mmdet as pytorch-grad-cam expects detectors.
+
+    Args:
+        model (nn.Module): The detector. It loses its mask head: what only
+            costs time here.
+        data_sample (DetDataSample): What belongs to the image, which all
+            images of a batch are variants of.
+    """
+
+    def __init__(self, model: nn.Module, data_sample) -> None:
+        super().__init__()
+        self.model = model
+        self.data_sample = data_sample
+        roi_head = getattr(model, 'roi_head', None)
+        if getattr(roi_head, 'mask_head', None) is not None:
+            roi_head.mask_head = None
+
+    def forward(self, inputs: Tensor) -> List[Dict[str, Tensor]]:
+        """Detect.
+
+        Args:
+            inputs (Tensor): Normalised images, (B, 3, H, W).
+
+        Returns:
+            list[dict[str, Tensor]]: ``boxes`` (N, 4), ``labels`` (N, ) and
+            ``scores`` (N, ) of each image.
+        """
+        samples = [copy.deepcopy(self.data_sample) for _ in inputs]
+        results = [
+            sample.pred_instances
+            for sample in self.model(inputs, samples, mode='predict')
+        ]
+        # The library's target puts its boxes on the GPU if there is one.
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+        return [
+            dict(
+                boxes=r.bboxes.to(device),
+                labels=r.labels.to(device),
+                scores=r.scores.to(device)) for r in results
+        ]
+
+
+def is_detector(model: nn.Module) -> bool:
+    """Whether a model is a detector of mmdet, or a classifier of mmpretrain.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    names = {cls.__name__ for cls in type(model).__mro__}
+    if 'BaseDetector' in names:
+        return True
+    if 'BaseClassifier' in names:
+        return False
+    raise ValueError(f'{type(model).__name__} is neither a detector of mmdet '
+                     'nor a classifier of mmpretrain')
+
+
+def target_layers(model: nn.Module) -> Dict[str, nn.Module]:
+    """The modules that put out what each block hands to the next one.
+
+    Args:
+        model (nn.Module): A model whose backbone is a ResNet, with or without
+            layer attention, or another network of (B, C, H, W) features with
+            layer attention.
+
+    Returns:
+        dict[str, nn.Module]: By the name of the block in the backbone, such as
+        ``layer1.2``, in order: its layer attention, pruned or not, or the
+        block itself if that runs its attention or has none.
+
+    Raises:
+        ValueError: If the backbone is another one.
+    """
+    backbone = getattr(model, 'backbone', nn.Module())
+    layers = {
+        f'{stage}.{name}': getattr(block, 'layer_attn', block)
+        for stage in getattr(backbone, 'res_layers', ())
+        for name, block in getattr(backbone, stage).named_children()
+    }
+    if layers:
+        return layers
+    names = {module: name for name, module in backbone.named_modules()}
+    for stage in layer_attention_stages(backbone).values():
+        if isinstance(stage, HookedAttentionStage) and \
+                not isinstance(stage, TokenAttentionStage):
+            layers.update({names[block]: block for block in stage.blocks})
+    if not layers:
+        raise ValueError(f'the backbone of {type(model).__name__} has no '
+                         'residual blocks with features of (B, C, H, W)')
+    return layers
+
+
+def target_layer(model: nn.Module, name: str) -> nn.Module:
+    """One of :func:`target_layers`.
+
+    Args:
+        model (nn.Module): A model.
+        name (str): Name of the block, such as ``layer1.2``.
+
+    Returns:
+        nn.Module: The module.
+
+    Raises:
+        ValueError: If there is no such block.
+    """
+    layers = target_layers(model)
+    if name.startswith('backbone.'):
+        name = name[len('backbone.'):]
+    if name not in layers:
+        raise ValueError(f'{name} is no block of the backbone; allowed are '
+                         f'{", ".join(layers)}')
+    return layers[name]
+
+
+def last_blocks(model: nn.Module) -> List[str]:
+    """Names of the last block of each stage of a model's backbone."""
+    last = {
+        name.rpartition('.')[0]: name
+        for name in target_layers(model)
+    }
+    return list(last.values())
+
+
+class ImageCAM:
+    """Score-CAMs of blocks of one or two networks for one image.
+
+    All networks are asked about the same target, so that their maps can be
+    compared: what the first of them predicts, unless a class is given.
+
+    A classifier is scored by the logit of the class. A detector is scored
+    over the detections of the unmasked image by the first network: of each,
+    the IoU with its best match plus the score of that match if their IoU is
+    above 0.5 and their labels agree, else 0; the sum of it is the
+    ``FasterRCNNBoxScoreTarget`` of pytorch-grad-cam.
+
+    Args:
+        models (Sequence[nn.Module]): The networks, of one toolbox and with
+            the same classes.
+        batch (dict): The image as a batch of one, of the test pipeline.
+        target (int, optional): Class of a classifier. Defaults to None, the
+            predicted one.
+        score_thr (float): Least score of a detection that counts. Defaults to
+            0.3.
+
+    Attributes:
+        target (str): What the networks are asked about, in words.
+
+    Raises:
+        ValueError: If there is no such class, or nothing is detected.
+    """
+
+    def __init__(self,
+                 models: Sequence[nn.Module],
+                 batch: dict,
+                 target: Optional[int] = None,
+                 score_thr: float = 0.3) -> None:
+        self.models = list(models)
+        self.batch = batch
+        self._networks, self._inputs = [], []
+        for model in self.models:
+            data = model.data_preprocessor(copy.deepcopy(batch), False)
+            self._inputs.append(data['inputs'])
+            self._networks.append(
+                DetectorOutputs(model, data['data_samples'][0])
+                if is_detector(model) else model)
+        with torch.no_grad():
+            output = self._networks[0](self._inputs[0])[0]
+        if is_detector(self.models[0]):
+            if target is not None:
+                raise ValueError(f'target={target} is for classifiers; the '
+                                 'network is a detector')
+            self._target = self._detections(output, score_thr)
+        else:
+            self._target = self._class(output, target)
+
+    def _class(self, logits: Tensor, target: Optional[int]) -> Callable:
+        if target is not None and not 0 <= target < len(logits):
+            raise ValueError(f'target={target} is no class; allowed are 0 to '
+                             f'{len(logits) - 1}')
+        category = int(logits.argmax()) if target is None else target
+        kind = 'predicted class' if target is None else 'class'
+        self.target = f'{kind} {category}'
+        return ClassifierOutputTarget(category)
+
+    def _detections(self, output: dict, score_thr: float) -> Callable:
+        chosen = output['scores'] >= score_thr
+        count = int(chosen.sum())
+        if not count:
+            best = output['scores'].max().item() if len(
+                output['scores']) else 0
+            raise ValueError(
+                f'nothing is detected with a score of {score_thr:g} or more; '
+                f'the best score is {best:.3g}')
+        self.target = f'{count} detection{"s" if count > 1 else ""} with a ' \
+            f'score of {score_thr:g} or more'
+        return FasterRCNNBoxScoreTarget(
+            output['labels'][chosen].cpu().numpy(),
+            output['boxes'][chosen].cpu().numpy(),
+            iou_threshold=IOU_THRESHOLD)
+
+    def picture(self) -> np.ndarray:
+        """The image as the network sees it, before normalisation.
+
+        Returns:
+            ndarray: (h, w, 3), RGB from 0 to 1.
+        """
+        # The pipelines of both toolboxes read images as BGR.
+        image = self.batch['inputs'][0].float().numpy()[::-1]
+        if self.batch['inputs'][0].dtype == torch.uint8:
+            image = image / 255
+        else:
+            image = (image - image.min()) / (np.ptp(image) + 1e-8)
+        return np.ascontiguousarray(image.transpose(1, 2, 0), np.float32)
+
+    def compute(self, index: int, block: str, **kwargs) -> np.ndarray:
+        """Score-CAM of a block.
+
+        Args:
+            index (int): Which of the networks.
+            block (str): Name of the block, such as ``layer1.2``.
+            **kwargs: Of :class:`StreamedScoreCAM`.
+
+        Returns:
+            ndarray: (h, w), from 0 to 1, without the padding of the network's
+            input.
+        """
+        layer = target_layer(self.models[index], block)
+        with StreamedScoreCAM(self._networks[index], layer, **kwargs) as cam:
+            with torch.no_grad():
+                result = cam(self._inputs[index], [self._target])[0]
+        height, width = self.batch['inputs'][0].shape[-2:]
+        return np.clip(result[:height, :width], 0, 1)
+
+    def notes(self, index: int) -> Dict[str, str]:
+        """What to say about each block, from this image alone.
+
+        Args:
+            index (int): Which of the networks.
+
+        Returns:
+            dict[str, str]: By block: its KL divergence from the active
+            attention before, or that it is pruned.
+        """
+        model = self.models[index]
+        stages = layer_attention_stages(model)
+        if not stages:
+            return {}
+        names = {module: name for name, module in model.named_modules()}
+        result = measure_attention(model, [copy.deepcopy(self.batch)])
+        rows = (result['decision'] or dict(layers=[]))['layers']
+        kl = {row['name']: row['kl'] for row in rows}
+        notes = {}
+        for stage in stages.values():
+            for block, attention in stage_blocks(stage):
+                name = names[block][len('backbone.'):]
+                if attention is None:
+                    continue
+                value = kl.get(names[attention])
+                notes[name] = 'attention pruned' if not attention.active \
+                    else '' if value is None else f'KL {value:.3g}'
+        return notes
+
+
+def channel_count(model: nn.Module, block: str) -> int:
+    """Channels of a block's output, for a progress bar.
+
+    Args:
+        model (nn.Module): A model with a backbone of residual blocks.
+        block (str): Name of the block.
+
+    Returns:
+        int: The number.
+    """
+    layer = target_layer(model, block)
+    if hasattr(layer, 'channels'):
+        return layer.channels
+    norms = [m for m in layer.modules() if hasattr(m, 'num_features')]
+    return norms[-1].num_features
+
+
+def draw_cams(path: os.PathLike, image: np.ndarray,
+              columns: Dict[str, Dict[str, np.ndarray]],
+              notes: Dict[str, Dict[str, str]], title: str) -> None:
+    """Write a picture of the image and the maps of all blocks over it.
+
+    Args:
+        path (PathLike): The PNG file.
+        image (ndarray): (h, w, 3), RGB from 0 to 1.
+        columns (dict[str, dict[str, ndarray]]): For each network, by the
+            heading of its column, the maps of its blocks, each (h, w) from 0
+            to 1.
+        notes (dict[str, dict[str, str]]): For each network what to write
+            below the map of a block.
+        title (str): Heading of the whole picture.
+    """
+    blocks = list(next(iter(columns.values())))
+    height, width = image.shape[:2]
+    size = 2.6
+    figure = Figure(
+        figsize=(size * (1 + len(columns)) + 0.3,
+                 (size * height / width + 0.35) * len(blocks) + 0.7),
+        dpi=120,
+        layout='constrained')
+    canvas = FigureCanvasAgg(figure)
+    figure.suptitle(title.replace('$', r'\$'), fontsize=10)
+    axes = figure.subplots(len(blocks), 1 + len(columns), squeeze=False)
+    for row, block in enumerate(blocks):
+        axes[row, 0].imshow(image)
+        axes[row, 0].set_ylabel(block, fontsize=10)
+        for column, (name, maps) in enumerate(columns.items(), 1):
+            axes[row, column].imshow(
+                show_cam_on_image(
+                    image,
+                    maps[block],
+                    use_rgb=True,
+                    colormap=cv2.COLORMAP_VIRIDIS))
+            axes[row, column].set_xlabel(
+                notes[name].get(block, ''), fontsize=9)
+            if row == 0:
+                axes[row, column].set_title(
+                    name.replace('$', r'\$'), fontsize=9)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    canvas.print_png(str(path))

@@ -1,0 +1,373 @@
+"""Measurements of layer attentions, against values computed by hand."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from mmengine.registry import MODELS
+from torch import nn
+
+import mmela  # noqa: F401
+from mmela.analysis import measure_attention
+from mmela.analysis.attention import (BINS, RunningMean,
+                                      effective_contributions, hook_settings)
+from mmela.hooks import prune
+from mmela.layers import HookedAttentionStage, LayerAttentionStage
+from tests.toy import CHANNELS, ToyNetwork
+
+EPS = 1e-8
+
+
+class Add(nn.Module):
+    """A block that adds a number to one channel."""
+
+    def __init__(self, channel, number, attention=None):
+        super().__init__()
+        self.register_buffer('delta', torch.zeros(1, CHANNELS, 1, 1))
+        self.delta[0, channel] = number
+        if attention is not None:
+            self.layer_attn = attention
+
+    def forward(self, x):
+        return x + self.delta
+
+
+def attention(kind='MRLABase', **kwargs):
+    """One whose query is the pooled input and whose output is its input."""
+    layer = MODELS.build(
+        dict(
+            type=kind,
+            channels=CHANNELS,
+            head_dim=4,
+            zero_init=True,
+            **kwargs))
+    for conv in (layer.query, layer.key):
+        nn.init.zeros_(conv.weight)
+        conv.weight.data[0, 0, 1] = 1.
+    return layer
+
+
+class Network(nn.Module):
+    """One stage of :class:`Add`, run as a model of mmengine."""
+
+    def __init__(self, *blocks):
+        super().__init__()
+        self.layer1 = LayerAttentionStage(*blocks)
+
+    def test_step(self, batch):
+        return self.layer1(batch['inputs'])
+
+
+def network(states='aaaa', kind='MRLABase', **kwargs):
+    """Blocks by letter: with attention (a) or without (n)."""
+    return Network(*(Add(i, 1., attention(kind, **kwargs) if s ==
+                         'a' else None) for i, s in enumerate(states)))
+
+
+def images(*shapes):
+    torch.manual_seed(0)
+    return [dict(inputs=torch.randn(shape)) for shape in shapes]
+
+
+ONE = [dict(inputs=torch.eye(CHANNELS)[:1, :, None, None])]
+
+
+def silent(model):
+    """Attend evenly: zero queries."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d):
+            nn.init.zeros_(module.weight)
+    return model
+
+
+def test_effective_contributions():
+    lambdas = [[9., 9.], [0.5, -2.], [0.1, 3.]]
+    found = effective_contributions([torch.tensor(x) for x in lambdas])
+    torch.testing.assert_close(
+        found, torch.tensor([[0.05, 6.], [0.1, 3.], [1., 1.]]))
+
+
+def test_running_mean():
+    values = torch.randn(7, 3)
+    mean = RunningMean()
+    for part in values.split(2):
+        mean.add(part)
+    np.testing.assert_allclose(mean.mean(), values.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(
+        mean.std(), values.std(0, unbiased=False), rtol=1e-5)
+    constant = RunningMean()
+    constant.add(torch.full((3, ), 0.1))
+    assert constant.std() == pytest.approx(0, abs=1e-8)
+
+
+def test_even_attention():
+    """Weights 1 / t, and divergences log((t + 1) / t) but for eps."""
+    result = measure_attention(silent(network()), images((2, CHANNELS, 3, 3)))
+    stage = result['stages']['layer1']
+    assert stage['states'] == ['active'] * 4 and stage['heads'] == 2
+    assert len(stage['maps']['heads']) == 2
+    for rows in [stage['maps']['mean'], *stage['maps']['heads']]:
+        for t, row in enumerate(rows, 1):
+            assert row[:t] == pytest.approx([1 / t] * t)
+            assert row[t:] == [None] * (4 - t)
+    layers = result['decision']['layers']
+    assert layers[0]['kl'] is None
+    for t, layer in enumerate(layers[1:], 1):
+        expected = math.log((t + 1) / t) + EPS * math.log(EPS * (t + 1))
+        assert layer['kl'] == pytest.approx(expected, rel=1e-9)
+    json.dumps(result)
+
+
+@pytest.mark.parametrize('keep', [False, True])
+def test_pruned_attention(keep):
+    model = silent(network())
+    prune(model, ['layer1.1.layer_attn'], keep_value=keep)
+    result = measure_attention(model, images((2, CHANNELS, 3, 3)))
+    stage = result['stages']['layer1']
+    state = 'value_only' if keep else 'pruned'
+    assert stage['states'] == ['active', state, 'active', 'active']
+    maps = stage['maps']['mean']
+    assert maps[1] == [None] * 4
+    third = 1 / 3 if keep else 1 / 2
+    assert maps[2] == [
+        pytest.approx(third),
+        pytest.approx(third) if keep else None,
+        pytest.approx(third), None
+    ]
+    layers = result['decision']['layers']
+    assert [x['state'] for x in layers] == stage['states']
+    assert layers[1]['kl'] is None and '✕' in layers[1]['note']
+    # From 1 token to 3 or 2, each token new to it with eps
+    new = 2 if keep else 1
+    expected = math.log(new + 1) + new * EPS * math.log(EPS * (new + 1))
+    assert layers[2]['kl'] == pytest.approx(expected, rel=1e-9)
+    assert [q['blocks'] for q in stage['queries'] or []] == [[0, 2], [2, 3]]
+
+
+def test_weights_against_plain_code():
+    """The mean over images of the softmax, image by image and head by head."""
+    model = network('aaa')
+    batches = images((2, CHANNELS, 3, 3), (1, CHANNELS, 5, 4))
+    maps = measure_attention(model, batches)['stages']['layer1']['maps']
+    expected = np.zeros((2, 3))
+    for x in torch.cat([b['inputs'].mean((2, 3)) for b in batches]).numpy():
+        y = x + np.tri(3, CHANNELS)  # what the three blocks put out
+        for head in range(2):
+            part = y[:, 4 * head:4 * head + 4]
+            score = np.exp(part @ part[2] / math.sqrt(4))
+            expected[head] += score / score.sum() / 3
+    np.testing.assert_allclose([h[2] for h in maps['heads']], expected, 1e-5)
+    np.testing.assert_allclose(maps['mean'][2], expected.mean(0), 1e-5)
+
+
+def test_similarities():
+    """Features e0 + e0, then + e1, + e2 and - 5 e3: one pixel, by hand."""
+    model = Network(
+        Add(0, 1., attention()), Add(1, 1., attention()),
+        Add(2, 1., attention()), Add(3, -5., attention()))
+    result = measure_attention(model, ONE)
+    stage = result['stages']['layer1']
+    expected = [
+        4 / (2 * math.sqrt(5)), 5 / math.sqrt(5 * 6), 6 / math.sqrt(6 * 31)
+    ]
+    assert [x['blocks'] for x in stage['features']] == [[0, 1], [1, 2], [2, 3]]
+    assert [x['mean'] for x in stage['features']] == pytest.approx(expected)
+    assert [x['std'] for x in stage['features']] == pytest.approx(
+        [0] * 3, abs=1e-6)
+    # The first head has the same four channels, the second head none.
+    assert [x['mean'] for x in stage['queries']
+            ] == pytest.approx([x / 2 for x in expected])
+    # Not the first pair; per pair one head at 0 and one above
+    counts = [0] * BINS
+    for value in (0, expected[1], 0, expected[2]):
+        counts[int(value * BINS)] += 1
+    assert result['histogram'] == counts
+
+
+def test_absolute_similarity():
+    model = Network(Add(0, 1., attention()), Add(0, -5., attention()))
+    stage = measure_attention(model, ONE)['stages']['layer1']
+    assert stage['features'][0]['mean'] == pytest.approx(-1)
+    assert stage['queries'][0]['mean'] == pytest.approx(1 / 2)
+
+
+def test_batches_do_not_matter():
+    model = network()
+    batches = images((6, CHANNELS, 3, 3))
+    parts = [dict(inputs=x) for x in batches[0]['inputs'].split([1, 3, 2])]
+    whole, split = (measure_attention(model, b) for b in (batches, parts))
+    assert whole['images'] == split['images'] == 6
+
+    def numbers(value):
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            return [n for v in value for n in numbers(v)]
+        return [value] if isinstance(value, float) else []
+
+    assert len(numbers(whole)) > 40
+    assert numbers(split) == pytest.approx(numbers(whole), abs=1e-6)
+
+
+def test_nothing_is_left_behind():
+    model = network()
+    seen = []
+    model.layer1.observer = seen.append
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    measure_attention(model, ONE)
+    assert model.layer1.observer == seen.append and len(seen) == 1
+    hooks = [
+        h for m in model.modules()
+        for h in (m._forward_hooks, m._forward_pre_hooks)
+    ]
+    assert not any(hooks)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key])
+
+    def broken():
+        yield ONE[0]
+        raise OSError('gone')
+
+    with pytest.raises(OSError, match='gone'):
+        measure_attention(model, broken())
+    assert model.layer1.observer == seen.append
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_no_distribution():
+    model = network('aaa', 'MRLALight', previous='output')
+    for index, block in enumerate(model.layer1):
+        half = torch.full((4, ), -2.)
+        block.layer_attn.lambda_o.data = torch.cat(
+            [half, 0 * half + 0.1 * index])
+    result = measure_attention(model, ONE)
+    stage = result['stages']['layer1']
+    assert result['decision'] is None and stage['maps'] is None
+    assert stage['features'] and stage['queries']
+    found = stage['contributions']
+    # Channels: 2 * 2 and 0.1 * 0.2; 2 and 0.2; 1 and 1
+    assert found['blocks'] == [0, 1, 2] and found['previous'] == 'output'
+    assert found['mean'] == pytest.approx([2.01, 1.1, 1])
+    assert found['std'] == pytest.approx([1.99, 0.9, 0])
+    notes = ' '.join(result['left_out'])
+    assert 'attention maps, KL divergence and policy: MRLALight' in notes
+    assert 'contributions' not in notes
+    prune(model, ['layer1.1.layer_attn'])
+    found = measure_attention(model, ONE)['stages']['layer1']['contributions']
+    assert found['blocks'] == [0, 2]
+    assert found['mean'] == pytest.approx([1.1, 1])
+
+
+def test_all_pruned():
+    model = network('aaa')
+    prune(model, [f'layer1.{i}.layer_attn' for i in range(3)])
+    result = measure_attention(model, ONE)
+    stage = result['stages']['layer1']
+    assert stage['maps'] is None and stage['features']
+    assert all(x['kl'] is None for x in result['decision']['layers'])
+    assert any('no attention is active' in x for x in result['left_out'])
+
+
+def test_blocks_without_attention():
+    """As in a network that was slimmed."""
+    stage = measure_attention(silent(network('nana')),
+                              ONE)['stages']['layer1']
+    assert stage['states'] == ['none', 'active', 'none', 'active']
+    maps = stage['maps']['mean']
+    assert maps[0] == maps[2] == [None] * 4
+    assert maps[3] == [None, pytest.approx(.5), None, pytest.approx(.5)]
+    assert [x['blocks'] for x in stage['features']] == [[0, 1], [1, 2], [2, 3]]
+
+
+class LoopingNetwork(nn.Module):
+    """Calls its blocks by itself; hooks run the attentions."""
+
+    def __init__(self, *blocks):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.stage = HookedAttentionStage(blocks)
+        for index, block in enumerate(blocks):
+            if hasattr(block, 'layer_attn'):
+                self.stage.attach(index, block.layer_attn)
+                del block.layer_attn
+
+    def test_step(self, batch):
+        x = batch['inputs']
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize('states', ['aaaa', 'anaa', 'naan'])
+def test_hooked_stage(states):
+    """All numbers are those of the same blocks in an ordinary stage."""
+    found = []
+    for kind in (Network, LoopingNetwork):
+        torch.manual_seed(0)
+        blocks = []
+        for i, state in enumerate(states):
+            block = Add(i, 1., attention() if state == 'a' else None)
+            if state == 'a':  # that changes the features
+                block.layer_attn.norm.weight.data.fill_(0.5)
+                block.layer_attn.norm.bias.data.fill_(0.1 * i)
+            blocks.append(block)
+        model = kind(*blocks)
+        found.append(measure_attention(model, images((2, CHANNELS, 3, 3))))
+        found[-1]['stages'] = list(found[-1]['stages'].values())
+        for layer in found[-1]['decision']['layers']:
+            del layer['name'], layer['stage']
+        found[-1].pop('left_out')
+        assert not any(m._forward_hooks for b in blocks
+                       for m in list(b.modules())[1:])
+    assert found[0] == found[1]
+    assert len(found[0]['stages'][0]['features']) == 3
+    assert found[0]['stages'][0]['states'] == [
+        dict(a='active', n='none')[s] for s in states
+    ]
+
+
+def test_infinite_divergence_is_said():
+    model = network('aa')
+    batch = [dict(inputs=torch.full((1, CHANNELS, 1, 1), math.nan))]
+    result = measure_attention(model, batch)
+    assert result['decision'] is None
+    assert 'layer1.1.layer_attn' in result['left_out'][0]
+
+
+def test_toy_model_of_two_stages():
+    model = ToyNetwork(dict(type='MRLABase', head_dim=4))
+    data = dict(inputs=torch.randn(3, CHANNELS, 6, 6), target=torch.zeros(3))
+    result = measure_attention(model, [data], dict(type='FixedCount', count=2))
+    assert list(result['stages']) == ['layer1', 'layer2']
+    assert sum(x['skip'] for x in result['decision']['layers']) == 2
+    assert not model.training
+
+
+def test_hook_settings():
+    assert hook_settings({})['policy'] == dict(type='EBQM')
+    hook = dict(
+        type='LayerAttentionPruningHook',
+        windows=[(1, 1)],
+        policy=dict(type='Threshold', mu=0.1),
+        reduction='mean_distribution')
+    found = hook_settings(dict(custom_hooks=[dict(type='EMAHook'), hook]))
+    assert found == dict(
+        policy=hook['policy'],
+        reduction='mean_distribution',
+        eps=1e-8,
+        source='custom_hooks of the config')
+
+
+@pytest.mark.parametrize('kwargs, match', [
+    (dict(batches=[]), 'no image'),
+    (dict(policy=dict(type='Nothing')), 'Nothing'),
+    (dict(policy=dict(type='EBQM', mu=7)), 'mu=7'),
+    (dict(reduction='median'), 'median'),
+    (dict(eps=0), 'eps=0'),
+    (dict(model=nn.Linear(1, 1)), 'no layer attention'),
+])
+def test_errors(kwargs, match):
+    arguments = dict(model=network('aa'), batches=ONE)
+    with pytest.raises(ValueError, match=match):
+        measure_attention(**dict(arguments, **kwargs))

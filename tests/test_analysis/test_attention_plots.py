@@ -1,0 +1,149 @@
+"""Pictures of measurements: which, and that they can be drawn."""
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from mmela.analysis.attention_plots import (attention_pictures, heads_plot,
+                                            map_plot)
+from mmela.analysis.plots import LIGHT, draw
+from mmela.pruning import EBQM
+
+
+def stage(states, heads=2, **kwargs):
+    """A stage with even weights over what can be attended to."""
+    rows = [[None] * len(states) for _ in states]
+    for i, state in enumerate(states):
+        seen = [
+            j for j in range(i + 1) if states[j] in ('active', 'value_only')
+        ]
+        if state == 'active':
+            for j in seen:
+                rows[i][j] = 1 / len(seen)
+    cosine = [
+        dict(blocks=[i - 1, i], mean=0.9, std=0.05)
+        for i in range(1, len(states))
+    ]
+    return dict(
+        dict(
+            attention='MRLABase',
+            prunable=True,
+            heads=heads,
+            states=states,
+            maps=dict(mean=rows, heads=[rows] * heads),
+            features=cosine,
+            queries=cosine,
+            contributions=None), **kwargs)
+
+
+def measurement(stages):
+    """Divergences of random size and what the default policy makes of them."""
+    names, groups = [], []
+    for index, (name, values) in enumerate(stages.items()):
+        for block in range(len(values['states'])):
+            names.append(f'{name}.{block}.layer_attn')
+            groups.append(index)
+    kl = np.random.default_rng(0).gamma(1., size=len(names))
+    measured = [i > 0 and groups[i - 1] == g for i, g in enumerate(groups)]
+    rows = EBQM()(kl, groups, measured, names).rows()
+    states = [s for v in stages.values() for s in v['states']]
+    layers = [
+        dict(r, stage=list(stages)[g], state=s)
+        for r, g, s in zip(rows, groups, states)
+    ]
+    for layer in layers:
+        if layer['state'] != 'active':
+            layer.update(
+                kl=None, mapped=None, normalized=None, skip=False, note='✕')
+    return dict(
+        stages=stages,
+        histogram=[1] * 20,
+        decision=dict(policy=dict(type='EBQM'), layers=layers),
+        left_out=[])
+
+
+SMALL = {
+    'backbone.layer1': stage(['active', 'pruned', 'active', 'active']),
+    'backbone.layer2': stage(['active', 'value_only', 'active'], heads=1),
+}
+
+
+def names(result):
+    return [p.name for p in attention_pictures(result)]
+
+
+def test_pictures_that_apply(tmp_path):
+    pictures = list(attention_pictures(measurement(SMALL)))
+    assert [p.name for p in pictures] == [
+        'maps_layer1', 'heads_layer1', 'maps_layer2', 'kl', 'policy',
+        'features', 'queries'
+    ]
+    assert [p.name for p in pictures if p.detail] == ['heads_layer1']
+    for picture in pictures:
+        assert picture.title and picture.caption.endswith('.')
+        for path in draw(picture.plot, tmp_path / f'{picture.name}.png'):
+            with Image.open(path) as image:
+                assert np.asarray(image.convert('L')).std() > 3
+            assert path.stat().st_size < 200_000
+    pyplot = sys.modules.get('matplotlib.pyplot')
+    assert pyplot is None or not pyplot.get_fignums()
+
+
+def test_without_distribution(tmp_path):
+    light = stage(['active'] * 3, maps=None, prunable=False)
+    light['contributions'] = dict(
+        blocks=[0, 1, 2], mean=[.1, .4, 1], std=[.1, .2, 0], previous='output')
+    result = dict(
+        measurement({'backbone.layer1': light}), decision=None)
+    assert names(result) == ['features', 'queries', 'contributions']
+    picture = list(attention_pictures(result))[-1]
+    draw(picture.plot, tmp_path / 'contributions.png')
+
+
+def test_little_to_show():
+    gone = stage(['pruned'] * 2, maps=None, queries=None)
+    result = dict(measurement({'layer1': gone}), histogram=None)
+    assert names(result) == ['features']
+
+
+def text(figure):
+    return [
+        t.get_text() for a in figure.axes
+        for t in [*a.texts, *a.get_xticklabels(), *a.get_yticklabels()]
+    ]
+
+
+def test_map_marks_what_is_pruned():
+    figure = Figure()
+    map_plot(SMALL['backbone.layer1'])(figure, LIGHT)
+    axes = figure.axes[0]
+    assert text(figure)[:7] == ['1.00', '0.50', '0.50'] + ['0.33'] * 3 + ['0']
+    assert text(figure).count('✕ 1') == 2
+    # The row of the pruned block up to it, its column from it on
+    boxes = [tuple(p.get_bbox().bounds) for p in axes.patches]
+    assert boxes == [(-0.5, 0.5, 1, 1), (0.5, 0.5, 1, 3)]
+    # Whose key and value stay has no column, but a longer row.
+    figure = Figure()
+    map_plot(SMALL['backbone.layer2'])(figure, LIGHT)
+    boxes = [tuple(p.get_bbox().bounds) for p in figure.axes[0].patches]
+    assert boxes == [(-0.5, 0.5, 2, 1)]
+
+
+@pytest.mark.parametrize('heads', [1, 5, 64])
+def test_many_heads_and_blocks(tmp_path, heads):
+    states = ['active', 'pruned', 'active'] * 8
+    drawn = stage(states[:23], heads=heads)
+    figure = Figure()
+    heads_plot(drawn)(figure, LIGHT)
+    labels = [t.get_text() for t in figure.axes[0].texts]
+    assert labels == [str(i) for i in range(heads)]
+    weights, gone = (x.get_array() for x in figure.axes[0].images)
+    shown = sum(v is not None for row in drawn['maps']['mean'] for v in row)
+    assert weights.count() == heads * shown
+    assert gone.count() == heads * (23 * 24 // 2 - shown)
+    if heads == 64:
+        for plot in (heads_plot(drawn), map_plot(drawn)):
+            path = draw(plot, tmp_path / 'deep.png')[0]
+            assert path.stat().st_size < 400_000
