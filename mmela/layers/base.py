@@ -7,6 +7,8 @@ import torch
 from mmengine.model import BaseModule
 from torch import Tensor
 
+from ..ops.layer_weighted_sum import Value
+
 
 class AttentionState(IntEnum):
     """What is left of a layer attention.
@@ -26,7 +28,8 @@ class LayerMemory:
 
     Attributes:
         keys (list[Tensor]): Keys of the blocks so far, each (B, G, d).
-        values (list[Tensor]): Values of the blocks so far, each (B, C, H, W).
+        values (list[Tensor | SharedValue]): Values of the blocks so far, each
+            (B, C, H, W).
         scores (list[Tensor]): Scaled scores before the softmax of each active
             attention so far, (B, G, t) with ``t`` the number of tokens that it
             attends over.
@@ -46,7 +49,7 @@ class LayerMemory:
 
     def __init__(self) -> None:
         self.keys: List[Tensor] = []
-        self.values: List[Tensor] = []
+        self.values: List[Value] = []
         self.scores: List[Tensor] = []
         self.identity: Optional[Tensor] = None
         self.output: Optional[Tensor] = None

@@ -5,7 +5,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from ..ops import check_backend, layer_weighted_sum
+from ..ops import check_backend, layer_weighted_sum, share_value
 from .base import LayerMemory
 from .qkv import QKVLayerAttention
 
@@ -53,14 +53,18 @@ class MRLABase(QKVLayerAttention):
         # Transformers normalize their tokens before they are stored.
         norm = getattr(self, 'pre_norm', None)
         names = [] if norm is None else dict(norm.named_parameters())
-        return ['key.weight', 'value.weight', *(f'pre_norm.{n}' for n in names)]
+        return [
+            'key.weight', 'value.weight', *(f'pre_norm.{n}' for n in names)
+        ]
 
     def store(self, x: Tensor, memory: LayerMemory) -> None:
         self._store(x, self._pool(x), memory)
 
     def _store(self, x: Tensor, pooled: Tensor, memory: LayerMemory) -> None:
         memory.keys.append(self._split(self.key(pooled)))
-        memory.values.append(self._value(x))
+        before = memory.values[-1] if memory.values else None
+        memory.values.append(
+            share_value(self._value(x), before, self.backend))
 
     def retrieve(self, x: Tensor, memory: LayerMemory) -> Tensor:
         pooled = self._pool(x)

@@ -1,4 +1,7 @@
-from .layer_weighted_sum import (BACKENDS, check_backend, layer_weighted_sum,
-                                 reference)
+from .layer_weighted_sum import (BACKENDS, SharedValue, check_backend,
+                                 layer_weighted_sum, reference, share_value)
 
-__all__ = ['BACKENDS', 'check_backend', 'layer_weighted_sum', 'reference']
+__all__ = [
+    'BACKENDS', 'SharedValue', 'check_backend', 'layer_weighted_sum',
+    'reference', 'share_value'
+]

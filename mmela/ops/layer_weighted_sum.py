@@ -1,5 +1,5 @@
 from importlib.util import find_spec
-from typing import List, Optional, Sequence
+from typing import List, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -10,8 +10,65 @@ from . import lean
 BACKENDS = ('auto', 'reference', 'autograd', 'triton')
 
 
+class SharedValue:
+    """A value that several sums of one stage will use.
+
+    Without it, each of the ``T - s + 1`` sums that a value takes part in makes
+    a gradient of the value's size, and autograd adds them up. With it the sums
+    leave only references to their own output gradients behind, and one pass
+    over these makes the gradient of the value: it is their weighted sum.
+
+    Make one by :func:`share_value`.
+
+    Attributes:
+        tensor (Tensor): The value, (B, C, H, W), without its graph.
+        token (Tensor): A scalar in the graph. Its edges see to it that the
+            value's gradient is made after the backward passes of all sums.
+        ledger (list[tuple[int, Tensor, Tensor]]): Of each sum whose backward
+            pass has run: number of the pass, weights (B, G) and output
+            gradient (B, C, H, W).
+    """
+
+    def __init__(self, tensor: Tensor, token: Tensor, ledger: list) -> None:
+        self.tensor = tensor
+        self.token = token
+        self.ledger = ledger
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """torch.dtype: Data type of the value."""
+        return self.tensor.dtype
+
+
+Value = Union[Tensor, SharedValue]
+
+
+def share_value(value: Tensor,
+                after: Optional[Value] = None,
+                backend: str = 'auto') -> Value:
+    """Prepare a value for the sums of this and the later blocks of its stage.
+
+    Args:
+        value (Tensor): Value of a block, (B, C, H, W).
+        after (Tensor | SharedValue, optional): What this returned for the
+            block before. Defaults to None.
+        backend (str): That of the sums. Defaults to ``'auto'``.
+
+    Returns:
+        Tensor | SharedValue: To hand to :func:`layer_weighted_sum`; the value
+        itself where there is nothing to gain.
+    """
+    if backend == 'reference' or not value.requires_grad or \
+            not torch.is_grad_enabled() or _is_symbolic():
+        return value
+    ledger: list = []
+    token = after.token if isinstance(after, SharedValue) else None
+    token = _Share.apply(value, token, ledger, backend)
+    return SharedValue(value.detach(), token, ledger)
+
+
 def layer_weighted_sum(attn: Tensor,
-                       values: Sequence[Tensor],
+                       values: Sequence[Value],
                        backend: str = 'auto') -> Tensor:
     """Sum the values of several layers, each head with its own weights.
 
@@ -23,8 +80,8 @@ def layer_weighted_sum(attn: Tensor,
 
     Args:
         attn (Tensor): Attention weights, (B, G, t).
-        values (Sequence[Tensor]): ``t`` values of shape (B, C, H, W), where
-            ``C`` is a multiple of ``G``.
+        values (Sequence[Tensor | SharedValue]): ``t`` values of shape
+            (B, C, H, W), where ``C`` is a multiple of ``G``.
         backend (str): ``'reference'`` is plain differentiable code,
             ``'autograd'`` its fast equal in torch operations, differentiable
             once, ``'triton'`` one kernel each for forward and backward, for
@@ -44,17 +101,21 @@ def layer_weighted_sum(attn: Tensor,
     if attn.size(-1) != len(values) or not values:
         raise ValueError(f'attn has weights for {attn.size(-1)} layers, '
                          f'but {len(values)} values are given')
-    channels, heads = values[0].size(1), attn.size(1)
+    shared = [v if isinstance(v, SharedValue) else None for v in values]
+    tensors = [v.tensor if isinstance(v, SharedValue) else v for v in values]
+    channels, heads = tensors[0].size(1), attn.size(1)
     if channels % heads:
         raise ValueError(f'{channels} channels cannot be shared out among '
                          f'{heads} heads')
     # A traced graph (TorchScript, ONNX, FLOP counters) knows torch's own
     # operators alone.
     if backend == 'reference' or torch.jit.is_tracing() or _is_exporting():
-        return reference(attn, values)
+        return reference(attn, tensors)
     if _custom_op is not None and _is_compiling():
-        return _custom_op(attn, list(values), backend)
-    return _LayerWeightedSum.apply(backend, attn, *values)
+        return _custom_op(attn, tensors, backend)
+    # The last token depends on those before
+    token = next((v.token for v in reversed(shared) if v is not None), None)
+    return _LayerWeightedSum.apply(backend, shared, token, attn, *tensors)
 
 
 def check_backend(backend: str) -> None:
@@ -107,8 +168,11 @@ class _LayerWeightedSum(torch.autograd.Function):
     """:func:`layer_weighted_sum` outside of ``torch.compile``."""
 
     @staticmethod
-    def forward(ctx, backend: str, attn: Tensor, *values: Tensor) -> Tensor:
+    def forward(ctx, backend: str, shared: List[Optional[SharedValue]],
+                token: Optional[Tensor], attn: Tensor,
+                *values: Tensor) -> Tensor:
         ctx.backend = backend
+        ctx.ledgers = [None if v is None else v.ledger for v in shared]
         ctx.save_for_backward(attn, *values)
         return _kernels(backend, values).forward(attn, values)
 
@@ -116,10 +180,40 @@ class _LayerWeightedSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         attn, *values = ctx.saved_tensors
-        _, needs_attn, *needs_values = ctx.needs_input_grad
+        _, _, needs_shared, needs_attn, *needs_values = ctx.needs_input_grad
         grad_attn, grad_values = _kernels(ctx.backend, values).backward(
             grad, attn, values, needs_attn, needs_values)
-        return None, grad_attn, *grad_values
+        if needs_shared:
+            for s, ledger in enumerate(ctx.ledgers):
+                if ledger is not None:
+                    ledger.append((_backward_id(), attn[..., s], grad))
+        token = grad.new_zeros(()) if needs_shared else None
+        return None, None, token, grad_attn, *grad_values
+
+
+class _Share(torch.autograd.Function):
+    """Make the token of a :class:`SharedValue`, and its value's gradient."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, token: Optional[Tensor], ledger: list,
+                backend: str) -> Tensor:
+        ctx.ledger = ledger
+        ctx.backend = backend
+        return value.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        # Not what an earlier pass, for other gradients alone, has left behind
+        entries = [e[1:] for e in ctx.ledger if e[0] == _backward_id()]
+        ctx.ledger.clear()
+        token = grad if ctx.needs_input_grad[1] else None
+        if not entries:  # no sum of it is part of what is differentiated
+            return None, token, None, None
+        weights = torch.stack([weight for weight, _ in entries], dim=-1)
+        grads = [grad for _, grad in entries]
+        total = _kernels(ctx.backend, grads).forward(weights, grads)
+        return total, token, None, None
 
 
 def _is_compiling() -> bool:
@@ -135,6 +229,17 @@ def _is_exporting() -> bool:
     # torch 2.7 and later
     exporting = getattr(compiler, 'is_exporting', None)
     return exporting is not None and exporting()
+
+
+def _backward_id() -> int:
+    """Number of the backward pass that is running."""
+    number = getattr(torch._C, '_current_graph_task_id', None)
+    return -1 if number is None else number()
+
+
+def _is_symbolic() -> bool:
+    """Whether the graph is recorded, and not run."""
+    return torch.jit.is_tracing() or _is_exporting() or _is_compiling()
 
 
 def _register():

@@ -83,6 +83,36 @@ def test_equals_naive_loops(states):
         torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize('states', [
+    (0, 0, 0, 0),
+    (0, 2, 0, 0),
+    (0, 1, 0, 2),
+])
+def test_gradients_equal_those_of_plain_code(states):
+    """Of the whole stage: each output is the next input."""
+    grads = []
+    for backend in ('auto', 'reference'):
+        attentions = make(4, backend=backend)
+        for attention, state in zip(attentions, states):
+            attention.attention_state = AttentionState(state)
+        x = inputs(1)[0].requires_grad_()
+        memory, out = LayerMemory(), x
+        for attention in attentions:
+            out = attention(torch.tanh(out), memory)
+        out.square().sum().backward()
+        grads.append([x.grad] + [
+            p.grad for a in attentions for p in a.parameters()
+            if p.requires_grad
+        ])
+    for grad, expected in zip(*grads):
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend='fast' .*'triton'"):
+        MRLABase(C, head_dim=D, backend='fast')
+
+
 def test_first_block_attends_to_itself_only():
     (attention, ), (x, ) = make(1), inputs(1)
     out, memory = run([attention], [x])

@@ -1,49 +1,273 @@
+import itertools
+
 import pytest
 import torch
 
-from mmela.ops import layer_weighted_sum
+from mmela.ops import SharedValue, layer_weighted_sum, lean, share_value
+from mmela.ops.layer_weighted_sum import _custom_op
+
+BACKENDS = ('reference', 'autograd', 'auto')
+DTYPES = {
+    torch.float64: dict(rtol=1e-12, atol=1e-12),
+    torch.float32: dict(rtol=1e-5, atol=1e-5),
+    # One rounding of the result, and one of each gradient
+    torch.float16: dict(rtol=1e-3, atol=1e-3),
+    torch.bfloat16: dict(rtol=8e-3, atol=8e-3),
+}
 
 
-def reference(attn, values):
-    """MRLA eq. 9 on concatenated values, written as one einsum."""
+def einsum(attn, values):
+    """MRLA eq. 9 on concatenated values, in double precision."""
     b, g, _ = attn.shape
     stacked = torch.stack(values, dim=1)  # (B, t, C, H, W)
-    stacked = stacked.view(b, len(values), g, -1, *stacked.shape[3:])
-    return torch.einsum('bgt,btgdhw->bgdhw', attn, stacked).flatten(1, 2)
+    stacked = stacked.reshape(b, len(values), g, -1, *stacked.shape[3:])
+    return torch.einsum('bgt,btgdhw->bgdhw', attn,
+                        stacked).reshape(values[0].shape)
 
 
-@pytest.mark.parametrize('t', [1, 2, 5])
-def test_equals_einsum(t):
-    attn = torch.rand(2, 4, t)
-    values = [torch.randn(2, 12, 5, 3) for _ in range(t)]
-    torch.testing.assert_close(
-        layer_weighted_sum(attn, values), reference(attn, values))
-
-
-def test_gradients():
-    attn = torch.rand(2, 2, 3, dtype=torch.double, requires_grad=True)
+def inputs(t, dtype=torch.float32, form=torch.contiguous_format, batch=3):
+    torch.manual_seed(t)
+    attn = torch.rand(batch, 4, t, dtype=torch.float64).softmax(-1).to(dtype)
     values = [
-        torch.randn(2, 4, 3, 2, dtype=torch.double, requires_grad=True)
-        for _ in range(3)
+        torch.randn(batch, 12, 5, 3, dtype=torch.float64).to(
+            dtype).to(memory_format=form) for _ in range(t)
     ]
+    return attn, values
+
+
+def run(attn, values, grad, **kwargs):
+    attn = attn.detach().clone().requires_grad_()
+    values = [v.detach().clone().requires_grad_() for v in values]
+    out = layer_weighted_sum(attn, values, **kwargs)
+    out.backward(grad)
+    return [out.detach(), attn.grad, *(v.grad for v in values)]
+
+
+@pytest.mark.parametrize('backend, dtype, form, t', list(
+    itertools.product(BACKENDS, DTYPES,
+                      (torch.contiguous_format, torch.channels_last),
+                      (1, 2, 5))))
+def test_equals_einsum(backend, dtype, form, t):
+    attn, values = inputs(t, dtype, form)
+    grad = torch.randn(3, 12, 5, 3).to(dtype)
+    double = [attn.double().requires_grad_()]
+    double += [v.double().requires_grad_() for v in values]
+    out = einsum(double[0], double[1:])
+    out.backward(grad.double())
+    results = run(attn, values, grad, backend=backend)
+    for result, expected in zip(results,
+                                [out, *(d.grad for d in double)]):
+        assert result.dtype == dtype
+        torch.testing.assert_close(
+            result.double(), expected.detach(), **DTYPES[dtype])
+    assert results[0].is_contiguous(memory_format=form)
+
+
+@pytest.mark.parametrize('chunk', [1, 181, 1 << 20])
+def test_gradcheck(chunk, monkeypatch):
+    monkeypatch.setattr(lean, 'CHUNK', chunk)  # one sample, uneven, all
+    attn, values = inputs(3, torch.float64)
     assert torch.autograd.gradcheck(
+        lambda attn, *values: layer_weighted_sum(attn, values, 'autograd'),
+        (attn.requires_grad_(), *(v.requires_grad_() for v in values)))
+
+
+def test_reference_is_differentiable_twice():
+    attn, values = inputs(2, torch.float64, batch=1)
+    assert torch.autograd.gradgradcheck(
+        lambda attn, *values: layer_weighted_sum(attn, values, 'reference'),
+        (attn.requires_grad_(), *(v.requires_grad_() for v in values)))
+
+
+@pytest.mark.parametrize('needs', [(True, False), (False, True)])
+def test_only_wanted_gradients(needs):
+    attn, values = inputs(3)
+    attn.requires_grad_(needs[0])
+    values[1].requires_grad_(needs[1])
+    layer_weighted_sum(attn, values, 'autograd').sum().backward()
+    assert (attn.grad is not None) == needs[0]
+    assert [v.grad is not None for v in values] == [False, needs[1], False]
+
+
+def test_keeps_references_only():
+    """What is kept for backward are the very tensors, not copies of them."""
+    attn, values = inputs(4)
+    attn.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: saved.append(x.data_ptr()) or x, lambda x: x):
+        layer_weighted_sum(attn, values, 'autograd')
+    assert saved == [attn.data_ptr(), *(v.data_ptr() for v in values)]
+
+
+def test_other_strides():
+    """Slices, transposed and expanded values are summed as they are."""
+    attn, _ = inputs(3)
+    torch.manual_seed(0)
+    values = [
+        torch.randn(3, 24, 5, 3)[:, ::2],
+        torch.randn(3, 5, 3, 12).permute(0, 3, 1, 2),
+        torch.randn(1, 12, 5, 1).expand(3, 12, 5, 3),
+    ]
+    torch.testing.assert_close(
+        layer_weighted_sum(attn, values), einsum(attn, values))
+
+
+def test_empty_batch():
+    attn, values = inputs(2)
+    out = layer_weighted_sum(attn[:0], [v[:0] for v in values])
+    assert out.shape == (0, 12, 5, 3)
+
+
+@pytest.mark.parametrize('backend', ['auto', 'autograd'])
+def test_compiled_graph_is_whole(backend):
+    attn, values = inputs(3)
+    grad = torch.randn(3, 12, 5, 3)
+    expected = run(attn, values, grad, backend=backend)
+
+    def block(attn, *values):
+        return layer_weighted_sum(attn * 1, values, backend)
+
+    compiled = torch.compile(block, fullgraph=True, backend='aot_eager')
+    attn.requires_grad_()
+    for value in values:
+        value.requires_grad_()
+    out = compiled(attn, *values)
+    out.backward(grad)
+    results = [out, attn.grad, *(v.grad for v in values)]
+    for result, e in zip(results, expected):
+        torch.testing.assert_close(result, e)
+
+
+def test_custom_operator():
+    """Schema, fake implementation and autograd registration agree."""
+    if _custom_op is None:
+        pytest.skip('custom operators in Python came with torch 2.4')
+    attn, values = inputs(3)
+    attn.requires_grad_()
+    values[0].requires_grad_()
+    torch.library.opcheck(_custom_op, (attn, values, 'autograd'))
+
+
+def test_traced_graph_has_torch_operators_alone():
+    attn, values = inputs(3)
+    traced = torch.jit.trace(
         lambda attn, *values: layer_weighted_sum(attn, values),
         (attn, *values))
+    kinds = {node.kind() for node in traced.graph.nodes()}
+    assert all(kind.startswith(('aten::', 'prim::')) for kind in kinds)
+    assert 'prim::PythonOp' not in kinds
+    torch.testing.assert_close(traced(attn, *values), einsum(attn, values))
 
 
-def test_memory_format_and_dtype():
+def stage(values, attns, backend='auto', share=True):
+    """Sums over a growing number of values, as in the blocks of a stage."""
+    seen, outs = [], []
+    for t, value in enumerate(values):
+        before = seen[-1] if seen else None
+        seen.append(share_value(value, before, backend) if share else value)
+        outs.append(layer_weighted_sum(attns[t], seen, backend))
+    return outs
+
+
+def stage_inputs(t=4, dtype=torch.float64):
+    torch.manual_seed(0)
     values = [
-        torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last).bfloat16(
-        ) for _ in range(2)
+        torch.randn(2, 4, 3, 2, dtype=dtype, requires_grad=True)
+        for _ in range(t)
     ]
-    out = layer_weighted_sum(torch.rand(2, 2, 2).bfloat16(), values)
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    assert out.dtype == torch.bfloat16
+    attns = [
+        torch.rand(2, 2, i + 1, dtype=dtype, requires_grad=True)
+        for i in range(t)
+    ]
+    return values, attns
+
+
+def gradients(outs, leaves):
+    loss = sum((o.square() * (i + 1)).sum() for i, o in enumerate(outs))
+    return torch.autograd.grad(
+        loss, leaves, allow_unused=True, retain_graph=True)
+
+
+def test_shared_values_have_the_same_gradients():
+    values, attns = stage_inputs()
+    leaves = [*values, *attns]
+    chained = [v * 1 for v in values]
+    expected = gradients(
+        stage(chained, attns, 'reference', share=False), leaves)
+    outs = stage(chained, attns)
+    for _ in range(2):  # also a second time through the same graph
+        for grad, e in zip(gradients(outs, leaves), expected):
+            torch.testing.assert_close(grad, e)
+
+
+@pytest.mark.parametrize('used', [(0, ), (2, ), (1, 3), (3, )])
+def test_shared_values_of_some_outputs(used):
+    values, attns = stage_inputs()
+    leaves = [*values, *attns]
+    expected = gradients(
+        [stage(values, attns, 'reference', False)[i] for i in used], leaves)
+    grads = gradients([stage(values, attns)[i] for i in used], leaves)
+    for grad, e in zip(grads, expected):
+        assert (grad is None) == (e is None)
+        if e is not None:
+            torch.testing.assert_close(grad, e)
+
+
+def test_shared_values_of_frozen_blocks():
+    values, attns = stage_inputs()
+    for i in (0, 2):
+        values[i].requires_grad_(False)
+    leaves = [values[1], values[3], *attns]
+    expected = gradients(stage(values, attns, 'reference', False), leaves)
+    for grad, e in zip(gradients(stage(values, attns), leaves), expected):
+        torch.testing.assert_close(grad, e)
+
+
+def test_the_gradient_of_weights_alone_leaves_nothing_behind():
+    values, attns = stage_inputs()
+    outs = stage(values, attns)
+    expected = gradients(stage(values, attns, 'reference', False), values)
+    gradients(outs, attns)
+    for grad, e in zip(gradients(outs, values), expected):
+        torch.testing.assert_close(grad, e)
+
+
+def test_a_shared_value_gets_one_gradient():
+    """Not one per sum: what the sums leave behind are references."""
+    values, attns = stage_inputs()
+    calls = []
+    for value in values:
+        value.register_hook(lambda g: calls.append(g))
+    sum(o.sum() for o in stage(values, attns)).backward()
+    assert len(calls) == 4
+    shared = share_value(values[0])
+    assert isinstance(shared, SharedValue)
+    out = layer_weighted_sum(attns[0], [shared])
+    grad = torch.ones_like(out)
+    pointers = []
+    shared.token.register_hook(lambda g: pointers.extend(
+        entry[2].data_ptr() for entry in shared.ledger))
+    out.backward(grad)
+    assert pointers == [grad.data_ptr()] and not shared.ledger
+
+
+def test_nothing_is_shared_where_it_does_not_pay():
+    value = torch.randn(1, 2, 2, 2)
+    assert share_value(value) is value  # no gradient
+    value.requires_grad_()
+    assert share_value(value, backend='reference') is value
+    with torch.no_grad():
+        assert share_value(value) is value
 
 
 def test_bad_input():
     values = [torch.randn(1, 6, 2, 2)] * 2
     with pytest.raises(ValueError, match='3 layers, but 2 values'):
         layer_weighted_sum(torch.rand(1, 2, 3), values)
+    with pytest.raises(ValueError, match='0 layers, but 0 values'):
+        layer_weighted_sum(torch.rand(1, 2, 0), [])
     with pytest.raises(ValueError, match='6 channels .* 4 heads'):
         layer_weighted_sum(torch.rand(1, 4, 2), values)
+    with pytest.raises(ValueError, match="backend='cuda' .*'triton'"):
+        layer_weighted_sum(torch.rand(1, 2, 2), values, 'cuda')
