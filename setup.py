@@ -92,6 +92,8 @@ if __name__ == '__main__':
         # Without mmcv: pip cannot build it unaided, see tools/setup.sh.
         'mmdet': supported('mmengine', 'mmdet'),
         'mmpretrain': supported('mmengine', 'mmpretrain'),
+        'mmseg': ['mmsegmentation>=1.0.0,<2.0.0', 'ftfy', 'regex'],
+        'cam': ['grad-cam>=1.5,<2'],
         'tests': requirements('tests'),
     }
     extras['all'] = sorted(set(sum(extras.values(), [])))

@@ -93,5 +93,7 @@ param_scheduler = [
 ]
 train_cfg = dict(max_epochs=12, val_interval=2)
 default_hooks = dict(
-    logger=dict(interval=10), checkpoint=dict(max_keep_ckpts=2))
+    logger=dict(interval=10),
+    # Back to epoch 6, before the last pruning: see tools/demo.py
+    checkpoint=dict(max_keep_ckpts=7))
 randomness = dict(seed=0)

@@ -14,7 +14,7 @@ def find_tool(config: str, name: str) -> Path:
 
     Args:
         config (str): Path of the config. Its ``default_scope`` names the
-            toolbox, ``mmdet`` or ``mmpretrain``.
+            toolbox: ``mmdet``, ``mmpretrain`` or ``mmseg``.
         name (str): File name of the tool, e.g. ``train.py``.
 
     Returns:
@@ -31,7 +31,7 @@ def find_tool(config: str, name: str) -> Path:
     spec = find_spec(scope) if scope else None
     if spec is None:
         raise ValueError(f'{config} has default_scope={scope!r}, which is no '
-                         'installed toolbox such as mmdet or mmpretrain')
+                         'installed toolbox such as mmdet, mmpretrain or mmseg')
     tool = Path(spec.origin).parent / '.mim' / 'tools' / name
     if not tool.is_file():
         raise FileNotFoundError(

@@ -1,0 +1,6 @@
+_base_ = [
+    '../_base_/models/resnet_cifar.py',
+    '../_base_/datasets/cifar10-folder_bs128.py',
+    '../_base_/schedules/cifar_10e.py',
+    'mmpretrain::_base_/default_runtime.py',
+]

@@ -1,0 +1,7 @@
+_base_ = './deit-tiny_8xb128_in1k.py'
+custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
+
+model = dict(
+    backbone=dict(
+        type='ELAVisionTransformer',
+        layer_attention=dict(type='MRLALight', head_dim=16)))

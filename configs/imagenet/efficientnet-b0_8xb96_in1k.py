@@ -1,0 +1,27 @@
+# Schedule, AutoAugment and stochastic depth as for MRLA (appendix B.1), without
+# the dropout before the classifier, for which MMPretrain's head has no option.
+_base_ = [
+    'mmpretrain::_base_/models/efficientnet_b0.py',
+    'mmpretrain::_base_/datasets/imagenet_bs32.py',
+    '../_base_/schedules/imagenet_350e_rmsprop.py',
+    'mmpretrain::_base_/default_runtime.py',
+]
+
+model = dict(backbone=dict(drop_path_rate=0.2))
+
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='EfficientNetRandomCrop', scale=224),
+    dict(type='RandomFlip', prob=0.5, direction='horizontal'),
+    dict(type='AutoAugment', policies='imagenet'),
+    dict(type='PackInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='EfficientNetCenterCrop', crop_size=224),
+    dict(type='PackInputs'),
+]
+train_dataloader = dict(
+    batch_size=96, dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(batch_size=96, dataset=dict(pipeline=test_pipeline))
+test_dataloader = val_dataloader

@@ -1,0 +1,4 @@
+# SE in every block, for comparison under the same schedule.
+_base_ = './resnet50_8xb32_in1k.py'
+
+model = dict(backbone=dict(type='SEResNet'))

@@ -1,0 +1,274 @@
+"""Count parameters and FLOPs of every config beside the papers' figures.
+
+Reads configs/papers.yml, builds each model and writes what it counts to
+configs/*/metafile.yml and docs/model_zoo.md. FLOPs are those of
+mmengine.analysis for one image, a multiplication with its addition counted
+once; elementwise operations are not counted. All is counted before pruning.
+
+Example:
+  python tools/analysis/model_zoo.py
+  python tools/analysis/model_zoo.py cifar imagenet   # only these, and print
+  python tools/analysis/model_zoo.py --reuse          # count new rows alone
+"""
+import argparse
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import torch
+import yaml
+from mmengine.analysis import FlopAnalyzer
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from mmengine.utils import ProgressBar
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[2]
+PAPERS = ROOT / 'configs' / 'papers.yml'
+PAGE = ROOT / 'docs' / 'model_zoo.md'
+DETECTORS = ('faster_rcnn', 'mask_rcnn', 'retinanet')
+TITLES = dict(
+    cifar='CIFAR-10 and CIFAR-100',
+    imagenet='ImageNet',
+    faster_rcnn='Faster R-CNN on COCO',
+    mask_rcnn='Mask R-CNN on COCO',
+    retinanet='RetinaNet on COCO',
+    unet='Medical segmentation')
+HEAD = """# Model zoo: parameters and FLOPs
+
+Written by `python tools/analysis/model_zoo.py`. **Here** is what that tool
+counts in the networks of this repository, before pruning; **paper** is what
+the paper prints for its own. No weights have been published.
+
+- Parameters are in millions. Those of detectors are the trainable ones, with
+  the stem and stage 1 frozen, as the papers count them.
+- FLOPs are billions of multiply-adds for one image of the given size, by
+  `mmengine.analysis.FlopAnalyzer`, which counts no elementwise operation. The
+  papers do not name their counters.
+- A note follows where the parameters deviate by more than 0.01 M, or 0.1 M
+  where the paper prints one decimal.
+"""
+
+
+def load_papers() -> dict:
+    """The papers' figures by folder of ``configs``, notes written out."""
+    papers = yaml.safe_load(PAPERS.read_text('utf-8'))
+    notes = papers.pop('notes')
+    for section in papers.values():
+        for row in section['rows']:
+            if 'note' in row:
+                row['note'] = notes[row['note']]
+    return papers
+
+
+def build(folder: str, name: str) -> nn.Module:
+    """Build the model of a config, without its pre-trained weights.
+
+    Args:
+        folder (str): Folder in ``configs``.
+        name (str): Name of the config without suffix.
+
+    Returns:
+        nn.Module: The model in evaluation mode.
+    """
+    cfg = Config.fromfile(ROOT / 'configs' / folder / f'{name}.py')
+    # Configs are of different toolboxes; a scope is used once by its name.
+    DefaultScope._instance_dict.clear()
+    init_default_scope(cfg.default_scope)
+    if cfg.default_scope == 'mmdet':
+        cfg.model.backbone.init_cfg = None
+    model = MODELS.build(cfg.model)
+    model.eval()
+    return model
+
+
+def count_parameters(folder: str, model: nn.Module) -> float:
+    """Millions of parameters; of a detector, of trainable ones."""
+    model.train()  # freezes what is frozen
+    trainable = folder in DETECTORS
+    count = sum(p.numel() for p in model.parameters()
+                if p.requires_grad or not trainable)
+    model.eval()
+    return count / 1e6
+
+
+def count_flops(model: nn.Module, size: Sequence[int]) -> float:
+    """Billions of multiply-adds for one image of (height, width)."""
+    inputs = torch.zeros(1, 3, *size)
+    if model.__class__.__module__.startswith('mmdet'):
+        from mmdet.structures import DetDataSample
+        sample = DetDataSample(
+            metainfo=dict(
+                img_shape=size,
+                ori_shape=size,
+                pad_shape=size,
+                batch_input_shape=size,
+                scale_factor=(1, 1)))
+        model.forward = partial(model.forward, data_samples=[sample])
+    counter = FlopAnalyzer(model, (inputs, ))
+    counter.unsupported_ops_warnings(False)
+    counter.uncalled_modules_warnings(False)
+    counter.tracer_warnings('none')
+    with torch.no_grad():
+        return float(counter.total()) / 1e9
+
+
+def parameters_agree(row: dict, count: float) -> bool:
+    """Whether a count in M agrees with the paper's figure, if there is one.
+
+    Within 0.01 M, or 0.1 M where the paper prints one decimal.
+    """
+    if 'params' not in row:
+        return True
+    decimals = len(row['params'].partition('.')[2])
+    return abs(count - float(row['params'])) <= \
+        (0.1 if decimals < 2 else 0.01) + 1e-9
+
+
+def count_section(folder: str,
+                  section: dict,
+                  reuse: bool = False) -> List[dict]:
+    """Count all rows of a folder.
+
+    Args:
+        folder (str): Folder in ``configs``.
+        section (dict): Its part of configs/papers.yml.
+        reuse (bool): Take over what the metafile says. Defaults to False.
+
+    Returns:
+        list[dict]: The rows with ``size``, ``count`` and ``macs``.
+    """
+    known = read_metafile(folder) if reuse else {}
+    counted = []
+    bar = ProgressBar(len(section['rows']))
+    for row in section['rows']:
+        size = tuple(row.get('input', section['input']))
+        data = known.get(row['config'])
+        if data:
+            count, macs = data[parameters_key(folder)], data['FLOPs (G)']
+        else:
+            model = build(folder, row['config'])
+            count = round(count_parameters(folder, model), 3)
+            macs = float(f'{count_flops(model, size):.4g}')
+        counted.append(dict(row, size=size, count=count, macs=macs))
+        bar.update()
+    print()
+    return counted
+
+
+def parameters_key(folder: str) -> str:
+    """What a metafile calls the parameters."""
+    return 'Trainable Parameters (M)' if folder in DETECTORS else \
+        'Parameters (M)'
+
+
+def read_metafile(folder: str) -> Dict[str, dict]:
+    """``Metadata`` of the models in a metafile by name, if there is one."""
+    path = ROOT / 'configs' / folder / 'metafile.yml'
+    if not path.is_file():
+        return {}
+    models = yaml.safe_load(path.read_text('utf-8'))['Models']
+    return {model['Name']: model['Metadata'] for model in models}
+
+
+def metafile(folder: str, section: dict, rows: List[dict]) -> str:
+    """Content of ``configs/<folder>/metafile.yml``."""
+    name = section['collection']['Name']
+    kind = parameters_key(folder)
+    models = []
+    for row in rows:
+        data = {
+            kind: row['count'],
+            'FLOPs (G)': row['macs'],
+            'FLOPs Counter': 'mmengine.analysis.FlopAnalyzer, multiply-adds',
+            'Input Size': '{}x{}'.format(*row['size']),
+        }
+        if 'params' in row:
+            data['Paper'] = row['paper']
+            data[f'{kind} in the Paper'] = float(row['params'])
+        if 'flops' in row:
+            data['FLOPs (G) in the Paper'] = row['flops']
+        models.append({
+            'Name': row['config'],
+            'In Collection': name,
+            'Config': f'configs/{folder}/{row["config"]}.py',
+            'Metadata': data,
+        })
+    text = yaml.safe_dump(
+        dict(Collections=[section['collection']], Models=models),
+        sort_keys=False,
+        width=79)
+    return ('# Written by tools/analysis/model_zoo.py. All is counted before '
+            'pruning.\n' + text)
+
+
+def table(folder: str, section: dict, rows: List[dict]) -> str:
+    """Section of the page."""
+    lines = [
+        f'## {TITLES[folder]}', '',
+        'Input {} x {} pixels unless the row says otherwise.'.format(
+            *section['input']), '',
+        '| config | parameters here | paper | FLOPs here | paper | source |',
+        '| --- | --- | --- | --- | --- | --- |'
+    ]
+    notes = []
+    for row in rows:
+        mark = ''
+        if row.get('note'):
+            if row['note'] not in notes:
+                notes.append(row['note'])
+            mark = f' [{notes.index(row["note"]) + 1}]'
+        name = row['config']
+        size = '' if list(row['size']) == list(section['input']) else \
+            ' ({} x {})'.format(*row['size'])
+        lines.append(
+            f'| [{name}](../configs/{folder}/{name}.py){size} '
+            f'| {row["count"]:.3f}{mark} | {row.get("params", "")} '
+            f'| {row["macs"]:.4g} | {row.get("flops", "")} '
+            f'| {row.get("paper", "")} |')
+    lines += [''] + [f'[{i}] {note}\n' for i, note in enumerate(notes, 1)]
+    return '\n'.join(lines)
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    papers = load_papers()
+    parser.add_argument(
+        'folders',
+        nargs='*',
+        help=f'count only these of {", ".join(papers)} and print')
+    parser.add_argument(
+        '--reuse',
+        action='store_true',
+        help='count only what the metafiles do not have')
+    args = parser.parse_args(argv)
+    unknown = set(args.folders) - set(papers)
+    if unknown:
+        raise SystemExit(f'error: no folder {sorted(unknown)[0]}; there are '
+                         f'{", ".join(papers)}')
+    MMLogger.get_current_instance().setLevel(logging.ERROR)
+    pages: List[Tuple[str, str]] = []
+    for folder, section in papers.items():
+        if args.folders and folder not in args.folders:
+            continue
+        rows = count_section(folder, section, args.reuse)
+        for row in rows:
+            if not parameters_agree(row, row['count']) and 'note' not in row:
+                print(f'{row["config"]}: {row["count"]} M here, '
+                      f'{row["params"]} M in {row["paper"]}, and no note')
+        pages.append((folder, table(folder, section, rows)))
+        path = ROOT / 'configs' / folder / 'metafile.yml'
+        path.write_text(metafile(folder, section, rows), 'utf-8')
+    text = '\n'.join(page for _, page in pages)
+    if args.folders:
+        print(text)
+    else:
+        PAGE.write_text(f'{HEAD}\n{text}', 'utf-8')
+
+
+if __name__ == '__main__':
+    main()
