@@ -29,7 +29,7 @@ from .kl_meter import REDUCTIONS, NetworkKLMeter
 CHECKPOINT_KEY = 'layer_attention_pruning'
 
 
-@HOOKS.register_module()
+@HOOKS.register_module(force=True)  # instead of its placeholder
 class LayerAttentionPruningHook(Hook):
     """Prune redundant layer attentions while a network trains (ELA).
 

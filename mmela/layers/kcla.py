@@ -14,7 +14,7 @@ from .qkv import QKVLayerAttention
 HEAD_ATTENTIONS = ('linear', 'plain', 'none')
 
 
-@MODELS.register_module()
+@MODELS.register_module(force=True)  # instead of its placeholder
 class KCLA(QKVLayerAttention):
     r"""Key-correlated layer attention (KCLA, sections IV, IV-A and IV-B).
 

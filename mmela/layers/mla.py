@@ -7,7 +7,7 @@ from .base import LayerMemory
 from .mrla_base import MRLABase
 
 
-@MODELS.register_module()
+@MODELS.register_module(force=True)  # instead of its placeholder
 class MLA(MRLABase):
     r"""Multi-head layer attention, the quadratic original (MRLA, eq. 3 and 4).
 

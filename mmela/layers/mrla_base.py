@@ -10,7 +10,7 @@ from .base import LayerMemory
 from .qkv import QKVLayerAttention
 
 
-@MODELS.register_module()
+@MODELS.register_module(force=True)  # instead of its placeholder
 class MRLABase(QKVLayerAttention):
     r"""MRLA-base: multi-head recurrent layer attention (MRLA, eq. 6 and 9).
 

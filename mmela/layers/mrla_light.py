@@ -10,7 +10,7 @@ from .base import LayerMemory
 from .qkv import QKVLayerAttention
 
 
-@MODELS.register_module()
+@MODELS.register_module(force=True)  # instead of its placeholder
 class MRLALight(QKVLayerAttention):
     r"""MRLA-light: layer attention at linear cost (MRLA, eq. 8 and 9).
 

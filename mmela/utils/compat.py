@@ -1,5 +1,8 @@
+import runpy
+import sys
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Callable, Dict, Optional, Tuple
 
@@ -35,11 +38,32 @@ def check_versions(
                     f'mmela needs {name} >= {first}, < {last}, which is not '
                     'installed')
             continue
-        version = import_module(name).__version__
+        version = find_version(name)
         if not digit_version(first) <= digit_version(version) < \
                 digit_version(last):
             raise ImportError(f'mmela needs {name} >= {first}, < {last}, but '
                               f'{name} {version} is installed')
+
+
+def find_version(name: str) -> str:
+    """Version of an installed package.
+
+    It is read from the package's ``version.py``, which all of OpenMMLab's
+    have, so that a toolbox is not imported to look at its version.
+
+    Args:
+        name (str): Import name.
+
+    Returns:
+        str: The version.
+    """
+    if name not in sys.modules:
+        path = Path(find_spec(name).origin or '').with_name('version.py')
+        if path.is_file():
+            version = runpy.run_path(str(path)).get('__version__')
+            if isinstance(version, str):
+                return version
+    return import_module(name).__version__
 
 
 def _statistic(owner: type, name: str) -> Callable:
