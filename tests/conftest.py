@@ -1,4 +1,5 @@
 import runpy
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,16 @@ settings.register_profile(
 settings.load_profile('mmela')
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope='session', autouse=True)
+def toolbox_index_is_read_once():
+    """mmengine parses a toolbox's whole index for each config it looks up."""
+    from mmengine.config import utils
+    original = utils.load
+    utils.load = lru_cache(maxsize=None)(original)
+    yield
+    utils.load = original
 
 
 @pytest.fixture(autouse=True)
