@@ -2,22 +2,28 @@
 
 Renders a small data set in COCO format, trains the demo Faster R-CNN with a
 narrow ELA-ResNet-50 on it, prunes redundant layer attentions after epochs 1
-and 7, evaluates with COCO metrics, and writes a report with pictures.
+and 7, evaluates with COCO metrics, measures the attention maps before the last
+pruning and at the end, and writes a report with pictures.
 
 Examples:
   python tools/demo.py
-  python tools/demo.py --work-dir work_dirs/mine \
+  python tools/demo.py --work-dir work_dirs/mine \\
       --cfg-options data_root=data/coco
 """
 import argparse
+import json
 import time
 from pathlib import Path
+from typing import List
 
 from dataset.make_shapes import make_shapes
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 
 from mmela.analysis import make_report, summarize
+from mmela.analysis.attention import hook_settings, measure_attention
+from mmela.analysis.inputs import load_network, validation_loader
+from mmela.analysis.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'demo' / 'faster-rcnn_r50-narrow_ela_fpn_shapes.py'
@@ -47,6 +53,68 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def checkpoints_to_measure(run: Run) -> List[Path]:
+    """Checkpoints whose attention maps show what pruning changed.
+
+    Args:
+        run (Run): A run that is done.
+
+    Returns:
+        list[Path]: The last checkpoint before the last pruning, if the run
+        kept one, and the final one.
+    """
+    final = run.checkpoint
+    if final is None:
+        return []
+    found = [final]
+    if run.prunings:
+        last = run.prunings[-1]
+        start = 'epoch_' if last['unit'] == 'epoch' else 'iter_'
+        numbers = [
+            int(path.stem[len(start):])
+            for path in run.work_dir.glob(f'{start}*.pth')
+            if path.stem[len(start):].isdigit()
+        ]
+        # The hook prunes before the checkpoint of its epoch is written.
+        before = [n for n in numbers if n < last['window'][1]]
+        if before:
+            found.insert(0, run.work_dir / f'{start}{max(before)}.pth')
+    return found
+
+
+def measure(work_dir: str, images: int = 100) -> None:
+    """Measure attention maps and more for the report.
+
+    As tools/analysis/layer_attention.py does, but for its pictures: the report
+    draws those that it shows.
+
+    Args:
+        work_dir (str): Work directory of the run.
+        images (int): Most validation images. Defaults to 100.
+    """
+    run = Run(work_dir)
+    config = run.work_dir / run.config_name
+    for checkpoint in checkpoints_to_measure(run):
+        print(f'Measuring the attention maps of {checkpoint.name}', flush=True)
+        cfg, model = load_network(config, checkpoint)
+        settings = hook_settings(cfg)
+        settings.pop('source')
+        result = measure_attention(model, validation_loader(cfg, images),
+                                   **settings)
+        out = run.work_dir / 'layer_attention' / checkpoint.stem
+        out.mkdir(parents=True, exist_ok=True)
+        (out / 'layer_attention.json').write_text(
+            json.dumps(
+                dict(
+                    format=1,
+                    config=config.name,
+                    checkpoint=checkpoint.name,
+                    data='validation data',
+                    **result),
+                indent=1),
+            encoding='utf-8')
+
+
 def main(argv=None) -> None:
     args = parse_args(argv)
     start = time.time()
@@ -55,11 +123,23 @@ def main(argv=None) -> None:
     if 'data_root' not in args.cfg_options:
         cfg.data_root = f'{ROOT}/data/shapes/'
         print(f'Rendering the data set in {cfg.data_root}', flush=True)
-        make_shapes(cfg.data_root)
+        try:
+            make_shapes(cfg.data_root)
+        except OSError as error:
+            raise SystemExit(f'error: {error}')
+    annotations = Path(cfg.data_root) / 'annotations/instances_train2017.json'
+    if not annotations.is_file():
+        raise SystemExit(f'error: data_root={cfg.data_root} is no data set in '
+                         f'COCO layout: no file {annotations}')
     cfg.work_dir = str(args.work_dir)
     cfg.resume = args.resume
     RUNNERS.build(cfg).train()
 
+    try:
+        measure(cfg.work_dir)
+    except (OSError, ValueError, SystemExit) as error:
+        # What was trained has a report all the same.
+        print(f'Attention maps are not measured: {error}')
     make_report(cfg.work_dir)
     print(summarize(cfg.work_dir))
     print(f'Done in {(time.time() - start) / 60:.1f} min')

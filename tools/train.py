@@ -6,8 +6,8 @@ Most used: --work-dir DIR, --resume [CHECKPOINT], --amp, --auto-scale-lr,
 --cfg-options KEY=VALUE ...
 
 Example:
-  python tools/train.py \
-      configs/faster_rcnn/faster-rcnn_r50_ela_fpn_1x_coco.py \
+  python tools/train.py \\
+      configs/faster_rcnn/faster-rcnn_r50_ela_fpn_1x_coco.py \\
       --work-dir work_dirs/ela
 """
 import sys

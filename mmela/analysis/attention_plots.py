@@ -1,12 +1,13 @@
 """Pictures of what :func:`mmela.analysis.measure_attention` measures."""
 import math
 import re
-from typing import Iterator, List, NamedTuple, Sequence
+from typing import Iterator, List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
@@ -30,13 +31,16 @@ class Picture(NamedTuple):
         plot (Callable[[Figure, Theme], None]): For
             :func:`mmela.analysis.plots.draw`.
         detail (bool): Whether it is one for a closer look, which a report
-            leaves out.
+            leaves out. Defaults to False.
+        stage (str): Name of the stage of which it is the map; empty for other
+            pictures, which is the default.
     """
     name: str
     title: str
     caption: str
     plot: Plot
     detail: bool = False
+    stage: str = ''
 
 
 def attention_pictures(result: dict) -> Iterator[Picture]:
@@ -58,7 +62,8 @@ def attention_pictures(result: dict) -> Iterator[Picture]:
             'Mean over images and heads. A row is the block that asks, a '
             'column the block that it attends to; ✕ and hatching mark what '
             'is pruned. Rows that look alike are redundant.',
-            map_plot(stage))
+            map_plot(stage),
+            stage=name)
         if len(stage['maps']['heads']) > 1:
             yield Picture(
                 f'heads_{file}', f'Attention weights of {label} by head',
@@ -140,7 +145,8 @@ def _hatch_pruned(axes: Axes, states: Sequence[str], theme: Theme) -> None:
             _hatch(axes, i, i, 1, len(states) - i, theme)
 
 
-def _colourbar(figure: Figure, image, axes: Axes, theme: Theme) -> None:
+def _colourbar(figure: Figure, image: AxesImage,
+               axes: Union[Axes, List[Axes]], theme: Theme) -> None:
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02)
     bar.set_label('attention weight', color=theme.ink, fontsize=9)
 
@@ -155,36 +161,68 @@ def map_plot(stage: dict) -> Plot:
         Callable[[Figure, Theme], None]: Plot for
         :func:`mmela.analysis.plots.draw`.
     """
-    weights = _array(stage['maps']['mean'])
-    states = stage['states']
-    count = len(states)
+    count = len(stage['states'])
 
     def plot(figure: Figure, theme: Theme) -> None:
         figure.set_size_inches(WIDTH, min(1.6 + 0.45 * count, 4.1))
+        # The other layouts push the labels of a map as wide as this out.
+        figure.set_layout_engine('compressed')
         axes = figure.subplots()
-        image = axes.imshow(weights, cmap=COLOURS, vmin=0, vmax=1)
-        _hatch_pruned(axes, states, theme)
-        if count <= 8:
-            for row, column in zip(*np.nonzero(~weights.mask)):
-                weight = weights[row, column]
-                axes.text(
-                    column,
-                    row,
-                    f'{weight:.2f}',
-                    ha='center',
-                    va='center',
-                    fontsize=7,
-                    color='white' if weight < 0.5 else 'black')
-        step = math.ceil(count / 24)
-        ticks = _ticks(states)
-        axes.set_xticks(
-            range(0, count, step), ticks[::step],
-            rotation=90 if count > 12 else 0)
-        axes.set_yticks(range(0, count, step), ticks[::step])
-        axes.set(xlabel='attended block', ylabel='asking block')
-        _colourbar(figure, image, axes, theme)
+        _colourbar(figure, _draw_map(axes, stage, theme), axes, theme)
 
     return plot
+
+
+def map_pair_plot(stages: Sequence[Tuple[str, dict]]) -> Plot:
+    """Attention weights of a stage at several times, side by side.
+
+    Args:
+        stages (Sequence[tuple[str, dict]]): Title, and the stage in one
+            measurement, with maps.
+
+    Returns:
+        Callable[[Figure, Theme], None]: Plot for
+        :func:`mmela.analysis.plots.draw`.
+    """
+
+    def plot(figure: Figure, theme: Theme) -> None:
+        figure.set_size_inches(0.6 + 2.9 * len(stages), 3.2)
+        figure.set_layout_engine('compressed')
+        panels = figure.subplots(1, len(stages), squeeze=False)[0]
+        for axes, (title, stage) in zip(panels, stages):
+            image = _draw_map(axes, stage, theme)
+            axes.set_title(
+                title.replace('$', r'\$'), color=theme.ink, fontsize=9)
+        _colourbar(figure, image, list(panels), theme)
+
+    return plot
+
+
+def _draw_map(axes: Axes, stage: dict, theme: Theme) -> AxesImage:
+    """Draw the mean attention weights of a stage."""
+    weights = _array(stage['maps']['mean'])
+    states = stage['states']
+    count = len(states)
+    image = axes.imshow(weights, cmap=COLOURS, vmin=0, vmax=1)
+    _hatch_pruned(axes, states, theme)
+    if count <= 8:
+        for row, column in zip(*np.nonzero(~weights.mask)):
+            weight = weights[row, column]
+            axes.text(
+                column,
+                row,
+                f'{weight:.2f}',
+                ha='center',
+                va='center',
+                fontsize=7,
+                color='white' if weight < 0.5 else 'black')
+    step = math.ceil(count / 24)
+    ticks = _ticks(states)
+    axes.set_xticks(
+        range(0, count, step), ticks[::step], rotation=90 if count > 12 else 0)
+    axes.set_yticks(range(0, count, step), ticks[::step])
+    axes.set(xlabel='attended block', ylabel='asking block')
+    return image
 
 
 def heads_plot(stage: dict) -> Plot:

@@ -1,6 +1,5 @@
 """A network and its images, as the tools of tools/analysis take them."""
 import copy
-import pickle
 from pathlib import Path
 from typing import Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -14,7 +13,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from ..utils.toolbox import open_network
+from ..utils.toolbox import load_fitting, open_network
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
@@ -38,33 +37,13 @@ def load_network(config: Union[str, Path],
         tuple[Config, nn.Module]: The config and the model, in evaluation mode.
 
     Raises:
-        SystemExit: If a file is missing.
-        ValueError: If the checkpoint is none, or is of another network.
+        SystemExit: If a file is missing or is not what it should be.
+        ValueError: If the checkpoint is of another network.
     """
-    try:
-        cfg, _, state_dict = open_network(str(config), str(checkpoint))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f'{checkpoint} is no checkpoint, is damaged, or holds objects '
-            'that may run code') from error
+    cfg, _, state_dict = open_network(str(config), str(checkpoint))
     cfg.merge_from_dict(cfg_options or {})
-    if cfg.get('model') is None:
-        raise ValueError(f'{config} has no model')
     model = MODELS.build(cfg.model)
-    try:
-        missing, unexpected = model.load_state_dict(state_dict, strict=False)
-    except RuntimeError as error:  # other shapes
-        reason = str(error).strip().split('\n')[-1].strip()
-        raise ValueError(
-            f'{checkpoint} does not fit {config}: {reason}') from error
-    faults = [
-        f'{len(keys)} {what} such as {keys[0]}'
-        for keys, what in ((missing, 'keys are missing'),
-                           (unexpected, 'keys have no place')) if keys
-    ]
-    if faults:
-        raise ValueError(
-            f'{checkpoint} does not fit {config}: {"; ".join(faults)}')
+    load_fitting(model, state_dict, config, checkpoint)
     model.to(device or get_device())
     model.eval()
     return cfg, model

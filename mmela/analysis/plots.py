@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 from ..pruning import PRUNING_POLICIES
@@ -275,11 +275,12 @@ def kl_plot(pruning: dict,
     values = np.array([x['kl'] for x in layers if x['kl'] is not None])
     positive = values[values > 0]
     log = positive.size and values.min() >= 0 and \
-        values.max() > 12 * np.median(positive)
+        values.max() > 5 * np.median(positive)
     quantile = None
     if policy and 'gamma' in policy and values.size and \
             policy.get('scope', 'network') == 'network':
         quantile = np.quantile(values, policy['gamma'])
+    threshold = threshold_divergence(policy, layers)
 
     def plot(figure: Figure, theme: Theme) -> None:
         figure.set_size_inches(WIDTH, 1.1 + 0.19 * len(layers))
@@ -299,6 +300,10 @@ def kl_plot(pruning: dict,
         if log:
             axes.set_xscale('log')
             axes.set_xlim(positive.min() / 3, values.max() * 8)
+            if values.max() < 100 * positive.min():
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_major_formatter('{x:g}')
+                axes.xaxis.set_minor_locator(NullLocator())
         else:
             top = values.max() if values.size and values.max() > 0 else 1
             axes.set_xlim(min(0, *values) if values.size else 0, top * 1.3)
@@ -327,6 +332,14 @@ def kl_plot(pruning: dict,
                 lw=1.2,
                 zorder=0.5,
                 label=f'{policy["gamma"]:g}-quantile')
+        if threshold is not None:
+            axes.axvline(
+                threshold,
+                color=theme.pruned,
+                ls='--',
+                lw=1.2,
+                zorder=0.5,
+                label=f'{policy["type"]} threshold')
         names = [_text(short_name(x['name'])) for x in layers]
         axes.set_yticks(range(len(layers)), names)
         axes.set_ylim(len(layers) - 0.4, -0.6)
@@ -338,9 +351,38 @@ def kl_plot(pruning: dict,
             axes.axhline(boundary - 0.5, color=theme.faint, lw=0.8, zorder=0)
         axes.set_xlabel('KL divergence from the attention before (nats)')
         if axes.get_legend_handles_labels()[0]:
-            _legend_above(axes, 3)
+            # With more, the names would be wider than the picture.
+            _legend_above(axes, 3 if threshold is None else 2)
 
     return plot
+
+
+def threshold_divergence(policy: Optional[dict],
+                         layers: Sequence[dict]) -> Optional[float]:
+    """The KL divergence below which a policy found attentions redundant.
+
+    Args:
+        policy (dict | None): Config of the policy.
+        layers (Sequence[dict]): The decision, ``layers`` in ``pruning.json``.
+
+    Returns:
+        float | None: In nats; None where there is no such divergence, as the
+        policy counts layers, or judges each stage by itself.
+    """
+    mapped = [x for x in layers if x['mapped'] is not None
+              and x['normalized'] is not None]
+    curve = policy_curve(policy, mapped)
+    if curve is None or not mapped or policy.get('scope',
+                                                 'network') != 'network':
+        return None
+    low, high = (f(mapped, key=lambda x: x['kl']) for f in (min, max))
+    if not low['normalized'] < high['normalized'] or \
+            not curve[1][0] <= mapped[0]['threshold'] <= curve[1][-1]:
+        return None
+    # Back from mapped to normalised values, and from these to divergences
+    normalized = np.interp(mapped[0]['threshold'], curve[1], curve[0])
+    scale = (high['kl'] - low['kl']) / (high['normalized'] - low['normalized'])
+    return float(low['kl'] + scale * (normalized - low['normalized']))
 
 
 def policy_curve(policy: Optional[dict],

@@ -39,7 +39,7 @@ def make_report(work_dir: Union[str, Path],
             cannot be read.
     """
     run = Run(work_dir)
-    analyses = _read_analyses(run.work_dir)
+    analyses = read_analyses(run.work_dir)
     pictures = run.work_dir / 'pictures'
     pictures.mkdir(exist_ok=True)
 
@@ -59,10 +59,21 @@ def make_report(work_dir: Union[str, Path],
             curve = inline(mapping_plot(pruning, policy), f'mapping_{name}')
         bars = inline(kl_plot(pruning, policy), f'kl_{name}')
         prunings.append((pruning, bars, curve, before, after))
-    shown = [(name, result,
-              [(p.title, p.caption, inline(p.plot, f'{prefix}_{p.name}'))
-               for p in attention_pictures(result) if not p.detail])
-             for name, prefix, result in analyses]
+    shown, maps = [], {}
+    for name, prefix, result in analyses:
+        drawn = []
+        for picture in attention_pictures(result):
+            if picture.detail:
+                continue
+            pair = inline(picture.plot, f'{prefix}_{picture.name}')
+            if len(analyses) > 1 and picture.stage:
+                # Side by side, to be compared
+                states = result['stages'][picture.stage]['states']
+                maps.setdefault(picture.name, []).append(
+                    (name, picture, pair, states.count('active'), len(states)))
+            else:
+                drawn.append((picture.title, picture.caption, pair))
+        shown.append((name, result, drawn))
     complexity, size, no_complexity = backbone_complexity(run)
     last_step = max(run.metrics, default=None)
     # First, as it may add a note.
@@ -75,6 +86,7 @@ def make_report(work_dir: Union[str, Path],
         size=size,
         no_complexity=no_complexity,
         analyses=shown,
+        maps=list(maps.values()),
         steps=[step for step in steps if step.count],
         policy=_call(policy) if policy else '',
         last_step=last_step,
@@ -90,7 +102,7 @@ def make_report(work_dir: Union[str, Path],
     return path
 
 
-def _read_analyses(work_dir: Path) -> List[Tuple[str, str, dict]]:
+def read_analyses(work_dir: Path) -> List[Tuple[str, str, dict]]:
     """Measurements in a work directory.
 
     Returns:
@@ -160,8 +172,9 @@ def summarize(work_dir: Union[str, Path],
     report = run.work_dir / 'report.html' if report is None else Path(report)
     files = [('Checkpoint', run.checkpoint),
              ('Best checkpoint', run.best_checkpoint),
-             ('Decisions', run.work_dir / 'pruning.json'), ('Report', report),
-             ('Pictures', run.work_dir / 'pictures')]
+             ('Decisions', run.work_dir / 'pruning.json'),
+             ('Attention maps', run.work_dir / 'layer_attention'),
+             ('Pictures', run.work_dir / 'pictures'), ('Report', report)]
     lines += [
         f'{label + ":":<17}{path}' for label, path in files
         if path is not None and path.exists()

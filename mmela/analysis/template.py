@@ -178,6 +178,20 @@ shown.</figcaption></figure>{% endif %}</div>
 {% endfor %}
 {% if run.prunings %}<p class="soft">pruning.json holds all numbers in full
 precision.</p>{% endif %}
+{% if maps %}
+<h2>Attention maps, before and after</h2>
+<p>{{ maps[0][0][1].caption }}</p>
+{% for stage in maps %}
+<h3>{{ stage[0][1].title }}</h3>
+<div class="pictures">
+{% for name, shown, pair, active, count in stage %}<figure>
+{{ picture(pair, shown.title ~ ', ' ~ name) }}
+<figcaption>{{ name }}: {{ active }} of {{ count }} active</figcaption>
+</figure>
+{% endfor %}
+</div>
+{% endfor %}
+{% endif %}
 {% for name, result, pictures in analyses %}
 <h2>Layer attention of {{ name }}</h2>
 <p>Measured by tools/analysis/layer_attention.py on {{ result.images }} images

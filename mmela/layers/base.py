@@ -177,7 +177,12 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
 
     def attend(self, x: Tensor, memory: LayerMemory) -> Tensor:
         """Extend the memory, attend over it and add the result to ``x``."""
-        return x + self.retrieve(x, memory)
+        out = self.retrieve(x, memory)
+        if out.dtype == x.dtype:
+            # In place: no new memory, which a CPU takes as long to get as to
+            # add. Nothing keeps `out` for its backward pass.
+            return out.add_(x)
+        return x + out
 
     @abstractmethod
     def retrieve(self, x: Tensor, memory: LayerMemory) -> Tensor:

@@ -3,6 +3,7 @@ from typing import List, Optional
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from mmcv.cnn import build_activation_layer, build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
@@ -118,6 +119,14 @@ class QKVLayerAttention(LayerAttention):
         out = self.norm(out)
         if not isinstance(self.norm, nn.Identity):
             # ReLU, but with gradient 1 at 0: with zero_init all of `out` is 0,
-            # and the gradient 0 of F.relu there would keep it so for ever.
-            out = out.clamp_min(0)
+            # and the gradient 0 of F.relu there would keep it so for ever. No
+            # clamp_min, whose backward pass is five times as slow on a CPU.
+            out = F.threshold(out, _just_below_zero(out.dtype), 0.)
         return self.drop_path(out)
+
+
+def _just_below_zero(dtype: torch.dtype) -> float:
+    """A negative number that ``dtype`` tells from 0 and no result reaches."""
+    if dtype == torch.float16:
+        return -2.**-24  # its smallest normal number is not that small
+    return -torch.finfo(dtype).smallest_normal

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import beta
 
 from mmela.analysis import make_report, summarize
-from mmela.analysis.plots import _spread, policy_curve
+from mmela.analysis.plots import (_spread, policy_curve,
+                                  threshold_divergence)
 from mmela.analysis.run import Run
 from mmela.pruning import PRUNING_POLICIES
 from tests.toy import toy_config, train
@@ -352,6 +354,32 @@ def test_policy_curve():
     assert policy_curve(dict(type='EBQM', gamma=7), layers) is None
 
 
+def test_threshold_divergence():
+    """Where the Beta CDF of the normalised divergence is at mu."""
+    kl = np.array([0, 0.3, 0.5, 0.9, 1.1, 4.0])
+    names = [f'backbone.layer1.{i}.layer_attn' for i in range(6)]
+    measured = [False] + [True] * 5
+
+    def threshold(**kwargs):
+        policy = dict(POLICY, **kwargs)
+        layers = PRUNING_POLICIES.build(dict(policy))(
+            kl, np.zeros(6, int), measured, names).rows()
+        return threshold_divergence(policy, layers), layers
+
+    value, layers = threshold()
+    # Candidates up to the median 0.9 reach from 0.3 to 0.9.
+    expected = 0.3 + 0.6 * beta.ppf(0.2, 2, 5)
+    assert value == pytest.approx(expected, abs=1e-4)
+    for layer in layers:
+        if layer['mapped'] is not None:
+            assert layer['skip'] == (layer['kl'] < value)
+    assert threshold(scope='stage')[0] is None
+    assert threshold_divergence(None, layers) is None
+    assert threshold_divergence(dict(type='FixedCount', count=2),
+                                layers) is None
+    assert threshold_divergence(POLICY, []) is None
+
+
 def test_spread():
     assert _spread([0, 0, 1, 1], 0.1, 0, 1) == pytest.approx([0, .1, .9, 1])
     assert _spread([0.2, 0.8], 0.1, 0, 1) == [0.2, 0.8]
@@ -505,16 +533,60 @@ def chromium():
     return path
 
 
+@pytest.fixture(scope='module')
+def with_maps(tmp_path_factory):
+    """Report on a run measured before and after a pruning, as the demo."""
+    # Here, as that module imports nothing of this one
+    from tests.test_analysis.test_attention_plots import measurement, stage
+    work_dir = tmp_path_factory.mktemp('with_maps')
+    make_work_dir(work_dir)
+    before = ['active'] * 6
+    after = ['active', 'active', 'pruned', 'active', 'active', 'pruned']
+    for epoch, states in ((2, before), (4, after)):
+        result = measurement({
+            'backbone.layer3': stage(states),
+            'backbone.layer4': stage(states[:3])
+        })
+        path = work_dir / f'layer_attention/epoch_{epoch}'
+        path.mkdir(parents=True)
+        (path / 'layer_attention.json').write_text(
+            json.dumps(
+                dict(
+                    result,
+                    format=1,
+                    images=3,
+                    data='validation data',
+                    checkpoint=f'epoch_{epoch}.pth')))
+    return make_report(work_dir)
+
+
+def test_maps_side_by_side(with_maps):
+    page = Page(with_maps)
+    check_offline(page)
+    text = ' '.join(page.text.split())
+    _, _, maps = text.partition('Attention maps, before and after')
+    places = [maps.index(x) for x in (
+        'Attention weights of layer3', 'epoch_2: 6 of 6 active',
+        'epoch_4: 4 of 6 active', 'Attention weights of layer4',
+        'epoch_2: 3 of 3 active', 'epoch_4: 2 of 3 active',
+        'Layer attention of epoch_2', 'Layer attention of epoch_4')]
+    assert places == sorted(places)
+    # The same caption is said once.
+    assert text.count('Mean over images and heads') == 1
+    # Of the run, and of each measurement two maps, KL, policy, features and
+    # queries
+    assert page.tags.count('img') == 7 + 2 * 6
+
+
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 @pytest.mark.parametrize('width', [390, 1200])
-def test_in_browser(synthetic, tmp_path, chromium, width, scheme):
-    report = make_report(synthetic[0])
+def test_in_browser(with_maps, tmp_path, chromium, width, scheme):
     shot = tmp_path / 'shot.png'
     # Blink's numbers of the colour schemes
     preferred = dict(dark=0, light=1)[scheme]
     size = [f'--window-size={width},2000', '--hide-scrollbars',
             f'--blink-settings=preferredColorScheme={preferred}']
-    process = browse(chromium, report, tmp_path / 'profile', *size,
+    process = browse(chromium, with_maps, tmp_path / 'profile', *size,
                      f'--screenshot={shot}')
     assert 'CONSOLE' not in process.stderr, process.stderr
     with Image.open(shot) as image:
@@ -525,7 +597,7 @@ def test_in_browser(synthetic, tmp_path, chromium, width, scheme):
 
     # Chromium's windows are no narrower than 500, frames are. The page itself
     # allows no script, so the one around it measures.
-    html = escape(report.read_text(encoding='utf-8'))
+    html = escape(with_maps.read_text(encoding='utf-8'))
     frame = tmp_path / 'frame.html'
     frame.write_text(
         f"""<meta charset="utf-8"><meta name="color-scheme"
@@ -546,5 +618,5 @@ def test_in_browser(synthetic, tmp_path, chromium, width, scheme):
     title = re.search('<title>(.*)</title>', process.stdout)[1]
     inner, scroll, images, loaded, light = json.loads(title)
     assert inner == width and scroll <= width
-    assert images == loaded == 7
+    assert images == loaded == 7 + 2 * 6
     assert light == (images if scheme == 'light' else 0)

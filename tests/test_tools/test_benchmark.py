@@ -105,11 +105,12 @@ def test_traffic_of_three_blocks(bench):
     traffic = traffic_of(bench, stage_of(MRLABase, 3))
     # read 1, 2, 3 and write 1 each
     assert traffic.forward == (2 + 3 + 4) * VALUE
-    # the gradient of the output, then read and write 1, 2, 3
-    assert traffic.backward == (3 + 5 + 7) * VALUE
-    # V1 has three gradients, V2 two, V3 one: three additions
-    assert traffic.accumulation == 3 * 3 * VALUE
-    assert traffic.total == 33 * VALUE
+    # the weights: the gradient of the output, and read 1, 2, 3; the values:
+    # read as many output gradients again, write one
+    assert traffic.backward == (4 + 6 + 8) * VALUE
+    # and nothing to add up, as V1 to V3 get one gradient each
+    assert traffic.accumulation == 0
+    assert traffic.total == 27 * VALUE
 
 
 def test_traffic_of_published_form(bench):
@@ -131,7 +132,9 @@ def test_traffic_counts_what_is_seen(bench):
     # Blocks 1 and 4 attend, over V1 and over V1, V2, V4
     traffic = traffic_of(bench, stage)
     assert traffic.forward == (2 + 4) * VALUE
-    assert traffic.accumulation == 3 * VALUE
+    # Block 4 also makes the gradient of V2, which block 2 kept for it
+    assert traffic.backward == (4 + 4 + 5) * VALUE
+    assert traffic.accumulation == 0
 
 
 def test_traffic_of_light_is_linear(bench):

@@ -8,7 +8,6 @@ Example:
   python tools/analysis/report.py work_dirs/demo
 """
 import argparse
-import sys
 
 from mmela.analysis import make_report, summarize
 
@@ -32,7 +31,7 @@ def main(argv=None) -> None:
         report = make_report(args.work_dir, args.out)
         print(summarize(args.work_dir, report))
     except (OSError, ValueError) as error:
-        sys.exit(f'report.py: {error}')
+        raise SystemExit(f'error: {error}')
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ quarter at the deepest stage.
 
 Examples:
   python tools/benchmark/depth.py
-  python tools/benchmark/depth.py --channels 512 --size 28 --batch 32 \
+  python tools/benchmark/depth.py --channels 512 --size 28 --batch 32 \\
       --head-dim 32 --device cuda --out depth.json
 """
 import argparse

@@ -9,7 +9,7 @@ mmela. They take turns too.
 
 Examples:
   python tools/benchmark/hook_overhead.py --net cifar56 --batch 128
-  python tools/benchmark/hook_overhead.py --net r50 --device cuda \
+  python tools/benchmark/hook_overhead.py --net r50 --device cuda \\
       --out hook.json
 """
 import argparse

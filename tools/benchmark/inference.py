@@ -7,7 +7,7 @@ backbone is the same for all variants.
 
 Examples:
   python tools/benchmark/inference.py --net r50 --batch 32
-  python tools/benchmark/inference.py --net faster-rcnn --device cuda \
+  python tools/benchmark/inference.py --net faster-rcnn --device cuda \\
       --dtype fp16 --out faster-rcnn.json
 """
 from common import base_parser, set_up, write_results

@@ -14,6 +14,11 @@ form           forward    backward      of that
 one pass       t + 1      2t + 1        forward: t values, 1 output.
                                         Backward: gradient of the output once,
                                         t values, t gradients
+shared values  t + 1      2t + 1 + n    backward: gradient of the output once
+                                        and t values for the weights; once
+                                        more for the gradient of each value.
+                                        n new values get their gradient, 1
+                                        unless a block keeps its value alone
 published      5t + 1     4t + 2        forward: the concatenation and the
                                         change to heads read and write t each.
                                         Backward: the two products read the
@@ -22,9 +27,11 @@ published      5t + 1     4t + 2        forward: the concatenation and the
                                         For t = 1, 2 and 4: no copies
 =============  =========  ============  =====================================
 
-Where a value is seen by several blocks, the gradients are added up: each
-addition reads two and writes one. A block adds to the gradients of the values
-that blocks before it have seen, t - 1 where nothing is pruned.
+In the published form the gradients of a value that several blocks have seen
+are added up: each addition reads two and writes one. A block adds to the
+gradients of the values that blocks before it have seen, t - 1 where nothing is
+pruned. MRLA-base here shares its values instead, see
+:func:`mmela.ops.share_value`; MLA has values of its own in each block.
 
 MRLA-light sums two weighted tensors, its value and what came before, so
 ``t = 2``. So does KCLA for its running mean, and weighs the value by heads in
@@ -45,7 +52,7 @@ from common import synchronize
 from published_form import PublishedMRLABase
 
 from mmela.hooks import layer_attention_stages
-from mmela.layers import KCLA, AttentionState, LayerAttention, MRLALight
+from mmela.layers import KCLA, MLA, AttentionState, LayerAttention, MRLALight
 
 
 @dataclass
@@ -80,7 +87,8 @@ def retrieval_traffic(tokens: int,
                       accumulations: int,
                       size: int,
                       published: bool = False,
-                      backward: bool = True) -> Traffic:
+                      backward: bool = True,
+                      new: int = 0) -> Traffic:
     """Bytes that one block's retrieval moves.
 
     Args:
@@ -89,13 +97,15 @@ def retrieval_traffic(tokens: int,
         size (int): Bytes of one value.
         published (bool): The form with copies. Defaults to False.
         backward (bool): Whether a backward pass follows. Defaults to True.
+        new (int): Shared values that no block before has seen. Defaults to 0,
+            which means that values are not shared.
 
     Returns:
         Traffic: The bytes.
     """
     t = tokens
     if not published:
-        forward, gradients = t + 1, 2 * t + 1
+        forward, gradients = t + 1, 2 * t + 1 + new
     elif t > 1:
         forward, gradients = 5 * t + 1, 4 * t + 2
     else:
@@ -113,9 +123,9 @@ def retrievals(
         stage (LayerAttentionStage): A stage.
 
     Yields:
-        tuple[LayerAttention, list[tuple[int, int]]]: An active attention and
-        its weighted sums: the tensors that each is over, and the gradients
-        that are added to others.
+        tuple[LayerAttention, list[tuple[int, int, int]]]: An active attention and
+        its weighted sums: the tensors that each is over, the gradients that
+        are added to others, and the shared values that are new.
     """
     seen = seen_before = 0
     for attention in stage.attentions:
@@ -126,13 +136,17 @@ def retrievals(
             # The first of a stage has a mean only if it takes one over. The
             # block before has transformed the mean too.
             has_mean = seen_before or hasattr(attention, 'cross_stage')
-            yield attention, [(2, 1)] * bool(has_mean) + [(1, 0)]
+            yield attention, [(2, 1, 0)] * bool(has_mean) + [(1, 0, 0)]
         elif isinstance(attention, MRLALight):
             # As literal recurrence, the first has nothing before it
             second = seen_before or attention.previous == 'identity'
-            yield attention, [(2, 1) if second else (1, 0)]
+            yield attention, [(2, 1, 0) if second else (1, 0, 0)]
+        elif isinstance(attention, PublishedMRLABase):
+            yield attention, [(seen, seen_before, 0)]
+        elif isinstance(attention, MLA):
+            yield attention, [(seen, 0, 0)]
         else:
-            yield attention, [(seen, seen_before)]
+            yield attention, [(seen, 0, seen - seen_before)]
         seen_before = seen
 
 
@@ -156,13 +170,14 @@ def model_traffic(model: nn.Module, forward: Callable[[], object],
 
     def count(attention, args, output) -> None:
         nonlocal total
-        for tokens, accumulations in sums[attention]:
+        for tokens, accumulations, new in sums[attention]:
             total += retrieval_traffic(
                 tokens,
                 accumulations,
                 args[0].numel() * itemsize,
                 published=isinstance(attention, PublishedMRLABase),
-                backward=output.requires_grad)
+                backward=output.requires_grad,
+                new=new)
 
     handles = [a.register_forward_hook(count) for a in sums]
     try:

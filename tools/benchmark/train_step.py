@@ -8,9 +8,9 @@ labels and weights are random.
 
 Examples:
   python tools/benchmark/train_step.py --net r50 --batch 8 --threads 2
-  python tools/benchmark/train_step.py --net mask-rcnn --dtype fp16 \
+  python tools/benchmark/train_step.py --net mask-rcnn --dtype fp16 \\
       --variants resnet published mrla-base ela --out mask-rcnn.json
-  python tools/benchmark/train_step.py --net r50 --device cuda \
+  python tools/benchmark/train_step.py --net r50 --device cuda \\
       --variants resnet mrla-base:autograd mrla-base:triton
 """
 from common import base_parser, set_up, write_results

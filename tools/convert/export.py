@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 
 import mmela  # noqa: F401
 from mmela.utils.export import export_backbone
-from mmela.utils.toolbox import open_network
+from mmela.utils.toolbox import load_fitting, one_line, open_network
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -39,14 +39,17 @@ def main(argv=None) -> None:
         key[len(prefix):]: value
         for key, value in state_dict.items() if key.startswith(prefix)
     }
-    if not state_dict:
-        raise SystemExit(f'error: {args.checkpoint} has no backbone')
-    backbone = MODELS.build(dict(cfg.model.backbone, init_cfg=None))
+    for path, found in ((args.checkpoint, state_dict),
+                        (args.config, cfg.model.get('backbone'))):
+        if not found:
+            raise SystemExit(f'error: {path} has no backbone')
     try:
-        backbone.load_state_dict(state_dict)
+        backbone = MODELS.build(dict(cfg.model.backbone, init_cfg=None))
+        load_fitting(backbone, state_dict, args.config, args.checkpoint)
         export_backbone(backbone, args.out, args.size)
-    except (RuntimeError, ValueError) as error:
-        raise SystemExit(f'error: {error}')
+    except (ImportError, KeyError, OSError, RuntimeError, TypeError,
+            ValueError) as error:
+        raise SystemExit(f'error: {one_line(error)}')
     print(args.out)
 
 

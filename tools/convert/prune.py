@@ -5,7 +5,7 @@ config, lets a policy decide once, and writes a pruned checkpoint. Nothing is
 trained: expect to fine-tune afterwards.
 
 Example:
-  python tools/convert/prune.py my_config.py epoch_12.pth pruned.pth \
+  python tools/convert/prune.py my_config.py epoch_12.pth pruned.pth \\
       --policy type=EBQM gamma=0.5 mu=0.2 --batches 50
 """
 import argparse
@@ -17,14 +17,14 @@ import torch
 from mmengine.config import DictAction
 from mmengine.device import get_device
 from mmengine.registry import MODELS
-from mmengine.runner import Runner, load_state_dict
+from mmengine.runner import Runner
 from mmengine.utils import track_iter_progress
 
 import mmela  # noqa: F401
 from mmela.hooks import (NetworkKLMeter, decide, format_decisions,
                          layer_attention_stages, prune)
 from mmela.pruning import PRUNING_POLICIES
-from mmela.utils.toolbox import open_network
+from mmela.utils.toolbox import load_fitting, one_line, open_network
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -88,14 +88,18 @@ def main(argv=None) -> None:
     cfg, checkpoint, state_dict = open_network(args.config, args.checkpoint,
                                                args.out)
     cfg.merge_from_dict(args.cfg_options)
-    model = MODELS.build(cfg.model)
-    stages = layer_attention_stages(model)
-    if not any(a.prunable for s in stages.values() for a in s.attentions):
-        raise SystemExit(f'error: {args.config} has no prunable layer '
-                         'attention')
-    load_state_dict(model, state_dict, strict=True)
+    try:
+        model = MODELS.build(cfg.model)
+        stages = layer_attention_stages(model)
+        if not any(a.prunable for s in stages.values() for a in s.attentions):
+            raise ValueError(f'{args.config} has no prunable layer attention')
+        load_fitting(model, state_dict, args.config, args.checkpoint)
+        if not cfg.get('test_dataloader'):
+            raise ValueError(f'{args.config} has no test_dataloader')
+        dataloader = Runner.build_dataloader(cfg.test_dataloader)
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise SystemExit(f'error: {one_line(error)}')
     model.to(get_device())
-    dataloader = Runner.build_dataloader(cfg.test_dataloader)
     kl = measure(model, dataloader, args.batches, args.reduction)
     layers = decide(stages, kl, policy)
     names = [layer['name'] for layer in layers if layer['skip']]

@@ -4,7 +4,7 @@ The slim network gives the same outputs: the tool compares both backbones and
 fails if they differ. Optimizer and training state are left out.
 
 Example:
-  python tools/convert/slim.py work_dirs/ela/my_config.py \
+  python tools/convert/slim.py work_dirs/ela/my_config.py \\
       work_dirs/ela/epoch_12.pth slim.pth
 """
 import argparse
@@ -15,7 +15,7 @@ from mmengine.registry import MODELS
 
 import mmela  # noqa: F401
 from mmela.utils.slim import slim_config, slim_state_dict
-from mmela.utils.toolbox import open_network
+from mmela.utils.toolbox import load_fitting, one_line, open_network
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -37,20 +37,30 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 @torch.no_grad()
-def difference(cfg, state_dict, slim_cfg, slim_state, size: int) -> float:
-    """Largest absolute difference of the outputs of two backbones."""
+def difference(networks, size: int) -> float:
+    """Largest absolute difference of the outputs of two backbones.
+
+    Args:
+        networks (Sequence[tuple]): Of both, the config, its path, the state
+            dict and its path.
+        size (int): Height and width of the images in pixels.
+
+    Raises:
+        ValueError: If a state dict is of another network.
+    """
     outputs = []
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(2, 3, size, size, generator=generator)
-    for config, state in ((cfg, state_dict), (slim_cfg, slim_state)):
+    for config, config_path, state, state_path in networks:
         # Nothing is to be downloaded: the checkpoint follows.
         backbone_cfg = dict(config.model.backbone, init_cfg=None)
         backbone = MODELS.build(backbone_cfg)
         prefix = 'backbone.'
-        backbone.load_state_dict({
-            key[len(prefix):]: value
-            for key, value in state.items() if key.startswith(prefix)
-        })
+        load_fitting(
+            backbone, {
+                key[len(prefix):]: value
+                for key, value in state.items() if key.startswith(prefix)
+            }, config_path, state_path)
         backbone.eval()
         outputs.append(backbone(x))
     return max(float((a - b).abs().max()) for a, b in zip(*outputs))
@@ -68,7 +78,12 @@ def main(argv=None) -> None:
     except ValueError as error:
         raise SystemExit(f'error: {args.checkpoint}: {error}')
 
-    gap = difference(cfg, state_dict, slim_cfg, slim_state, args.size)
+    try:
+        gap = difference(
+            [(cfg, args.config, state_dict, args.checkpoint),
+             (slim_cfg, out_config, slim_state, out)], args.size)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise SystemExit(f'error: {one_line(error)}')
     if gap != 0:
         raise SystemExit(f'error: the outputs differ by {gap}')
     meta = {

@@ -1,0 +1,108 @@
+"""Draw the two pictures of the README from a run.
+
+kl.png: KL divergence of each layer attention from the one before, what was
+pruned, and the threshold of the policy, at the pruning that removed most.
+attention_maps.png: attention weights of the stage that changed most between
+the first and the last measurement of tools/analysis/layer_attention.py that
+lie in the work directory. Each is drawn for dark pages too, *_dark.png.
+
+Example:
+  python tools/analysis/pictures.py work_dirs/demo docs/pictures
+"""
+import argparse
+import json
+from pathlib import Path
+from typing import Dict
+
+from mmela.analysis.attention_plots import map_pair_plot
+from mmela.analysis.plots import Plot, draw, kl_plot
+from mmela.analysis.report import read_analyses
+from mmela.analysis.run import short_name
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        'work_dir', metavar='WORK_DIR', help='work directory of the run')
+    parser.add_argument('out', metavar='OUT', help='folder for the pictures')
+    return parser.parse_args(argv)
+
+
+def divergences(work_dir: Path) -> Plot:
+    """KL divergences at the pruning that removed most attentions.
+
+    Raises:
+        OSError: If ``pruning.json`` cannot be read.
+        ValueError: If nothing was pruned.
+    """
+    path = work_dir / 'pruning.json'
+    report = json.loads(path.read_text(encoding='utf-8'))
+    prunings = [p for p in report['prunings'] if p['pruned']]
+    if not prunings:
+        raise ValueError(f'nothing was pruned by {path}')
+    pruning = max(prunings, key=lambda p: len(p['pruned']))
+    return kl_plot(pruning, report['hook']['policy'])
+
+
+def changed_stage(before: Dict[str, dict], after: Dict[str, dict]) -> str:
+    """Name of the stage with maps that lost most attentions.
+
+    Of equals, the one with the most blocks.
+
+    Raises:
+        ValueError: If no stage has maps in both measurements.
+    """
+    names = [n for n in before
+             if before[n]['maps'] and after.get(n, {}).get('maps')]
+    if not names:
+        raise ValueError('no stage has attention maps in both measurements')
+
+    def lost(name):
+        states = before[name]['states'], after[name]['states']
+        count = [s.count('active') for s in states]
+        return count[0] - count[1], len(states[0])
+
+    return max(names, key=lost)
+
+
+def attention_maps(work_dir: Path) -> Plot:
+    """Maps of one stage in the first and in the last measurement.
+
+    Raises:
+        ValueError: If there are not two measurements, or these have no stage
+            with maps in common.
+    """
+    analyses = read_analyses(work_dir)
+    if len(analyses) < 2:
+        raise ValueError(
+            f'{work_dir} has {len(analyses)} layer_attention.json, needed are '
+            'two: see tools/analysis/layer_attention.py')
+    (first, _, before), (last, _, after) = analyses[0], analyses[-1]
+    stage = changed_stage(before['stages'], after['stages'])
+    panels = []
+    for name, result in ((first, before), (last, after)):
+        states = result['stages'][stage]['states']
+        title = (f'{short_name(stage)}, {name.replace("_", " ")}: '
+                 f'{states.count("active")} of {len(states)} active')
+        panels.append((title, result['stages'][stage]))
+    return map_pair_plot(panels)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    work_dir, out = Path(args.work_dir), Path(args.out)
+    try:
+        plots = dict(
+            kl=divergences(work_dir), attention_maps=attention_maps(work_dir))
+        out.mkdir(parents=True, exist_ok=True)
+        for name, plot in plots.items():
+            for path in draw(plot, out / f'{name}.png'):
+                print(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f'error: {work_dir}: {" ".join(str(error).split())}')
+
+
+if __name__ == '__main__':
+    main()
