@@ -84,6 +84,10 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
     """bool: Whether the stage shall hand over the identity input of the
     block, as ``memory.identity``."""
 
+    adds_in_place = False
+    """bool: Whether no backward pass needs what :meth:`retrieve` returns, so
+    that the block's output may be added to it in place."""
+
     crosses_stages = False
     """bool: Whether the first attention of a stage takes over the memory of
     the stage before. Its constructor then takes ``previous_channels`` and
@@ -178,9 +182,8 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
     def attend(self, x: Tensor, memory: LayerMemory) -> Tensor:
         """Extend the memory, attend over it and add the result to ``x``."""
         out = self.retrieve(x, memory)
-        if out.dtype == x.dtype:
-            # In place: no new memory, which a CPU takes as long to get as to
-            # add. Nothing keeps `out` for its backward pass.
+        if self.adds_in_place and out.dtype == x.dtype:
+            # No new memory, which a CPU takes as long to get as to add
             return out.add_(x)
         return x + out
 

@@ -173,7 +173,7 @@ class KCLA(QKVLayerAttention):
 
 
 class CrossStage(nn.Module):
-    """Bring the mean of a stage into the shape of the next (KCLA, algorithm 1).
+    """Bring the mean of a stage to the shape of the next (KCLA, algorithm 1).
 
     A 1x1 convolution, grouped by heads and with the stride of the stage, a
     normalization, and a key of the result.

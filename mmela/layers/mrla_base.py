@@ -58,17 +58,18 @@ class MRLABase(QKVLayerAttention):
         ]
 
     def store(self, x: Tensor, memory: LayerMemory) -> None:
-        self._store(x, self._pool(x), memory)
+        self._store(x, memory)
 
-    def _store(self, x: Tensor, pooled: Tensor, memory: LayerMemory) -> None:
+    def _store(self, x: Tensor, memory: LayerMemory) -> Tensor:
+        """Store key and value; returns the pooled input, (B, 1, C)."""
+        pooled, value = self._pool_and_value(x)
         memory.keys.append(self._split(self.key(pooled)))
         before = memory.values[-1] if memory.values else None
-        memory.values.append(
-            share_value(self._value(x), before, self.backend))
+        memory.values.append(share_value(value, before, self.backend))
+        return pooled
 
     def retrieve(self, x: Tensor, memory: LayerMemory) -> Tensor:
-        pooled = self._pool(x)
-        self._store(x, pooled, memory)
+        pooled = self._store(x, memory)
         return self._attend(pooled, memory.keys, memory.values, memory)
 
     def _attend(self, pooled: Tensor, keys: List[Tensor],

@@ -64,12 +64,11 @@ class MRLALight(QKVLayerAttention):
             nn.init.normal_(self.lambda_o)
 
     def retrieve(self, x: Tensor, memory: LayerMemory) -> Tensor:
-        pooled = self._pool(x)
+        pooled, value = self._pool_and_value(x)
         query = self._split(self.query(pooled))
         key = self._split(self.key(pooled))
         # A product and a sum, not a matmul, which autocast would do in half
         scores = (query * key).sum(-1) / math.sqrt(self.head_dim)
-        value = self._value(x)
         gate = self._per_channel(scores.sigmoid(), value)
 
         scale = self.lambda_o[:, None, None].to(value.dtype)

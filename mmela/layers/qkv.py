@@ -1,5 +1,5 @@
 import math
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -8,6 +8,7 @@ from mmcv.cnn import build_activation_layer, build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
+from ..ops import pool_and_convolve
 from .base import LayerAttention, eca_kernel_size
 
 
@@ -40,6 +41,8 @@ class QKVLayerAttention(LayerAttention):
             ``drop_path`` is not in [0, 1), or ``zero_init`` is set without a
             normalization.
     """
+
+    adds_in_place = True
 
     def __init__(self,
                  channels: int,
@@ -108,6 +111,11 @@ class QKVLayerAttention(LayerAttention):
 
     def _value(self, x: Tensor) -> Tensor:
         return self.value_act(self.value(x))
+
+    def _pool_and_value(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """:meth:`_pool` and :meth:`_value` of the same input."""
+        pooled, value = pool_and_convolve(x, self.value.weight)
+        return pooled.unsqueeze(1), self.value_act(value)
 
     def _per_channel(self, weight: Tensor, x: Tensor) -> Tensor:
         """(B, G) to (B, C, 1, 1), in the dtype of ``x``."""

@@ -59,7 +59,7 @@ def share_value(value: Tensor,
         itself where there is nothing to gain.
     """
     if backend == 'reference' or not value.requires_grad or \
-            not torch.is_grad_enabled() or _is_symbolic():
+            not torch.is_grad_enabled() or is_symbolic():
         return value
     ledger: list = []
     token = after.token if isinstance(after, SharedValue) else None
@@ -237,7 +237,7 @@ def _backward_id() -> int:
     return -1 if number is None else number()
 
 
-def _is_symbolic() -> bool:
+def is_symbolic() -> bool:
     """Whether the graph is recorded, and not run."""
     return torch.jit.is_tracing() or _is_exporting() or _is_compiling()
 

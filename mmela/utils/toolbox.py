@@ -33,7 +33,7 @@ def find_tool(config: str, name: str) -> Path:
     spec = find_spec(scope) if scope else None
     if spec is None:
         raise ValueError(f'{config} has default_scope={scope!r}, which is no '
-                         'installed toolbox such as mmdet, mmpretrain or mmseg')
+                         'installed toolbox: mmdet, mmpretrain or mmseg')
     tool = Path(spec.origin).parent / '.mim' / 'tools' / name
     if not tool.is_file():
         raise FileNotFoundError(

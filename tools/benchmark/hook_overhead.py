@@ -72,7 +72,9 @@ def make_steps(contestant: Contestant,
         iter=0,
         hooks=[],
         work_dir=work_dir,
-        logger=logging.getLogger('hook_overhead'))
+        logger=logging.getLogger('hook_overhead'),
+        visualizer=SimpleNamespace(add_scalars=lambda *args, **kwargs: None),
+        message_hub=SimpleNamespace(log_scalars={}))
 
     def with_hook(epoch: int) -> Callable[[], None]:
         hook = LayerAttentionPruningHook(windows=[WINDOW])

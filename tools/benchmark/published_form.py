@@ -24,9 +24,12 @@ class PublishedMRLABase(MRLABase):
     arguments it takes; ``backend`` means nothing to it.
     """
 
-    def _store(self, x: Tensor, pooled: Tensor, memory: LayerMemory) -> None:
+    adds_in_place = False  # F.relu keeps its output
+
+    def _store(self, x: Tensor, memory: LayerMemory) -> Tensor:
         """Put key and value behind those of the blocks so far."""
         batch, channels = x.shape[:2]
+        pooled = F.adaptive_avg_pool2d(x, 1).view(batch, 1, channels)
         key = self.key(pooled).view(batch, 1, self.num_heads, self.head_dim)
         value = self.value_act(self.value(x)).unsqueeze(1)
         # The tensors of the blocks so far: (B, t, G, d) and (B, t, C, H, W)
@@ -34,12 +37,12 @@ class PublishedMRLABase(MRLABase):
             key = torch.cat([memory.keys[0], key], dim=1)
             value = torch.cat([memory.values[0], value], dim=1)
         memory.keys[:], memory.values[:] = [key], [value]
+        return pooled
 
     def retrieve(self, x: Tensor, memory: LayerMemory) -> Tensor:
-        batch, channels = x.shape[:2]
-        pooled = F.adaptive_avg_pool2d(x, 1).view(batch, 1, channels)
+        batch = x.size(0)
+        pooled = self._store(x, memory)
         query = self.query(pooled).view(batch, 1, self.num_heads, -1)
-        self._store(x, pooled, memory)
         key, value = memory.keys[0], memory.values[0]
 
         layers = value.size(1)

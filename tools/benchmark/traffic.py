@@ -123,9 +123,9 @@ def retrievals(
         stage (LayerAttentionStage): A stage.
 
     Yields:
-        tuple[LayerAttention, list[tuple[int, int, int]]]: An active attention and
-        its weighted sums: the tensors that each is over, the gradients that
-        are added to others, and the shared values that are new.
+        tuple[LayerAttention, list[tuple[int, int, int]]]: An active attention
+        and of each of its weighted sums the tensors that it is over, the
+        gradients that are added to others, and the shared values that are new.
     """
     seen = seen_before = 0
     for attention in stage.attentions:

@@ -81,8 +81,8 @@ def unpack(archive: Path, out: Path, per_class: Optional[int] = None) -> str:
                              f'{archive} is an official archive')
         found = md5(archive)
         if found != OFFICIAL[folder]:
-            raise ValueError(f'{archive} has the MD5 checksum {found}, but the '
-                             f'official one has {OFFICIAL[folder]}')
+            raise ValueError(f'{archive} has the MD5 checksum {found}, the '
+                             f'official one {OFFICIAL[folder]}')
         chosen, summary = members, f'{folder} with {len(members)} entries'
     else:
         chosen = choose_images(members, per_class)
