@@ -7,8 +7,10 @@ from torch import Tensor
 
 from ..layers import AttentionState
 
+# Stages of a ResNet are named from 1, hooked stages numbered from 0.
 _STATE_KEY = re.compile(
-    r'(?P<prefix>.*?)layer(?P<stage>\d+)\.(?P<block>\d+)\.layer_attn\.state')
+    r'(?P<prefix>.*?)(?:layer(?P<named>\d+)|layer_attn_stages\.(?P<stage>\d+))'
+    r'\.(?P<block>\d+)\.layer_attn\.state')
 
 
 def slim_state_dict(
@@ -37,7 +39,8 @@ def slim_state_dict(
         if match is None:
             continue
         stages = blocks.setdefault(match['prefix'], {})
-        active = stages.setdefault(int(match['stage']) - 1, [])
+        stage = int(match['stage'] or int(match['named']) - 1)
+        active = stages.setdefault(stage, [])
         if AttentionState(int(value)) == AttentionState.PRUNED:
             pruned.append(key[:-len('state')])
         else:
@@ -77,12 +80,15 @@ def slim_config(cfg: Config, blocks: Dict[str, List[List[int]]]) -> Config:
         node = cfg.model
         for name in prefix.split('.')[:-1]:
             node = node.get(name) if isinstance(node, ConfigDict) else None
-        if not isinstance(node, ConfigDict) or 'depth' not in node:
+        if not isinstance(node, ConfigDict) or 'type' not in node:
             raise ValueError(
                 f'the checkpoint has layer attentions under {prefix!r}, but '
                 'the config has no backbone there')
-        depth = node.get('num_stages', 4)
-        node['attention_blocks'] = (stages + [[]] * depth)[:depth]
+        if 'depth' in node:
+            # Trailing stages may have no attention, and so no key.
+            depth = node.get('num_stages', 4)
+            stages = (stages + [[]] * depth)[:depth]
+        node['attention_blocks'] = stages
     cfg['custom_hooks'] = [
         hook for hook in cfg.get('custom_hooks', [])
         if hook['type'] != 'LayerAttentionPruningHook'

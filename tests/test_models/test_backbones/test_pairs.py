@@ -4,10 +4,14 @@ import itertools
 
 import pytest
 import torch
+from mmengine.config import Config
 
-import mmela  # noqa: F401
+from mmela.hooks import (NetworkKLMeter, decide, layer_attention_stages,
+                         prune)
 from mmela.layers import (AttentionState, HookedAttentionStage,
                           LayerAttention)
+from mmela.pruning import FixedCount
+from mmela.utils.slim import slim_config, slim_state_dict
 
 ATTENTIONS = {
     'MLA': dict(type='MLA'),
@@ -264,6 +268,50 @@ def test_tokens_against_their_equations():
             expected[1:, head] += patches + a.lambda_o[head] * before[1:, head]
         torch.testing.assert_close(
             seen['out'][0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('backbone', [
+    'ELAResNet', 'ELARegNet', 'ELAEfficientNet', 'ELAVisionTransformer'
+])
+def test_measure_prune_and_slim(backbone):
+    """What the hook does and what comes after, on every kind of backbone."""
+    model = build('mmpretrain', backbone, ATTENTIONS['MRLABase'])
+    model.eval()  # which returns None for a ResNet
+    whole = torch.nn.ModuleDict(dict(backbone=model))
+    stages = layer_attention_stages(whole)
+    meter = NetworkKLMeter(stages, 'mean_kl', 1e-8)
+    meter.attach()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        model(x)
+    meter.detach()
+    kl = meter.compute()
+    assert {k: len(v) for k, v in kl.items()} == {
+        k: len(s.attentions) for k, s in stages.items()
+    }
+    rows = decide(stages, kl, FixedCount(count=2))
+    pruned = [row['name'] for row in rows if row['skip']]
+    assert len(pruned) == 2
+    prune(whole, pruned)
+    with torch.no_grad():
+        expected = model(x)
+
+    state, blocks = slim_state_dict(whole.state_dict())
+    kwargs = copy.deepcopy(MMPRETRAIN[backbone])
+    cfg = Config(dict(model=dict(backbone=dict(type=backbone, **kwargs))))
+    cfg.model.backbone.layer_attention = dict(
+        type='MRLABase', head_dim=cfg.model.backbone.pop('head_dim'))
+    slim = registry('mmpretrain').build(
+        slim_config(cfg, blocks).model.backbone)
+    slim.eval()
+    slim.load_state_dict(
+        {k[len('backbone.'):]: v
+         for k, v in state.items()}, strict=True)
+    assert sum(isinstance(m, LayerAttention) for m in slim.modules()) == \
+        sum(len(s.attentions) for s in stages.values()) - 2
+    with torch.no_grad():
+        for out, e in zip(slim(x), expected):
+            assert torch.equal(out, e)
 
 
 def test_hooked_stages_run_by_their_hooks_alone():
