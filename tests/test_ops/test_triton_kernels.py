@@ -26,3 +26,35 @@ def test_cases():
     assert result.returncode == 0, result.stdout[-3000:]
     # At least those that need no GPU
     assert int(re.search(r'(\d+) passed', result.stdout)[1]) >= 16
+
+
+@pytest.mark.parametrize('dtype', ['fp32', 'fp16', 'bf16'])
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_compiles_for_a_gpu(dtype, channels_last):
+    """To machine code of an H100 or H200, which needs no such GPU."""
+    compiler = pytest.importorskip('triton.backends.compiler')
+    from triton import compile as compile_kernel
+    from triton.compiler import ASTSource
+
+    from mmela.ops import triton_kernels as kernels
+    pointer = f'*{dtype}'
+    sizes = dict(layers='i32', size='i32', channels='i32')
+    constants = dict(HEAD_DIM=32, CHANNELS_LAST=channels_last, BLOCK=2048)
+    sources = [
+        (kernels._forward_kernel,
+         dict(attn=pointer, values='*i64', out=pointer, **sizes), constants),
+        (kernels._backward_kernel,
+         dict(
+             grad=pointer,
+             attn=pointer,
+             values='*i64',
+             grad_values='*i64',
+             dots='*fp32',
+             **sizes), dict(constants, NEEDS_ATTN=True)),
+    ]
+    for function, signature, constexprs in sources:
+        signature.update({name: 'constexpr' for name in constexprs})
+        compiled = compile_kernel(
+            ASTSource(function, signature=signature, constexprs=constexprs),
+            target=compiler.GPUTarget('cuda', 90, 32))
+        assert compiled.asm['cubin']
