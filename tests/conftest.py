@@ -43,12 +43,3 @@ def shapes(tmp_path_factory) -> Path:
     make_shapes = runpy.run_path(str(tool))['make_shapes']
     make_shapes(path, train=6, val=3, size=96, seed=0)
     return path
-
-
-@pytest.fixture(scope='session')
-def coco128() -> Path:
-    """A COCO-layout folder of real images, which not every machine has."""
-    path = ROOT.parent / 'shared' / 'data' / 'coco128'
-    if not path.is_dir():
-        pytest.skip(f'no {path.name} beside the checkout')
-    return path

@@ -4,6 +4,9 @@ Steps: the same training step without the LayerAttentionPruningHook, with it
 outside of its measuring windows, and inside of one. They take turns. Closing a
 window, once in several epochs, is not part of a step.
 
+Measuring: what the hook computes in a step of a window, on the scores of such
+a step, by itself. That tells it from noise which is larger than it is.
+
 Start-up: a fresh Python process imports the toolbox alone, or the toolbox and
 mmela. They take turns too.
 
@@ -18,7 +21,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from importlib.util import find_spec
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Callable, Dict, List, Sequence
 
@@ -27,8 +32,9 @@ from mmengine.utils import ProgressBar
 
 from common import (base_parser, describe, format_table, machine, noisy,
                     positive, ratio, run_rounds, set_up, settings, summary,
-                    warn_if_busy, write_results)
-from mmela.hooks import LayerAttentionPruningHook
+                    synchronize, warn_if_busy, write_results)
+from mmela.hooks import (LayerAttentionPruningHook, NetworkKLMeter,
+                         layer_attention_stages)
 from networks import Contestant, add_network_options, complete_options
 
 WINDOW = (1, 1)
@@ -95,6 +101,37 @@ def make_steps(contestant: Contestant,
     }
 
 
+def measuring_times(contestant: Contestant, device: torch.device,
+                    repeats: int) -> List[float]:
+    """Time what is computed for the divergences in one step.
+
+    Args:
+        contestant (Contestant): Network with a prunable layer attention.
+        device (torch.device): Where it is.
+        repeats (int): How often.
+
+    Returns:
+        list[float]: Seconds per step.
+    """
+    stages = layer_attention_stages(contestant.model)
+    scores = {}
+    for name, stage in stages.items():
+        stage.observer = partial(scores.__setitem__, name)
+    contestant.step()
+    meters = NetworkKLMeter(stages, 'mean_kl', 1e-8).meters
+    times = []
+    for _ in range(repeats + 1):
+        synchronize(device)
+        start = perf_counter()
+        for name, meter in meters.items():
+            meter(scores[name])
+        synchronize(device)
+        times.append(perf_counter() - start)
+    for stage in stages.values():
+        stage.observer = None
+    return times[1:]
+
+
 def import_times(imports: Sequence[str],
                  repeats: int) -> Dict[str, List[float]]:
     """Time imports in fresh processes.
@@ -137,7 +174,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
 
     Returns:
         dict: ``settings``, ``machine``, ``steps`` and ``imports``: by name
-        what :func:`common.summary` returns and ``ratio`` to the first.
+        what :func:`common.summary` returns and ``ratio`` to the first;
+        ``measuring``: the summary.
 
     Raises:
         SystemExit: If the options do not fit.
@@ -156,6 +194,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
         for step in steps.values():
             step()
         times = run_rounds(steps, args.rounds, device, args.steps)
+    measuring = measuring_times(contestant, device, args.rounds)
     groups = dict(steps=times)
     if args.toolbox:
         alone = f'import {args.toolbox}'
@@ -169,6 +208,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
             name: dict(summary(seconds), ratio=ratio(seconds, first))
             for name, seconds in times.items()
         }
+    results['measuring'] = summary(measuring)
     return results
 
 
@@ -206,6 +246,10 @@ def table(results: dict) -> str:
         if noisy(results[group]):
             lines.append('noisy (IQR above 10 % of the median): '
                          f'{", ".join(noisy(results[group]))}')
+    median = results['measuring']['median']
+    step = results['steps']['no hook']['median']
+    lines.append(f'measuring by itself: {median * 1e3:.2f} ms in a step of a '
+                 f'window, {median / step:.2%} of it')
     if results['machine']['busy']:
         lines.append('The machine was busy: do not quote these times.')
     return '\n'.join(lines).rstrip()
