@@ -11,7 +11,6 @@ Examples:
       --cfg-options data_root=data/coco
 """
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import List
@@ -21,7 +20,8 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 
 from mmela.analysis import make_report, summarize
-from mmela.analysis.attention import hook_settings, measure_attention
+from mmela.analysis.attention import (hook_settings, measure_attention,
+                                      save_measurement)
 from mmela.analysis.inputs import load_network, validation_loader
 from mmela.analysis.run import Run
 
@@ -101,18 +101,8 @@ def measure(work_dir: str, images: int = 100) -> None:
         settings.pop('source')
         result = measure_attention(model, validation_loader(cfg, images),
                                    **settings)
-        out = run.work_dir / 'layer_attention' / checkpoint.stem
-        out.mkdir(parents=True, exist_ok=True)
-        (out / 'layer_attention.json').write_text(
-            json.dumps(
-                dict(
-                    format=1,
-                    config=config.name,
-                    checkpoint=checkpoint.name,
-                    data='validation data',
-                    **result),
-                indent=1),
-            encoding='utf-8')
+        save_measurement(run.work_dir / 'layer_attention' / checkpoint.stem,
+                         config, checkpoint, 'validation data', result)
 
 
 def main(argv=None) -> None:

@@ -1,12 +1,15 @@
 """What the layer attentions of a network do on images."""
+import json
 from functools import partial
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple
+from pathlib import Path
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..hooks import NetworkKLMeter, decide, layer_attention_stages
+from ..hooks.kl_meter import REDUCTIONS
 from ..layers import (AttentionState, HookedAttentionStage, LayerAttention,
                       LayerAttentionStage)
 from ..pruning import PRUNING_POLICIES
@@ -274,7 +277,7 @@ def measure_attention(model: nn.Module,
         judge = PRUNING_POLICIES.build(dict(policy, _scope_='mmela'))
     except (KeyError, TypeError) as error:
         raise ValueError(f'policy {policy}: {error}') from error
-    if reduction not in ('mean_kl', 'mean_distribution') or not 0 < eps < 1:
+    if reduction not in REDUCTIONS or not 0 < eps < 1:
         raise ValueError(f'reduction={reduction!r} or eps={eps} is not '
                          'allowed')
     distributions = {
@@ -317,6 +320,33 @@ def measure_attention(model: nn.Module,
                                     reduction, eps, result['left_out'])
     result['left_out'] += _left_out(result['stages'])
     return result
+
+
+def save_measurement(folder: Path, config: Union[str, Path],
+                     checkpoint: Union[str, Path], data: str,
+                     result: dict) -> dict:
+    """Write what was measured where the report looks for it.
+
+    Args:
+        folder (Path): Folder for ``layer_attention.json``, which is made.
+        config (str | Path): Config of the network.
+        checkpoint (str | Path): Its checkpoint.
+        data (str): What the images are, in words.
+        result (dict): Of :func:`measure_attention`.
+
+    Returns:
+        dict: What was written.
+    """
+    content = dict(
+        format=1,
+        config=Path(config).name,
+        checkpoint=Path(checkpoint).name,
+        data=data,
+        **result)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'layer_attention.json').write_text(
+        json.dumps(content, indent=1), encoding='utf-8')
+    return content
 
 
 def _describe(recorder: StageRecorder) -> dict:

@@ -64,17 +64,18 @@ def input_size(cfg: Config) -> Tuple[int, int]:
     return size
 
 
-def count_flops(backbone: nn.Module, size: Sequence[int]) -> float:
-    """FLOPs of a backbone for one RGB image, as mmengine counts them.
+def count_flops(network: nn.Module, size: Sequence[int]) -> float:
+    """FLOPs of a network for one RGB image, as mmengine counts them.
 
     Args:
-        backbone (nn.Module): The backbone, in evaluation mode.
+        network (nn.Module): A backbone, or a model that takes images alone; in
+            evaluation mode.
         size (Sequence[int]): Height and width of the image in pixels.
 
     Returns:
         float: The number; a multiplication with its addition counts once.
     """
-    counter = FlopAnalyzer(backbone, (zeros(1, 3, *size), ))
+    counter = FlopAnalyzer(network, (zeros(1, 3, *size), ))
     counter.unsupported_ops_warnings(False)
     counter.uncalled_modules_warnings(False)
     counter.tracer_warnings('none')

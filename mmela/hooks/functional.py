@@ -44,6 +44,23 @@ def named_layer_attentions(model: nn.Module) -> Dict[str, LayerAttention]:
     }
 
 
+def active_names(stage_name: str, stage: LayerAttentionStage) -> List[str]:
+    """Names of the active layer attentions of a stage.
+
+    Args:
+        stage_name (str): Name of the stage.
+        stage (LayerAttentionStage): The stage.
+
+    Returns:
+        list[str]: As of :func:`named_layer_attentions`, in order.
+    """
+    return [
+        f'{stage_name}.{name}.layer_attn'
+        for name, block in stage.named_children()
+        if hasattr(block, 'layer_attn') and block.layer_attn.active
+    ]
+
+
 def decide(stages: Dict[str, LayerAttentionStage],
            kl: Dict[str, List[Optional[float]]],
            policy: PruningPolicy) -> List[dict]:
@@ -64,11 +81,7 @@ def decide(stages: Dict[str, LayerAttentionStage],
     """
     names, indices, values = [], [], []
     for index, (stage_name, stage) in enumerate(stages.items()):
-        names += [
-            f'{stage_name}.{name}.layer_attn'
-            for name, block in stage.named_children()
-            if hasattr(block, 'layer_attn') and block.layer_attn.active
-        ]
+        names += active_names(stage_name, stage)
         indices += [index] * len(kl[stage_name])
         values += kl[stage_name]
     decision = policy(

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
 
 from ..pruning import PRUNING_POLICIES
-from .functional import (decide, layer_attention_stages,
+from .functional import (active_names, decide, layer_attention_stages,
                          named_layer_attentions, prune)
 from .kl_meter import REDUCTIONS, NetworkKLMeter
 
@@ -385,10 +385,7 @@ class LayerAttentionPruningHook(Hook):
         """Write what the open window has measured so far."""
         scalars = {}
         for stage, values in self._meter.compute().items():
-            names = [
-                name for name, attention in self._attentions.items()
-                if name.startswith(f'{stage}.') and attention.active
-            ]
+            names = active_names(stage, self._stages[stage])
             scalars.update({
                 f'layer_attention/kl/{name}': value
                 for name, value in zip(names, values) if value is not None

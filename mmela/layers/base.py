@@ -5,7 +5,7 @@ from typing import List, Optional
 
 import torch
 from mmengine.model import BaseModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.layer_weighted_sum import Value
 
@@ -203,6 +203,19 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
         """Extend the memory without attending over it."""
         raise NotImplementedError(
             f'{type(self).__name__} has no key and value to keep')
+
+
+def channel_conv(channels: int) -> nn.Conv1d:
+    """1-D convolution over the channel axis, for queries and keys.
+
+    Args:
+        channels (int): Number of channels, which decides the kernel size.
+
+    Returns:
+        nn.Conv1d: From (B, 1, C) to (B, 1, C).
+    """
+    size = eca_kernel_size(channels)
+    return nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
 
 
 def eca_kernel_size(channels: int) -> int:

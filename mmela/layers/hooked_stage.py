@@ -53,18 +53,13 @@ class HookedAttentionStage(LayerAttentionStage):
             Tensor: The output with what its attention retrieves.
         """
         if index == 0:
-            self._running = LayerMemory()
-            if self._before:
-                self._running.previous = self._before[0].hand_over(args[0])
+            self._running = self._begin(args[0])
         slot = self._modules.get(str(index))
         if slot is not None:
             output = self.attend(slot, args, output, self._running)
         if index == len(self.blocks) - 1:
             memory, self._running = self._running, None
-            if self.observer is not None:
-                self.observer([scores.detach() for scores in memory.scores])
-            if self._hands_over:
-                self._memory = memory
+            self._end(memory)
         return output
 
     def attend(self, slot: '_Slot', args: tuple, output: Tensor,

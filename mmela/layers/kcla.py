@@ -8,7 +8,7 @@ from mmcv.cnn import build_norm_layer
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from .base import LayerMemory, eca_kernel_size
+from .base import LayerMemory, channel_conv
 from .qkv import QKVLayerAttention
 
 HEAD_ATTENTIONS = ('linear', 'plain', 'none')
@@ -200,8 +200,7 @@ class CrossStage(nn.Module):
         self.reduce = nn.Conv2d(
             previous_channels, channels, 1, stride, groups=heads, bias=False)
         self.norm = build_norm_layer(norm_cfg, channels)[1]
-        size = eca_kernel_size(channels)
-        self.key = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
+        self.key = channel_conv(channels)
 
     def reset_parameters(self) -> None:
         """Draw the weights anew."""
@@ -220,4 +219,4 @@ class CrossStage(nn.Module):
             tuple[Tensor, Tensor]: The mean (B, C, H, W) and its key (B, 1, C).
         """
         mean = self.norm(self.reduce(mean))
-        return mean, self.key(mean.mean((2, 3)).unsqueeze(1))
+        return mean, self.key(QKVLayerAttention._pool(mean))

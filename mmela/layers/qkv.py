@@ -1,5 +1,5 @@
 import math
-from typing import List, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -9,7 +9,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
 from ..ops import pool_and_convolve
-from .base import LayerAttention, eca_kernel_size
+from .base import LayerAttention, channel_conv
 
 
 class QKVLayerAttention(LayerAttention):
@@ -60,9 +60,8 @@ class QKVLayerAttention(LayerAttention):
             raise ValueError('zero_init=True sets the weight of the '
                              'normalization to 0, but norm_cfg=None has none')
         self.zero_init = zero_init
-        size = eca_kernel_size(channels)
-        self.query = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
-        self.key = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
+        self.query = channel_conv(channels)
+        self.key = channel_conv(channels)
         self.value = nn.Conv2d(
             channels, channels, 3, padding=1, groups=channels, bias=False)
         self.value_act = build_activation_layer(
@@ -95,9 +94,6 @@ class QKVLayerAttention(LayerAttention):
         else:
             self.reset_parameters()
             self._is_init = True
-
-    def retained_parameters(self) -> List[str]:
-        return []
 
     @staticmethod
     def _pool(x: Tensor) -> Tensor:

@@ -89,9 +89,7 @@ class LayerAttentionStage(Sequential):
         Returns:
             Tensor: Output of the last block, (B, C, H, W).
         """
-        memory = LayerMemory()
-        if self._before:
-            memory.previous = self._before[0].hand_over(x)
+        memory = self._begin(x)
         for block in self:
             attention = getattr(block, 'layer_attn', None)
             if attention is not None and attention.active and \
@@ -101,11 +99,22 @@ class LayerAttentionStage(Sequential):
                 x = block(x)
             if attention is not None:
                 x = attention(x, memory)
+        self._end(memory)
+        return x
+
+    def _begin(self, x: Tensor) -> LayerMemory:
+        """Memory of a new forward pass with the input ``x``."""
+        memory = LayerMemory()
+        if self._before:
+            memory.previous = self._before[0].hand_over(x)
+        return memory
+
+    def _end(self, memory: LayerMemory) -> None:
+        """Pass on what a forward pass has left in its memory."""
         if self.observer is not None:
             self.observer([scores.detach() for scores in memory.scores])
         if self._hands_over:
             self._memory = memory
-        return x
 
 
 def _run_with_identity(block: nn.Module, x: Tensor) -> Tuple[Tensor, Tensor]:

@@ -1,3 +1,4 @@
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import List, Optional, Sequence, Union
 
@@ -153,10 +154,15 @@ def reference(attn: Tensor, values: Sequence[Tensor]) -> Tensor:
     return out.to(dtype)
 
 
+@lru_cache(maxsize=None)
+def _has_triton() -> bool:
+    return find_spec('triton') is not None
+
+
 def _kernels(backend: str, values: Sequence[Tensor]):
     """Module with the ``forward`` and ``backward`` to use."""
     if backend == 'autograd' or backend == 'auto' and not (
-            values[0].is_cuda and find_spec('triton')):
+            values[0].is_cuda and _has_triton()):
         return lean
     from . import triton_kernels
     if backend == 'auto' and not triton_kernels.fits(values):

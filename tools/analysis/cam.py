@@ -25,6 +25,7 @@ from mmengine.utils import ProgressBar
 import mmela  # noqa: F401
 from mmela.analysis.inputs import (check_device, find_images, image_batches,
                                    image_pipeline, load_network)
+from mmela.utils.toolbox import one_line
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -156,8 +157,7 @@ def main(argv=None) -> None:
     try:
         explain(args)
     except (ImportError, OSError, ValueError, KeyError) as error:
-        text = error.args[0] if isinstance(error, KeyError) else error
-        raise SystemExit(f'error: {" ".join(str(text).split())}')
+        raise SystemExit(f'error: {one_line(error)}')
 
 
 if __name__ == '__main__':

@@ -15,20 +15,21 @@ Example:
       work_dirs/my_config/epoch_12.pth --num-images 200
 """
 import argparse
-import json
 from pathlib import Path
 
 from mmengine.config import DictAction
 from mmengine.utils import ProgressBar
 
 import mmela  # noqa: F401
-from mmela.analysis.attention import hook_settings, measure_attention
+from mmela.analysis.attention import (hook_settings, measure_attention,
+                                      save_measurement)
 from mmela.analysis.attention_plots import attention_pictures
 from mmela.analysis.inputs import (check_device, evenly, find_images,
                                    image_batches, image_pipeline,
                                    load_network, validation_loader)
 from mmela.analysis.plots import draw
 from mmela.hooks import format_decisions, layer_attention_stages
+from mmela.utils.toolbox import one_line
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -94,19 +95,14 @@ def analyse(args: argparse.Namespace) -> Path:
         count = len(batches.dataset)
     settings = hook_settings(cfg)
     source = settings.pop('source')
-    result = dict(
-        format=1,
-        config=Path(args.config).name,
-        checkpoint=Path(args.checkpoint).name,
-        data='images' if files else 'validation data',
-        **measure_attention(model, progress(batches, count), **settings))
+    result = measure_attention(model, progress(batches, count), **settings)
 
     checkpoint = Path(args.checkpoint)
     out = Path(args.out) if args.out else \
         checkpoint.parent / 'layer_attention' / checkpoint.stem
-    out.mkdir(parents=True, exist_ok=True)
-    (out / 'layer_attention.json').write_text(
-        json.dumps(result, indent=1), encoding='utf-8')
+    result = save_measurement(out, args.config, checkpoint,
+                              'images' if files else 'validation data',
+                              result)
     if result['decision']:
         rows = result['decision']['layers']
         active = sum(row['state'] == 'active' for row in rows)
@@ -128,12 +124,7 @@ def main(argv=None) -> None:
     try:
         analyse(args)
     except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(f'error: {_one_line(error)}')
-
-
-def _one_line(error: Exception) -> str:
-    text = error.args[0] if isinstance(error, KeyError) else error
-    return ' '.join(str(text).split())
+        raise SystemExit(f'error: {one_line(error)}')
 
 
 if __name__ == '__main__':

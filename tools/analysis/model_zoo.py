@@ -16,14 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
-import torch
 import yaml
-from mmengine.analysis import FlopAnalyzer
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mmengine.utils import ProgressBar
 from torch import nn
+
+from mmela.analysis.complexity import count_flops
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = ROOT / 'configs' / 'papers.yml'
@@ -94,9 +94,8 @@ def count_parameters(folder: str, model: nn.Module) -> float:
     return count / 1e6
 
 
-def count_flops(model: nn.Module, size: Sequence[int]) -> float:
+def count_macs(model: nn.Module, size: Sequence[int]) -> float:
     """Billions of multiply-adds for one image of (height, width)."""
-    inputs = torch.zeros(1, 3, *size)
     if model.__class__.__module__.startswith('mmdet'):
         from mmdet.structures import DetDataSample
         sample = DetDataSample(
@@ -107,12 +106,7 @@ def count_flops(model: nn.Module, size: Sequence[int]) -> float:
                 batch_input_shape=size,
                 scale_factor=(1, 1)))
         model.forward = partial(model.forward, data_samples=[sample])
-    counter = FlopAnalyzer(model, (inputs, ))
-    counter.unsupported_ops_warnings(False)
-    counter.uncalled_modules_warnings(False)
-    counter.tracer_warnings('none')
-    with torch.no_grad():
-        return float(counter.total()) / 1e9
+    return count_flops(model, size) / 1e9
 
 
 def parameters_agree(row: dict, count: float) -> bool:
@@ -151,7 +145,7 @@ def count_section(folder: str,
         else:
             model = build(folder, row['config'])
             count = round(count_parameters(folder, model), 3)
-            macs = float(f'{count_flops(model, size):.4g}')
+            macs = float(f'{count_macs(model, size):.4g}')
         counted.append(dict(row, size=size, count=count, macs=macs))
         bar.update()
     print()

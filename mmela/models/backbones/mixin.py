@@ -87,6 +87,7 @@ class LayerAttentionArguments:
                 channels: Sequence[int],
                 before: Optional[LayerAttentionStage] = None,
                 stride: int = 1,
+                shared_drop_path: bool = False,
                 **kwargs) -> None:
         """Give blocks of a stage their attentions.
 
@@ -97,9 +98,13 @@ class LayerAttentionArguments:
                 before.
             before (LayerAttentionStage, optional): The stage before.
             stride (int): Stride between the two.
+            shared_drop_path (bool): Give an attention the stochastic depth of
+                its block, one of ``stage.blocks`` (MRLA, appendix B.1).
             **kwargs: Defaults of the layer attention.
         """
         for index in blocks:
+            if shared_drop_path:
+                kwargs['drop_path'] = _drop_path(stage.blocks[index])
             crossing = {}
             if index == blocks[0] and before is not None and \
                     self._crosses_stages():
@@ -182,16 +187,13 @@ class HookedLayerAttentionMixin(LayerAttentionArguments):
         for index, spec in enumerate(self.attention_stages()):
             stage, channels, stride, defaults = spec
             blocks = self._blocks_with_attention(index, len(stage.blocks))
-            before = stages[-1] if stages else None
-            for block in blocks:
-                # The attention shares the stochastic depth of its block
-                # (MRLA, appendix B.1).
-                self._attach(
-                    stage, [block], (channels, last),
-                    before if block == blocks[0] else None,
-                    stride,
-                    drop_path=_drop_path(stage.blocks[block]),
-                    **defaults)
+            self._attach(
+                stage,
+                blocks, (channels, last),
+                stages[-1] if stages else None,
+                stride,
+                shared_drop_path=True,
+                **defaults)
             stages.append(stage)
             last = channels
         self.layer_attn_stages = nn.ModuleList(stages)
