@@ -3,6 +3,7 @@
 The OpenMMLab packages are not among the requirements: forks with the same
 import names must keep working, so ``import mmela`` checks what it finds.
 """
+
 import os
 import runpy
 import shutil
@@ -60,8 +61,10 @@ def add_mim(package, link):
                 pass
         if (ROOT / name).is_dir():
             shutil.copytree(
-                ROOT / name, target / name,
-                ignore=shutil.ignore_patterns('__pycache__', '*.py[cod]'))
+                ROOT / name,
+                target / name,
+                ignore=shutil.ignore_patterns('__pycache__', '*.py[cod]'),
+            )
         else:
             shutil.copy2(ROOT / name, target / name)
 
@@ -120,4 +123,5 @@ if __name__ == '__main__':
             'Programming Language :: Python :: 3',
             'Programming Language :: Python :: 3 :: Only',
             'Topic :: Scientific/Engineering :: Artificial Intelligence',
-        ])
+        ],
+    )

@@ -1,4 +1,5 @@
 """Efficient layer attention for OpenMMLab toolboxes."""
+
 from importlib import import_module
 
 from .utils.compat import allow_checkpoint_classes, check_versions

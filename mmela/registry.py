@@ -4,6 +4,7 @@
 so it must cost next to nothing. Models of mmengine and of the toolboxes take
 seconds to import, and are when a registry is first asked for one.
 """
+
 import sys
 from importlib import import_module
 from typing import Any
@@ -69,8 +70,7 @@ class Placeholder:
 def _register_lazily(registry: Registry, name: str, module: str) -> None:
     if module in sys.modules:
         return  # the class itself is registered
-    registry.register_module(
-        name=name, module=Placeholder(name, module), force=True)
+    registry.register_module(name=name, module=Placeholder(name, module), force=True)
 
 
 def _announce_to(root: Registry) -> None:

@@ -7,8 +7,7 @@ from hypothesis import settings
 from mmengine.registry import DefaultScope
 
 # The same examples each time, and none left behind in the checkout
-settings.register_profile(
-    'mmela', derandomize=True, deadline=None, database=None)
+settings.register_profile('mmela', derandomize=True, deadline=None, database=None)
 settings.load_profile('mmela')
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def toolbox_index_is_read_once():
     """mmengine parses a toolbox's whole index for each config it looks up."""
     from mmengine.config import utils
+
     original = utils.load
     utils.load = lru_cache(maxsize=None)(original)
     yield

@@ -4,6 +4,7 @@ A network is a state dict in the published key layout and a forward pass in
 evaluation mode on plain tensors, head by head from the equations. Nothing here
 uses mmela, and no module of torch.
 """
+
 import math
 
 import torch
@@ -33,16 +34,18 @@ class PublishedNetwork:
         seed (int): Seed of the weights.
     """
 
-    def __init__(self,
-                 arch,
-                 blocks,
-                 stem,
-                 head_dim,
-                 width=8,
-                 stem_width=12,
-                 num_classes=5,
-                 light_name='mrla',
-                 seed=0):
+    def __init__(
+        self,
+        arch,
+        blocks,
+        stem,
+        head_dim,
+        width=8,
+        stem_width=12,
+        num_classes=5,
+        light_name='mrla',
+        seed=0,
+    ):
         self.arch, self.blocks, self.stem = arch, blocks, stem
         self.head_dim = head_dim
         self.light_name = light_name if arch == 'mrla_light' else 'mrla'
@@ -58,8 +61,9 @@ class PublishedNetwork:
                 channels = inner * EXPANSION
         if arch == 'mrla_base' and stem == '3x3':
             self._make_norm('finalbn', channels)
-        self.state_dict['fc.weight'] = self._randn(num_classes, channels) / \
-            math.sqrt(channels)
+        self.state_dict['fc.weight'] = self._randn(num_classes, channels) / math.sqrt(
+            channels
+        )
         self.state_dict['fc.bias'] = self._randn(num_classes)
 
     # Names
@@ -81,14 +85,14 @@ class PublishedNetwork:
     # Weights
 
     def _randn(self, *shape):
-        return torch.randn(
-            *shape, generator=self.generator, dtype=torch.double)
+        return torch.randn(*shape, generator=self.generator, dtype=torch.double)
 
     def _make_conv(self, name, out, groups_in, size):
         self.state_dict[f'{name}.weight'] = self._randn(
-            out, groups_in, size, size) / math.sqrt(groups_in * size * size)
+            out, groups_in, size, size
+        ) / math.sqrt(groups_in * size * size)
 
-    def _make_norm(self, name, channels, scale=1.):
+    def _make_norm(self, name, channels, scale=1.0):
         state = self.state_dict
         state[f'{name}.weight'] = scale * (self._randn(channels) / 4 + 1)
         state[f'{name}.bias'] = self._randn(channels) / 4
@@ -110,12 +114,12 @@ class PublishedNetwork:
     def _make_block(self, stage, block, channels, inner, stride):
         name = self.block_name(stage, block)
         outer = inner * EXPANSION
-        for i, (c_in, c_out, size) in enumerate([(channels, inner, 1),
-                                                 (inner, inner, 3),
-                                                 (inner, outer, 1)], 1):
+        for i, (c_in, c_out, size) in enumerate(
+            [(channels, inner, 1), (inner, inner, 3), (inner, outer, 1)], 1
+        ):
             self._make_conv(f'{name}.conv{i}', c_out, c_in, size)
             # Small at the end of a branch: 16 blocks do not blow up the sum
-            self._make_norm(f'{name}.bn{i}', c_out, 0.4 if i == 3 else 1.)
+            self._make_norm(f'{name}.bn{i}', c_out, 0.4 if i == 3 else 1.0)
         if stride > 1 or channels != outer:
             self._make_conv(f'{name}.downsample.0', outer, channels, 1)
             self._make_norm(f'{name}.downsample.1', outer)
@@ -140,8 +144,9 @@ class PublishedNetwork:
         scales = torch.tensor(self.scales(heads), dtype=torch.double)
         state[f'{name}.norm_d'] = (1 / scales).view(1, heads, 1, 1, 1)
         if block == 0:  # also in the first stage
-            self._make_conv(f'{name}.adjust_channel', channels,
-                            channels // 2 // heads, 1)
+            self._make_conv(
+                f'{name}.adjust_channel', channels, channels // 2 // heads, 1
+            )
             self._make_norm(f'{name}.u_bn', channels)
             state[f'{name}.u_Wk.weight'] = self._randn(1, 1, size)
 
@@ -150,7 +155,7 @@ class PublishedNetwork:
         """From 0.7 to 1 / 0.7, each the same multiple of the one before."""
         if heads == 1:
             return [0.7]
-        ratio = (1 / 0.7 / 0.7)**(1 / (heads - 1))
+        ratio = (1 / 0.7 / 0.7) ** (1 / (heads - 1))
         return [0.7 * ratio**g for g in range(heads)]
 
     # Forward pass
@@ -163,7 +168,8 @@ class PublishedNetwork:
     def norm(self, name, x):
         weight, bias, mean, var = (
             self.state_dict[f'{name}.{key}'].view(1, -1, 1, 1)
-            for key in ('weight', 'bias', 'running_mean', 'running_var'))
+            for key in ('weight', 'bias', 'running_mean', 'running_var')
+        )
         return (x - mean) / (var + 1e-5).sqrt() * weight + bias
 
     def over_channels(self, name, pooled):
@@ -171,8 +177,7 @@ class PublishedNetwork:
         weight = self.state_dict[f'{name}.weight'].flatten()
         half = len(weight) // 2
         padded = F.pad(pooled, (half, half))
-        out = sum(w * padded[:, i:i + pooled.shape[1]]
-                  for i, w in enumerate(weight))
+        out = sum(w * padded[:, i : i + pooled.shape[1]] for i, w in enumerate(weight))
         return out.split(self.head_dim, dim=1)
 
     def heads(self, x):
@@ -196,8 +201,7 @@ class PublishedNetwork:
             memory = dict(carried=carried)
             for block in range(depth):
                 x, identity = self.residual_block(stage, block, x)
-                x = x + getattr(self, self.arch)(stage, block, x, identity,
-                                                 memory)
+                x = x + getattr(self, self.arch)(stage, block, x, identity, memory)
             carried = memory.get('mean')
             outs.append(x)
         fc = self.state_dict['fc.weight'], self.state_dict['fc.bias']
@@ -226,8 +230,11 @@ class PublishedNetwork:
             scores = [(q * key[g]).sum(1) / self.head_dim**0.5 for key in keys]
             weights = torch.stack(scores).softmax(0)
             out.append(
-                sum(w.view(-1, 1, 1, 1) * self.heads(value)[g]
-                    for w, value in zip(weights, values)))
+                sum(
+                    w.view(-1, 1, 1, 1) * self.heads(value)[g]
+                    for w, value in zip(weights, values)
+                )
+            )
         return torch.cat(out, 1)
 
     def mla(self, stage, block, x, identity, memory):
@@ -236,13 +243,10 @@ class PublishedNetwork:
         inputs = memory.setdefault('inputs', [])
         inputs.append(x)
         query = self.over_channels(f'{name}.Wq', x.mean((2, 3)))
-        keys = [
-            self.over_channels(f'{name}.Wk', y.mean((2, 3))) for y in inputs
-        ]
+        keys = [self.over_channels(f'{name}.Wk', y.mean((2, 3))) for y in inputs]
         values = [self.value(stage, block, y) for y in inputs]
         out = self.softmax_attention(query, keys, values)
-        return self.norm(self.block_name(stage, block) + '.bn_mrla',
-                         out).relu()
+        return self.norm(self.block_name(stage, block) + '.bn_mrla', out).relu()
 
     def mrla_base(self, stage, block, x, identity, memory):
         """MRLA, eq. 6: keys and values of earlier blocks are reused."""
@@ -254,8 +258,7 @@ class PublishedNetwork:
         values.append(self.value(stage, block, x))
         query = self.over_channels(f'{name}.Wq', pooled)
         out = self.softmax_attention(query, keys, values)
-        return self.norm(self.block_name(stage, block) + '.bn_mrla',
-                         out).relu()
+        return self.norm(self.block_name(stage, block) + '.bn_mrla', out).relu()
 
     def mrla_light(self, stage, block, x, identity, memory):
         """MRLA, eq. 8, with the identity input as what came before."""
@@ -264,14 +267,12 @@ class PublishedNetwork:
         query = self.over_channels(f'{name}.Wq', pooled)
         key = self.over_channels(f'{name}.Wk', pooled)
         out = []
-        for q, k, v in zip(query, key, self.heads(self.value(stage, block,
-                                                             x))):
+        for q, k, v in zip(query, key, self.heads(self.value(stage, block, x))):
             score = (q * k).sum(1) / self.head_dim**0.5
             out.append(score.sigmoid().view(-1, 1, 1, 1) * v)
         name = self.block_name(stage, block)
         lambda_o = self.state_dict[f'{name}.mrla.lambda_t']
-        return self.norm(f'{name}.bn_mrla',
-                         lambda_o * identity + torch.cat(out, 1))
+        return self.norm(f'{name}.bn_mrla', lambda_o * identity + torch.cat(out, 1))
 
     def kcla(self, stage, block, x, identity, memory):
         """KCLA, eq. 10 and 11, and algorithm 1 between stages."""
@@ -280,18 +281,18 @@ class PublishedNetwork:
         scales = self.scales(heads)
 
         def weigh(keys):
-            return [(key.norm(dim=1) * s).clamp(max=10).exp().view(-1, 1, 1, 1)
-                    for key, s in zip(keys, scales)]
+            return [
+                (key.norm(dim=1) * s).clamp(max=10).exp().view(-1, 1, 1, 1)
+                for key, s in zip(keys, scales)
+            ]
 
-        u = z = [0.] * heads
+        u = z = [0.0] * heads
         if block > 0:
             u, z = memory['u'], memory['z']
         elif memory['carried'] is not None:
             mean = self.conv(
-                f'{name}.adjust_channel',
-                memory['carried'],
-                stride=2,
-                groups=heads)
+                f'{name}.adjust_channel', memory['carried'], stride=2, groups=heads
+            )
             mean = self.norm(f'{name}.u_bn', mean)
             z = weigh(self.over_channels(f'{name}.u_Wk', mean.mean((2, 3))))
             u = [w * y for w, y in zip(z, self.heads(mean))]
@@ -305,15 +306,15 @@ class PublishedNetwork:
         memory['u'], memory['z'] = u, z
         memory['mean'] = torch.cat([a / b for a, b in zip(u, z)], 1)
 
-        value = self.value(stage, block,
-                           torch.cat([a / (b + 1e-3) for a, b in zip(u, z)],
-                                     1))
-        scores = torch.stack([(q * k).sum(1) / k.norm(dim=1)
-                              for q, k in zip(query, key)], 1)
+        value = self.value(
+            stage, block, torch.cat([a / (b + 1e-3) for a, b in zip(u, z)], 1)
+        )
+        scores = torch.stack(
+            [(q * k).sum(1) / k.norm(dim=1) for q, k in zip(query, key)], 1
+        )
         weight = self.state_dict[f'{name}.head_att.weight']
         gates = torch.sigmoid(scores @ weight.T)
         out = [
-            gates[:, g].view(-1, 1, 1, 1) * v
-            for g, v in enumerate(self.heads(value))
+            gates[:, g].view(-1, 1, 1, 1) * v for g, v in enumerate(self.heads(value))
         ]
         return self.norm(f'{name}.bn_attention', torch.cat(out, 1)).relu()

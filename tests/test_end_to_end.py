@@ -1,4 +1,5 @@
 """mmdet's own tools, and ours, in processes of their own."""
+
 import json
 import os
 import subprocess
@@ -66,9 +67,9 @@ def run(script, *args, cwd):
         env=env,
         capture_output=True,
         text=True,
-        timeout=500)
-    assert process.returncode == 0, process.stdout[-3000:] + \
-        process.stderr[-3000:]
+        timeout=500,
+    )
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     return process.stdout + process.stderr
 
 
@@ -83,7 +84,8 @@ def trained(tmp_path_factory, shapes):
         cwd / 'work',
         *options(shapes),
         f'val_evaluator.outfile_prefix={cwd}/val',
-        cwd=cwd)
+        cwd=cwd,
+    )
     return cwd, out
 
 
@@ -91,7 +93,8 @@ def active(path):
     state = torch.load(path)['state_dict']
     return {
         key: int(value)
-        for key, value in state.items() if key.endswith('layer_attn.state')
+        for key, value in state.items()
+        if key.endswith('layer_attn.state')
     }
 
 
@@ -111,22 +114,26 @@ def test_train_prunes(trained):
 def test_resume(trained, tmp_path, shapes):
     """With torch's safe loading, through mmdet's own tool."""
     cwd, _ = trained
-    run(MMDET_TOOLS / 'train.py',
+    run(
+        MMDET_TOOLS / 'train.py',
         CONFIG,
         '--work-dir',
         tmp_path,
         '--resume',
         cwd / 'work' / 'epoch_2.pth',
         *options(shapes),
-        cwd=tmp_path)
-    assert active(tmp_path / 'epoch_3.pth') == active(
-        cwd / 'work' / 'epoch_3.pth')
+        cwd=tmp_path,
+    )
+    assert active(tmp_path / 'epoch_3.pth') == active(cwd / 'work' / 'epoch_3.pth')
 
 
-@pytest.mark.parametrize('script', [
-    pytest.param(MMDET_TOOLS / 'test.py', id='mmdet'),
-    pytest.param(ROOT / 'tools' / 'test.py', id='mmela'),
-])
+@pytest.mark.parametrize(
+    'script',
+    [
+        pytest.param(MMDET_TOOLS / 'test.py', id='mmdet'),
+        pytest.param(ROOT / 'tools' / 'test.py', id='mmela'),
+    ],
+)
 def test_test(trained, tmp_path, shapes, script):
     """The detections are those of the last validation in training."""
     cwd, _ = trained
@@ -138,7 +145,8 @@ def test_test(trained, tmp_path, shapes, script):
         tmp_path,
         *options(shapes),
         f'test_evaluator.outfile_prefix={tmp_path}/test',
-        cwd=tmp_path)
+        cwd=tmp_path,
+    )
     assert 'bbox_mAP' in out
     found = json.loads((tmp_path / 'test.bbox.json').read_text())
     expected = json.loads((cwd / 'val.bbox.json').read_text())
@@ -147,12 +155,14 @@ def test_test(trained, tmp_path, shapes, script):
 
 
 def test_our_train(tmp_path, shapes):
-    run(ROOT / 'tools' / 'train.py',
+    run(
+        ROOT / 'tools' / 'train.py',
         CONFIG,
         '--work-dir',
         tmp_path,
         *options(shapes),
         'train_cfg.max_epochs=1',
         'custom_hooks.0.windows=[(1,1)]',
-        cwd=tmp_path)
+        cwd=tmp_path,
+    )
     assert (tmp_path / 'epoch_1.pth').exists()

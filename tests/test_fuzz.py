@@ -1,4 +1,5 @@
 """Invariants that hold for every config."""
+
 import json
 
 import pytest
@@ -30,10 +31,8 @@ def backbones(draw):
         base_channels=8,
         num_stages=num_stages,
         strides=draw(
-            st.lists(
-                st.sampled_from([1, 2]),
-                min_size=num_stages,
-                max_size=num_stages)),
+            st.lists(st.sampled_from([1, 2]), min_size=num_stages, max_size=num_stages)
+        ),
         dilations=[1] * num_stages,
         out_indices=[num_stages - 1],
         deep_stem=draw(st.booleans()),
@@ -41,19 +40,25 @@ def backbones(draw):
         layer_attention=dict(
             type='MRLABase',
             head_dim=draw(st.sampled_from([1, 2, 4, 8])),
-            drop_path=draw(st.sampled_from([0., 0.3])),
-            zero_init=draw(st.booleans())))
+            drop_path=draw(st.sampled_from([0.0, 0.3])),
+            zero_init=draw(st.booleans()),
+        ),
+    )
     names = [
-        f'layer{stage + 1}.{block}.layer_attn' for stage in range(num_stages)
+        f'layer{stage + 1}.{block}.layer_attn'
+        for stage in range(num_stages)
         for block in range(1, BLOCKS[depth][stage])
     ]
     steps = draw(
         st.lists(
             st.tuples(
-                st.lists(st.sampled_from(names), max_size=6) if names else
-                st.just([]), st.booleans()),
+                st.lists(st.sampled_from(names), max_size=6) if names else st.just([]),
+                st.booleans(),
+            ),
             min_size=1,
-            max_size=3))
+            max_size=3,
+        )
+    )
     return cfg, steps
 
 
@@ -103,7 +108,8 @@ def test_backbone(config, batch, seed):
 @st.composite
 def windows(draw):
     bounds = sorted(
-        draw(st.lists(st.integers(1, 5), min_size=2, max_size=4, unique=True)))
+        draw(st.lists(st.integers(1, 5), min_size=2, max_size=4, unique=True))
+    )
     if len(bounds) % 2:
         bounds.append(bounds[-1] + 1)
     return list(zip(bounds[::2], bounds[1::2]))
@@ -112,17 +118,23 @@ def windows(draw):
 @settings(
     max_examples=8,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture])
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     windows(),
-    st.sampled_from([
-        dict(type='EBQM', mu=0.9),
-        dict(type='EBQM', mapping='sigmoid', scope='stage'),
-        dict(type='EBQM', mapping='gamma', gamma=1., mu=1.),
-        dict(type='FixedCount', count=2),
-        dict(type='Threshold', max_pruned=2),
-        dict(type='QuantileMapping', min_active_per_stage=2),
-    ]), st.booleans(), st.sampled_from(['mean_kl', 'mean_distribution']))
+    st.sampled_from(
+        [
+            dict(type='EBQM', mu=0.9),
+            dict(type='EBQM', mapping='sigmoid', scope='stage'),
+            dict(type='EBQM', mapping='gamma', gamma=1.0, mu=1.0),
+            dict(type='FixedCount', count=2),
+            dict(type='Threshold', max_pruned=2),
+            dict(type='QuantileMapping', min_active_per_stage=2),
+        ]
+    ),
+    st.booleans(),
+    st.sampled_from(['mean_kl', 'mean_distribution']),
+)
 def test_run(tmp_path_factory, windows, policy, keep_value, reduction):
     """Masks only grow, and each decision sees what the last one left."""
     work_dir = tmp_path_factory.mktemp('run')
@@ -133,9 +145,12 @@ def test_run(tmp_path_factory, windows, policy, keep_value, reduction):
                 windows=windows,
                 policy=policy,
                 keep_value=keep_value,
-                reduction=reduction),
+                reduction=reduction,
+            ),
             epochs=6,
-            size=4))
+            size=4,
+        )
+    )
     with open(work_dir / 'pruning.json') as file:
         prunings = json.load(file)['prunings']
     assert [tuple(p['window']) for p in prunings] == windows
@@ -146,6 +161,5 @@ def test_run(tmp_path_factory, windows, policy, keep_value, reduction):
         assert pruning['active'] == active
         assert {'layer1.0.layer_attn', 'layer2.0.layer_attn'} <= set(active)
     assert active == [
-        name for name, a in named_layer_attentions(runner.model).items()
-        if a.active
+        name for name, a in named_layer_attentions(runner.model).items() if a.active
     ]

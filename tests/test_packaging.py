@@ -1,4 +1,5 @@
 """The set-up scripts, the pinned versions and what a wheel contains."""
+
 import os
 import re
 import runpy
@@ -21,8 +22,14 @@ def bash(*args, cwd, **env):
     hidden = ('MMELA_PYTHON', 'VIRTUAL_ENV', 'CONDA_PREFIX', 'PYTHONPATH')
     env = {**{k: v for k, v in os.environ.items() if k not in hidden}, **env}
     return subprocess.run(
-        ['bash', *map(str, args)], cwd=cwd, env=env, timeout=60,
-        stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        ['bash', *map(str, args)],
+        cwd=cwd,
+        env=env,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(scope='module')
@@ -38,7 +45,8 @@ def pins(packaging):
     specs = {r.name: list(r.specifier) for r in parsed}
     return {
         name: spec[0].version
-        for name, spec in specs.items() if [s.operator for s in spec] == ['==']
+        for name, spec in specs.items()
+        if [s.operator for s in spec] == ['==']
     }
 
 
@@ -65,7 +73,10 @@ def test_setup_script_finds_the_mmcv_pin(pins):
     expression = re.search(r"mmcv=\$\(sed -n '([^']+)'", script).group(1)
     seen = subprocess.run(
         ['sed', '-n', expression, str(ROOT / 'requirements' / 'setup.txt')],
-        capture_output=True, text=True, check=True)
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert seen.stdout.split() == [pins['mmcv']]
 
 
@@ -98,7 +109,8 @@ class TestSetupScript:
     def test_environment_without_the_needs(self, tmp_path):
         subprocess.run(
             [sys.executable, '-m', 'venv', '--without-pip', tmp_path / 'env'],
-            check=True)
+            check=True,
+        )
         message = self.fails(tmp_path, MMELA_PYTHON='env/bin/python')
         assert 'lacks: torch mmengine mmcv' in message
         # Nothing was installed into it.
@@ -108,12 +120,18 @@ class TestSetupScript:
         assert "'--what'" in self.fails(tmp_path, '--what')
 
     def test_own_environment_is_handed_back(self, tmp_path):
-        find = ('import importlib.util as u; s = u.find_spec("mmela"); '
-                'print(s and s.origin)')
+        find = (
+            'import importlib.util as u; s = u.find_spec("mmela"); '
+            'print(s and s.origin)'
+        )
         env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
         seen = subprocess.run(
-            [sys.executable, '-c', find], cwd=tmp_path, env=env,
-            capture_output=True, text=True)
+            [sys.executable, '-c', find],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+        )
         if Path(seen.stdout.strip()) != ROOT / 'mmela' / '__init__.py':
             pytest.skip('this checkout is not installed here')
         done = bash(self.script, cwd=tmp_path, MMELA_PYTHON=sys.executable)
@@ -138,14 +156,14 @@ class TestCommands:
         return tools.parent
 
     def test_demo_passes_arguments(self, checkout, tmp_path):
-        done = bash(
-            checkout / 'tools' / 'demo.sh', '--a', 'b c', cwd=tmp_path)
-        assert done.stdout == f"{[str(tmp_path), '--a', 'b c']}\n"
+        done = bash(checkout / 'tools' / 'demo.sh', '--a', 'b c', cwd=tmp_path)
+        assert done.stdout == f'{[str(tmp_path), "--a", "b c"]}\n'
 
     def test_tests_pass_arguments(self, checkout, tmp_path):
         (checkout / 'tests').mkdir()
         (checkout / 'tests' / 'test_x.py').write_text(
-            'def test_one(): pass\n\ndef test_two(): assert False\n')
+            'def test_one(): pass\n\ndef test_two(): assert False\n'
+        )
         script = checkout / 'tools' / 'run_tests.sh'
         every = bash(script, cwd=tmp_path)
         assert every.returncode == 1 and '1 failed, 1 passed' in every.stdout
@@ -160,7 +178,6 @@ class TestCommands:
 
 
 class TestMim:
-
     @pytest.mark.parametrize('link', [True, False])
     def test_extension(self, packaging, tmp_path, link):
         package = tmp_path / 'mmela'
@@ -190,18 +207,19 @@ def test_build_holds_the_whole_package(packaging, tmp_path):
     def files(folder):
         paths = (p.relative_to(folder) for p in folder.rglob('*.*'))
         return {
-            p for p in paths
-            if not {'.mim', '__pycache__'} & set(p.parts)
-            and (folder / p).is_file()
+            p
+            for p in paths
+            if not {'.mim', '__pycache__'} & set(p.parts) and (folder / p).is_file()
         }
 
     mim = ROOT / 'mmela' / '.mim'
     before = mim.is_dir() and [p.is_symlink() for p in sorted(mim.iterdir())]
     subprocess.run(
         [sys.executable, 'setup.py', '-q', 'build_py', '-d', tmp_path],
-        cwd=ROOT, check=True)
+        cwd=ROOT,
+        check=True,
+    )
     assert files(tmp_path / 'mmela') == files(ROOT / 'mmela')
     assert (tmp_path / 'mmela' / '.mim' / 'tools' / 'setup.sh').is_file()
     # The checkout's own links stay what they are.
-    assert before == (
-        mim.is_dir() and [p.is_symlink() for p in sorted(mim.iterdir())])
+    assert before == (mim.is_dir() and [p.is_symlink() for p in sorted(mim.iterdir())])

@@ -1,4 +1,5 @@
 """A network of two stages that trains in milliseconds, and runs of it."""
+
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
@@ -15,14 +16,12 @@ CHANNELS = 8
 
 
 class ResidualBlock(nn.Module):
-
     def __init__(self, layer_attention=None):
         super().__init__()
         self.conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(CHANNELS)
         if layer_attention:
-            self.layer_attn = MODELS.build(
-                dict(layer_attention, channels=CHANNELS))
+            self.layer_attn = MODELS.build(dict(layer_attention, channels=CHANNELS))
 
     def forward(self, x):
         return x + F.relu(self.norm(self.conv(x)))
@@ -30,13 +29,9 @@ class ResidualBlock(nn.Module):
 
 @MODELS.register_module()
 class ToyNetwork(BaseModel):
-
-    def __init__(self,
-                 layer_attention=None,
-                 depth=4,
-                 norm_eval=False,
-                 frozen_stages=0,
-                 **kwargs):
+    def __init__(
+        self, layer_attention=None, depth=4, norm_eval=False, frozen_stages=0, **kwargs
+    ):
         super().__init__(**kwargs)
         self.norm_eval = norm_eval
         self.frozen_stages = frozen_stages
@@ -81,7 +76,6 @@ class ToyDataset(Dataset):
 
 @METRICS.register_module()
 class ToyMetric(BaseMetric):
-
     def process(self, data_batch, data_samples):
         self.results += [float(x) for x in data_samples]
 
@@ -89,48 +83,49 @@ class ToyMetric(BaseMetric):
         return dict(mean=sum(results) / len(results))
 
 
-def toy_config(work_dir,
-               hook=None,
-               epochs=4,
-               size=12,
-               batch_size=4,
-               head_dim=4,
-               layer_attention='MRLABase',
-               lr=0.001,
-               norm_eval=False,
-               **kwargs):
+def toy_config(
+    work_dir,
+    hook=None,
+    epochs=4,
+    size=12,
+    batch_size=4,
+    head_dim=4,
+    layer_attention='MRLABase',
+    lr=0.001,
+    norm_eval=False,
+    **kwargs,
+):
     """Config of a run; ``hook`` holds the pruning hook's arguments."""
-    attention = dict(type=layer_attention, head_dim=head_dim) \
-        if layer_attention else None
+    attention = (
+        dict(type=layer_attention, head_dim=head_dim) if layer_attention else None
+    )
     loader = dict(
         dataset=dict(type='ToyDataset', size=size),
         sampler=dict(type='DefaultSampler', shuffle=True, seed=0),
         collate_fn=dict(type='default_collate'),
         batch_size=batch_size,
-        num_workers=0)
+        num_workers=0,
+    )
     cfg = dict(
         default_scope='mmengine',
-        model=dict(
-            type='ToyNetwork',
-            layer_attention=attention,
-            norm_eval=norm_eval),
+        model=dict(type='ToyNetwork', layer_attention=attention, norm_eval=norm_eval),
         work_dir=str(work_dir),
         train_dataloader=loader,
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(
-            optimizer=dict(
-                type='SGD', lr=lr, momentum=0.9, weight_decay=0.01)),
+            optimizer=dict(type='SGD', lr=lr, momentum=0.9, weight_decay=0.01)
+        ),
         default_hooks=dict(
             logger=dict(type='LoggerHook', interval=1),
-            checkpoint=dict(type='CheckpointHook', interval=1)),
+            checkpoint=dict(type='CheckpointHook', interval=1),
+        ),
         custom_hooks=[],
         randomness=dict(seed=0),
         log_level='WARNING',
-        experiment_name=f'toy_{id(work_dir)}_{torch.rand(1).item()}')
+        experiment_name=f'toy_{id(work_dir)}_{torch.rand(1).item()}',
+    )
     if hook is not None:
-        cfg['custom_hooks'] = [
-            dict(type='LayerAttentionPruningHook', **hook)
-        ]
+        cfg['custom_hooks'] = [dict(type='LayerAttentionPruningHook', **hook)]
     cfg.update(kwargs)
     return Config(cfg)
 

@@ -10,6 +10,7 @@ Examples:
   python tools/demo.py --work-dir work_dirs/mine \\
       --cfg-options data_root=data/coco
 """
+
 import argparse
 import time
 from pathlib import Path
@@ -20,8 +21,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 
 from mmela.analysis import make_report, summarize
-from mmela.analysis.attention import (hook_settings, measure_attention,
-                                      save_measurement)
+from mmela.analysis.attention import hook_settings, measure_attention, save_measurement
 from mmela.analysis.inputs import load_network, validation_loader
 from mmela.analysis.run import Run
 
@@ -31,17 +31,19 @@ CONFIG = ROOT / 'configs' / 'demo' / 'faster-rcnn_r50-narrow_ela_fpn_shapes.py'
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         '--work-dir',
         default=ROOT / 'work_dirs' / 'demo',
         help='where logs, checkpoints and the report go (default: '
-        'work_dirs/demo in the checkout)')
+        'work_dirs/demo in the checkout)',
+    )
     parser.add_argument(
         '--resume',
         action='store_true',
-        help='go on from the last checkpoint in the work directory')
+        help='go on from the last checkpoint in the work directory',
+    )
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -49,7 +51,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         default={},
         metavar='KEY=VALUE',
         help='change settings of the config; data_root=DIR alone trains on '
-        'another data set in COCO layout')
+        'another data set in COCO layout',
+    )
     return parser.parse_args(argv)
 
 
@@ -71,9 +74,9 @@ def checkpoints_to_measure(run: Run) -> List[Path]:
         last = run.prunings[-1]
         start = 'epoch_' if last['unit'] == 'epoch' else 'iter_'
         numbers = [
-            int(path.stem[len(start):])
+            int(path.stem[len(start) :])
             for path in run.work_dir.glob(f'{start}*.pth')
-            if path.stem[len(start):].isdigit()
+            if path.stem[len(start) :].isdigit()
         ]
         # The hook prunes before the checkpoint of its epoch is written.
         before = [n for n in numbers if n < last['window'][1]]
@@ -99,10 +102,14 @@ def measure(work_dir: str, images: int = 100) -> None:
         cfg, model = load_network(config, checkpoint)
         settings = hook_settings(cfg)
         settings.pop('source')
-        result = measure_attention(model, validation_loader(cfg, images),
-                                   **settings)
-        save_measurement(run.work_dir / 'layer_attention' / checkpoint.stem,
-                         config, checkpoint, 'validation data', result)
+        result = measure_attention(model, validation_loader(cfg, images), **settings)
+        save_measurement(
+            run.work_dir / 'layer_attention' / checkpoint.stem,
+            config,
+            checkpoint,
+            'validation data',
+            result,
+        )
 
 
 def main(argv=None) -> None:
@@ -119,8 +126,10 @@ def main(argv=None) -> None:
             raise SystemExit(f'error: {error}')
     annotations = Path(cfg.data_root) / 'annotations/instances_train2017.json'
     if not annotations.is_file():
-        raise SystemExit(f'error: data_root={cfg.data_root} is no data set in '
-                         f'COCO layout: no file {annotations}')
+        raise SystemExit(
+            f'error: data_root={cfg.data_root} is no data set in '
+            f'COCO layout: no file {annotations}'
+        )
     cfg.work_dir = str(args.work_dir)
     cfg.resume = args.resume
     RUNNERS.build(cfg).train()

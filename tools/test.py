@@ -9,9 +9,10 @@ Example:
       configs/faster_rcnn/faster-rcnn_r50_ela_fpn_1x_coco.py \\
       work_dirs/ela/epoch_12.pth
 """
+
 import sys
 
 from mmela.utils.toolbox import run_tool
 
 if __name__ == '__main__':
-    run_tool('test.py', sys.argv[1:], __doc__, files=('checkpoint', ))
+    run_tool('test.py', sys.argv[1:], __doc__, files=('checkpoint',))

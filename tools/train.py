@@ -10,6 +10,7 @@ Example:
       configs/faster_rcnn/faster-rcnn_r50_ela_fpn_1x_coco.py \\
       --work-dir work_dirs/ela
 """
+
 import sys
 
 from mmela.utils.toolbox import run_tool

@@ -9,5 +9,6 @@ custom_hooks = [
     dict(
         type='LayerAttentionPruningHook',
         windows=[(1, 2), (5, 5)],
-        policy=dict(type='EBQM', gamma=0.5, alpha=5, beta=1, mu=0.3))
+        policy=dict(type='EBQM', gamma=0.5, alpha=5, beta=1, mu=0.3),
+    )
 ]

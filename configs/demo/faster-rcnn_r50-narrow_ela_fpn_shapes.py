@@ -4,12 +4,10 @@
 # The data come from `python tools/dataset/make_shapes.py data/shapes`. They
 # carry COCO's categories, so the config runs on COCO, or on any data in its
 # layout and categories, by `--cfg-options data_root=DIR` alone.
-_base_ = [
-    'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
-    '../_base_/ela_coco.py'
-]
+_base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../_base_/ela_coco.py']
 custom_imports = dict(
-    imports=['mmela', 'mmela.utils.data_root'], allow_failed_imports=False)
+    imports=['mmela', 'mmela.utils.data_root'], allow_failed_imports=False
+)
 # Has an overridden data_root reach the data sets and evaluators.
 runner_type = 'DataRootRunner'
 
@@ -21,22 +19,26 @@ model = dict(
         # From scratch: everything learns, norms included.
         frozen_stages=-1,
         norm_eval=False,
-        init_cfg=None),
+        init_cfg=None,
+    ),
     neck=dict(in_channels=[64, 128, 256, 512], out_channels=64),
     rpn_head=dict(
         in_channels=64,
         feat_channels=64,
         # Half as large as usual, as the objects are.
-        anchor_generator=dict(scales=[4])),
+        anchor_generator=dict(scales=[4]),
+    ),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=64, finest_scale=28),
-        bbox_head=dict(
-            in_channels=64, fc_out_channels=256, reg_class_agnostic=True)),
+        bbox_head=dict(in_channels=64, fc_out_channels=256, reg_class_agnostic=True),
+    ),
     train_cfg=dict(
         rpn=dict(sampler=dict(num=128)),
         rpn_proposal=dict(nms_pre=300, max_per_img=200),
-        rcnn=dict(sampler=dict(num=64, pos_fraction=0.5))),
-    test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=200)))
+        rcnn=dict(sampler=dict(num=64, pos_fraction=0.5)),
+    ),
+    test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=200)),
+)
 
 data_root = 'data/shapes/'
 train_pipeline = [
@@ -46,8 +48,9 @@ train_pipeline = [
     dict(
         type='RandomFlip',
         prob=[0.25, 0.25, 0.25],
-        direction=['horizontal', 'vertical', 'diagonal']),
-    dict(type='PackDetInputs')
+        direction=['horizontal', 'vertical', 'diagonal'],
+    ),
+    dict(type='PackDetInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -55,8 +58,8 @@ test_pipeline = [
     dict(type='LoadAnnotations', with_bbox=True),
     dict(
         type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
-                   'scale_factor'))
+        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+    ),
 ]
 train_dataloader = dict(
     batch_size=4,
@@ -65,23 +68,24 @@ train_dataloader = dict(
         data_root=data_root,
         # Images without objects teach what is none.
         filter_cfg=dict(filter_empty_gt=False, min_size=32),
-        pipeline=train_pipeline))
+        pipeline=train_pipeline,
+    ),
+)
 val_dataloader = dict(
     batch_size=4,
     num_workers=1,
-    dataset=dict(data_root=data_root, pipeline=test_pipeline))
+    dataset=dict(data_root=data_root, pipeline=test_pipeline),
+)
 test_dataloader = val_dataloader
-val_evaluator = dict(
-    ann_file=data_root + 'annotations/instances_val2017.json')
+val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
 optim_wrapper = dict(
-    optimizer=dict(
-        _delete_=True, type='AdamW', lr=1e-3, weight_decay=0.05),
-    clip_grad=dict(max_norm=10))
+    optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.05),
+    clip_grad=dict(max_norm=10),
+)
 param_scheduler = [
-    dict(
-        type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(
         type='CosineAnnealingLR',
         eta_min=1e-5,
@@ -89,11 +93,13 @@ param_scheduler = [
         end=12,
         T_max=12,
         by_epoch=True,
-        convert_to_iter_based=True)
+        convert_to_iter_based=True,
+    ),
 ]
 train_cfg = dict(max_epochs=12, val_interval=2)
 default_hooks = dict(
     logger=dict(interval=10),
     # Back to epoch 6, before the last pruning: see tools/demo.py
-    checkpoint=dict(max_keep_ckpts=7))
+    checkpoint=dict(max_keep_ckpts=7),
+)
 randomness = dict(seed=0)

@@ -5,5 +5,6 @@ custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 # authors' detectors.
 model = dict(
     backbone=dict(
-        type='ELAResNet',
-        layer_attention=dict(type='KCLA', head_dim=64, zero_init=True)))
+        type='ELAResNet', layer_attention=dict(type='KCLA', head_dim=64, zero_init=True)
+    )
+)

@@ -3,5 +3,6 @@ custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(
-        type='ELAVisionTransformer',
-        layer_attention=dict(type='MRLALight', head_dim=16)))
+        type='ELAVisionTransformer', layer_attention=dict(type='MRLALight', head_dim=16)
+    )
+)

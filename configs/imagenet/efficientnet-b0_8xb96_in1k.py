@@ -21,7 +21,6 @@ test_pipeline = [
     dict(type='EfficientNetCenterCrop', crop_size=224),
     dict(type='PackInputs'),
 ]
-train_dataloader = dict(
-    batch_size=96, dataset=dict(pipeline=train_pipeline))
+train_dataloader = dict(batch_size=96, dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(batch_size=96, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader

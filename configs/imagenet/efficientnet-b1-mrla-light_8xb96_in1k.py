@@ -3,4 +3,6 @@ custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(
-        type='ELAEfficientNet', layer_attention=dict(type='MRLALight', head_dim=8)))
+        type='ELAEfficientNet', layer_attention=dict(type='MRLALight', head_dim=8)
+    )
+)

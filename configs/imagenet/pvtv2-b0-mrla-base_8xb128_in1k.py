@@ -2,4 +2,6 @@ _base_ = './pvtv2-b0_8xb128_in1k.py'
 
 model = dict(
     backbone=dict(
-        layer_attention=dict(type='MRLABase', head_dim=16), attention_blocks=None))
+        layer_attention=dict(type='MRLABase', head_dim=16), attention_blocks=None
+    )
+)

@@ -11,15 +11,17 @@ model = dict(
         embed_dims=32,
         num_layers=[2, 2, 2, 2],
         num_heads=[1, 2, 5, 8],
-        out_indices=(3, ),
+        out_indices=(3,),
         drop_path_rate=0.1,
         layer_attention=dict(type='MRLABase', head_dim=16),
-        attention_blocks=[[], [], [], []]),
+        attention_blocks=[[], [], [], []],
+    ),
     neck=dict(_delete_=True, type='GlobalAveragePooling'),
     head=dict(
         _delete_=True,
         type='LinearClsHead',
         num_classes=1000,
         in_channels=256,
-        loss=dict(
-            type='LabelSmoothLoss', label_smooth_val=0.1, mode='original')))
+        loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
+    ),
+)

@@ -3,4 +3,6 @@ _base_ = './mask-rcnn_r50_kcla_fpn_1x_coco.py'
 model = dict(
     backbone=dict(
         depth=101,
-        init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet101')))
+        init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet101'),
+    )
+)

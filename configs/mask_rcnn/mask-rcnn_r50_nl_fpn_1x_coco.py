@@ -4,9 +4,13 @@
 _base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
 
 model = dict(
-    backbone=dict(plugins=[
-        dict(
-            cfg=dict(type='NonLocal2d', reduction=2),
-            stages=(False, True, False, False),
-            position='after_conv3')
-    ]))
+    backbone=dict(
+        plugins=[
+            dict(
+                cfg=dict(type='NonLocal2d', reduction=2),
+                stages=(False, True, False, False),
+                position='after_conv3',
+            )
+        ]
+    )
+)

@@ -5,4 +5,6 @@ custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 model = dict(
     backbone=dict(
         type='ELAResNet',
-        layer_attention=dict(type='MRLALight', head_dim=32, zero_init=True)))
+        layer_attention=dict(type='MRLALight', head_dim=32, zero_init=True),
+    )
+)

@@ -2,8 +2,7 @@
 # torchvision: train it by configs/imagenet/seresnet50_8xb32_in1k.py and name
 # the result in init_cfg.
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
-custom_imports = dict(
-    imports=['mmpretrain.models'], allow_failed_imports=False)
+custom_imports = dict(imports=['mmpretrain.models'], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(
@@ -14,4 +13,6 @@ model = dict(
         frozen_stages=1,
         norm_cfg=dict(type='BN', requires_grad=True),
         norm_eval=True,
-        style='pytorch'))
+        style='pytorch',
+    )
+)

@@ -4,5 +4,6 @@ _base_ = ['unet_r18_plain_kvasir-256x256.py']
 model = dict(
     backbone=dict(
         type='ELAUNetResNet',
-        layer_attention=dict(
-            type='KCLA', head_dim=16, head_attention='plain')))
+        layer_attention=dict(type='KCLA', head_dim=16, head_attention='plain'),
+    )
+)

@@ -8,19 +8,20 @@ train_pipeline = [
     dict(type='LoadAnnotations'),
     dict(type='RandomFlip', prob=0.5, direction='horizontal'),
     dict(type='RandomFlip', prob=0.5, direction='vertical'),
-    dict(
-        type='RandomRotate', prob=0.5, degree=180., pad_val=0, seg_pad_val=0),
-    dict(type='PackSegInputs')
+    dict(type='RandomRotate', prob=0.5, degree=180.0, pad_val=0, seg_pad_val=0),
+    dict(type='PackSegInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs')
+    dict(type='PackSegInputs'),
 ]
 train_dataloader = dict(
-    num_workers=1, dataset=dict(data_root=data_root, pipeline=train_pipeline))
+    num_workers=1, dataset=dict(data_root=data_root, pipeline=train_pipeline)
+)
 val_dataloader = dict(
-    num_workers=1, dataset=dict(data_root=data_root, pipeline=test_pipeline))
+    num_workers=1, dataset=dict(data_root=data_root, pipeline=test_pipeline)
+)
 test_dataloader = val_dataloader
 
 param_scheduler = [
@@ -29,7 +30,8 @@ param_scheduler = [
         T_max=6,
         eta_min=1e-5,
         by_epoch=True,
-        convert_to_iter_based=True)
+        convert_to_iter_based=True,
+    )
 ]
 train_cfg = dict(max_epochs=6, val_interval=2)
 default_hooks = dict(logger=dict(interval=4), checkpoint=dict(interval=2))

@@ -1,4 +1,1 @@
-_base_ = [
-    '_base_/unet_r18.py', '_base_/lesions_256x256.py',
-    '_base_/schedule_300e.py'
-]
+_base_ = ['_base_/unet_r18.py', '_base_/lesions_256x256.py', '_base_/schedule_300e.py']

@@ -1,4 +1,5 @@
 """What happened in a run, and what its layer attentions do."""
+
 from .attention import measure_attention
 from .report import make_report, summarize
 

@@ -1,4 +1,5 @@
 """What the layer attentions of a network do on images."""
+
 import json
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,12 @@ from torch import Tensor, nn
 
 from ..hooks import NetworkKLMeter, decide, layer_attention_stages
 from ..hooks.kl_meter import REDUCTIONS
-from ..layers import (AttentionState, HookedAttentionStage, LayerAttention,
-                      LayerAttentionStage)
+from ..layers import (
+    AttentionState,
+    HookedAttentionStage,
+    LayerAttention,
+    LayerAttentionStage,
+)
 from ..pruning import PRUNING_POLICIES
 
 BINS = 20
@@ -80,8 +85,11 @@ class StageRecorder:
         self._observer = self.stage.observer
         self.stage.observer = self._record_scores
         self._feature = self._query = (-1, None)
-        active = [i for i, (_, attention) in enumerate(stage_blocks(
-            self.stage)) if attention is not None and attention.active]
+        active = [
+            i
+            for i, (_, attention) in enumerate(stage_blocks(self.stage))
+            if attention is not None and attention.active
+        ]
         self._first = min(active, default=-1)
         hooked = isinstance(self.stage, HookedAttentionStage)
         for index, (block, attention) in enumerate(stage_blocks(self.stage)):
@@ -89,13 +97,15 @@ class StageRecorder:
             # that runs before this one, or in a call of its own.
             last = block if attention is None or hooked else attention
             self._handles.append(
-                last.register_forward_hook(
-                    partial(self._record_feature, index)))
+                last.register_forward_hook(partial(self._record_feature, index))
+            )
             query = getattr(attention, 'query', None)
             if query is not None and attention.active:
                 self._handles.append(
                     query.register_forward_hook(
-                        partial(self._record_query, index, attention)))
+                        partial(self._record_query, index, attention)
+                    )
+                )
         return self
 
     def __exit__(self, *args) -> None:
@@ -115,38 +125,47 @@ class StageRecorder:
         for mean, score in zip(self.maps, scores):
             mean.add(score.double().softmax(-1))
 
-    def _record_feature(self, index: int, module: nn.Module, args: tuple,
-                        output: Tensor) -> None:
+    def _record_feature(
+        self, index: int, module: nn.Module, args: tuple, output: Tensor
+    ) -> None:
         (last, before), self._feature = self._feature, (index, output.detach())
         # Otherwise it is of another forward pass.
         if last == index - 1 >= 0 and before.shape == output.shape:
             cosine = F.cosine_similarity(
-                before.flatten(1).float(),
-                output.detach().flatten(1).float())
+                before.flatten(1).float(), output.detach().flatten(1).float()
+            )
             self.features.setdefault(index, RunningMean()).add(cosine)
 
-    def _record_query(self, index: int, attention: nn.Module,
-                      module: nn.Module, args: tuple,
-                      output: Tensor) -> None:
+    def _record_query(
+        self,
+        index: int,
+        attention: nn.Module,
+        module: nn.Module,
+        args: tuple,
+        output: Tensor,
+    ) -> None:
         if output[0].numel() != attention.channels:
             return
-        query = output.detach().float().view(
-            len(output), attention.num_heads, attention.head_dim)
+        query = (
+            output.detach()
+            .float()
+            .view(len(output), attention.num_heads, attention.head_dim)
+        )
         (last, before), self._query = self._query, (index, query)
         if not 0 <= last < index:
             return
         cosine = F.cosine_similarity(before, query, dim=-1).abs()
-        self.queries.setdefault((last, index),
-                                RunningMean()).add(cosine.mean(1))
+        self.queries.setdefault((last, index), RunningMean()).add(cosine.mean(1))
         if last != self._first:
             bins = (cosine * BINS).long().clamp(max=BINS - 1)
             counts = torch.bincount(bins.flatten(), minlength=BINS)
-            self.histogram = counts if self.histogram is None else \
-                self.histogram + counts
+            self.histogram = (
+                counts if self.histogram is None else self.histogram + counts
+            )
 
 
 def stage_blocks(
-    stage: LayerAttentionStage
+    stage: LayerAttentionStage,
 ) -> List[Tuple[nn.Module, Optional[LayerAttention]]]:
     """Blocks of a stage and their attentions.
 
@@ -158,8 +177,10 @@ def stage_blocks(
     """
     if isinstance(stage, HookedAttentionStage):
         slots = dict(stage.named_children())
-        return [(block, getattr(slots.get(str(i)), 'layer_attn', None))
-                for i, block in enumerate(stage.blocks)]
+        return [
+            (block, getattr(slots.get(str(i)), 'layer_attn', None))
+            for i, block in enumerate(stage.blocks)
+        ]
     return [(block, getattr(block, 'layer_attn', None)) for block in stage]
 
 
@@ -193,8 +214,8 @@ def run_backbone(model: nn.Module, batch: dict) -> None:
         batch (dict): What its data loader yields.
     """
     if hasattr(model, 'backbone') and all(
-            name.startswith('backbone.')
-            for name in layer_attention_stages(model)):
+        name.startswith('backbone.') for name in layer_attention_stages(model)
+    ):
         inputs = model.data_preprocessor(batch, False)['inputs']
         if isinstance(inputs, Tensor):
             model.backbone(inputs)
@@ -216,7 +237,8 @@ def hook_settings(cfg: dict) -> dict:
         policy=dict(type='EBQM'),
         reduction='mean_kl',
         eps=1e-8,
-        source='the default of the hook')
+        source='the default of the hook',
+    )
     for hook in cfg.get('custom_hooks') or []:
         if str(hook.get('type')).endswith('LayerAttentionPruningHook'):
             settings['source'] = 'custom_hooks of the config'
@@ -228,11 +250,13 @@ def hook_settings(cfg: dict) -> dict:
 
 
 @torch.no_grad()
-def measure_attention(model: nn.Module,
-                      batches: Iterable[dict],
-                      policy: Optional[dict] = None,
-                      reduction: str = 'mean_kl',
-                      eps: float = 1e-8) -> dict:
+def measure_attention(
+    model: nn.Module,
+    batches: Iterable[dict],
+    policy: Optional[dict] = None,
+    reduction: str = 'mean_kl',
+    eps: float = 1e-8,
+) -> dict:
     """Measure what the layer attentions of a model do on images.
 
     Nothing but means is kept, so the number of images does not matter. The
@@ -278,8 +302,7 @@ def measure_attention(model: nn.Module,
     except (KeyError, TypeError) as error:
         raise ValueError(f'policy {policy}: {error}') from error
     if reduction not in REDUCTIONS or not 0 < eps < 1:
-        raise ValueError(f'reduction={reduction!r} or eps={eps} is not '
-                         'allowed')
+        raise ValueError(f'reduction={reduction!r} or eps={eps} is not allowed')
     distributions = {
         name: stage
         for name, stage in stages.items()
@@ -304,27 +327,29 @@ def measure_attention(model: nn.Module,
     if not images:
         raise ValueError('there is no image to measure on')
 
-    counts = [r.histogram.cpu() for r in recorders.values()
-              if r.histogram is not None]
+    counts = [r.histogram.cpu() for r in recorders.values() if r.histogram is not None]
     result = dict(
         images=images,
-        stages={
-            name: _describe(recorder)
-            for name, recorder in recorders.items()
-        },
+        stages={name: _describe(recorder) for name, recorder in recorders.items()},
         histogram=sum(counts).tolist() if counts else None,
         decision=None,
-        left_out=[])
+        left_out=[],
+    )
     if distributions:
-        result['decision'] = _judge(distributions, meter, judge, policy,
-                                    reduction, eps, result['left_out'])
+        result['decision'] = _judge(
+            distributions, meter, judge, policy, reduction, eps, result['left_out']
+        )
     result['left_out'] += _left_out(result['stages'])
     return result
 
 
-def save_measurement(folder: Path, config: Union[str, Path],
-                     checkpoint: Union[str, Path], data: str,
-                     result: dict) -> dict:
+def save_measurement(
+    folder: Path,
+    config: Union[str, Path],
+    checkpoint: Union[str, Path],
+    data: str,
+    result: dict,
+) -> dict:
     """Write what was measured where the report looks for it.
 
     Args:
@@ -342,10 +367,12 @@ def save_measurement(folder: Path, config: Union[str, Path],
         config=Path(config).name,
         checkpoint=Path(checkpoint).name,
         data=data,
-        **result)
+        **result,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'layer_attention.json').write_text(
-        json.dumps(content, indent=1), encoding='utf-8')
+        json.dumps(content, indent=1), encoding='utf-8'
+    )
     return content
 
 
@@ -366,17 +393,18 @@ def _describe(recorder: StageRecorder) -> dict:
             dict(
                 blocks=[index - 1, index],
                 mean=float(mean.mean()),
-                std=float(mean.std()))
+                std=float(mean.std()),
+            )
             for index, mean in sorted(recorder.features.items())
-        ] or None,
+        ]
+        or None,
         queries=[
-            dict(
-                blocks=list(blocks),
-                mean=float(mean.mean()),
-                std=float(mean.std()))
+            dict(blocks=list(blocks), mean=float(mean.mean()), std=float(mean.std()))
             for blocks, mean in sorted(recorder.queries.items())
-        ] or None,
-        contributions=_contributions(stage))
+        ]
+        or None,
+        contributions=_contributions(stage),
+    )
 
 
 def _maps(means: List[RunningMean], states: List[str]) -> Optional[dict]:
@@ -405,23 +433,35 @@ def _maps(means: List[RunningMean], states: List[str]) -> Optional[dict]:
 
 def _contributions(stage: LayerAttentionStage) -> Optional[dict]:
     """Of a recurrence with ``lambda_o``, see effective_contributions."""
-    found = [(index, attention)
-             for index, (_, attention) in enumerate(stage_blocks(stage))
-             if attention is not None and attention.active
-             and isinstance(getattr(attention, 'lambda_o', None), Tensor)]
+    found = [
+        (index, attention)
+        for index, (_, attention) in enumerate(stage_blocks(stage))
+        if attention is not None
+        and attention.active
+        and isinstance(getattr(attention, 'lambda_o', None), Tensor)
+    ]
     if not found:
         return None
     weights = effective_contributions(
-        [a.lambda_o.detach().double().cpu() for _, a in found])
+        [a.lambda_o.detach().double().cpu() for _, a in found]
+    )
     return dict(
         blocks=[index for index, _ in found],
         mean=weights.mean(1).tolist(),
         std=weights.std(1, unbiased=False).tolist(),
-        previous=getattr(found[0][1], 'previous', None))
+        previous=getattr(found[0][1], 'previous', None),
+    )
 
 
-def _judge(stages, meter: NetworkKLMeter, judge, policy: dict, reduction: str,
-           eps: float, left_out: List[str]) -> Optional[dict]:
+def _judge(
+    stages,
+    meter: NetworkKLMeter,
+    judge,
+    policy: dict,
+    reduction: str,
+    eps: float,
+    left_out: List[str],
+) -> Optional[dict]:
     """Divergences of all attentions and what the policy makes of them."""
     try:
         layers = decide(stages, meter.compute(), judge)
@@ -429,13 +469,15 @@ def _judge(stages, meter: NetworkKLMeter, judge, policy: dict, reduction: str,
         left_out.append(f'KL divergence and policy: {error}')
         return None
     if all(layer['mapped'] is None for layer in layers):
-        left_out.append('curve of the policy: it maps no divergence, which '
-                        'takes at least two different ones up to the quantile '
-                        'and a policy with a mapping')
+        left_out.append(
+            'curve of the policy: it maps no divergence, which '
+            'takes at least two different ones up to the quantile '
+            'and a policy with a mapping'
+        )
     rows = {layer['name']: layer for layer in layers}
     notes = {
         AttentionState.VALUE_ONLY: '✕ pruned, key and value stay',
-        AttentionState.PRUNED: '✕ pruned'
+        AttentionState.PRUNED: '✕ pruned',
     }
     result = []
     for stage_name, stage in stages.items():
@@ -453,7 +495,8 @@ def _judge(stages, meter: NetworkKLMeter, judge, policy: dict, reduction: str,
                 threshold=None,
                 skip=False,
                 reason='pruned before',
-                note=notes.get(state))
+                note=notes.get(state),
+            )
             result.append(dict(row, state=state.name.lower()))
     return dict(policy=policy, reduction=reduction, eps=eps, layers=result)
 
@@ -466,20 +509,25 @@ def _left_out(stages: Dict[str, dict]) -> List[str]:
         if not stage['prunable']:
             notes.append(
                 f'attention maps, KL divergence and policy of {name}: {kind} '
-                'weighs no layers against each other by a distribution')
+                'weighs no layers against each other by a distribution'
+            )
         elif stage['maps'] is None:
             notes.append(f'attention maps of {name}: no attention is active')
         if stage['queries'] is None:
             notes.append(
                 f'similarity of queries of {name}: there are no two active '
-                'attentions with a query of one vector per head')
+                'attentions with a query of one vector per head'
+            )
         if stage['features'] is None:
-            notes.append(f'similarity of features of {name}: there are no two '
-                         'blocks with outputs of one shape')
+            notes.append(
+                f'similarity of features of {name}: there are no two '
+                'blocks with outputs of one shape'
+            )
         if stage['contributions'] is None:
             notes.append(
                 f'effective contributions of {name}: {kind} has no active '
-                'recurrence with lambda_o, as MRLALight has')
+                'recurrence with lambda_o, as MRLALight has'
+            )
     return _merge_stages(notes, stages)
 
 

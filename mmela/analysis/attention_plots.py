@@ -1,4 +1,5 @@
 """Pictures of what :func:`mmela.analysis.measure_attention` measures."""
+
 import math
 import re
 from typing import Iterator, List, NamedTuple, Sequence, Tuple, Union
@@ -11,8 +12,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from .plots import (MARKERS, WIDTH, Plot, Theme, _legend_above, kl_plot,
-                    mapping_plot)
+from .plots import MARKERS, WIDTH, Plot, Theme, _legend_above, kl_plot, mapping_plot
 from .run import short_name
 
 # Blue to yellow, of evenly growing lightness: also without colour vision
@@ -35,6 +35,7 @@ class Picture(NamedTuple):
         stage (str): Name of the stage of which it is the map; empty for other
             pictures, which is the default.
     """
+
     name: str
     title: str
     caption: str
@@ -58,53 +59,67 @@ def attention_pictures(result: dict) -> Iterator[Picture]:
             continue
         label, file = short_name(name), _file_name(name)
         yield Picture(
-            f'maps_{file}', f'Attention weights of {label}',
+            f'maps_{file}',
+            f'Attention weights of {label}',
             'Mean over images and heads. A row is the block that asks, a '
             'column the block that it attends to; ✕ and hatching mark what '
             'is pruned. Rows that look alike are redundant.',
             map_plot(stage),
-            stage=name)
+            stage=name,
+        )
         if len(stage['maps']['heads']) > 1:
             yield Picture(
-                f'heads_{file}', f'Attention weights of {label} by head',
+                f'heads_{file}',
+                f'Attention weights of {label} by head',
                 'Mean over images, one map for each head, laid out as the map '
-                'of the mean; grey marks what is pruned.', heads_plot(stage),
-                True)
+                'of the mean; grey marks what is pruned.',
+                heads_plot(stage),
+                True,
+            )
     decision = result['decision']
     if decision and any(x['state'] == 'active' for x in decision['layers']):
         yield Picture(
-            'kl', 'KL divergence of adjacent active attentions',
+            'kl',
+            'KL divergence of adjacent active attentions',
             'How much the weights of an attention differ from those of the '
             'active one before it in its stage. Hatched: what the policy '
             'would prune now; ✕ alone: what is pruned already.',
-            kl_plot(
-                dict(layers=decision['layers']), decision['policy'], NOW))
+            kl_plot(dict(layers=decision['layers']), decision['policy'], NOW),
+        )
         if any(x['mapped'] is not None for x in decision['layers']):
             yield Picture(
-                'policy', 'What the policy makes of the divergences',
+                'policy',
+                'What the policy makes of the divergences',
                 'Below the threshold is redundant. What is above the quantile '
                 'is not mapped and not shown.',
-                mapping_plot(decision, decision['policy'], NOW))
+                mapping_plot(decision, decision['policy'], NOW),
+            )
     if any(stage['features'] for stage in stages.values()):
         yield Picture(
-            'features', 'Similarity of the features of adjacent blocks',
+            'features',
+            'Similarity of the features of adjacent blocks',
             'Cosine similarity of the outputs of a block and the one before, '
             'attention included: mean and standard deviation over images.',
-            similarity_plot(stages, 'features'))
+            similarity_plot(stages, 'features'),
+        )
     if any(stage['queries'] for stage in stages.values()):
         yield Picture(
-            'queries', 'Similarity of the queries of adjacent attentions',
+            'queries',
+            'Similarity of the queries of adjacent attentions',
             'Absolute cosine similarity of the queries of an active attention '
             'and the active one before, averaged over heads: mean and '
             'standard deviation over images. Below, how often each value '
             'occurs, without the first attention of a stage.',
-            similarity_plot(stages, 'queries', result['histogram']))
+            similarity_plot(stages, 'queries', result['histogram']),
+        )
     if any(stage['contributions'] for stage in stages.values()):
         yield Picture(
-            'contributions', "What of a layer reaches its stage's last output",
+            'contributions',
+            "What of a layer reaches its stage's last output",
             'Product of |lambda_o| of the later layers: mean and standard '
             'deviation over channels. 1 is undiminished.',
-            contributions_plot(stages))
+            contributions_plot(stages),
+        )
 
 
 def _file_name(name: str) -> str:
@@ -123,16 +138,20 @@ def _ticks(states: Sequence[str]) -> List[str]:
     return [f'✕ {i}' if s in GONE else str(i) for i, s in enumerate(states)]
 
 
-def _hatch(axes: Axes, x: float, y: float, width: float, height: float,
-           theme: Theme) -> None:
+def _hatch(
+    axes: Axes, x: float, y: float, width: float, height: float, theme: Theme
+) -> None:
     axes.add_patch(
-        Rectangle((x - 0.5, y - 0.5),
-                  width,
-                  height,
-                  facecolor=theme.faint,
-                  edgecolor=theme.pruned,
-                  hatch='////',
-                  linewidth=0))
+        Rectangle(
+            (x - 0.5, y - 0.5),
+            width,
+            height,
+            facecolor=theme.faint,
+            edgecolor=theme.pruned,
+            hatch='////',
+            linewidth=0,
+        )
+    )
 
 
 def _hatch_pruned(axes: Axes, states: Sequence[str], theme: Theme) -> None:
@@ -145,8 +164,9 @@ def _hatch_pruned(axes: Axes, states: Sequence[str], theme: Theme) -> None:
             _hatch(axes, i, i, 1, len(states) - i, theme)
 
 
-def _colourbar(figure: Figure, image: AxesImage,
-               axes: Union[Axes, List[Axes]], theme: Theme) -> None:
+def _colourbar(
+    figure: Figure, image: AxesImage, axes: Union[Axes, List[Axes]], theme: Theme
+) -> None:
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02)
     bar.set_label('attention weight', color=theme.ink, fontsize=9)
 
@@ -191,8 +211,7 @@ def map_pair_plot(stages: Sequence[Tuple[str, dict]]) -> Plot:
         panels = figure.subplots(1, len(stages), squeeze=False)[0]
         for axes, (title, stage) in zip(panels, stages):
             image = _draw_map(axes, stage, theme)
-            axes.set_title(
-                title.replace('$', r'\$'), color=theme.ink, fontsize=9)
+            axes.set_title(title.replace('$', r'\$'), color=theme.ink, fontsize=9)
         _colourbar(figure, image, list(panels), theme)
 
     return plot
@@ -215,11 +234,13 @@ def _draw_map(axes: Axes, stage: dict, theme: Theme) -> AxesImage:
                 ha='center',
                 va='center',
                 fontsize=7,
-                color='white' if weight < 0.5 else 'black')
+                color='white' if weight < 0.5 else 'black',
+            )
     step = math.ceil(count / 24)
     ticks = _ticks(states)
     axes.set_xticks(
-        range(0, count, step), ticks[::step], rotation=90 if count > 12 else 0)
+        range(0, count, step), ticks[::step], rotation=90 if count > 12 else 0
+    )
     axes.set_yticks(range(0, count, step), ticks[::step])
     axes.set(xlabel='attended block', ylabel='asking block')
     return image
@@ -242,12 +263,11 @@ def heads_plot(stage: dict) -> Plot:
     # One image of all maps: as many axes would take a minute to lay out.
     gap = max(1, round(count / 8))
     pitch = count + gap
-    canvas, gone = np.full(
-        (2, rows * pitch - gap, columns * pitch - gap), np.nan)
+    canvas, gone = np.full((2, rows * pitch - gap, columns * pitch - gap), np.nan)
     for index, head in enumerate(heads):
         y, x = (pitch * i for i in divmod(index, columns))
-        canvas[y:y + count, x:x + count] = head.filled(np.nan)
-        gone[y:y + count, x:x + count][np.tri(count) > ~head.mask] = 1
+        canvas[y : y + count, x : x + count] = head.filled(np.nan)
+        gone[y : y + count, x : x + count][np.tri(count) > ~head.mask] = 1
 
     def plot(figure: Figure, theme: Theme) -> None:
         width = 2 * WIDTH
@@ -265,7 +285,8 @@ def heads_plot(stage: dict) -> Plot:
                 ha='right',
                 va='top',
                 fontsize=max(4.5, 9 - columns / 2),
-                color=theme.ink)
+                color=theme.ink,
+            )
         axes.set_xticks([])
         axes.set_yticks([])
         axes.set(xlabel='attended block', ylabel='asking block')
@@ -300,9 +321,9 @@ def _series(axes: Axes, stages: dict, key: str, theme: Theme) -> None:
             linewidth=1.2,
             elinewidth=0.8,
             capsize=2,
-            label=short_name(name).replace('$', r'\$'))
-        gone = [(a + shift, b) for a, b in zip(x, y)
-                if stage['states'][a] in GONE]
+            label=short_name(name).replace('$', r'\$'),
+        )
+        gone = [(a + shift, b) for a, b in zip(x, y) if stage['states'][a] in GONE]
         if gone:
             axes.plot(
                 *zip(*gone),
@@ -310,15 +331,14 @@ def _series(axes: Axes, stages: dict, key: str, theme: Theme) -> None:
                 marker='x',
                 markersize=10,
                 markeredgewidth=2,
-                color=theme.pruned)
+                color=theme.pruned,
+            )
     axes.grid(color=theme.faint, linewidth=0.6)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend_above(axes, 4)
 
 
-def similarity_plot(stages: dict,
-                    key: str,
-                    histogram: Sequence[int] = None) -> Plot:
+def similarity_plot(stages: dict, key: str, histogram: Sequence[int] = None) -> Plot:
     """Cosine similarities over the blocks (MRLA, figure 2b).
 
     Args:
@@ -340,9 +360,9 @@ def similarity_plot(stages: dict,
         _series(axes[0], stages, key, theme)
         axes[0].set(
             xlabel='block (✕ pruned), compared with the one before',
-            ylabel=f'{absolute}cosine similarity')
-        low = min(v['mean'] - v['std'] for s in stages.values()
-                  for v in s[key] or [])
+            ylabel=f'{absolute}cosine similarity',
+        )
+        low = min(v['mean'] - v['std'] for s in stages.values() for v in s[key] or [])
         pad = 0.08 * max(1 - low, 1e-3)
         axes[0].set_ylim(low - pad, 1 + pad)
         if histogram is not None:
@@ -355,11 +375,13 @@ def similarity_plot(stages: dict,
                 align='edge',
                 color=theme.kept,
                 edgecolor=theme.paper,
-                linewidth=0.5)
+                linewidth=0.5,
+            )
             axes[1].set(
                 xlabel='absolute cosine similarity of queries',
                 ylabel='share of heads and images',
-                xlim=(0, 1))
+                xlim=(0, 1),
+            )
 
     return plot
 

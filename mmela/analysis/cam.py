@@ -1,4 +1,5 @@
 """Score-CAM of residual blocks: where in an image a block's features count."""
+
 import copy
 import os
 from typing import Callable, Dict, List, Optional, Sequence
@@ -19,11 +20,14 @@ try:
     from pytorch_grad_cam import ScoreCAM
     from pytorch_grad_cam.utils.image import show_cam_on_image
     from pytorch_grad_cam.utils.model_targets import (
-        ClassifierOutputTarget, FasterRCNNBoxScoreTarget)
+        ClassifierOutputTarget,
+        FasterRCNNBoxScoreTarget,
+    )
 except ImportError as error:
     raise ImportError(
         'Score-CAM needs pytorch-grad-cam, which is not installed whole '
-        f'({error}): pip install grad-cam==1.5.5') from error
+        f'({error}): pip install grad-cam==1.5.5'
+    ) from error
 
 IOU_THRESHOLD = 0.5
 
@@ -45,21 +49,28 @@ class StreamedScoreCAM(ScoreCAM):
             with the number of its images. Defaults to None.
     """
 
-    def __init__(self,
-                 model: nn.Module,
-                 layer: nn.Module,
-                 batch_size: int = 16,
-                 max_channels: Optional[int] = None,
-                 progress: Optional[Callable[[int], None]] = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: nn.Module,
+        batch_size: int = 16,
+        max_channels: Optional[int] = None,
+        progress: Optional[Callable[[int], None]] = None,
+    ) -> None:
         super().__init__(model, [layer])
         self.batch_size = batch_size
         self.max_channels = max_channels
         self.progress = progress
 
     @torch.no_grad()
-    def get_cam_weights(self, input_tensor: Tensor, target_layer: nn.Module,
-                        targets: Sequence[Callable], activations: np.ndarray,
-                        grads: Optional[np.ndarray]) -> np.ndarray:
+    def get_cam_weights(
+        self,
+        input_tensor: Tensor,
+        target_layer: nn.Module,
+        targets: Sequence[Callable],
+        activations: np.ndarray,
+        grads: Optional[np.ndarray],
+    ) -> np.ndarray:
         """Weight of each channel: softmax of the score that its mask gets.
 
         Args:
@@ -77,19 +88,20 @@ class StreamedScoreCAM(ScoreCAM):
         self.activations_and_grads.release()
         maps = torch.from_numpy(activations[0]).float()
         channels = select_channels(maps, self.max_channels)
-        scores = torch.full((len(maps), ), -torch.inf)
+        scores = torch.full((len(maps),), -torch.inf)
         for part in channels.split(self.batch_size):
             masks = F.interpolate(
                 maps[part][:, None].to(self.device),
                 size=input_tensor.shape[-2:],
                 mode='bilinear',
-                align_corners=True)
+                align_corners=True,
+            )
             low = masks.amin((2, 3), keepdim=True)
             high = masks.amax((2, 3), keepdim=True)
-            outputs = self.model(input_tensor * (masks - low) /
-                                 (high - low + 1e-8))
+            outputs = self.model(input_tensor * (masks - low) / (high - low + 1e-8))
             scores[part] = torch.tensor(
-                [float(targets[0](output)) for output in outputs])
+                [float(targets[0](output)) for output in outputs]
+            )
             if self.progress is not None:
                 self.progress(len(part))
         return scores.softmax(0)[None].numpy()
@@ -150,7 +162,9 @@ class DetectorOutputs(nn.Module):
             dict(
                 boxes=r.bboxes.to(device),
                 labels=r.labels.to(device),
-                scores=r.scores.to(device)) for r in results
+                scores=r.scores.to(device),
+            )
+            for r in results
         ]
 
 
@@ -165,8 +179,10 @@ def is_detector(model: nn.Module) -> bool:
         return True
     if 'BaseClassifier' in names:
         return False
-    raise ValueError(f'{type(model).__name__} is neither a detector of mmdet '
-                     'nor a classifier of mmpretrain')
+    raise ValueError(
+        f'{type(model).__name__} is neither a detector of mmdet '
+        'nor a classifier of mmpretrain'
+    )
 
 
 def target_layers(model: nn.Module) -> Dict[str, nn.Module]:
@@ -195,12 +211,15 @@ def target_layers(model: nn.Module) -> Dict[str, nn.Module]:
         return layers
     names = {module: name for name, module in backbone.named_modules()}
     for stage in layer_attention_stages(backbone).values():
-        if isinstance(stage, HookedAttentionStage) and \
-                not isinstance(stage, TokenAttentionStage):
+        if isinstance(stage, HookedAttentionStage) and not isinstance(
+            stage, TokenAttentionStage
+        ):
             layers.update({names[block]: block for block in stage.blocks})
     if not layers:
-        raise ValueError(f'the backbone of {type(model).__name__} has no '
-                         'residual blocks with features of (B, C, H, W)')
+        raise ValueError(
+            f'the backbone of {type(model).__name__} has no '
+            'residual blocks with features of (B, C, H, W)'
+        )
     return layers
 
 
@@ -219,19 +238,17 @@ def target_layer(model: nn.Module, name: str) -> nn.Module:
     """
     layers = target_layers(model)
     if name.startswith('backbone.'):
-        name = name[len('backbone.'):]
+        name = name[len('backbone.') :]
     if name not in layers:
-        raise ValueError(f'{name} is no block of the backbone; allowed are '
-                         f'{", ".join(layers)}')
+        raise ValueError(
+            f'{name} is no block of the backbone; allowed are {", ".join(layers)}'
+        )
     return layers[name]
 
 
 def last_blocks(model: nn.Module) -> List[str]:
     """Names of the last block of each stage of a model's backbone."""
-    last = {
-        name.rpartition('.')[0]: name
-        for name in target_layers(model)
-    }
+    last = {name.rpartition('.')[0]: name for name in target_layers(model)}
     return list(last.values())
 
 
@@ -263,11 +280,13 @@ class ImageCAM:
         ValueError: If there is no such class, or nothing is detected.
     """
 
-    def __init__(self,
-                 models: Sequence[nn.Module],
-                 batch: dict,
-                 target: Optional[int] = None,
-                 score_thr: float = 0.3) -> None:
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        batch: dict,
+        target: Optional[int] = None,
+        score_thr: float = 0.3,
+    ) -> None:
         self.models = list(models)
         self.batch = batch
         self._networks, self._inputs = [], []
@@ -276,21 +295,25 @@ class ImageCAM:
             self._inputs.append(data['inputs'])
             self._networks.append(
                 DetectorOutputs(model, data['data_samples'][0])
-                if is_detector(model) else model)
+                if is_detector(model)
+                else model
+            )
         with torch.no_grad():
             output = self._networks[0](self._inputs[0])[0]
         if is_detector(self.models[0]):
             if target is not None:
-                raise ValueError(f'target={target} is for classifiers; the '
-                                 'network is a detector')
+                raise ValueError(
+                    f'target={target} is for classifiers; the network is a detector'
+                )
             self._target = self._detections(output, score_thr)
         else:
             self._target = self._class(output, target)
 
     def _class(self, logits: Tensor, target: Optional[int]) -> Callable:
         if target is not None and not 0 <= target < len(logits):
-            raise ValueError(f'target={target} is no class; allowed are 0 to '
-                             f'{len(logits) - 1}')
+            raise ValueError(
+                f'target={target} is no class; allowed are 0 to {len(logits) - 1}'
+            )
         category = int(logits.argmax()) if target is None else target
         kind = 'predicted class' if target is None else 'class'
         self.target = f'{kind} {category}'
@@ -300,17 +323,20 @@ class ImageCAM:
         chosen = output['scores'] >= score_thr
         count = int(chosen.sum())
         if not count:
-            best = output['scores'].max().item() if len(
-                output['scores']) else 0
+            best = output['scores'].max().item() if len(output['scores']) else 0
             raise ValueError(
                 f'nothing is detected with a score of {score_thr:g} or more; '
-                f'the best score is {best:.3g}')
-        self.target = f'{count} detection{"s" if count > 1 else ""} with a ' \
+                f'the best score is {best:.3g}'
+            )
+        self.target = (
+            f'{count} detection{"s" if count > 1 else ""} with a '
             f'score of {score_thr:g} or more'
+        )
         return FasterRCNNBoxScoreTarget(
             output['labels'][chosen].cpu().numpy(),
             output['boxes'][chosen].cpu().numpy(),
-            iou_threshold=IOU_THRESHOLD)
+            iou_threshold=IOU_THRESHOLD,
+        )
 
     def picture(self) -> np.ndarray:
         """The image as the network sees it, before normalisation.
@@ -366,12 +392,17 @@ class ImageCAM:
         notes = {}
         for stage in stages.values():
             for block, attention in stage_blocks(stage):
-                name = names[block][len('backbone.'):]
+                name = names[block][len('backbone.') :]
                 if attention is None:
                     continue
                 value = kl.get(names[attention])
-                notes[name] = 'attention pruned' if not attention.active \
-                    else '' if value is None else f'KL {value:.3g}'
+                notes[name] = (
+                    'attention pruned'
+                    if not attention.active
+                    else ''
+                    if value is None
+                    else f'KL {value:.3g}'
+                )
         return notes
 
 
@@ -392,9 +423,13 @@ def channel_count(model: nn.Module, block: str) -> int:
     return norms[-1].num_features
 
 
-def draw_cams(path: os.PathLike, image: np.ndarray,
-              columns: Dict[str, Dict[str, np.ndarray]],
-              notes: Dict[str, Dict[str, str]], title: str) -> None:
+def draw_cams(
+    path: os.PathLike,
+    image: np.ndarray,
+    columns: Dict[str, Dict[str, np.ndarray]],
+    notes: Dict[str, Dict[str, str]],
+    title: str,
+) -> None:
     """Write a picture of the image and the maps of all blocks over it.
 
     Args:
@@ -411,10 +446,13 @@ def draw_cams(path: os.PathLike, image: np.ndarray,
     height, width = image.shape[:2]
     size = 2.6
     figure = Figure(
-        figsize=(size * (1 + len(columns)) + 0.3,
-                 (size * height / width + 0.35) * len(blocks) + 0.7),
+        figsize=(
+            size * (1 + len(columns)) + 0.3,
+            (size * height / width + 0.35) * len(blocks) + 0.7,
+        ),
         dpi=120,
-        layout='constrained')
+        layout='constrained',
+    )
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(title.replace('$', r'\$'), fontsize=10)
     axes = figure.subplots(len(blocks), 1 + len(columns), squeeze=False)
@@ -424,15 +462,12 @@ def draw_cams(path: os.PathLike, image: np.ndarray,
         for column, (name, maps) in enumerate(columns.items(), 1):
             axes[row, column].imshow(
                 show_cam_on_image(
-                    image,
-                    maps[block],
-                    use_rgb=True,
-                    colormap=cv2.COLORMAP_VIRIDIS))
-            axes[row, column].set_xlabel(
-                notes[name].get(block, ''), fontsize=9)
+                    image, maps[block], use_rgb=True, colormap=cv2.COLORMAP_VIRIDIS
+                )
+            )
+            axes[row, column].set_xlabel(notes[name].get(block, ''), fontsize=9)
             if row == 0:
-                axes[row, column].set_title(
-                    name.replace('$', r'\$'), fontsize=9)
+                axes[row, column].set_title(name.replace('$', r'\$'), fontsize=9)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     canvas.print_png(str(path))

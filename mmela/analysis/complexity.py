@@ -1,4 +1,5 @@
 """What pruning saves: FLOPs and parameters of a run's backbone."""
+
 from dataclasses import dataclass
 from typing import List, Optional, Sequence, Tuple
 
@@ -24,6 +25,7 @@ class Complexity:
             values among them, are not counted.
         parameters (int): Parameters in use.
     """
+
     label: str
     active: int
     flops: float
@@ -42,8 +44,9 @@ def input_size(cfg: Config) -> Tuple[int, int]:
         224 x 224.
     """
     size = None
-    dataset = (cfg.get('test_dataloader') or cfg.get('val_dataloader')
-               or {}).get('dataset') or {}
+    dataset = (cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}).get(
+        'dataset'
+    ) or {}
     while dataset.get('dataset'):
         dataset = dataset['dataset']
     for step in dataset.get('pipeline') or cfg.get('test_pipeline') or []:
@@ -56,8 +59,11 @@ def input_size(cfg: Config) -> Tuple[int, int]:
                 found = tuple(found)[::-1]  # width first there
         if isinstance(found, int):
             found = (found, found)
-        if isinstance(found, (tuple, list)) and len(found) == 2 and all(
-                isinstance(x, int) for x in found):
+        if (
+            isinstance(found, (tuple, list))
+            and len(found) == 2
+            and all(isinstance(x, int) for x in found)
+        ):
             size = tuple(found)
     if size is None:
         size = (32, 32) if 'CIFAR' in str(dataset.get('type')) else (224, 224)
@@ -75,7 +81,7 @@ def count_flops(network: nn.Module, size: Sequence[int]) -> float:
     Returns:
         float: The number; a multiplication with its addition counts once.
     """
-    counter = FlopAnalyzer(network, (zeros(1, 3, *size), ))
+    counter = FlopAnalyzer(network, (zeros(1, 3, *size),))
     counter.unsupported_ops_warnings(False)
     counter.uncalled_modules_warnings(False)
     counter.tracer_warnings('none')
@@ -89,12 +95,14 @@ def used_parameters(backbone: nn.Module) -> int:
         param.numel()
         for attention in named_layer_attentions(backbone).values()
         if attention.attention_state == AttentionState.PRUNED
-        for param in attention.parameters())
+        for param in attention.parameters()
+    )
     return sum(param.numel() for param in backbone.parameters()) - unused
 
 
 def backbone_complexity(
-        run: Run) -> Tuple[List[Complexity], Optional[Tuple[int, int]], str]:
+    run: Run,
+) -> Tuple[List[Complexity], Optional[Tuple[int, int]], str]:
     """Count what the backbone of a run costs before and after each pruning.
 
     Args:
@@ -111,8 +119,7 @@ def backbone_complexity(
         cfg = Config.fromfile(run.work_dir / run.config_name)
         if not (cfg.get('model') or {}).get('backbone'):
             return [], None, 'the config has no model.backbone'
-        with MODELS.switch_scope_and_registry(
-                cfg.get('default_scope')) as registry:
+        with MODELS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
             backbone = registry.build(cfg.model.backbone)
         backbone.eval()  # the toolboxes' ResNet returns nothing here
         size = input_size(cfg)
@@ -123,15 +130,17 @@ def backbone_complexity(
         return [], None, f'the backbone cannot be run ({reason[:300]})'
 
 
-def _phases(run: Run, backbone: nn.Module,
-            size: Tuple[int, int]) -> List[Complexity]:
+def _phases(run: Run, backbone: nn.Module, size: Tuple[int, int]) -> List[Complexity]:
     prefix = 'backbone.'
     attentions = named_layer_attentions(backbone)
 
     def cost(label: str) -> Complexity:
-        return Complexity(label, sum(a.active for a in attentions.values()),
-                          count_flops(backbone, size),
-                          used_parameters(backbone))
+        return Complexity(
+            label,
+            sum(a.active for a in attentions.values()),
+            count_flops(backbone, size),
+            used_parameters(backbone),
+        )
 
     if not run.prunings:
         return [cost('as configured')]
@@ -141,10 +150,8 @@ def _phases(run: Run, backbone: nn.Module,
     costs = [cost('before pruning')]
     for pruning in run.prunings:
         names = [
-            name[len(prefix):] for name in pruning['pruned']
-            if name.startswith(prefix)
+            name[len(prefix) :] for name in pruning['pruned'] if name.startswith(prefix)
         ]
         prune(backbone, names, run.hook.get('keep_value', False))
-        costs.append(
-            cost(f'after {pruning["unit"]} {pruning["window"][1]}'))
+        costs.append(cost(f'after {pruning["unit"]} {pruning["window"][1]}'))
     return costs

@@ -1,4 +1,5 @@
 """A network and its images, as the tools of tools/analysis take them."""
+
 import copy
 from pathlib import Path
 from typing import Iterator, List, Optional, Sequence, Tuple, Union
@@ -18,10 +19,12 @@ from ..utils.toolbox import load_fitting, open_network
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
 
-def load_network(config: Union[str, Path],
-                 checkpoint: Union[str, Path],
-                 cfg_options: Optional[dict] = None,
-                 device: Optional[str] = None) -> Tuple[Config, nn.Module]:
+def load_network(
+    config: Union[str, Path],
+    checkpoint: Union[str, Path],
+    cfg_options: Optional[dict] = None,
+    device: Optional[str] = None,
+) -> Tuple[Config, nn.Module]:
     """Build a network and load its checkpoint.
 
     The default scope becomes that of the config.
@@ -65,12 +68,11 @@ def find_images(paths: Sequence[Union[str, Path]]) -> List[Path]:
     images = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(
-                p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
             if not found:
                 raise FileNotFoundError(
-                    f'there is no image in {path}; allowed are '
-                    f'{", ".join(SUFFIXES)}')
+                    f'there is no image in {path}; allowed are {", ".join(SUFFIXES)}'
+                )
             images += found
         elif path.is_file():
             images.append(path)
@@ -113,13 +115,12 @@ def image_pipeline(cfg: Config) -> Compose:
     if not steps:
         raise ValueError(
             f'{cfg.filename} has no test pipeline: neither test_dataloader '
-            'nor val_dataloader nor test_pipeline')
-    return Compose(
-        [step for step in steps if 'Annotations' not in str(step['type'])])
+            'nor val_dataloader nor test_pipeline'
+        )
+    return Compose([step for step in steps if 'Annotations' not in str(step['type'])])
 
 
-def image_batches(pipeline: Compose,
-                  images: Sequence[Path]) -> Iterator[dict]:
+def image_batches(pipeline: Compose, images: Sequence[Path]) -> Iterator[dict]:
     """Each image as a batch of its own.
 
     Args:
@@ -135,8 +136,13 @@ def image_batches(pipeline: Compose,
     for index, image in enumerate(images):
         try:
             data = pipeline(dict(img_path=str(image), img_id=index))
-        except (AssertionError, AttributeError, TypeError, ValueError,
-                OSError) as error:  # whatever a file holds
+        except (
+            AssertionError,
+            AttributeError,
+            TypeError,
+            ValueError,
+            OSError,
+        ) as error:  # whatever a file holds
             raise ValueError(f'{image} cannot be read: {error}') from error
         if data is None:
             raise ValueError(f'{image} cannot be read')
@@ -159,8 +165,10 @@ def validation_loader(cfg: Config, number: int) -> DataLoader:
     """
     loader = copy.deepcopy(cfg.get('val_dataloader') or {})
     if not loader.get('dataset'):
-        raise ValueError(f'{cfg.filename} has no val_dataloader; name images '
-                         'or a folder of images by --data')
+        raise ValueError(
+            f'{cfg.filename} has no val_dataloader; name images '
+            'or a folder of images by --data'
+        )
     dataset = DATASETS.build(loader.dataset)
     if hasattr(dataset, 'full_init'):
         dataset.full_init()
@@ -170,7 +178,8 @@ def validation_loader(cfg: Config, number: int) -> DataLoader:
     loader.update(
         dataset=Subset(dataset, indices),
         sampler=dict(type='DefaultSampler', shuffle=False),
-        drop_last=False)
+        drop_last=False,
+    )
     loader.pop('batch_sampler', None)
     if len(indices) <= 16:  # workers would take longer to start
         loader.update(num_workers=0, persistent_workers=False)

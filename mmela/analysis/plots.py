@@ -30,6 +30,7 @@ class Theme:
         pruned (str): What is pruned.
         lines (tuple[str]): Further lines.
     """
+
     paper: str
     ink: str
     faint: str
@@ -38,10 +39,22 @@ class Theme:
     lines: Tuple[str, ...]
 
 
-LIGHT = Theme('#ffffff', '#24292f', '#d8dee4', '#0072b2', '#d55e00',
-              ('#0072b2', '#d55e00', '#007a5a', '#a8548a', '#24292f'))
-DARK = Theme('#14181d', '#d6dde4', '#39424c', '#56b4e9', '#f0a030',
-             ('#56b4e9', '#f0a030', '#2fc49a', '#dd9ac4', '#d6dde4'))
+LIGHT = Theme(
+    '#ffffff',
+    '#24292f',
+    '#d8dee4',
+    '#0072b2',
+    '#d55e00',
+    ('#0072b2', '#d55e00', '#007a5a', '#a8548a', '#24292f'),
+)
+DARK = Theme(
+    '#14181d',
+    '#d6dde4',
+    '#39424c',
+    '#56b4e9',
+    '#f0a030',
+    ('#56b4e9', '#f0a030', '#2fc49a', '#dd9ac4', '#d6dde4'),
+)
 
 Plot = Callable[[Figure, Theme], None]
 
@@ -60,10 +73,8 @@ def draw(plot: Plot, path: Path) -> Tuple[Path, Path]:
     paths = path, path.with_name(f'{path.stem}_dark.png')
     for theme, target in zip((LIGHT, DARK), paths):
         figure = Figure(
-            figsize=(WIDTH, 3),
-            dpi=160,
-            facecolor=theme.paper,
-            layout='constrained')
+            figsize=(WIDTH, 3), dpi=160, facecolor=theme.paper, layout='constrained'
+        )
         canvas = FigureCanvasAgg(figure)
         plot(figure, theme)
         for axes in figure.axes:
@@ -71,8 +82,7 @@ def draw(plot: Plot, path: Path) -> Tuple[Path, Path]:
         canvas.draw()
         image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
         # A third of the size, and no difference to be seen
-        image.quantize(128, method=Image.Quantize.MEDIANCUT).save(
-            target, optimize=True)
+        image.quantize(128, method=Image.Quantize.MEDIANCUT).save(target, optimize=True)
     return paths
 
 
@@ -106,7 +116,8 @@ def _legend_above(axes: Axes, columns: int) -> None:
         frameon=False,
         borderaxespad=0.2,
         handlelength=1.8,
-        columnspacing=1.2)
+        columnspacing=1.2,
+    )
 
 
 # -- the run ---------------------------------------------------------------
@@ -151,15 +162,17 @@ def metrics_plot(run: Run) -> Plot:
         panels = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
         for axes, (label, names) in zip(panels, groups.items()):
             for index, name in enumerate(names):
-                points = [(step, m[name]) for step, m in run.metrics.items()
-                          if name in m]
+                points = [
+                    (step, m[name]) for step, m in run.metrics.items() if name in m
+                ]
                 axes.plot(
                     *zip(*points),
                     color=theme.lines[index % len(theme.lines)],
                     marker=MARKERS[index % len(MARKERS)],
                     markersize=4.5,
                     linewidth=1.3,
-                    label=_text(name.rpartition('/')[2]))
+                    label=_text(name.rpartition('/')[2]),
+                )
             axes.grid(color=theme.faint, linewidth=0.6)
             axes.set(xlabel=f'{run.unit}s done', ylabel=_text(label))
             axes.set_xlim(0, max(run.metrics) * 1.03 or 1)
@@ -190,10 +203,10 @@ def loss_plot(run: Run) -> Plot:
                 color=theme.pruned,
                 ls='--',
                 lw=1.2,
-                label='pruning' if index == 0 else None)
+                label='pruning' if index == 0 else None,
+            )
         finite = losses[np.isfinite(losses)]
-        if finite.size and finite.min() > 0 and \
-                finite.max() > 20 * finite.min():
+        if finite.size and finite.min() > 0 and finite.max() > 20 * finite.min():
             axes.set_yscale('log')
         axes.grid(color=theme.faint, linewidth=0.6)
         axes.set(xlabel='iterations done', ylabel='training loss')
@@ -229,19 +242,25 @@ def timeline_plot(run: Run) -> Plot:
                 last,
                 facecolor=theme.faint,
                 linewidth=0,
-                label='measuring window' if index == 0 else None)
-        axes.step([0, *ends, end], [*counts, counts[-1]],
-                  where='post',
-                  color=theme.kept,
-                  lw=2,
-                  label='active attentions')
+                label='measuring window' if index == 0 else None,
+            )
+        axes.step(
+            [0, *ends, end],
+            [*counts, counts[-1]],
+            where='post',
+            color=theme.kept,
+            lw=2,
+            label='active attentions',
+        )
         for position, count in zip([0, *ends], counts):
             axes.annotate(
-                str(count), (position, count),
+                str(count),
+                (position, count),
                 xytext=(4, 3),
                 textcoords='offset points',
                 color=theme.ink,
-                fontsize=9)
+                fontsize=9,
+            )
         axes.set(xlabel=f'{unit}s done', ylabel='active attentions')
         axes.set(xlim=(0, end or 1), ylim=(0, counts[0] * 1.15 or 1))
         for axis in (axes.xaxis, axes.yaxis):
@@ -254,9 +273,11 @@ def timeline_plot(run: Run) -> Plot:
 # -- one pruning -----------------------------------------------------------
 
 
-def kl_plot(pruning: dict,
-            policy: Optional[dict] = None,
-            labels: Tuple[str, str] = ('kept', 'pruned')) -> Plot:
+def kl_plot(
+    pruning: dict,
+    policy: Optional[dict] = None,
+    labels: Tuple[str, str] = ('kept', 'pruned'),
+) -> Plot:
     """KL divergence of each attention as a bar, the pruned ones marked.
 
     Args:
@@ -274,11 +295,14 @@ def kl_plot(pruning: dict,
     layers = pruning['layers']
     values = np.array([x['kl'] for x in layers if x['kl'] is not None])
     positive = values[values > 0]
-    log = positive.size and values.min() >= 0 and \
-        values.max() > 5 * np.median(positive)
+    log = positive.size and values.min() >= 0 and values.max() > 5 * np.median(positive)
     quantile = None
-    if policy and 'gamma' in policy and values.size and \
-            policy.get('scope', 'network') == 'network':
+    if (
+        policy
+        and 'gamma' in policy
+        and values.size
+        and policy.get('scope', 'network') == 'network'
+    ):
         quantile = np.quantile(values, policy['gamma'])
     threshold = threshold_divergence(policy, layers)
 
@@ -286,8 +310,11 @@ def kl_plot(pruning: dict,
         figure.set_size_inches(WIDTH, 1.1 + 0.19 * len(layers))
         axes = figure.subplots()
         for skip, label in zip((False, True), labels):
-            chosen = [(i, x['kl']) for i, x in enumerate(layers)
-                      if x['skip'] == skip and x['kl'] is not None]
+            chosen = [
+                (i, x['kl'])
+                for i, x in enumerate(layers)
+                if x['skip'] == skip and x['kl'] is not None
+            ]
             if chosen:
                 axes.barh(
                     *zip(*chosen),
@@ -296,7 +323,8 @@ def kl_plot(pruning: dict,
                     edgecolor=theme.pruned if skip else theme.kept,
                     hatch='/////' if skip else None,
                     linewidth=1,
-                    label=label)
+                    label=label,
+                )
         if log:
             axes.set_xscale('log')
             axes.set_xlim(positive.min() / 3, values.max() * 8)
@@ -309,13 +337,15 @@ def kl_plot(pruning: dict,
             axes.set_xlim(min(0, *values) if values.size else 0, top * 1.3)
         for index, layer in enumerate(layers):
             kl = layer['kl']
-            note = layer.get('note', 'first of its stage') \
-                if kl is None else f'{kl:.3g}'
+            note = (
+                layer.get('note', 'first of its stage') if kl is None else f'{kl:.3g}'
+            )
             if layer['skip']:
                 note += f'  ✕ {labels[1]}'
             left = axes.get_xlim()[0]
             axes.annotate(
-                note, (left if kl is None else max(kl, left), index),
+                note,
+                (left if kl is None else max(kl, left), index),
                 xytext=(3, 0),
                 textcoords='offset points',
                 va='center',
@@ -323,7 +353,8 @@ def kl_plot(pruning: dict,
                 fontstyle='italic' if kl is None else 'normal',
                 fontweight='bold' if layer['skip'] else 'normal',
                 color=theme.ink,
-                bbox=dict(facecolor=theme.paper, edgecolor='none', pad=0.6))
+                bbox=dict(facecolor=theme.paper, edgecolor='none', pad=0.6),
+            )
         if quantile is not None:
             axes.axvline(
                 quantile,
@@ -331,7 +362,8 @@ def kl_plot(pruning: dict,
                 ls=':',
                 lw=1.2,
                 zorder=0.5,
-                label=f'{policy["gamma"]:g}-quantile')
+                label=f'{policy["gamma"]:g}-quantile',
+            )
         if threshold is not None:
             axes.axvline(
                 threshold,
@@ -339,14 +371,17 @@ def kl_plot(pruning: dict,
                 ls='--',
                 lw=1.2,
                 zorder=0.5,
-                label=f'{policy["type"]} threshold')
+                label=f'{policy["type"]} threshold',
+            )
         names = [_text(short_name(x['name'])) for x in layers]
         axes.set_yticks(range(len(layers)), names)
         axes.set_ylim(len(layers) - 0.4, -0.6)
-        boundaries = np.cumsum([
-            len(list(group))
-            for _, group in groupby(layers, key=lambda x: x.get('stage'))
-        ])
+        boundaries = np.cumsum(
+            [
+                len(list(group))
+                for _, group in groupby(layers, key=lambda x: x.get('stage'))
+            ]
+        )
         for boundary in boundaries[:-1]:
             axes.axhline(boundary - 0.5, color=theme.faint, lw=0.8, zorder=0)
         axes.set_xlabel('KL divergence from the attention before (nats)')
@@ -357,8 +392,9 @@ def kl_plot(pruning: dict,
     return plot
 
 
-def threshold_divergence(policy: Optional[dict],
-                         layers: Sequence[dict]) -> Optional[float]:
+def threshold_divergence(
+    policy: Optional[dict], layers: Sequence[dict]
+) -> Optional[float]:
     """The KL divergence below which a policy found attentions redundant.
 
     Args:
@@ -369,15 +405,17 @@ def threshold_divergence(policy: Optional[dict],
         float | None: In nats; None where there is no such divergence, as the
         policy counts layers, or judges each stage by itself.
     """
-    mapped = [x for x in layers if x['mapped'] is not None
-              and x['normalized'] is not None]
+    mapped = [
+        x for x in layers if x['mapped'] is not None and x['normalized'] is not None
+    ]
     curve = policy_curve(policy, mapped)
-    if curve is None or not mapped or policy.get('scope',
-                                                 'network') != 'network':
+    if curve is None or not mapped or policy.get('scope', 'network') != 'network':
         return None
     low, high = (f(mapped, key=lambda x: x['kl']) for f in (min, max))
-    if not low['normalized'] < high['normalized'] or \
-            not curve[1][0] <= mapped[0]['threshold'] <= curve[1][-1]:
+    if (
+        not low['normalized'] < high['normalized']
+        or not curve[1][0] <= mapped[0]['threshold'] <= curve[1][-1]
+    ):
         return None
     # Back from mapped to normalised values, and from these to divergences
     normalized = np.interp(mapped[0]['threshold'], curve[1], curve[0])
@@ -385,8 +423,9 @@ def threshold_divergence(policy: Optional[dict],
     return float(low['kl'] + scale * (normalized - low['normalized']))
 
 
-def policy_curve(policy: Optional[dict],
-                 layers: Sequence[dict]) -> Optional[np.ndarray]:
+def policy_curve(
+    policy: Optional[dict], layers: Sequence[dict]
+) -> Optional[np.ndarray]:
     """The function by which a policy maps normalised values.
 
     Args:
@@ -408,8 +447,11 @@ def policy_curve(policy: Optional[dict],
         function = np.asarray
     else:
         return None
-    points = [(x['normalized'], x['mapped']) for x in layers
-              if x['mapped'] is not None and x['normalized'] is not None]
+    points = [
+        (x['normalized'], x['mapped'])
+        for x in layers
+        if x['mapped'] is not None and x['normalized'] is not None
+    ]
     x, y = np.array(points, dtype=float).reshape(-1, 2).T
     if not np.allclose(function(x), y, atol=1e-6):
         return None
@@ -417,9 +459,11 @@ def policy_curve(policy: Optional[dict],
     return np.stack([grid, function(grid)])
 
 
-def mapping_plot(pruning: dict,
-                 policy: Optional[dict] = None,
-                 labels: Tuple[str, str] = ('kept', 'pruned')) -> Plot:
+def mapping_plot(
+    pruning: dict,
+    policy: Optional[dict] = None,
+    labels: Tuple[str, str] = ('kept', 'pruned'),
+) -> Plot:
     """Normalised against mapped values, with the threshold.
 
     Args:
@@ -446,8 +490,9 @@ def mapping_plot(pruning: dict,
         if curve is not None:
             label = policy['type']
             if label == 'EBQM' and policy.get('mapping', 'beta') == 'beta':
-                label = (f'Beta({policy.get("alpha", 2):g}, '
-                         f'{policy.get("beta", 5):g}) CDF')
+                label = (
+                    f'Beta({policy.get("alpha", 2):g}, {policy.get("beta", 5):g}) CDF'
+                )
             axes.plot(*curve, color=theme.ink, lw=1.2, label=_text(label))
         if threshold is not None:
             axes.axhline(
@@ -455,10 +500,12 @@ def mapping_plot(pruning: dict,
                 color=theme.ink,
                 ls='--',
                 lw=1.1,
-                label=f'threshold {threshold:g}')
+                label=f'threshold {threshold:g}',
+            )
         for skip, label, marker in zip((False, True), labels, 'oX'):
-            chosen = [(x['normalized'], x['mapped']) for x in layers
-                      if x['skip'] == skip]
+            chosen = [
+                (x['normalized'], x['mapped']) for x in layers if x['skip'] == skip
+            ]
             if chosen:
                 axes.plot(
                     *zip(*chosen),
@@ -466,14 +513,16 @@ def mapping_plot(pruning: dict,
                     marker=marker,
                     markersize=7 if skip else 6,
                     color=theme.pruned if skip else theme.kept,
-                    label=label)
+                    label=label,
+                )
         top = max([1, *(x['mapped'] for x in layers)])
         low, high = -0.05 * top, 1.05 * top
         axes.set(xlim=(-0.04, 1.04), ylim=(low, high))
         # Names beside the picture, apart from each other and in order
         gap = (high - low) / max(len(layers), 12)
-        heights = _spread([x['mapped'] for x in layers], gap, low + gap / 2,
-                          high - gap / 2)
+        heights = _spread(
+            [x['mapped'] for x in layers], gap, low + gap / 2, high - gap / 2
+        )
         for layer, height in zip(layers, heights):
             axes.annotate(
                 _text(short_name(layer['name'])),
@@ -492,19 +541,24 @@ def mapping_plot(pruning: dict,
                     lw=0.6,
                     relpos=(0, 0.5),
                     shrinkA=1,
-                    shrinkB=4))
+                    shrinkB=4,
+                ),
+            )
         axes.grid(color=theme.faint, linewidth=0.6)
         axes.set(
             xlabel='cumulative probability of the KL divergence'
-            if quantile_mapping else 'normalised KL divergence (0 to 1)',
-            ylabel='mapped value')
+            if quantile_mapping
+            else 'normalised KL divergence (0 to 1)',
+            ylabel='mapped value',
+        )
         _legend_above(axes, 2)
 
     return plot
 
 
-def _spread(values: Sequence[float], gap: float, low: float,
-            high: float) -> List[float]:
+def _spread(
+    values: Sequence[float], gap: float, low: float, high: float
+) -> List[float]:
     """Move sorted values apart to at least ``gap``, within bounds."""
     placed: List[float] = []
     for value in values:

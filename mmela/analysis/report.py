@@ -7,14 +7,21 @@ from typing import List, Optional, Tuple, Union
 from ..hooks import format_decisions
 from .attention_plots import attention_pictures
 from .complexity import backbone_complexity
-from .plots import (Plot, draw, kl_plot, loss_plot, mapping_plot,
-                    metric_groups, metrics_plot, timeline_plot)
+from .plots import (
+    Plot,
+    draw,
+    kl_plot,
+    loss_plot,
+    mapping_plot,
+    metric_groups,
+    metrics_plot,
+    timeline_plot,
+)
 from .run import Run, short_name
 from .template import TEMPLATE
 
 
-def make_report(work_dir: Union[str, Path],
-                out: Union[str, Path, None] = None) -> Path:
+def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) -> Path:
     """Write a page on a run that needs no other file, and its pictures.
 
     It shows too what tools/analysis/layer_attention.py has measured on
@@ -45,9 +52,9 @@ def make_report(work_dir: Union[str, Path],
 
     def inline(plot: Plot, name: str) -> Tuple[str, ...]:
         return tuple(
-            'data:image/png;base64,' +
-            base64.b64encode(path.read_bytes()).decode()
-            for path in draw(plot, pictures / f'{name}.png'))
+            'data:image/png;base64,' + base64.b64encode(path.read_bytes()).decode()
+            for path in draw(plot, pictures / f'{name}.png')
+        )
 
     policy = run.hook['policy'] if run.hook else None
     steps = run.step_times()
@@ -70,7 +77,8 @@ def make_report(work_dir: Union[str, Path],
                 # Side by side, to be compared
                 states = result['stages'][picture.stage]['states']
                 maps.setdefault(picture.name, []).append(
-                    (name, picture, pair, states.count('active'), len(states)))
+                    (name, picture, pair, states.count('active'), len(states))
+                )
             else:
                 drawn.append((picture.title, picture.caption, pair))
         shown.append((name, result, drawn))
@@ -93,10 +101,13 @@ def make_report(work_dir: Union[str, Path],
         last=run.metrics.get(last_step, {}),
         prunings=prunings,
         metrics_picture=inline(metrics_plot(run), 'metrics')
-        if metric_groups(run) else None,
+        if metric_groups(run)
+        else None,
         loss_picture=inline(loss_plot(run), 'loss') if run.losses else None,
         timeline_picture=inline(timeline_plot(run), 'timeline')
-        if run.prunings else None)
+        if run.prunings
+        else None,
+    )
     path = run.work_dir / 'report.html' if out is None else Path(out)
     path.write_text(page, encoding='utf-8')
     return path
@@ -115,10 +126,12 @@ def read_analyses(work_dir: Path) -> List[Tuple[str, str, dict]]:
     found = []
     for pattern in ('', '*/', '*/*/'):
         found += work_dir.glob(f'{pattern}layer_attention.json')
-    found.sort(key=lambda path: [
-        int(part) if part.isdigit() else part
-        for part in re.split(r'(\d+)', path.parent.as_posix())
-    ])
+    found.sort(
+        key=lambda path: [
+            int(part) if part.isdigit() else part
+            for part in re.split(r'(\d+)', path.parent.as_posix())
+        ]
+    )
     analyses = []
     for index, path in enumerate(found):
         try:
@@ -130,14 +143,14 @@ def read_analyses(work_dir: Path) -> List[Tuple[str, str, dict]]:
             for key in ('images', 'data', 'left_out'):
                 result[key]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f'{path} is not of tools/analysis/'
-                             f'layer_attention.py: {error!r}') from error
+            raise ValueError(
+                f'{path} is not of tools/analysis/layer_attention.py: {error!r}'
+            ) from error
         analyses.append((name, f'attention_{index}', result))
     return analyses
 
 
-def summarize(work_dir: Union[str, Path],
-              report: Union[str, Path, None] = None) -> str:
+def summarize(work_dir: Union[str, Path], report: Union[str, Path, None] = None) -> str:
     """Summarize a run for a terminal.
 
     Args:
@@ -163,20 +176,25 @@ def summarize(work_dir: Union[str, Path],
             f'After {pruning["unit"]} {pruning["window"][1]}: '
             f'{len(pruning["layers"])} -> {len(pruning["active"])} active '
             f'attentions; pruned: {pruned}',
-            format_decisions(pruning['layers']), ''
+            format_decisions(pruning['layers']),
+            '',
         ]
     if not run.prunings:
         lines += ['No attention was pruned in this run.', '']
     lines += _metric_lines(run)
 
     report = run.work_dir / 'report.html' if report is None else Path(report)
-    files = [('Checkpoint', run.checkpoint),
-             ('Best checkpoint', run.best_checkpoint),
-             ('Decisions', run.work_dir / 'pruning.json'),
-             ('Attention maps', run.work_dir / 'layer_attention'),
-             ('Pictures', run.work_dir / 'pictures'), ('Report', report)]
+    files = [
+        ('Checkpoint', run.checkpoint),
+        ('Best checkpoint', run.best_checkpoint),
+        ('Decisions', run.work_dir / 'pruning.json'),
+        ('Attention maps', run.work_dir / 'layer_attention'),
+        ('Pictures', run.work_dir / 'pictures'),
+        ('Report', report),
+    ]
     lines += [
-        f'{label + ":":<17}{path}' for label, path in files
+        f'{label + ":":<17}{path}'
+        for label, path in files
         if path is not None and path.exists()
     ]
     return '\n'.join(lines)
@@ -193,7 +211,8 @@ def _metric_lines(run: Run) -> List[str]:
     chosen: Optional[str] = max(
         (n for n in names if file.startswith(f'best_{n.replace("/", "_")}_')),
         key=len,
-        default=names[0] if names else None)
+        default=names[0] if names else None,
+    )
     best = run.best(chosen) if chosen else None
     steps = {last: 'last'}
     if best is not None:
@@ -201,10 +220,12 @@ def _metric_lines(run: Run) -> List[str]:
         steps[best[0]] = f'{mark}, last' if best[0] == last else mark
     lines = []
     for step in sorted(steps):
-        values = '  '.join(f'{name} {run.metrics[step][name]:.4g}'
-                           for name in names if name in run.metrics[step])
-        lines.append(f'{run.unit.capitalize()} {step}: {values} '
-                     f'({steps[step]})')
+        values = '  '.join(
+            f'{name} {run.metrics[step][name]:.4g}'
+            for name in names
+            if name in run.metrics[step]
+        )
+        lines.append(f'{run.unit.capitalize()} {step}: {values} ({steps[step]})')
     return lines
 
 

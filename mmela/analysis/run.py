@@ -31,6 +31,7 @@ class StepTime:
             which ``seconds`` contains.
         count (int): Logged step times.
     """
+
     first: int
     last: int
     active: Optional[int]
@@ -53,6 +54,7 @@ class Parameters:
         value_only (int): Number that retrieve nothing, but keep their key and
             value for later attentions; they are not counted as ``pruned``.
     """
+
     total: int
     attention: int
     pruned: int
@@ -103,7 +105,8 @@ class Run:
         if not logs:
             raise FileNotFoundError(
                 f'{self.work_dir} is no work directory of a run: there is no '
-                '*/vis_data/scalars.json in it')
+                '*/vis_data/scalars.json in it'
+            )
         self.starts: List[str] = []
         self.unit = 'epoch'
         self.training: Dict[int, dict] = {}
@@ -112,8 +115,7 @@ class Run:
         for log in logs:
             self._merge(log)
         if not self.training and not self.metrics:
-            raise FileNotFoundError(
-                f'{logs[-1]} holds no training loss and no metric')
+            raise FileNotFoundError(f'{logs[-1]} holds no training loss and no metric')
         self._read_config()
         self._read_prunings()
 
@@ -124,19 +126,25 @@ class Run:
         training, metrics = {}, {}
         for record in _read_lines(log):
             step = record.get('step')
-            if not isinstance(step, int) or \
-                    any(k.startswith('layer_attention/') for k in record):
+            if not isinstance(step, int) or any(
+                k.startswith('layer_attention/') for k in record
+            ):
                 continue
-            trains = 'iter' in record or 'loss' in record or any(
-                k.startswith('train/') for k in record)
+            trains = (
+                'iter' in record
+                or 'loss' in record
+                or any(k.startswith('train/') for k in record)
+            )
             record = {_plain_key(k): v for k, v in record.items()}
             if trains:
                 training[step] = record
                 continue
             values = {
                 k: v
-                for k, v in record.items() if k not in _NO_METRICS and
-                isinstance(v, (int, float)) and ('/' in k or 'time' in record)
+                for k, v in record.items()
+                if k not in _NO_METRICS
+                and isinstance(v, (int, float))
+                and ('/' in k or 'time' in record)
             }
             if values:
                 metrics.setdefault(step, {}).update(values)
@@ -185,9 +193,11 @@ class Run:
         except (SyntaxError, ValueError):
             return None
         for statement in statements:
-            if isinstance(statement, ast.Assign) and \
-                    isinstance(statement.value, ast.Call) and \
-                    getattr(statement.targets[0], 'id', '') == 'train_cfg':
+            if (
+                isinstance(statement, ast.Assign)
+                and isinstance(statement.value, ast.Call)
+                and getattr(statement.targets[0], 'id', '') == 'train_cfg'
+            ):
                 for keyword in statement.value.keywords:
                     value = getattr(keyword.value, 'value', None)
                     if keyword.arg == key and isinstance(value, int):
@@ -216,15 +226,16 @@ class Run:
             ones, and value. None where no rule says what is better, or where
             there is no value; -1 stands for none in COCO metrics.
         """
-        points = [(step, values[name]) for step, values in self.metrics.items()
-                  if values.get(name) is not None
-                  and values[name] == values[name]]
+        points = [
+            (step, values[name])
+            for step, values in self.metrics.items()
+            if values.get(name) is not None and values[name] == values[name]
+        ]
         if name.startswith('coco/'):
             points = [(step, value) for step, value in points if value != -1]
         lower = name.lower()
         keys = CheckpointHook._default_greater_keys
-        if any(key.lower() in lower
-               for key in CheckpointHook._default_less_keys):
+        if any(key.lower() in lower for key in CheckpointHook._default_less_keys):
             return min(points, key=lambda p: p[1], default=None)
         if any(key.lower() in lower for key in keys):
             return max(points, key=lambda p: p[1], default=None)
@@ -233,11 +244,11 @@ class Run:
     # -- other files -------------------------------------------------------
 
     def _read_config(self) -> None:
-        configs = sorted(
-            self.work_dir.glob('*.py'), key=lambda p: p.stat().st_mtime)
+        configs = sorted(self.work_dir.glob('*.py'), key=lambda p: p.stat().st_mtime)
         self.config_name = configs[-1].name if configs else ''
-        self.config = configs[-1].read_text(
-            encoding='utf-8', errors='replace') if configs else ''
+        self.config = (
+            configs[-1].read_text(encoding='utf-8', errors='replace') if configs else ''
+        )
         if not configs:
             self.notes.append('There is no dumped config in the directory.')
 
@@ -251,12 +262,14 @@ class Run:
             report = json.loads(path.read_text(encoding='utf-8'))
             self.hook, self.prunings = report['hook'], report['prunings']
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{path} is no report of the pruning hook: '
-                             f'{error!r}') from error
+            raise ValueError(
+                f'{path} is no report of the pruning hook: {error!r}'
+            ) from error
         if self.config and 'LayerAttentionPruningHook' not in self.config:
             self.notes.append(
                 'The config names no LayerAttentionPruningHook: pruning.json '
-                'may be of an earlier run in this directory.')
+                'may be of an earlier run in this directory.'
+            )
 
     @property
     def checkpoint(self) -> Optional[Path]:
@@ -275,7 +288,8 @@ class Run:
         return max(
             self.work_dir.glob('best_*.pth'),
             key=lambda p: p.stat().st_mtime,
-            default=None)
+            default=None,
+        )
 
     # -- what pruning brings -----------------------------------------------
 
@@ -298,8 +312,7 @@ class Run:
         times = []
         for start, end, number in zip(bounds, bounds[1:], active):
             records = [
-                v for k, v in self.training.items()
-                if start < k <= end and 'time' in v
+                v for k, v in self.training.items() if start < k <= end and 'time' in v
             ]
             waits = [v['data_time'] for v in records if 'data_time' in v]
             times.append(
@@ -307,10 +320,11 @@ class Run:
                     first=start + 1,
                     last=end,
                     active=number,
-                    seconds=median([v['time'] for v in records])
-                    if records else None,
+                    seconds=median([v['time'] for v in records]) if records else None,
                     data_seconds=median(waits) if waits else None,
-                    count=len(records)))
+                    count=len(records),
+                )
+            )
         return times
 
     def parameters(self) -> Optional[Parameters]:
@@ -331,24 +345,35 @@ class Run:
             checkpoint = torch.load(str(path), **options)
             state = checkpoint.get('state_dict', checkpoint)
             return _count_parameters(state)
-        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError,
-                KeyError, AttributeError, TypeError, ValueError) as error:
+        except (
+            pickle.UnpicklingError,
+            RuntimeError,
+            OSError,
+            EOFError,
+            KeyError,
+            AttributeError,
+            TypeError,
+            ValueError,
+        ) as error:
             reason = str(error).split('\n')[0].rstrip('. ')
-            self.notes.append(f'Parameters are not counted: {path.name} '
-                              f'cannot be read ({reason}).')
+            self.notes.append(
+                f'Parameters are not counted: {path.name} cannot be read ({reason}).'
+            )
             return None
 
 
 def _count_parameters(state: dict) -> Parameters:
     suffix = '.layer_attn.state'
     states = {
-        k[:-len('state')]: int(v)
-        for k, v in state.items() if k.endswith(suffix)
+        k[: -len('state')]: int(v) for k, v in state.items() if k.endswith(suffix)
     }
     total = attention = pruned = 0
     for key, value in state.items():
-        if not isinstance(value, torch.Tensor) or key.endswith(suffix) or \
-                key.rsplit('.', 1)[-1] in _STATISTICS:
+        if (
+            not isinstance(value, torch.Tensor)
+            or key.endswith(suffix)
+            or key.rsplit('.', 1)[-1] in _STATISTICS
+        ):
             continue
         total += value.numel()
         head, found, _ = key.partition('.layer_attn.')
@@ -357,16 +382,21 @@ def _count_parameters(state: dict) -> Parameters:
             if states.get(head + found) == AttentionState.PRUNED:
                 pruned += value.numel()
     values = list(states.values())
-    return Parameters(total, attention, pruned, len(values),
-                      values.count(AttentionState.ACTIVE),
-                      values.count(AttentionState.VALUE_ONLY))
+    return Parameters(
+        total,
+        attention,
+        pruned,
+        len(values),
+        values.count(AttentionState.ACTIVE),
+        values.count(AttentionState.VALUE_ONLY),
+    )
 
 
 def _plain_key(key: str) -> str:
     """Undo the prefix that ``log_with_hierarchy`` of mmengine adds."""
     for mode in ('train/', 'val/'):
         if key.startswith(mode):
-            return key[len(mode):]
+            return key[len(mode) :]
     return key
 
 
@@ -383,8 +413,7 @@ def _read_lines(log: Path) -> List[dict]:
         except ValueError as error:
             if number == len(lines):
                 break  # the run was killed while it wrote
-            raise ValueError(
-                f'{log}, line {number}, is no JSON object') from error
+            raise ValueError(f'{log}, line {number}, is no JSON object') from error
         records.append(record)
     return records
 
@@ -392,5 +421,5 @@ def _read_lines(log: Path) -> List[dict]:
 def short_name(name: str) -> str:
     """Shorten ``backbone.layer1.0.layer_attn`` to ``layer1.0``."""
     if name.endswith('.layer_attn'):
-        name = name[:-len('.layer_attn')]
-    return name[len('backbone.'):] if name.startswith('backbone.') else name
+        name = name[: -len('.layer_attn')]
+    return name[len('backbone.') :] if name.startswith('backbone.') else name

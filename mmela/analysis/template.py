@@ -1,9 +1,10 @@
 """The page of a report. It may load nothing: see its security policy."""
+
 from jinja2 import Environment, StrictUndefined
 
 from .run import short_name
 
-_SOURCE = '''\
+_SOURCE = """\
 {% macro picture(pair, alt) -%}
 <picture><source media="(prefers-color-scheme: dark)" srcset="{{ pair[1] }}">
 <img alt="{{ alt }}" src="{{ pair[0] }}"></picture>
@@ -269,12 +270,10 @@ operations, the weighted sum of the values among them, are not counted.</p>
 {% else %}<p>There is no dumped config in the directory.</p>{% endif %}
 </body>
 </html>
-'''
+"""
 
 _ENVIRONMENT = Environment(
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True)
+    autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
 _ENVIRONMENT.filters['short'] = short_name
 TEMPLATE = _ENVIRONMENT.from_string(_SOURCE)

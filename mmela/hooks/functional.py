@@ -61,9 +61,11 @@ def active_names(stage_name: str, stage: LayerAttentionStage) -> List[str]:
     ]
 
 
-def decide(stages: Dict[str, LayerAttentionStage],
-           kl: Dict[str, List[Optional[float]]],
-           policy: PruningPolicy) -> List[dict]:
+def decide(
+    stages: Dict[str, LayerAttentionStage],
+    kl: Dict[str, List[Optional[float]]],
+    policy: PruningPolicy,
+) -> List[dict]:
     """Have a policy decide which active attentions are redundant.
 
     Args:
@@ -88,7 +90,8 @@ def decide(stages: Dict[str, LayerAttentionStage],
         [float('nan') if value is None else value for value in values],
         stages=indices,
         measured=[value is not None for value in values],
-        names=names)
+        names=names,
+    )
     stage_names = list(stages)
     return [
         dict(row, stage=stage_names[index])
@@ -96,9 +99,7 @@ def decide(stages: Dict[str, LayerAttentionStage],
     ]
 
 
-def prune(model: nn.Module,
-          names: Sequence[str],
-          keep_value: bool = False) -> None:
+def prune(model: nn.Module, names: Sequence[str], keep_value: bool = False) -> None:
     """Prune layer attentions of a model. What is gone stays gone.
 
     Args:

@@ -27,10 +27,9 @@ class KLMeter:
             attentions lacks (ELA, eq. 8). Defaults to 1e-8.
     """
 
-    def __init__(self,
-                 stage: LayerAttentionStage,
-                 reduction: str = 'mean_kl',
-                 eps: float = 1e-8) -> None:
+    def __init__(
+        self, stage: LayerAttentionStage, reduction: str = 'mean_kl', eps: float = 1e-8
+    ) -> None:
         self.reduction = reduction
         self.eps = eps
         # Tokens that each active attention attends over
@@ -42,8 +41,11 @@ class KLMeter:
             if attention.active:
                 self.tokens.append(seen)
             device = attention.state.device
-        size = sum(self.tokens) if reduction == 'mean_distribution' else \
-            max(len(self.tokens) - 1, 0)
+        size = (
+            sum(self.tokens)
+            if reduction == 'mean_distribution'
+            else max(len(self.tokens) - 1, 0)
+        )
         # The last element counts the distributions, samples times heads, that
         # the others are sums over. One tensor means one reduction over ranks.
         self.sums = torch.zeros(size + 1, dtype=torch.float64, device=device)
@@ -66,7 +68,7 @@ class KLMeter:
                 attention_kl(log_p, log_q, self.eps).sum()[None]
                 for log_p, log_q in zip(log_probs, log_probs[1:])
             ]
-        count = scores[0].new_full((1, ), scores[0][..., 0].numel())
+        count = scores[0].new_full((1,), scores[0][..., 0].numel())
         self.sums += torch.cat([*sums, count.double()])
 
     def compute(self) -> List[float]:
@@ -79,9 +81,7 @@ class KLMeter:
         sums, count = self.sums[:-1].cpu(), self.sums[-1].cpu()
         if self.reduction == 'mean_kl':
             return (sums / count).tolist()
-        log_probs = [
-            safe_log(part) for part in (sums / count).split(self.tokens)
-        ]
+        log_probs = [safe_log(part) for part in (sums / count).split(self.tokens)]
         return [
             float(attention_kl(log_p, log_q, self.eps))
             for log_p, log_q in zip(log_probs, log_probs[1:])
@@ -97,12 +97,12 @@ class NetworkKLMeter:
         eps (float): See :class:`KLMeter`.
     """
 
-    def __init__(self, stages: Dict[str, LayerAttentionStage], reduction: str,
-                 eps: float) -> None:
+    def __init__(
+        self, stages: Dict[str, LayerAttentionStage], reduction: str, eps: float
+    ) -> None:
         self.stages = stages
         self.meters = {
-            name: KLMeter(stage, reduction, eps)
-            for name, stage in stages.items()
+            name: KLMeter(stage, reduction, eps) for name, stage in stages.items()
         }
 
     def attach(self) -> None:
@@ -122,10 +122,7 @@ class NetworkKLMeter:
 
     def state_dict(self) -> Dict[str, Tensor]:
         """Sums of each stage, on the CPU."""
-        return {
-            name: meter.sums.cpu().clone()
-            for name, meter in self.meters.items()
-        }
+        return {name: meter.sums.cpu().clone() for name, meter in self.meters.items()}
 
     def load_state_dict(self, state: Dict[str, Tensor]) -> None:
         """Continue from the sums of :meth:`state_dict`.
@@ -136,8 +133,10 @@ class NetworkKLMeter:
         sizes = {name: m.sums.numel() for name, m in self.meters.items()}
         found = {name: sums.numel() for name, sums in state.items()}
         if sizes != found:
-            raise ValueError('the checkpoint measured other layer attentions '
-                             f'({found}) than this network has ({sizes})')
+            raise ValueError(
+                'the checkpoint measured other layer attentions '
+                f'({found}) than this network has ({sizes})'
+            )
         for name, sums in state.items():
             self.meters[name].sums.copy_(sums)
 
@@ -149,6 +148,6 @@ class NetworkKLMeter:
             of a stage has None.
         """
         return {
-            name: [None, *meter.compute()][:len(meter.tokens)]
+            name: [None, *meter.compute()][: len(meter.tokens)]
             for name, meter in self.meters.items()
         }

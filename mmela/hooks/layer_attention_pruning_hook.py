@@ -9,8 +9,7 @@ from statistics import median
 from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
-from mmengine.dist import (all_reduce, broadcast_object_list,
-                           is_main_process)
+from mmengine.dist import all_reduce, broadcast_object_list, is_main_process
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
@@ -22,8 +21,13 @@ from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
 
 from ..pruning import PRUNING_POLICIES
-from .functional import (active_names, decide, layer_attention_stages,
-                         named_layer_attentions, prune)
+from .functional import (
+    active_names,
+    decide,
+    layer_attention_stages,
+    named_layer_attentions,
+    prune,
+)
 from .kl_meter import REDUCTIONS, NetworkKLMeter
 
 CHECKPOINT_KEY = 'layer_attention_pruning'
@@ -87,28 +91,30 @@ class LayerAttentionPruningHook(Hook):
     # Before the hooks that log (BELOW_NORMAL) and save (VERY_LOW)
     priority = 'ABOVE_NORMAL'
 
-    def __init__(self,
-                 windows: Sequence[Tuple[int, int]],
-                 policy: Union[dict, None] = None,
-                 by_epoch: bool = True,
-                 keep_value: bool = False,
-                 reduction: str = 'mean_kl',
-                 eps: float = 1e-8,
-                 log_interval: int = 50) -> None:
+    def __init__(
+        self,
+        windows: Sequence[Tuple[int, int]],
+        policy: Union[dict, None] = None,
+        by_epoch: bool = True,
+        keep_value: bool = False,
+        reduction: str = 'mean_kl',
+        eps: float = 1e-8,
+        log_interval: int = 50,
+    ) -> None:
         self.windows = _check_windows(windows)
         self.policy_cfg = dict(policy or dict(type='EBQM'))
         # The scope keeps mmengine from looking, in vain and with a warning,
         # among the toolbox's own.
-        self.policy = PRUNING_POLICIES.build(
-            dict(self.policy_cfg, _scope_='mmela'))
+        self.policy = PRUNING_POLICIES.build(dict(self.policy_cfg, _scope_='mmela'))
         if reduction not in REDUCTIONS:
-            raise ValueError(f'reduction={reduction!r} is unknown; allowed '
-                             f'are {", ".join(map(repr, REDUCTIONS))}')
+            raise ValueError(
+                f'reduction={reduction!r} is unknown; allowed '
+                f'are {", ".join(map(repr, REDUCTIONS))}'
+            )
         if not 0 < eps < 1:
             raise ValueError(f'eps={eps} is not in (0, 1)')
         if type(log_interval) is not int or log_interval < 0:
-            raise ValueError(
-                f'log_interval={log_interval!r} is not an integer >= 0')
+            raise ValueError(f'log_interval={log_interval!r} is not an integer >= 0')
         self.by_epoch = by_epoch
         self.keep_value = keep_value
         self.reduction = reduction
@@ -134,29 +140,33 @@ class LayerAttentionPruningHook(Hook):
             raise ValueError(
                 'LayerAttentionPruningHook counts epochs, but the run has an '
                 'IterBasedTrainLoop; give the windows in iterations and set '
-                'by_epoch=False')
+                'by_epoch=False'
+            )
         if not self.by_epoch and not iter_based:
             raise ValueError(
                 'LayerAttentionPruningHook has by_epoch=False, which needs an '
                 f'IterBasedTrainLoop, not {type(runner.train_loop).__name__}; '
-                'give the windows in epochs and set by_epoch=True')
+                'give the windows in epochs and set by_epoch=True'
+            )
         end = runner.max_epochs if self.by_epoch else runner.max_iters
         for window in self.windows[-1:]:
             if window[1] > end:
-                raise ValueError(
-                    f'window {window} ends after the last of {end} {unit}')
+                raise ValueError(f'window {window} ends after the last of {end} {unit}')
             if window[1] == end:
                 runner.logger.warning(
                     f'Window {window} ends with the training: what it prunes '
-                    'is never trained without.')
+                    'is never trained without.'
+                )
 
-        if is_model_wrapper(runner.model) and \
-                not isinstance(runner.model, DistributedDataParallel):
+        if is_model_wrapper(runner.model) and not isinstance(
+            runner.model, DistributedDataParallel
+        ):
             raise ValueError(
                 'LayerAttentionPruningHook cannot prune in a '
                 f'{type(runner.model).__name__}, which shares out or flattens '
                 'the parameters before they are pruned; train with '
-                'MMDistributedDataParallel instead')
+                'MMDistributedDataParallel instead'
+            )
 
         self._stages = layer_attention_stages(runner.model)
         self._attentions = named_layer_attentions(runner.model)
@@ -166,9 +176,10 @@ class LayerAttentionPruningHook(Hook):
             raise ValueError(
                 'LayerAttentionPruningHook needs a backbone with a prunable '
                 'layer attention, one that weighs layers by a distribution '
-                f"such as MRLABase; found: {found}. Use e.g. "
+                f'such as MRLABase; found: {found}. Use e.g. '
                 "backbone=dict(type='ELAResNet', "
-                "layer_attention=dict(type='MRLABase'))")
+                "layer_attention=dict(type='MRLABase'))"
+            )
 
         if self.history:
             self._write_report(runner)
@@ -217,32 +228,35 @@ class LayerAttentionPruningHook(Hook):
                     if position > window[0]:
                         runner.logger.warning(
                             f'Window {window} is measured from {position} on: '
-                            'the checkpoint does not hold its beginning.')
+                            'the checkpoint does not hold its beginning.'
+                        )
                     self._open_window(window)
         if self._window is not None:
             self._meter.attach()
 
-    def after_train_iter(self,
-                         runner,
-                         batch_idx,
-                         data_batch=None,
-                         outputs=None) -> None:
+    def after_train_iter(
+        self, runner, batch_idx, data_batch=None, outputs=None
+    ) -> None:
         """Close a window that ends with this iteration."""
         if self._window is None:
             return
         self._meter.detach()
-        if self.log_interval and is_main_process() and \
-                (runner.iter + 1) % self.log_interval == 0:
+        if (
+            self.log_interval
+            and is_main_process()
+            and (runner.iter + 1) % self.log_interval == 0
+        ):
             self._log_divergences(runner)
         if self.by_epoch:
             return
         if self._position(runner) == self._window[1]:
             self._close_window(runner)
         elif any(
-                isinstance(hook, CheckpointHook) and not hook.by_epoch and
-                hook.every_n_train_iters(runner, hook.interval,
-                                         hook.save_begin)
-                for hook in runner.hooks):
+            isinstance(hook, CheckpointHook)
+            and not hook.by_epoch
+            and hook.every_n_train_iters(runner, hook.interval, hook.save_begin)
+            for hook in runner.hooks
+        ):
             self._reduce()
 
     def after_train_epoch(self, runner) -> None:
@@ -263,8 +277,7 @@ class LayerAttentionPruningHook(Hook):
         """Move the sums of all ranks to rank 0, which saves checkpoints."""
         for meter in self._meter.meters.values():
             all_reduce(meter.sums)
-        self._snapshot = dict(
-            window=list(self._window), sums=self._meter.state_dict())
+        self._snapshot = dict(window=list(self._window), sums=self._meter.state_dict())
         if not is_main_process():
             self._meter.reset()
 
@@ -298,7 +311,8 @@ class LayerAttentionPruningHook(Hook):
             iteration=self._iterations(runner),
             layers=layers,
             pruned=[layer['name'] for layer in layers if layer['skip']],
-            active=[layer['name'] for layer in layers if not layer['skip']])
+            active=[layer['name'] for layer in layers if not layer['skip']],
+        )
 
     def _iterations(self, runner) -> int:
         """Iterations done. The counter moves on only after the hooks."""
@@ -308,7 +322,8 @@ class LayerAttentionPruningHook(Hook):
         """Prune attentions wherever the run holds a copy of them."""
         models = [runner.model]
         models += [
-            hook.ema_model.module for hook in runner.hooks
+            hook.ema_model.module
+            for hook in runner.hooks
             if isinstance(hook, EMAHook) and hasattr(hook, 'ema_model')
         ]
         for model in models:
@@ -325,12 +340,12 @@ class LayerAttentionPruningHook(Hook):
         they are neither updated nor decayed.
         """
         wrappers = runner.optim_wrapper
-        wrappers = wrappers.values() if isinstance(
-            wrappers, OptimWrapperDict) else [wrappers]
+        wrappers = (
+            wrappers.values() if isinstance(wrappers, OptimWrapperDict) else [wrappers]
+        )
         for wrapper in wrappers:
             for param in list(wrapper.optimizer.state):
-                if isinstance(param, torch.Tensor) and \
-                        not param.requires_grad:
+                if isinstance(param, torch.Tensor) and not param.requires_grad:
                     del wrapper.optimizer.state[param]
 
     def _rewrap(self, runner) -> None:
@@ -350,18 +365,21 @@ class LayerAttentionPruningHook(Hook):
         else:
             gc.collect()
             runner.model = runner.wrap_model(
-                runner.cfg.get('model_wrapper_cfg'), module)
+                runner.cfg.get('model_wrapper_cfg'), module
+            )
             runner._maybe_compile('train_step')
 
     # -- reporting ---------------------------------------------------------
 
     def _log_structure(self, runner) -> None:
         active = sum(a.active for a in self._attentions.values())
-        runner.visualizer.add_scalars({'layer_attention/active': active},
-                                      step=runner.iter)
+        runner.visualizer.add_scalars(
+            {'layer_attention/active': active}, step=runner.iter
+        )
         runner.logger.info(
             f'Layer attentions: {active} of {len(self._attentions)} active in '
-            f'{len(self._stages)} stages')
+            f'{len(self._stages)} stages'
+        )
 
     def _log(self, runner, record: dict) -> None:
         before = len(record['layers'])
@@ -370,8 +388,9 @@ class LayerAttentionPruningHook(Hook):
         window = '-'.join(map(str, sorted(set(record['window']))))
         runner.logger.info(
             f'Layer attention pruning after {record["unit"]} {window}: '
-            f'{before} -> {after} active attentions, {self.policy}\n' +
-            format_decisions(record['layers']))
+            f'{before} -> {after} active attentions, {self.policy}\n'
+            + format_decisions(record['layers'])
+        )
         scalars = {'layer_attention/active': after}
         for layer in record['layers']:
             name = layer['name']
@@ -386,10 +405,13 @@ class LayerAttentionPruningHook(Hook):
         scalars = {}
         for stage, values in self._meter.compute().items():
             names = active_names(stage, self._stages[stage])
-            scalars.update({
-                f'layer_attention/kl/{name}': value
-                for name, value in zip(names, values) if value is not None
-            })
+            scalars.update(
+                {
+                    f'layer_attention/kl/{name}': value
+                    for name, value in zip(names, values)
+                    if value is not None
+                }
+            )
         runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
 
     @staticmethod
@@ -407,23 +429,21 @@ class LayerAttentionPruningHook(Hook):
             active (int): Active attentions in that time.
             step (int): Iterations done.
         """
-        times = list(self._step_times(runner))[self._timed:]
+        times = list(self._step_times(runner))[self._timed :]
         self._timed += len(times)
         if not times:
             return
         seconds = float(median(times))
         self._speeds.append((active, seconds, len(times)))
-        runner.visualizer.add_scalars({'layer_attention/step_time': seconds},
-                                      step=step)
+        runner.visualizer.add_scalars({'layer_attention/step_time': seconds}, step=step)
 
     def after_train(self, runner) -> None:
         """Compare the step times between the decisions."""
-        self._log_speed(runner,
-                        sum(a.active for a in self._attentions.values()),
-                        runner.iter)
+        self._log_speed(
+            runner, sum(a.active for a in self._attentions.values()), runner.iter
+        )
         if len(self._speeds) > 1:
-            runner.logger.info('Training speed:\n' +
-                               format_speeds(self._speeds))
+            runner.logger.info('Training speed:\n' + format_speeds(self._speeds))
 
     def _report_path(self, runner) -> str:
         return osp.join(runner.work_dir, 'pruning.json')
@@ -433,8 +453,7 @@ class LayerAttentionPruningHook(Hook):
         path = self._report_path(runner)
         if not is_main_process() or not osp.exists(path):
             return
-        stamp = time.strftime('%Y%m%d_%H%M%S',
-                              time.localtime(osp.getmtime(path)))
+        stamp = time.strftime('%Y%m%d_%H%M%S', time.localtime(osp.getmtime(path)))
         os.replace(path, osp.join(runner.work_dir, f'pruning_{stamp}.json'))
 
     def _write_report(self, runner) -> None:
@@ -447,8 +466,10 @@ class LayerAttentionPruningHook(Hook):
                 policy=self.policy_cfg,
                 keep_value=self.keep_value,
                 reduction=self.reduction,
-                eps=self.eps),
-            prunings=self.history)
+                eps=self.eps,
+            ),
+            prunings=self.history,
+        )
         path = self._report_path(runner)
         with open(path + '.tmp', 'w') as file:
             json.dump(report, file, indent=2)
@@ -459,7 +480,8 @@ class LayerAttentionPruningHook(Hook):
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Save the decisions so far and the sums of a window in progress."""
         checkpoint[CHECKPOINT_KEY] = dict(
-            history=copy.deepcopy(self.history), window=self._snapshot)
+            history=copy.deepcopy(self.history), window=self._snapshot
+        )
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Take up what :meth:`before_save_checkpoint` saved, on a resume."""
@@ -469,22 +491,26 @@ class LayerAttentionPruningHook(Hook):
             self._resumed = saved['window']
 
 
-def _check_windows(
-        windows: Sequence[Tuple[int, int]]) -> List[Tuple[int, int]]:
+def _check_windows(windows: Sequence[Tuple[int, int]]) -> List[Tuple[int, int]]:
     """Sort the windows and check that they are sound and disjoint."""
     checked = []
     for window in windows:
-        if not isinstance(window, (tuple, list)) or len(window) != 2 or \
-                not all(type(bound) is int for bound in window):
-            raise TypeError(f'window {window} is not a pair of integers '
-                            '(first, last)')
+        if (
+            not isinstance(window, (tuple, list))
+            or len(window) != 2
+            or not all(type(bound) is int for bound in window)
+        ):
+            raise TypeError(f'window {window} is not a pair of integers (first, last)')
         first, last = window
         if first < 1:
-            raise ValueError(f'window {(first, last)} starts before 1; epochs '
-                             'and iterations are counted from 1')
+            raise ValueError(
+                f'window {(first, last)} starts before 1; epochs '
+                'and iterations are counted from 1'
+            )
         if last < first:
-            raise ValueError(f'window {(first, last)} is reversed: it ends '
-                             'before it starts')
+            raise ValueError(
+                f'window {(first, last)} is reversed: it ends before it starts'
+            )
         checked.append((first, last))
     checked.sort()
     for earlier, later in zip(checked, checked[1:]):
@@ -504,13 +530,11 @@ def format_speeds(speeds: Sequence[Tuple[int, float, int]]) -> str:
         str: A table of 100 columns at most.
     """
     table = Table(box=box.MARKDOWN)
-    for column in ('active attentions', 'median step time (s)', 'change',
-                   'steps'):
+    for column in ('active attentions', 'median step time (s)', 'change', 'steps'):
         table.add_column(column, justify='right')
     for active, seconds, count in speeds:
         change = 100 * (seconds / speeds[0][1] - 1) if speeds[0][1] else 0
-        table.add_row(
-            str(active), f'{seconds:.4g}', f'{change:+.1f} %', str(count))
+        table.add_row(str(active), f'{seconds:.4g}', f'{change:+.1f} %', str(count))
     return _render(table)
 
 
@@ -536,7 +560,7 @@ def format_decisions(layers: Sequence[dict]) -> str:
         ]
         name = layer['name']
         if name.endswith('.layer_attn'):
-            name = name[:-len('.layer_attn')]
+            name = name[: -len('.layer_attn')]
         table.add_row(name, *numbers, layer['reason'])
     return _render(table)
 

@@ -8,7 +8,15 @@ from .qkv import QKVLayerAttention
 from .stage import LayerAttentionStage
 
 __all__ = [
-    'AttentionState', 'HookedAttentionStage', 'KCLA', 'LayerAttention',
-    'LayerAttentionStage', 'LayerMemory', 'MLA', 'MRLABase', 'MRLALight',
-    'QKVLayerAttention', 'TokenAttentionStage'
+    'AttentionState',
+    'HookedAttentionStage',
+    'KCLA',
+    'LayerAttention',
+    'LayerAttentionStage',
+    'LayerMemory',
+    'MLA',
+    'MRLABase',
+    'MRLALight',
+    'QKVLayerAttention',
+    'TokenAttentionStage',
 ]

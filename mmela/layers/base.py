@@ -15,6 +15,7 @@ class AttentionState(IntEnum):
 
     The value is what a checkpoint holds under ``layer_attn.state``.
     """
+
     ACTIVE = 0
     """Nothing is pruned."""
     VALUE_ONLY = 1
@@ -93,18 +94,16 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
     the stage before. Its constructor then takes ``previous_channels`` and
     ``stride``."""
 
-    def __init__(self,
-                 channels: int,
-                 head_dim: int = 32,
-                 init_cfg: Optional[dict] = None) -> None:
+    def __init__(
+        self, channels: int, head_dim: int = 32, init_cfg: Optional[dict] = None
+    ) -> None:
         super().__init__(init_cfg)
         if head_dim < 1 or channels % head_dim:
-            divisors = [
-                d for d in range(1, channels + 1) if channels % d == 0
-            ]
+            divisors = [d for d in range(1, channels + 1) if channels % d == 0]
             raise ValueError(
                 f'head_dim={head_dim} does not divide the {channels} channels '
-                f'of a block; allowed are {divisors}')
+                f'of a block; allowed are {divisors}'
+            )
         self.channels = channels
         self.head_dim = head_dim
         self.num_heads = channels // head_dim
@@ -160,8 +159,10 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
             self.attention_state = AttentionState(int(self.state))
 
     def extra_repr(self) -> str:
-        return (f'channels={self.channels}, head_dim={self.head_dim}, '
-                f'state={self._state.name}')
+        return (
+            f'channels={self.channels}, head_dim={self.head_dim}, '
+            f'state={self._state.name}'
+        )
 
     def forward(self, x: Tensor, memory: LayerMemory) -> Tensor:
         """Add to a block's output what it retrieves from earlier blocks.
@@ -201,8 +202,7 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
 
     def store(self, x: Tensor, memory: LayerMemory) -> None:
         """Extend the memory without attending over it."""
-        raise NotImplementedError(
-            f'{type(self).__name__} has no key and value to keep')
+        raise NotImplementedError(f'{type(self).__name__} has no key and value to keep')
 
 
 def channel_conv(channels: int) -> nn.Conv1d:

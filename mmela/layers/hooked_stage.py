@@ -62,8 +62,9 @@ class HookedAttentionStage(LayerAttentionStage):
             self._end(memory)
         return output
 
-    def attend(self, slot: '_Slot', args: tuple, output: Tensor,
-               memory: LayerMemory) -> Tensor:
+    def attend(
+        self, slot: '_Slot', args: tuple, output: Tensor, memory: LayerMemory
+    ) -> Tensor:
         """Run the attention in a slot on (B, C, H, W) maps."""
         memory.identity = args[0]
         return slot.layer_attn(output, memory)
@@ -79,7 +80,8 @@ class HookedAttentionStage(LayerAttentionStage):
 
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError(
-            'the backbone calls the blocks; their hooks run the attentions')
+            'the backbone calls the blocks; their hooks run the attentions'
+        )
 
 
 class TokenAttentionStage(HookedAttentionStage):
@@ -100,11 +102,13 @@ class TokenAttentionStage(HookedAttentionStage):
             ``dict(type='LN', eps=1e-6)``.
     """
 
-    def __init__(self,
-                 blocks: Sequence[nn.Module],
-                 resolution: Callable[[tuple], Tuple[int, int]],
-                 num_extra_tokens: int = 0,
-                 norm_cfg: dict = dict(type='LN', eps=1e-6)) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        resolution: Callable[[tuple], Tuple[int, int]],
+        num_extra_tokens: int = 0,
+        norm_cfg: dict = dict(type='LN', eps=1e-6),
+    ) -> None:
         super().__init__(blocks)
         self.resolution = resolution
         self.num_extra_tokens = num_extra_tokens
@@ -115,15 +119,15 @@ class TokenAttentionStage(HookedAttentionStage):
         channels = attention.channels
         attention.pre_norm = build_norm_layer(self.norm_cfg, channels)[1]
         if attention.needs_identity:
-            attention.identity_norm = build_norm_layer(self.norm_cfg,
-                                                       channels)[1]
+            attention.identity_norm = build_norm_layer(self.norm_cfg, channels)[1]
         super().attach(index, attention)
         # One draw for all tokens of a sample: the map is not dropped alone.
         self._modules[str(index)].drop_path = attention.drop_path
         attention.drop_path = nn.Identity()
 
-    def attend(self, slot: '_Slot', args: tuple, output: Tensor,
-               memory: LayerMemory) -> Tensor:
+    def attend(
+        self, slot: '_Slot', args: tuple, output: Tensor, memory: LayerMemory
+    ) -> Tensor:
         attention = slot.layer_attn
         if attention.attention_state == AttentionState.PRUNED:
             return output
@@ -134,15 +138,14 @@ class TokenAttentionStage(HookedAttentionStage):
             attention.store(x, memory)
             return output
         if attention.needs_identity:
-            memory.identity = self._to_map(
-                attention.identity_norm(args[0]), size)
+            memory.identity = self._to_map(attention.identity_norm(args[0]), size)
         retrieved = attention.retrieve(x, memory).flatten(2).transpose(1, 2)
-        extra = tokens[:, :self.num_extra_tokens]
+        extra = tokens[:, : self.num_extra_tokens]
         return output + slot.drop_path(torch.cat([extra, retrieved], dim=1))
 
     def _to_map(self, tokens: Tensor, size: Tuple[int, int]) -> Tensor:
         """(B, L, C) to (B, C, H, W), without the extra tokens."""
-        patches = tokens[:, self.num_extra_tokens:]
+        patches = tokens[:, self.num_extra_tokens :]
         return patches.transpose(1, 2).unflatten(2, tuple(size))
 
 
@@ -165,6 +168,5 @@ class _Hook:
         self.stage = stage
         self.index = index
 
-    def __call__(self, module: nn.Module, args: tuple,
-                 output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return self.stage.run(self.index, args, output)

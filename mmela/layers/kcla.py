@@ -74,21 +74,25 @@ class KCLA(QKVLayerAttention):
 
     crosses_stages = True
 
-    def __init__(self,
-                 channels: int,
-                 head_dim: int = 32,
-                 drop_path: float = 0.2,
-                 temperature: float = 0.7,
-                 exp_norm: bool = True,
-                 head_attention: str = 'linear',
-                 recurrent: bool = False,
-                 cross_stage: bool = True,
-                 previous_channels: Optional[int] = None,
-                 stride: int = 1,
-                 **kwargs) -> None:
+    def __init__(
+        self,
+        channels: int,
+        head_dim: int = 32,
+        drop_path: float = 0.2,
+        temperature: float = 0.7,
+        exp_norm: bool = True,
+        head_attention: str = 'linear',
+        recurrent: bool = False,
+        cross_stage: bool = True,
+        previous_channels: Optional[int] = None,
+        stride: int = 1,
+        **kwargs,
+    ) -> None:
         if head_attention not in HEAD_ATTENTIONS:
-            raise ValueError(f'head_attention={head_attention!r} is unknown; '
-                             f'allowed are {HEAD_ATTENTIONS}')
+            raise ValueError(
+                f'head_attention={head_attention!r} is unknown; '
+                f'allowed are {HEAD_ATTENTIONS}'
+            )
         if not 0 < temperature <= 1:
             raise ValueError(f'temperature={temperature} is not in (0, 1]')
         super().__init__(channels, head_dim, drop_path, **kwargs)
@@ -99,15 +103,19 @@ class KCLA(QKVLayerAttention):
         self.register_buffer(
             'scales',
             torch.linspace(log_scale, -log_scale, self.num_heads).exp(),
-            persistent=False)
+            persistent=False,
+        )
         self.head_attention_type = head_attention
         if head_attention == 'linear':
-            self.head_attention = nn.Linear(
-                self.num_heads, self.num_heads, bias=False)
+            self.head_attention = nn.Linear(self.num_heads, self.num_heads, bias=False)
         if cross_stage and previous_channels is not None:
             self.cross_stage = CrossStage(
-                channels, self.num_heads, previous_channels, stride,
-                kwargs.get('norm_cfg') or dict(type='BN'))
+                channels,
+                self.num_heads,
+                previous_channels,
+                stride,
+                kwargs.get('norm_cfg') or dict(type='BN'),
+            )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -167,9 +175,11 @@ class KCLA(QKVLayerAttention):
         memory.previous = None
 
     def extra_repr(self) -> str:
-        return (f'{super().extra_repr()}, exp_norm={self.exp_norm}, '
-                f'head_attention={self.head_attention_type}, '
-                f'recurrent={self.recurrent}')
+        return (
+            f'{super().extra_repr()}, exp_norm={self.exp_norm}, '
+            f'head_attention={self.head_attention_type}, '
+            f'recurrent={self.recurrent}'
+        )
 
 
 class CrossStage(nn.Module):
@@ -189,16 +199,24 @@ class CrossStage(nn.Module):
         ValueError: If ``previous_channels`` is no multiple of ``heads``.
     """
 
-    def __init__(self, channels: int, heads: int, previous_channels: int,
-                 stride: int, norm_cfg: dict) -> None:
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        previous_channels: int,
+        stride: int,
+        norm_cfg: dict,
+    ) -> None:
         super().__init__()
         if previous_channels % heads:
             raise ValueError(
                 f'the {previous_channels} channels of a stage cannot be '
                 f'shared out among the {heads} heads of the next; choose '
-                'another head_dim or cross_stage=False')
+                'another head_dim or cross_stage=False'
+            )
         self.reduce = nn.Conv2d(
-            previous_channels, channels, 1, stride, groups=heads, bias=False)
+            previous_channels, channels, 1, stride, groups=heads, bias=False
+        )
         self.norm = build_norm_layer(norm_cfg, channels)[1]
         self.key = channel_conv(channels)
 
@@ -206,8 +224,8 @@ class CrossStage(nn.Module):
         """Draw the weights anew."""
         nn.init.kaiming_normal_(self.reduce.weight, mode='fan_out')
         nn.init.xavier_uniform_(self.key.weight)
-        nn.init.constant_(self.norm.weight, 1.)
-        nn.init.constant_(self.norm.bias, 0.)
+        nn.init.constant_(self.norm.weight, 1.0)
+        nn.init.constant_(self.norm.bias, 0.0)
 
     def forward(self, mean: Tensor):
         """Map a mean.

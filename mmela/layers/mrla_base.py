@@ -40,11 +40,9 @@ class MRLABase(QKVLayerAttention):
 
     prunable = True
 
-    def __init__(self,
-                 channels: int,
-                 head_dim: int = 32,
-                 backend: str = 'auto',
-                 **kwargs) -> None:
+    def __init__(
+        self, channels: int, head_dim: int = 32, backend: str = 'auto', **kwargs
+    ) -> None:
         check_backend(backend)
         super().__init__(channels, head_dim, **kwargs)
         self.backend = backend
@@ -53,9 +51,7 @@ class MRLABase(QKVLayerAttention):
         # Transformers normalize their tokens before they are stored.
         norm = getattr(self, 'pre_norm', None)
         names = [] if norm is None else dict(norm.named_parameters())
-        return [
-            'key.weight', 'value.weight', *(f'pre_norm.{n}' for n in names)
-        ]
+        return ['key.weight', 'value.weight', *(f'pre_norm.{n}' for n in names)]
 
     def store(self, x: Tensor, memory: LayerMemory) -> None:
         self._store(x, memory)
@@ -72,8 +68,13 @@ class MRLABase(QKVLayerAttention):
         pooled = self._store(x, memory)
         return self._attend(pooled, memory.keys, memory.values, memory)
 
-    def _attend(self, pooled: Tensor, keys: List[Tensor],
-                values: List[Tensor], memory: LayerMemory) -> Tensor:
+    def _attend(
+        self,
+        pooled: Tensor,
+        keys: List[Tensor],
+        values: List[Tensor],
+        memory: LayerMemory,
+    ) -> Tensor:
         query = self._split(self.query(pooled)).unsqueeze(2)
         # A product and a sum, not a matmul, which autocast would do in half
         scores = (query * torch.stack(keys, dim=2)).sum(-1)

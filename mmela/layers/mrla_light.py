@@ -44,14 +44,13 @@ class MRLALight(QKVLayerAttention):
             :class:`QKVLayerAttention` does.
     """
 
-    def __init__(self,
-                 channels: int,
-                 head_dim: int = 32,
-                 previous: str = 'identity',
-                 **kwargs) -> None:
+    def __init__(
+        self, channels: int, head_dim: int = 32, previous: str = 'identity', **kwargs
+    ) -> None:
         if previous not in ('identity', 'output'):
-            raise ValueError(f'previous={previous!r} is unknown; allowed are '
-                             "'identity' and 'output'")
+            raise ValueError(
+                f"previous={previous!r} is unknown; allowed are 'identity' and 'output'"
+            )
         super().__init__(channels, head_dim, **kwargs)
         self.previous = previous
         self.needs_identity = previous == 'identity'
@@ -91,7 +90,8 @@ class MRLALight(QKVLayerAttention):
             raise ValueError(
                 "MRLALight with previous='identity' needs the identity input "
                 'of its block in the memory; a LayerAttentionStage puts it '
-                'there')
+                'there'
+            )
         return memory.identity
 
     def extra_repr(self) -> str:

@@ -44,30 +44,36 @@ class QKVLayerAttention(LayerAttention):
 
     adds_in_place = True
 
-    def __init__(self,
-                 channels: int,
-                 head_dim: int = 32,
-                 drop_path: float = 0.,
-                 norm_cfg: Optional[dict] = dict(type='BN'),
-                 value_act_cfg: Optional[dict] = None,
-                 zero_init: bool = False,
-                 init_cfg: Optional[dict] = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        head_dim: int = 32,
+        drop_path: float = 0.0,
+        norm_cfg: Optional[dict] = dict(type='BN'),
+        value_act_cfg: Optional[dict] = None,
+        zero_init: bool = False,
+        init_cfg: Optional[dict] = None,
+    ) -> None:
         super().__init__(channels, head_dim, init_cfg)
         if not 0 <= drop_path < 1:
-            raise ValueError(
-                f'drop_path={drop_path} is not a probability in [0, 1)')
+            raise ValueError(f'drop_path={drop_path} is not a probability in [0, 1)')
         if zero_init and norm_cfg is None:
-            raise ValueError('zero_init=True sets the weight of the '
-                             'normalization to 0, but norm_cfg=None has none')
+            raise ValueError(
+                'zero_init=True sets the weight of the '
+                'normalization to 0, but norm_cfg=None has none'
+            )
         self.zero_init = zero_init
         self.query = channel_conv(channels)
         self.key = channel_conv(channels)
         self.value = nn.Conv2d(
-            channels, channels, 3, padding=1, groups=channels, bias=False)
-        self.value_act = build_activation_layer(
-            value_act_cfg) if value_act_cfg else nn.Identity()
-        self.norm = build_norm_layer(
-            norm_cfg, channels)[1] if norm_cfg else nn.Identity()
+            channels, channels, 3, padding=1, groups=channels, bias=False
+        )
+        self.value_act = (
+            build_activation_layer(value_act_cfg) if value_act_cfg else nn.Identity()
+        )
+        self.norm = (
+            build_norm_layer(norm_cfg, channels)[1] if norm_cfg else nn.Identity()
+        )
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.reset_parameters()
 
@@ -84,8 +90,8 @@ class QKVLayerAttention(LayerAttention):
         fan_out = 9 if bare else 9 * self.channels
         nn.init.normal_(self.value.weight, std=math.sqrt(2 / fan_out))
         if not isinstance(self.norm, nn.Identity):
-            nn.init.constant_(self.norm.weight, 0. if self.zero_init else 1.)
-            nn.init.constant_(self.norm.bias, 0.)
+            nn.init.constant_(self.norm.weight, 0.0 if self.zero_init else 1.0)
+            nn.init.constant_(self.norm.bias, 0.0)
 
     def init_weights(self) -> None:
         """Initialize the weights, after those that a parent set by type."""
@@ -125,12 +131,12 @@ class QKVLayerAttention(LayerAttention):
             # ReLU, but with gradient 1 at 0: with zero_init all of `out` is 0,
             # and the gradient 0 of F.relu there would keep it so for ever. No
             # clamp_min, whose backward pass is five times as slow on a CPU.
-            out = F.threshold(out, _just_below_zero(out.dtype), 0.)
+            out = F.threshold(out, _just_below_zero(out.dtype), 0.0)
         return self.drop_path(out)
 
 
 def _just_below_zero(dtype: torch.dtype) -> float:
     """A negative number that ``dtype`` tells from 0 and no result reaches."""
     if dtype == torch.float16:
-        return -2.**-24  # its smallest normal number is not that small
+        return -(2.0**-24)  # its smallest normal number is not that small
     return -torch.finfo(dtype).smallest_normal

@@ -33,7 +33,7 @@ class LayerAttentionStage(Sequential):
         Args:
             stage (LayerAttentionStage): The stage that runs before this one.
         """
-        self._before = (stage, )
+        self._before = (stage,)
         stage._hands_over = True
 
     def hand_over(self, x: Tensor) -> LayerMemory:
@@ -50,15 +50,20 @@ class LayerAttentionStage(Sequential):
                 the memory has lost its gradient.
         """
         memory, self._memory = self._memory, None
-        lost = memory is not None and memory.mean is not None and \
-            x.requires_grad and not memory.mean.requires_grad
+        lost = (
+            memory is not None
+            and memory.mean is not None
+            and x.requires_grad
+            and not memory.mean.requires_grad
+        )
         if memory is None or lost:
             what = 'has no gradient' if lost else 'is not there'
             raise RuntimeError(
                 'the layer attention of a stage takes over the memory of the '
                 f'stage before, which {what}. That is so where activation '
                 'checkpointing runs whole stages; use with_cp=True, which '
-                'checkpoints blocks, or cross_stage=False')
+                'checkpoints blocks, or cross_stage=False'
+            )
         return memory
 
     @property
@@ -92,8 +97,7 @@ class LayerAttentionStage(Sequential):
         memory = self._begin(x)
         for block in self:
             attention = getattr(block, 'layer_attn', None)
-            if attention is not None and attention.active and \
-                    attention.needs_identity:
+            if attention is not None and attention.active and attention.needs_identity:
                 x, memory.identity = _run_with_identity(block, x)
             else:
                 x = block(x)

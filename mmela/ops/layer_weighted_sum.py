@@ -44,9 +44,9 @@ class SharedValue:
 Value = Union[Tensor, SharedValue]
 
 
-def share_value(value: Tensor,
-                after: Optional[Value] = None,
-                backend: str = 'auto') -> Value:
+def share_value(
+    value: Tensor, after: Optional[Value] = None, backend: str = 'auto'
+) -> Value:
     """Prepare a value for the sums of this and the later blocks of its stage.
 
     Args:
@@ -59,8 +59,12 @@ def share_value(value: Tensor,
         Tensor | SharedValue: To hand to :func:`layer_weighted_sum`; the value
         itself where there is nothing to gain.
     """
-    if backend == 'reference' or not value.requires_grad or \
-            not torch.is_grad_enabled() or is_symbolic():
+    if (
+        backend == 'reference'
+        or not value.requires_grad
+        or not torch.is_grad_enabled()
+        or is_symbolic()
+    ):
         return value
     ledger: list = []
     token = after.token if isinstance(after, SharedValue) else None
@@ -68,9 +72,9 @@ def share_value(value: Tensor,
     return SharedValue(value.detach(), token, ledger)
 
 
-def layer_weighted_sum(attn: Tensor,
-                       values: Sequence[Value],
-                       backend: str = 'auto') -> Tensor:
+def layer_weighted_sum(
+    attn: Tensor, values: Sequence[Value], backend: str = 'auto'
+) -> Tensor:
     """Sum the values of several layers, each head with its own weights.
 
     Computes ``O[b, c] = sum_s attn[b, g(c), s] * values[s][b, c]`` where
@@ -100,14 +104,17 @@ def layer_weighted_sum(attn: Tensor,
     """
     check_backend(backend)
     if attn.size(-1) != len(values) or not values:
-        raise ValueError(f'attn has weights for {attn.size(-1)} layers, '
-                         f'but {len(values)} values are given')
+        raise ValueError(
+            f'attn has weights for {attn.size(-1)} layers, '
+            f'but {len(values)} values are given'
+        )
     shared = [v if isinstance(v, SharedValue) else None for v in values]
     tensors = [v.tensor if isinstance(v, SharedValue) else v for v in values]
     channels, heads = tensors[0].size(1), attn.size(1)
     if channels % heads:
-        raise ValueError(f'{channels} channels cannot be shared out among '
-                         f'{heads} heads')
+        raise ValueError(
+            f'{channels} channels cannot be shared out among {heads} heads'
+        )
     # A traced graph (TorchScript, ONNX, FLOP counters) knows torch's own
     # operators alone.
     if backend == 'reference' or torch.jit.is_tracing() or _is_exporting():
@@ -129,8 +136,7 @@ def check_backend(backend: str) -> None:
         ValueError: If it is none of them.
     """
     if backend not in BACKENDS:
-        raise ValueError(
-            f'backend={backend!r} does not exist; allowed are {BACKENDS}')
+        raise ValueError(f'backend={backend!r} does not exist; allowed are {BACKENDS}')
 
 
 def reference(attn: Tensor, values: Sequence[Tensor]) -> Tensor:
@@ -145,8 +151,7 @@ def reference(attn: Tensor, values: Sequence[Tensor]) -> Tensor:
     """
     dtype = values[0].dtype
     wide = torch.promote_types(dtype, torch.float32)
-    weights = attn.to(wide).repeat_interleave(
-        values[0].size(1) // attn.size(1), dim=1)
+    weights = attn.to(wide).repeat_interleave(values[0].size(1) // attn.size(1), dim=1)
     weights = weights.permute(2, 0, 1)[..., None, None].unbind()
     out = weights[0] * values[0]
     for weight, value in zip(weights[1:], values[1:]):
@@ -161,10 +166,14 @@ def _has_triton() -> bool:
 
 def _kernels(backend: str, values: Sequence[Tensor]):
     """Module with the ``forward`` and ``backward`` to use."""
-    if backend == 'autograd' or backend == 'auto' and not (
-            values[0].is_cuda and _has_triton()):
+    if (
+        backend == 'autograd'
+        or backend == 'auto'
+        and not (values[0].is_cuda and _has_triton())
+    ):
         return lean
     from . import triton_kernels
+
     if backend == 'auto' and not triton_kernels.fits(values):
         return lean
     return triton_kernels
@@ -174,9 +183,14 @@ class _LayerWeightedSum(torch.autograd.Function):
     """:func:`layer_weighted_sum` outside of ``torch.compile``."""
 
     @staticmethod
-    def forward(ctx, backend: str, shared: List[Optional[SharedValue]],
-                token: Optional[Tensor], attn: Tensor,
-                *values: Tensor) -> Tensor:
+    def forward(
+        ctx,
+        backend: str,
+        shared: List[Optional[SharedValue]],
+        token: Optional[Tensor],
+        attn: Tensor,
+        *values: Tensor,
+    ) -> Tensor:
         ctx.backend = backend
         ctx.ledgers = [None if v is None else v.ledger for v in shared]
         ctx.save_for_backward(attn, *values)
@@ -188,7 +202,8 @@ class _LayerWeightedSum(torch.autograd.Function):
         attn, *values = ctx.saved_tensors
         _, _, needs_shared, needs_attn, *needs_values = ctx.needs_input_grad
         grad_attn, grad_values = _kernels(ctx.backend, values).backward(
-            grad, attn, values, needs_attn, needs_values)
+            grad, attn, values, needs_attn, needs_values
+        )
         if needs_shared:
             for s, ledger in enumerate(ctx.ledgers):
                 if ledger is not None:
@@ -201,8 +216,9 @@ class _Share(torch.autograd.Function):
     """Make the token of a :class:`SharedValue`, and its value's gradient."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, token: Optional[Tensor], ledger: list,
-                backend: str) -> Tensor:
+    def forward(
+        ctx, value: Tensor, token: Optional[Tensor], ledger: list, backend: str
+    ) -> Tensor:
         ctx.ledger = ledger
         ctx.backend = backend
         return value.new_zeros(())
@@ -259,8 +275,7 @@ def _register():
         return None
 
     @torch.library.custom_op('mmela::layer_weighted_sum', mutates_args=())
-    def forward_op(attn: Tensor, values: Sequence[Tensor],
-                   backend: str) -> Tensor:
+    def forward_op(attn: Tensor, values: Sequence[Tensor], backend: str) -> Tensor:
         return _kernels(backend, values).forward(attn, values)
 
     @forward_op.register_fake
@@ -269,15 +284,19 @@ def _register():
 
     # An operator returns no None: an empty tensor stands for an unneeded
     # gradient.
-    @torch.library.custom_op(
-        'mmela::layer_weighted_sum_backward', mutates_args=())
-    def backward_op(grad: Tensor, attn: Tensor, values: Sequence[Tensor],
-                    needs: Sequence[bool], backend: str) -> List[Tensor]:
+    @torch.library.custom_op('mmela::layer_weighted_sum_backward', mutates_args=())
+    def backward_op(
+        grad: Tensor,
+        attn: Tensor,
+        values: Sequence[Tensor],
+        needs: Sequence[bool],
+        backend: str,
+    ) -> List[Tensor]:
         grad_attn, grad_values = _kernels(backend, values).backward(
-            grad, attn, values, needs[0], needs[1:])
+            grad, attn, values, needs[0], needs[1:]
+        )
         return [
-            attn.new_empty(0) if g is None else g
-            for g in (grad_attn, *grad_values)
+            attn.new_empty(0) if g is None else g for g in (grad_attn, *grad_values)
         ]
 
     @backward_op.register_fake
@@ -296,7 +315,8 @@ def _register():
         needs_attn, needs_values, _ = ctx.needs_input_grad
         needs = [needs_attn, *needs_values]
         grads: List[Optional[Tensor]] = list(
-            backward_op(grad, attn, values, needs, ctx.backend))
+            backward_op(grad, attn, values, needs, ctx.backend)
+        )
         grads = [g if need else None for g, need in zip(grads, needs)]
         return grads[0], grads[1:], None
 

@@ -4,6 +4,7 @@ The batch is worked through in chunks, so that what all layers share (the
 output, its gradient) and the one temporary stay in the cache while the values
 pass by. Each value is read once from memory and each gradient written once.
 """
+
 from typing import Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -40,8 +41,11 @@ def forward(attn: Tensor, values: Sequence[Tensor]) -> Tensor:
 
 
 def backward(
-    grad: Tensor, attn: Tensor, values: Sequence[Tensor], needs_attn: bool,
-    needs_values: Sequence[bool]
+    grad: Tensor,
+    attn: Tensor,
+    values: Sequence[Tensor],
+    needs_attn: bool,
+    needs_values: Sequence[bool],
 ) -> Tuple[Optional[Tensor], List[Optional[Tensor]]]:
     """Gradients of :func:`forward`.
 
@@ -72,7 +76,7 @@ def backward(
                 if product is None:  # the first chunk is the largest
                     product = torch.empty_like(value[part], dtype=wide)
                 v = value[part]
-                dot = torch.mul(g, v, out=product[:len(v)]).sum((2, 3))
+                dot = torch.mul(g, v, out=product[: len(v)]).sum((2, 3))
                 grad_attn[part, :, s] = dot.unflatten(1, (heads, -1)).sum(-1)
             grad_value = grad_values[s]
             if grad_value is not None:
@@ -86,8 +90,7 @@ def _per_channel(attn: Tensor, value: Tensor) -> Tuple[Tensor, ...]:
     They are tiny beside one value.
     """
     wide = torch.promote_types(value.dtype, torch.float32)
-    weights = attn.to(wide).repeat_interleave(
-        value.size(1) // attn.size(1), dim=1)
+    weights = attn.to(wide).repeat_interleave(value.size(1) // attn.size(1), dim=1)
     return weights.permute(2, 0, 1)[..., None, None].unbind()
 
 

@@ -37,12 +37,14 @@ def _autocasts(x: Tensor) -> bool:
     try:
         return torch.is_autocast_enabled(x.device.type)
     except TypeError:  # before torch 2.4
-        return torch.is_autocast_enabled() if x.is_cuda else \
-            torch.is_autocast_cpu_enabled()
+        return (
+            torch.is_autocast_enabled()
+            if x.is_cuda
+            else torch.is_autocast_cpu_enabled()
+        )
 
 
 class _PoolAndConvolve(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight)
@@ -54,8 +56,18 @@ class _PoolAndConvolve(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad_value, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0],
-            x.size(1), [needs_x, needs_weight, False])
+            grad_value,
+            x,
+            weight,
+            None,
+            [1, 1],
+            [1, 1],
+            [1, 1],
+            False,
+            [0, 0],
+            x.size(1),
+            [needs_x, needs_weight, False],
+        )
         if needs_x:
             grad_pooled = grad_pooled / (x.size(2) * x.size(3))
             grad_x.add_(grad_pooled[..., None, None])

@@ -7,6 +7,7 @@ weight is a scalar to it. Sums are in single precision.
 Importing this needs Triton. With the environment variable
 ``TRITON_INTERPRET=1`` the kernels run on a CPU, slowly, for tests.
 """
+
 from typing import List, Optional, Sequence, Tuple
 
 import torch
@@ -19,8 +20,13 @@ BLOCK = 2048
 
 
 @triton.jit
-def _offsets(size, channels, HEAD_DIM: tl.constexpr,
-             CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr):
+def _offsets(
+    size,
+    channels,
+    HEAD_DIM: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Offsets of a program's elements in a value, and which of them exist.
 
     ``size`` is H * W. The head ``row = b * G + g`` is contiguous in NCHW; in
@@ -41,14 +47,22 @@ def _offsets(size, channels, HEAD_DIM: tl.constexpr,
 
 
 @triton.jit
-def _forward_kernel(attn, values, out, layers, size, channels,
-                    HEAD_DIM: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-                    BLOCK: tl.constexpr):
+def _forward_kernel(
+    attn,
+    values,
+    out,
+    layers,
+    size,
+    channels,
+    HEAD_DIM: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """``out = sum_s attn[s] * values[s]``."""
     offsets, mask = _offsets(size, channels, HEAD_DIM, CHANNELS_LAST, BLOCK)
     pointer = tl.pointer_type(out.dtype.element_ty)
     weights = attn + tl.program_id(0).to(tl.int64) * layers
-    total = tl.zeros((BLOCK, ), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
     for s in range(0, layers):
         # The compiler cannot know that all values are aligned
         value = tl.multiple_of(tl.load(values + s).to(pointer), 16)
@@ -58,10 +72,20 @@ def _forward_kernel(attn, values, out, layers, size, channels,
 
 
 @triton.jit
-def _backward_kernel(grad, attn, values, grad_values, dots, layers, size,
-                     channels, HEAD_DIM: tl.constexpr,
-                     CHANNELS_LAST: tl.constexpr, NEEDS_ATTN: tl.constexpr,
-                     BLOCK: tl.constexpr):
+def _backward_kernel(
+    grad,
+    attn,
+    values,
+    grad_values,
+    dots,
+    layers,
+    size,
+    channels,
+    HEAD_DIM: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    NEEDS_ATTN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Gradients of all values and the parts of that of ``attn``.
 
     ``grad`` is read once. ``dots`` (blocks, B * G, t) takes each program's
@@ -84,8 +108,8 @@ def _backward_kernel(grad, attn, values, grad_values, dots, layers, size,
             weight = tl.load(attn + row * layers + s).to(tl.float32)
             target = tl.multiple_of(address.to(pointer), 16)
             tl.store(
-                target + offsets, (weight * g).to(grad.dtype.element_ty),
-                mask=mask)
+                target + offsets, (weight * g).to(grad.dtype.element_ty), mask=mask
+            )
 
 
 def fits(values: Sequence[Tensor]) -> bool:
@@ -99,9 +123,11 @@ def fits(values: Sequence[Tensor]) -> bool:
         bytes, and all contiguous or all channels_last.
     """
     form = _memory_format(values[0])
-    return values[0].dtype in (torch.float16, torch.bfloat16, torch.float32) \
-        and all(v.is_contiguous(memory_format=form) for v in values) \
+    return (
+        values[0].dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and all(v.is_contiguous(memory_format=form) for v in values)
         and all(v.data_ptr() % 16 == 0 for v in values)
+    )
 
 
 def forward(attn: Tensor, values: Sequence[Tensor]) -> Tensor:
@@ -126,8 +152,11 @@ def forward(attn: Tensor, values: Sequence[Tensor]) -> Tensor:
 
 
 def backward(
-    grad: Tensor, attn: Tensor, values: Sequence[Tensor], needs_attn: bool,
-    needs_values: Sequence[bool]
+    grad: Tensor,
+    attn: Tensor,
+    values: Sequence[Tensor],
+    needs_attn: bool,
+    needs_values: Sequence[bool],
 ) -> Tuple[Optional[Tensor], List[Optional[Tensor]]]:
     """Gradients of :func:`forward`; arguments as for ``lean.backward``.
 
@@ -150,11 +179,18 @@ def backward(
         for value, need in zip(values, needs_values)
     ]
     grid, sizes = _launch(attn, grad, form)
-    parts = (grid[1], *attn.shape) if needs_attn else (1, )
+    parts = (grid[1], *attn.shape) if needs_attn else (1,)
     dots = torch.empty(parts, dtype=torch.float32, device=grad.device)
     _backward_kernel[grid](
-        grad, attn, _addresses(values), _addresses(grad_values), dots,
-        len(values), NEEDS_ATTN=needs_attn, **sizes)
+        grad,
+        attn,
+        _addresses(values),
+        _addresses(grad_values),
+        dots,
+        len(values),
+        NEEDS_ATTN=needs_attn,
+        **sizes,
+    )
     return dots.sum(0).to(dtype) if needs_attn else None, grad_values
 
 
@@ -173,9 +209,11 @@ def _aligned(value: Tensor, form: torch.memory_format) -> Tensor:
 
 def _prepare(attn: Tensor, values: Sequence[Tensor]):
     if values[0].dtype == torch.float64:
-        raise ValueError("backend='triton' sums in single precision and takes "
-                         'no torch.float64; allowed are torch.float16, '
-                         'torch.bfloat16 and torch.float32')
+        raise ValueError(
+            "backend='triton' sums in single precision and takes "
+            'no torch.float64; allowed are torch.float16, '
+            'torch.bfloat16 and torch.float32'
+        )
     form = _memory_format(values[0])
     return attn.contiguous(), [_aligned(v, form) for v in values], form
 
@@ -197,5 +235,6 @@ def _launch(attn: Tensor, value: Tensor, form: torch.memory_format):
         channels=channels,
         HEAD_DIM=head_dim,
         CHANNELS_LAST=form == torch.channels_last,
-        BLOCK=BLOCK)
+        BLOCK=BLOCK,
+    )
     return (batch * heads, triton.cdiv(head_dim * size, BLOCK)), sizes

@@ -35,7 +35,8 @@ def attention_kl(log_p, log_q, eps: float = 1e-8):
     if more <= tokens:
         raise ValueError(
             f'the later block attends over {more} tokens and the earlier one '
-            f'over {tokens}; it must be more')
+            f'over {tokens}; it must be more'
+        )
     if isinstance(log_p, np.ndarray):
         exp, where = np.exp, np.where
     else:
@@ -44,7 +45,7 @@ def attention_kl(log_p, log_q, eps: float = 1e-8):
     # p log(p / q) -> 0 for p -> 0, but 0 * inf is NaN: whether log p is -inf
     # or p has underflowed, leave no infinity to multiply by.
     zero = p == 0
-    log_ratio = where(zero, 0., log_p) - where(zero, 0., log_q[..., :tokens])
+    log_ratio = where(zero, 0.0, log_p) - where(zero, 0.0, log_q[..., :tokens])
     padding = eps * (math.log(eps) - log_q[..., tokens:])
     return (p * log_ratio).sum(-1) + padding.sum(-1)
 
@@ -66,4 +67,5 @@ def safe_log(probs):
     if isinstance(probs, np.ndarray):
         return np.log(np.maximum(probs, np.finfo(probs.dtype).tiny))
     from torch import finfo
+
     return probs.clamp(min=finfo(probs.dtype).tiny).log()

@@ -19,6 +19,7 @@ class EBQMResult:
         quantile (float): The ``gamma``-quantile of all values; NaN if there
             are none.
     """
+
     skip: np.ndarray
     selected: np.ndarray
     normalized: np.ndarray
@@ -26,11 +27,9 @@ class EBQMResult:
     quantile: float
 
 
-def check_number(name: str,
-                 value: float,
-                 low: float,
-                 high: float = np.inf,
-                 open_low: bool = False) -> float:
+def check_number(
+    name: str, value: float, low: float, high: float = np.inf, open_low: bool = False
+) -> float:
     """Check a hyper-parameter.
 
     Returns:
@@ -39,20 +38,23 @@ def check_number(name: str,
     Raises:
         ValueError: If it is no number from ``low`` to ``high``.
     """
-    is_number = isinstance(value, (int, float, np.integer, np.floating)) \
-        and not isinstance(value, bool)
+    is_number = isinstance(
+        value, (int, float, np.integer, np.floating)
+    ) and not isinstance(value, bool)
     # NaN fails every comparison.
-    if not is_number or not (low < value if open_low else low <= value) or \
-            not value <= high or value == np.inf:
+    if (
+        not is_number
+        or not (low < value if open_low else low <= value)
+        or not value <= high
+        or value == np.inf
+    ):
         left = '(' if open_low else '['
         right = 'inf)' if high == np.inf else f'{high:g}]'
-        raise ValueError(f'{name}={value!r} is not a number in '
-                         f'{left}{low:g}, {right}')
+        raise ValueError(f'{name}={value!r} is not a number in {left}{low:g}, {right}')
     return value
 
 
-def check_kl(kl: Sequence[float],
-             names: Optional[Sequence[str]] = None) -> np.ndarray:
+def check_kl(kl: Sequence[float], names: Optional[Sequence[str]] = None) -> np.ndarray:
     """Check KL divergences.
 
     Returns:
@@ -66,8 +68,10 @@ def check_kl(kl: Sequence[float],
         raise ValueError(f'kl has shape {kl.shape}; it must be (L,)')
     for index in np.flatnonzero(~np.isfinite(kl)):
         name = names[index] if names is not None else f'layer {index}'
-        raise ValueError(f'KL divergence of {name} is {kl[index]}; it must be '
-                         'finite. Has the training diverged?')
+        raise ValueError(
+            f'KL divergence of {name} is {kl[index]}; it must be '
+            'finite. Has the training diverged?'
+        )
     return kl
 
 
@@ -76,8 +80,9 @@ def beta_cdf(x: np.ndarray, alpha: float, beta: float) -> np.ndarray:
     return special.betainc(alpha, beta, x)
 
 
-def map_quantiles(kl: np.ndarray, gamma: float, mu: float,
-                  cdf: Callable[[np.ndarray], np.ndarray]) -> EBQMResult:
+def map_quantiles(
+    kl: np.ndarray, gamma: float, mu: float, cdf: Callable[[np.ndarray], np.ndarray]
+) -> EBQMResult:
     """Algorithm 1 of ELA with any CDF on [0, 1]."""
     normalized = np.full(kl.shape, np.nan)
     mapped = np.full(kl.shape, np.nan)
@@ -89,18 +94,19 @@ def map_quantiles(kl: np.ndarray, gamma: float, mu: float,
     values = kl[selected]
     # Without a spread there is nothing to tell redundant layers by.
     if values.size >= 2 and values.max() > values.min():
-        normalized[selected] = (values - values.min()) / (
-            values.max() - values.min())
+        normalized[selected] = (values - values.min()) / (values.max() - values.min())
         mapped[selected] = cdf(normalized[selected])
         skip[selected] = mapped[selected] < mu
     return EBQMResult(skip, selected, normalized, mapped, quantile)
 
 
-def ebqm(kl: Sequence[float],
-         gamma: float = 0.5,
-         alpha: float = 2.,
-         beta: float = 5.,
-         mu: float = 0.2) -> EBQMResult:
+def ebqm(
+    kl: Sequence[float],
+    gamma: float = 0.5,
+    alpha: float = 2.0,
+    beta: float = 5.0,
+    mu: float = 0.2,
+) -> EBQMResult:
     """Enhanced Beta Quantile Mapping (ELA, algorithm 1).
 
     Of the values up to their ``gamma``-quantile, those are skipped whose
@@ -128,5 +134,4 @@ def ebqm(kl: Sequence[float],
     check_number('alpha', alpha, 0, open_low=True)
     check_number('beta', beta, 0, open_low=True)
     check_number('mu', mu, 0, 1)
-    return map_quantiles(
-        check_kl(kl), gamma, mu, lambda x: beta_cdf(x, alpha, beta))
+    return map_quantiles(check_kl(kl), gamma, mu, lambda x: beta_cdf(x, alpha, beta))

@@ -28,6 +28,7 @@ class PruningDecision:
             may have, NaN where undefined, (L,). It is per attention because
             ``scope='stage'`` has one for each stage.
     """
+
     names: tuple
     kl: np.ndarray
     skip: np.ndarray
@@ -57,7 +58,9 @@ class PruningDecision:
                 mapped=plain(self.mapped[i]),
                 threshold=plain(self.threshold),
                 skip=bool(self.skip[i]),
-                reason=self.reasons[i]) for i, name in enumerate(self.names)
+                reason=self.reasons[i],
+            )
+            for i, name in enumerate(self.names)
         ]
 
 
@@ -81,23 +84,30 @@ class PruningPolicy(metaclass=ABCMeta):
 
     threshold = np.nan
 
-    def __init__(self,
-                 scope: str = 'network',
-                 min_active_per_stage: int = 1,
-                 max_pruned: Optional[int] = None) -> None:
+    def __init__(
+        self,
+        scope: str = 'network',
+        min_active_per_stage: int = 1,
+        max_pruned: Optional[int] = None,
+    ) -> None:
         if scope not in ('network', 'stage'):
             raise ValueError(
-                f"scope={scope!r} is unknown; allowed are 'network' and "
-                "'stage'")
+                f"scope={scope!r} is unknown; allowed are 'network' and 'stage'"
+            )
         self.scope = scope
-        self.min_active_per_stage = _check_count('min_active_per_stage',
-                                                 min_active_per_stage, 1)
-        self.max_pruned = max_pruned if max_pruned is None else \
-            _check_count('max_pruned', max_pruned, 0)
+        self.min_active_per_stage = _check_count(
+            'min_active_per_stage', min_active_per_stage, 1
+        )
+        self.max_pruned = (
+            max_pruned
+            if max_pruned is None
+            else _check_count('max_pruned', max_pruned, 0)
+        )
 
     def __repr__(self) -> str:
-        arguments = ', '.join(f'{k}={v!r}' for k, v in vars(self).items()
-                              if v is not None)
+        arguments = ', '.join(
+            f'{k}={v!r}' for k, v in vars(self).items() if v is not None
+        )
         return f'{type(self).__name__}({arguments})'
 
     @abstractmethod
@@ -111,11 +121,13 @@ class PruningPolicy(metaclass=ABCMeta):
             EBQMResult: The decision before the limits.
         """
 
-    def __call__(self,
-                 kl: Sequence[float],
-                 stages: Optional[Sequence[int]] = None,
-                 measured: Optional[Sequence[bool]] = None,
-                 names: Optional[Sequence[str]] = None) -> PruningDecision:
+    def __call__(
+        self,
+        kl: Sequence[float],
+        stages: Optional[Sequence[int]] = None,
+        measured: Optional[Sequence[bool]] = None,
+        names: Optional[Sequence[str]] = None,
+    ) -> PruningDecision:
         """Decide which attentions are redundant.
 
         Args:
@@ -138,24 +150,26 @@ class PruningPolicy(metaclass=ABCMeta):
         """
         kl = np.array(kl, dtype=np.float64)
         count = len(kl)
-        stages = np.zeros(count, int) if stages is None else np.array(
-            stages, dtype=int)
-        measured = np.ones(count, bool) if measured is None else np.array(
-            measured, dtype=bool)
-        names = [f'layer {i}' for i in range(count)
-                 ] if names is None else list(names)
+        stages = np.zeros(count, int) if stages is None else np.array(stages, dtype=int)
+        measured = (
+            np.ones(count, bool) if measured is None else np.array(measured, dtype=bool)
+        )
+        names = [f'layer {i}' for i in range(count)] if names is None else list(names)
         if not len(stages) == len(measured) == len(names) == count:
             raise ValueError(
                 f'kl has {count} entries, stages {len(stages)}, measured '
-                f'{len(measured)} and names {len(names)}; they must agree')
+                f'{len(measured)} and names {len(names)}; they must agree'
+            )
         kl[~measured] = np.nan
         check_kl(kl[measured], [n for n, m in zip(names, measured) if m])
 
         normalized, mapped, quantile = np.full((3, count), np.nan)
         wanted, selected = np.zeros(count, bool), np.zeros(count, bool)
-        pools = [measured] if self.scope == 'network' else [
-            measured & (stages == stage) for stage in np.unique(stages)
-        ]
+        pools = (
+            [measured]
+            if self.scope == 'network'
+            else [measured & (stages == stage) for stage in np.unique(stages)]
+        )
         for pool in pools:
             result = self.decide(kl[pool])
             wanted[pool], selected[pool] = result.skip, result.selected
@@ -163,16 +177,23 @@ class PruningPolicy(metaclass=ABCMeta):
             mapped[pool] = result.mapped
             quantile[pool] = result.quantile
 
-        reasons = [
-            self._reason(*x) for x in zip(measured, selected, wanted, mapped)
-        ]
+        reasons = [self._reason(*x) for x in zip(measured, selected, wanted, mapped)]
         skip = self._limit(kl, stages, wanted, reasons)
         return PruningDecision(
-            tuple(names), kl, skip, normalized, mapped, self.threshold,
-            tuple(reasons), selected, quantile)
+            tuple(names),
+            kl,
+            skip,
+            normalized,
+            mapped,
+            self.threshold,
+            tuple(reasons),
+            selected,
+            quantile,
+        )
 
-    def _reason(self, measured: bool, selected: bool, wanted: bool,
-                mapped: float) -> str:
+    def _reason(
+        self, measured: bool, selected: bool, wanted: bool, mapped: float
+    ) -> str:
         if not measured:
             return 'kept: first of its stage, not measured'
         if not selected:
@@ -182,11 +203,13 @@ class PruningPolicy(metaclass=ABCMeta):
         if np.isnan(mapped):
             return 'kept: too few different values'
         sign = '<' if wanted else '>='
-        return (f'{"pruned" if wanted else "kept"}: {mapped:.3g} {sign} '
-                f'{self.threshold:g}')
+        return (
+            f'{"pruned" if wanted else "kept"}: {mapped:.3g} {sign} {self.threshold:g}'
+        )
 
-    def _limit(self, kl: np.ndarray, stages: np.ndarray, wanted: np.ndarray,
-               reasons: List[str]) -> np.ndarray:
+    def _limit(
+        self, kl: np.ndarray, stages: np.ndarray, wanted: np.ndarray, reasons: List[str]
+    ) -> np.ndarray:
         """Apply the limits; changes ``reasons`` where one binds."""
         skip = np.zeros_like(wanted)
         left = {stage: int((stages == stage).sum()) for stage in stages}
@@ -197,8 +220,9 @@ class PruningPolicy(metaclass=ABCMeta):
             if self.max_pruned is not None and skip.sum() >= self.max_pruned:
                 reasons[index] = f'kept: max_pruned={self.max_pruned}'
             elif left[stage] <= self.min_active_per_stage:
-                reasons[index] = ('kept: min_active_per_stage='
-                                  f'{self.min_active_per_stage}')
+                reasons[index] = (
+                    f'kept: min_active_per_stage={self.min_active_per_stage}'
+                )
             else:
                 skip[index] = True
                 left[stage] -= 1
@@ -206,15 +230,18 @@ class PruningPolicy(metaclass=ABCMeta):
 
 
 def _check_count(name: str, value: int, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or \
-            value < low:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, np.integer))
+        or value < low
+    ):
         raise ValueError(f'{name}={value!r} is not an integer >= {low}')
     return int(value)
 
 
 def _truncated(cdf, x: np.ndarray) -> np.ndarray:
     """A CDF truncated to [0, 1], the range of the normalised values."""
-    low, high = cdf(0.), cdf(1.)
+    low, high = cdf(0.0), cdf(1.0)
     return (cdf(x) - low) / (high - low)
 
 
@@ -243,21 +270,25 @@ class EBQM(PruningPolicy):
 
     MAPPINGS = ('beta', 'normal', 'gamma', 'softmax', 'sigmoid')
 
-    def __init__(self,
-                 gamma: float = 0.5,
-                 alpha: float = 2.,
-                 beta: float = 5.,
-                 mu: float = 0.2,
-                 mapping: str = 'beta',
-                 **kwargs) -> None:
+    def __init__(
+        self,
+        gamma: float = 0.5,
+        alpha: float = 2.0,
+        beta: float = 5.0,
+        mu: float = 0.2,
+        mapping: str = 'beta',
+        **kwargs,
+    ) -> None:
         super().__init__(**kwargs)
         self.gamma = check_number('gamma', gamma, 0, 1, open_low=True)
         self.alpha = check_number('alpha', alpha, 0, open_low=True)
         self.beta = check_number('beta', beta, 0, open_low=True)
         self.mu = check_number('mu', mu, 0, 1)
         if mapping not in self.MAPPINGS:
-            raise ValueError(f'mapping={mapping!r} is unknown; allowed are '
-                             f'{", ".join(map(repr, self.MAPPINGS))}')
+            raise ValueError(
+                f'mapping={mapping!r} is unknown; allowed are '
+                f'{", ".join(map(repr, self.MAPPINGS))}'
+            )
         self.mapping = mapping
 
     @property
@@ -267,14 +298,15 @@ class EBQM(PruningPolicy):
     def map(self, x: np.ndarray) -> np.ndarray:
         """Map normalised values in [0, 1] to [0, 1], increasingly."""
         a, b = self.alpha, self.beta
-        mean, var = a / (a + b), a * b / ((a + b)**2 * (a + b + 1))
+        mean, var = a / (a + b), a * b / ((a + b) ** 2 * (a + b + 1))
         if self.mapping == 'beta':
             return beta_cdf(x, a, b)
         if self.mapping == 'normal':
             return _truncated(lambda t: special.ndtr((t - mean) / var**0.5), x)
         if self.mapping == 'gamma':
             return _truncated(
-                lambda t: special.gammainc(mean**2 / var, t * mean / var), x)
+                lambda t: special.gammainc(mean**2 / var, t * mean / var), x
+            )
         if self.mapping == 'softmax':
             return _truncated(np.exp, x)
         return _truncated(special.expit, x)
@@ -306,7 +338,7 @@ class Threshold(PruningPolicy):
         return self.mu
 
     def decide(self, kl: np.ndarray) -> EBQMResult:
-        return map_quantiles(kl, 1., self.mu, lambda x: x)
+        return map_quantiles(kl, 1.0, self.mu, lambda x: x)
 
 
 @PRUNING_POLICIES.register_module()
@@ -330,10 +362,9 @@ class FixedCount(PruningPolicy):
 
     def decide(self, kl: np.ndarray) -> EBQMResult:
         skip = np.zeros(kl.shape, dtype=bool)
-        skip[np.argsort(kl, kind='stable')[:self.count]] = True
+        skip[np.argsort(kl, kind='stable')[: self.count]] = True
         nothing = np.full(kl.shape, np.nan)
-        return EBQMResult(skip, np.ones_like(skip), nothing, nothing.copy(),
-                          np.nan)
+        return EBQMResult(skip, np.ones_like(skip), nothing, nothing.copy(), np.nan)
 
 
 @PRUNING_POLICIES.register_module()
@@ -367,17 +398,20 @@ class QuantileMapping(PruningPolicy):
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self,
-                 target: str = 'gamma',
-                 mu: float = 0.3,
-                 shape: float = 2.,
-                 scale: float = 0.2,
-                 rate: float = 1.,
-                 **kwargs) -> None:
+    def __init__(
+        self,
+        target: str = 'gamma',
+        mu: float = 0.3,
+        shape: float = 2.0,
+        scale: float = 0.2,
+        rate: float = 1.0,
+        **kwargs,
+    ) -> None:
         super().__init__(**kwargs)
         if target not in ('gamma', 'exponential'):
-            raise ValueError(f"target={target!r} is unknown; allowed are "
-                             "'gamma' and 'exponential'")
+            raise ValueError(
+                f"target={target!r} is unknown; allowed are 'gamma' and 'exponential'"
+            )
         self.target = target
         self.mu = check_number('mu', mu, 0)
         self.shape = check_number('shape', shape, 0, open_low=True)
@@ -392,8 +426,7 @@ class QuantileMapping(PruningPolicy):
         nothing = np.full(kl.shape, np.nan)
         everything = np.ones(kl.shape, dtype=bool)
         if kl.size < 2 or kl.max() == kl.min():
-            return EBQMResult(~everything, everything, nothing, nothing.copy(),
-                              np.nan)
+            return EBQMResult(~everything, everything, nothing, nothing.copy(), np.nan)
         p = (kl[None] <= kl[:, None]).mean(1)
         p = np.minimum(p, 1 - 0.5 / kl.size)
         if self.target == 'gamma':

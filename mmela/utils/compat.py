@@ -16,8 +16,7 @@ from ..version import SUPPORTED
 _REQUIRED = ('torch', 'mmengine', 'mmcv')
 
 
-def check_versions(
-        supported: Optional[Dict[str, Tuple[str, str]]] = None) -> None:
+def check_versions(supported: Optional[Dict[str, Tuple[str, str]]] = None) -> None:
     """Check the versions of the packages that mmela works with.
 
     The import name decides, whatever the distribution is called. Packages
@@ -35,14 +34,15 @@ def check_versions(
         if find_spec(name) is None:
             if name in _REQUIRED:
                 raise ImportError(
-                    f'mmela needs {name} >= {first}, < {last}, which is not '
-                    'installed')
+                    f'mmela needs {name} >= {first}, < {last}, which is not installed'
+                )
             continue
         version = find_version(name)
-        if not digit_version(first) <= digit_version(version) < \
-                digit_version(last):
-            raise ImportError(f'mmela needs {name} >= {first}, < {last}, but '
-                              f'{name} {version} is installed')
+        if not digit_version(first) <= digit_version(version) < digit_version(last):
+            raise ImportError(
+                f'mmela needs {name} >= {first}, < {last}, but '
+                f'{name} {version} is installed'
+            )
 
 
 def find_version(name: str) -> str:
@@ -74,8 +74,7 @@ def _statistic(owner: type, name: str) -> Callable:
     """
     if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
         return getattr(owner, name)
-    raise UnpicklingError(f'getattr({owner}, {name!r}) is not allowed in a '
-                          'checkpoint')
+    raise UnpicklingError(f'getattr({owner}, {name!r}) is not allowed in a checkpoint')
 
 
 def allow_checkpoint_classes() -> None:
@@ -97,10 +96,18 @@ def allow_checkpoint_classes() -> None:
         for code in ('bool', 'int32', 'int64', 'float32', 'float64')
     }
     # numpy 1 and 2 name their functions differently, also in files
-    functions = [(getattr(multiarray, name), f'numpy.{core}.multiarray.{name}')
-                 for name in ('_reconstruct', 'scalar')
-                 for core in ('core', '_core')]
-    torch.serialization.add_safe_globals([
-        HistoryBuffer, np.ndarray, np.dtype, *dtypes, *functions,
-        (_statistic, 'builtins.getattr')
-    ])
+    functions = [
+        (getattr(multiarray, name), f'numpy.{core}.multiarray.{name}')
+        for name in ('_reconstruct', 'scalar')
+        for core in ('core', '_core')
+    ]
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            np.ndarray,
+            np.dtype,
+            *dtypes,
+            *functions,
+            (_statistic, 'builtins.getattr'),
+        ]
+    )

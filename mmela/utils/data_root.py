@@ -30,9 +30,11 @@ def set_data_root(cfg: Config) -> List[str]:
         ValueError: If the config comes from no file or has no ``data_root``.
     """
     if cfg.filename is None or not cfg.get('data_root'):
-        raise ValueError('set_data_root needs a config that was read from a '
-                         f'file and has a data_root, got {cfg.filename} with '
-                         f"data_root={cfg.get('data_root')!r}")
+        raise ValueError(
+            'set_data_root needs a config that was read from a '
+            f'file and has a data_root, got {cfg.filename} with '
+            f'data_root={cfg.get("data_root")!r}'
+        )
     # mmengine keeps no record of what an option has replaced.
     old = Config.fromfile(cfg.filename).data_root.rstrip('/')
     new = cfg.data_root.rstrip('/')
@@ -51,7 +53,7 @@ def _move(node, old: str, new: str):
     if isinstance(node, (list, tuple)):
         return type(node)(_move(value, old, new) for value in node)
     if isinstance(node, str) and (node == old or node.startswith(old + '/')):
-        return new + node[len(old):]
+        return new + node[len(old) :]
     return node
 
 
@@ -71,8 +73,9 @@ def _fill_in(cfg: Config) -> List[str]:
         dataset.ann_file = train.ann_file
         dataset.data_prefix = train.data_prefix
         cfg[f'{split}_evaluator'].ann_file = instead
-        warnings.append(f'There is no {lacking}: the {split} metrics are of '
-                        'the training images.')
+        warnings.append(
+            f'There is no {lacking}: the {split} metrics are of the training images.'
+        )
     return warnings
 
 

@@ -16,10 +16,12 @@ class _Outputs(nn.Module):
         return tuple(self.backbone(x))
 
 
-def export_backbone(backbone: nn.Module,
-                    path: Union[str, Path],
-                    size: Sequence[int] = (224, 224),
-                    opset: Optional[int] = None) -> None:
+def export_backbone(
+    backbone: nn.Module,
+    path: Union[str, Path],
+    size: Sequence[int] = (224, 224),
+    opset: Optional[int] = None,
+) -> None:
     """Write a backbone as ONNX or TorchScript.
 
     Pruned attentions are not part of the result. Batch and image size are
@@ -39,8 +41,7 @@ def export_backbone(backbone: nn.Module,
     """
     path = Path(path)
     if path.suffix not in ('.onnx', '.pt'):
-        raise ValueError(f'{path} must end with .onnx (ONNX) or .pt '
-                         '(TorchScript)')
+        raise ValueError(f'{path} must end with .onnx (ONNX) or .pt (TorchScript)')
     # Detectors evaluate their norms in train() too; eval() returns nothing.
     backbone.eval()
     model = _Outputs(backbone).eval()
@@ -56,16 +57,14 @@ def export_backbone(backbone: nn.Module,
     height = torch.export.Dim('height', min=32)
     width = torch.export.Dim('width', min=32)
     torch.onnx.export(
-        model, (x, ),
+        model,
+        (x,),
         str(path),
         input_names=['x'],
         output_names=names,
         opset_version=opset,
-        dynamic_shapes=dict(x={
-            0: batch,
-            2: height,
-            3: width
-        }),
+        dynamic_shapes=dict(x={0: batch, 2: height, 3: width}),
         dynamo=True,
         external_data=False,
-        verbose=False)
+        verbose=False,
+    )

@@ -3,6 +3,7 @@
 MRLA: https://github.com/joyfang1106/MRLA,
 KCLA: https://github.com/bgx666/KCLA (its CIFAR folder has MRLA too).
 """
+
 import math
 import re
 from collections import Counter
@@ -14,31 +15,32 @@ from torch import Tensor
 ARCHS = ('mrla_base', 'mrla_light', 'mla', 'kcla')
 TARGETS = ('classifier', 'detector', 'backbone')
 
-_TYPES = dict(
-    mrla_base='MRLABase', mrla_light='MRLALight', mla='MLA', kcla='KCLA')
+_TYPES = dict(mrla_base='MRLABase', mrla_light='MRLALight', mla='MLA', kcla='KCLA')
 # What the published code sets. No tensor of MRLA's depends on it, and it is
 # not always what the paper says: that has 32 for every ResNet.
 _HEAD_DIM = dict(mrla_base=16, mrla_light=32)
 _CIFAR_HEAD_DIM = 16
 _DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 
-_NORM = ('weight', 'bias', 'running_mean', 'running_var',
-         'num_batches_tracked')
+_NORM = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 _OPTIONAL = 'num_batches_tracked'  # not in checkpoints of torch < 0.4.1
 
 # layer2.0.<leaf>, stages.1.0.<leaf>, and for KCLA on ImageNet and COCO
 # layer2.layers.0.<leaf of the block>, layer2.attention.0.<leaf of KCLA>
-_BLOCK_KEY = re.compile(r'(?:layer(?P<layer>\d+)|stages\.(?P<stage>\d+))\.'
-                        r'(?:(?P<part>layers|attention)\.)?'
-                        r'(?P<block>\d+)\.(?P<leaf>.+)')
-_DETECTOR_PARTS = ('neck.', 'rpn_head.', 'roi_head.', 'bbox_head.',
-                   'mask_head.')
+_BLOCK_KEY = re.compile(
+    r'(?:layer(?P<layer>\d+)|stages\.(?P<stage>\d+))\.'
+    r'(?:(?P<part>layers|attention)\.)?'
+    r'(?P<block>\d+)\.(?P<leaf>.+)'
+)
+_DETECTOR_PARTS = ('neck.', 'rpn_head.', 'roi_head.', 'bbox_head.', 'mask_head.')
 
-_UNUSED_CROSS_STAGE = ('the published forward pass never reads it: the first '
-                       'stage has no stage before it')
+_UNUSED_CROSS_STAGE = (
+    'the published forward pass never reads it: the first stage has no stage before it'
+)
 _UNUSED_FINAL_NORM = 'the published forward pass never reads it'
-_FIXED_SCALES = ('fixed scales of the heads, which KCLA computes; their '
-                 'values were checked')
+_FIXED_SCALES = (
+    'fixed scales of the heads, which KCLA computes; their values were checked'
+)
 _NO_CLASSIFIER = 'classifier, which the target has not'
 _NOT_BACKBONE = 'part of the detector, not of its backbone'
 
@@ -51,15 +53,16 @@ class KeyMap(NamedTuple):
         dropped (dict[str, str]): Reason by published key that is left out.
         arch (str): The architecture, one of :data:`ARCHS`.
     """
+
     mapped: Dict[str, str]
     dropped: Dict[str, str]
     arch: str
 
 
 def convert_published(
-        state_dict: Dict[str, Tensor],
-        arch: Optional[str] = None,
-        target: str = 'classifier'
+    state_dict: Dict[str, Tensor],
+    arch: Optional[str] = None,
+    target: str = 'classifier',
 ) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
     """Convert the state dict of a published network to mmela's layout.
 
@@ -102,7 +105,7 @@ def convert_published(
             value = value.flatten()  # published as (C, 1, 1)
         converted[new] = value
         if new.endswith('.layer_attn.query.weight'):
-            state = new[:-len('query.weight')] + 'state'
+            state = new[: -len('query.weight')] + 'state'
             converted[state] = torch.tensor(0, dtype=torch.uint8)
     return converted, keys.dropped
 
@@ -119,7 +122,7 @@ def strip_module(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
     prefix = 'module.'
     if not all(key.startswith(prefix) for key in state_dict):
         return state_dict
-    return {key[len(prefix):]: value for key, value in state_dict.items()}
+    return {key[len(prefix) :]: value for key, value in state_dict.items()}
 
 
 def detect_arch(keys: Iterable[str]) -> str:
@@ -138,17 +141,24 @@ def detect_arch(keys: Iterable[str]) -> str:
         ValueError: If the keys are of none of them.
     """
     parts = {part for key in keys for part in key.split('.')}
-    for arch, sign in (('kcla', 'bn_attention'), ('mrla_light', 'lambda_t'),
-                       ('mrla_base', 'bn_mrla')):
+    for arch, sign in (
+        ('kcla', 'bn_attention'),
+        ('mrla_light', 'lambda_t'),
+        ('mrla_base', 'bn_mrla'),
+    ):
         if sign in parts:
             return arch
-    raise ValueError('the keys are of no published network with layer '
-                     f'attention; known are {", ".join(ARCHS)}')
+    raise ValueError(
+        'the keys are of no published network with layer '
+        f'attention; known are {", ".join(ARCHS)}'
+    )
 
 
-def map_published_keys(state_dict: Dict[str, Tensor],
-                       arch: Optional[str] = None,
-                       target: str = 'classifier') -> KeyMap:
+def map_published_keys(
+    state_dict: Dict[str, Tensor],
+    arch: Optional[str] = None,
+    target: str = 'classifier',
+) -> KeyMap:
     """Say where each key of a published network goes.
 
     Args:
@@ -166,25 +176,28 @@ def map_published_keys(state_dict: Dict[str, Tensor],
         ValueError: As :func:`convert_published`, but for the tensors' values.
     """
     if target not in TARGETS:
-        raise ValueError(f'target={target!r} is unknown; allowed are '
-                         f'{", ".join(TARGETS)}')
+        raise ValueError(
+            f'target={target!r} is unknown; allowed are {", ".join(TARGETS)}'
+        )
     if any('.bn_la.' in key for key in state_dict):
         raise ValueError(
             'the published ImageNet network of MRLA eq. 4 (keys bn_la) '
             'replaces the output of a block by BN(O), where MLA adds '
             'ReLU(BN(O)) to it: the converted network would compute something '
-            'else')
+            'else'
+        )
     if arch is None:
         arch = detect_arch(state_dict)
     elif arch not in ARCHS:
-        raise ValueError(f'arch={arch!r} is unknown; allowed are '
-                         f'{", ".join(ARCHS)}')
+        raise ValueError(f'arch={arch!r} is unknown; allowed are {", ".join(ARCHS)}')
     prefix = 'backbone.'
     detector = any(key.startswith(prefix) for key in state_dict)
     if detector and target == 'classifier':
-        raise ValueError('the checkpoint is of a detector and has no '
-                         "classifier; allowed are target='detector' and "
-                         "target='backbone'")
+        raise ValueError(
+            'the checkpoint is of a detector and has no '
+            "classifier; allowed are target='detector' and "
+            "target='backbone'"
+        )
     new_prefix = '' if target == 'backbone' else prefix
     deep = any('conv1.0.' in key for key in state_dict)
     stem = _stem_keys(deep, mmdet=target == 'detector')
@@ -205,7 +218,7 @@ def map_published_keys(state_dict: Dict[str, Tensor],
         elif detector and not key.startswith(prefix):
             unknown.append(key)
         else:
-            name = key[len(prefix):] if detector else key
+            name = key[len(prefix) :] if detector else key
             new, reason = _place(name, stem, leaves)
             if new:
                 mapped[key] = new_prefix + new
@@ -216,21 +229,28 @@ def map_published_keys(state_dict: Dict[str, Tensor],
     if unknown:
         # Published for block 11 of stage 3 of ResNet-101
         within = any('.u_Wk.' in key for key in unknown) and arch == 'kcla'
-        hint = ' (mmela starts the running mean of KCLA anew only between ' \
-            'stages, not within one)' if within else ''
-        raise ValueError(f'arch={arch!r} has no place for {len(unknown)} '
-                         f'keys{hint}: {", ".join(unknown)}')
-    twice = [
-        key for key, count in Counter(mapped.values()).items() if count > 1
-    ]
+        hint = (
+            ' (mmela starts the running mean of KCLA anew only between '
+            'stages, not within one)'
+            if within
+            else ''
+        )
+        raise ValueError(
+            f'arch={arch!r} has no place for {len(unknown)} '
+            f'keys{hint}: {", ".join(unknown)}'
+        )
+    twice = [key for key, count in Counter(mapped.values()).items() if count > 1]
     if twice:
-        raise ValueError(f'arch={arch!r}: more than one key becomes each of '
-                         f'{", ".join(twice)}')
+        raise ValueError(
+            f'arch={arch!r}: more than one key becomes each of {", ".join(twice)}'
+        )
     missing = _missing_keys(set(mapped.values()), arch, target)
     if missing:
-        raise ValueError(f'{len(missing)} keys are missing that '
-                         f'arch={arch!r}, target={target!r} needs: '
-                         f'{", ".join(missing)}')
+        raise ValueError(
+            f'{len(missing)} keys are missing that '
+            f'arch={arch!r}, target={target!r} needs: '
+            f'{", ".join(missing)}'
+        )
     return KeyMap(mapped, dropped, arch)
 
 
@@ -250,11 +270,11 @@ def published_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
         dict: Config of an ``ELAResNet`` or ``ELAResNet_CIFAR``. Its ``depth``
         is None where no standard network has as many blocks.
     """
-    prefix = 'backbone.' if 'backbone.layer1.0.conv1.weight' in converted \
-        else ''
+    prefix = 'backbone.' if 'backbone.layer1.0.conv1.weight' in converted else ''
     tensors = {
-        key[len(prefix):]: value
-        for key, value in converted.items() if key.startswith(prefix)
+        key[len(prefix) :]: value
+        for key, value in converted.items()
+        if key.startswith(prefix)
     }
     blocks = tuple(len(indices) for indices in _blocks(tensors))
     deep = 'conv1.weight' not in tensors
@@ -306,7 +326,8 @@ def _attention_leaves(arch: str) -> Dict[str, str]:
         mrla_base=(['mrla.mrla'], 'bn_mrla'),
         mrla_light=(['mrla.mrla', 'mrla.mla'], 'bn_mrla'),
         mla=(['mrla.mrla'], 'bn_mrla'),
-        kcla=(['kcla'], 'kcla.bn_attention'))[arch]
+        kcla=(['kcla'], 'kcla.bn_attention'),
+    )[arch]
     for layer in layers:
         for old, new in (('Wq', 'query'), ('Wk', 'key'), ('Wv', 'value')):
             leaves[f'{layer}.{old}.weight'] = f'layer_attn.{new}.weight'
@@ -338,8 +359,9 @@ def _stem_keys(deep: bool, mmdet: bool) -> Dict[str, str]:
     return keys
 
 
-def _place(name: str, stem: Dict[str, str],
-           leaves: Dict[str, str]) -> Tuple[Optional[str], Optional[str]]:
+def _place(
+    name: str, stem: Dict[str, str], leaves: Dict[str, str]
+) -> Tuple[Optional[str], Optional[str]]:
     """New key of a backbone's key or why it is dropped; neither if unknown."""
     if name in stem:
         return stem[name], None
@@ -380,7 +402,7 @@ def _blocks(keys: Iterable[str]) -> List[List[int]]:
 def _missing_keys(found: set, arch: str, target: str) -> List[str]:
     """Keys of a complete network that are not among the new ones."""
     prefix = '' if target == 'backbone' else 'backbone.'
-    names = {key[len(prefix):] for key in found if key.startswith(prefix)}
+    names = {key[len(prefix) :] for key in found if key.startswith(prefix)}
     deep = any(name.startswith('stem.') for name in names)
     needed = set(_stem_keys(deep, target == 'detector').values())
     attention = set(_attention_leaves(arch).values()) - {'layer_attn.scales'}
@@ -388,23 +410,22 @@ def _missing_keys(found: set, arch: str, target: str) -> List[str]:
     for stage, blocks in enumerate(stages, 1):
         for block in range(max(blocks, default=0) + 1):
             where = f'layer{stage}.{block}.'
-            downsample = any(
-                name.startswith(where + 'downsample.') for name in names)
+            downsample = any(name.startswith(where + 'downsample.') for name in names)
             for leaf in _block_leaves().values():
                 if downsample or not leaf.startswith('downsample.'):
                     needed.add(where + leaf)
             cross = stage > 1 and block == 0
             needed |= {
                 where + leaf
-                for leaf in attention if cross or '.cross_stage.' not in leaf
+                for leaf in attention
+                if cross or '.cross_stage.' not in leaf
             }
     needed = {prefix + name for name in needed}
     if not stages:
         needed.add(prefix + 'layer1.0.conv1.weight')
     if target == 'classifier':
         needed |= {'head.fc.weight', 'head.fc.bias'}
-    return sorted(
-        key for key in needed - found if not key.endswith(_OPTIONAL))
+    return sorted(key for key in needed - found if not key.endswith(_OPTIONAL))
 
 
 def _check_scales(key: str, value: Tensor) -> None:
@@ -416,4 +437,5 @@ def _check_scales(key: str, value: Tensor) -> None:
         raise ValueError(
             f'{key} has other values than the published ones, '
             f'1 / 0.7 to 0.7: {value.flatten()[:4].tolist()} ...; mmela has '
-            'no attention with these')
+            'no attention with these'
+        )

@@ -10,11 +10,12 @@ from ..layers import AttentionState
 # Stages of a ResNet are named from 1, hooked stages numbered from 0.
 _STATE_KEY = re.compile(
     r'(?P<prefix>.*?)(?:layer(?P<named>\d+)|layer_attn_stages\.(?P<stage>\d+))'
-    r'\.(?P<block>\d+)\.layer_attn\.state')
+    r'\.(?P<block>\d+)\.layer_attn\.state'
+)
 
 
 def slim_state_dict(
-        state_dict: Dict[str, Tensor]
+    state_dict: Dict[str, Tensor],
 ) -> Tuple[Dict[str, Tensor], Dict[str, List[List[int]]]]:
     """Leave pruned attentions out of a state dict.
 
@@ -42,12 +43,13 @@ def slim_state_dict(
         stage = int(match['stage'] or int(match['named']) - 1)
         active = stages.setdefault(stage, [])
         if AttentionState(int(value)) == AttentionState.PRUNED:
-            pruned.append(key[:-len('state')])
+            pruned.append(key[: -len('state')])
         else:
             active.append(int(match['block']))
     if not blocks:
-        raise ValueError('the state dict has no layer attention: no key ends '
-                         'with .layer_attn.state')
+        raise ValueError(
+            'the state dict has no layer attention: no key ends with .layer_attn.state'
+        )
     slim = {
         key: value
         for key, value in state_dict.items()
@@ -83,14 +85,16 @@ def slim_config(cfg: Config, blocks: Dict[str, List[List[int]]]) -> Config:
         if not isinstance(node, ConfigDict) or 'type' not in node:
             raise ValueError(
                 f'the checkpoint has layer attentions under {prefix!r}, but '
-                'the config has no backbone there')
+                'the config has no backbone there'
+            )
         if 'depth' in node:
             # Trailing stages may have no attention, and so no key.
             depth = node.get('num_stages', 4)
             stages = (stages + [[]] * depth)[:depth]
         node['attention_blocks'] = stages
     cfg['custom_hooks'] = [
-        hook for hook in cfg.get('custom_hooks', [])
+        hook
+        for hook in cfg.get('custom_hooks', [])
         if hook['type'] != 'LayerAttentionPruningHook'
     ]
     return cfg

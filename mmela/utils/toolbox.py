@@ -32,19 +32,19 @@ def find_tool(config: str, name: str) -> Path:
     scope = Config.fromfile(config).get('default_scope')
     spec = find_spec(scope) if scope else None
     if spec is None:
-        raise ValueError(f'{config} has default_scope={scope!r}, which is no '
-                         'installed toolbox: mmdet, mmpretrain or mmseg')
+        raise ValueError(
+            f'{config} has default_scope={scope!r}, which is no '
+            'installed toolbox: mmdet, mmpretrain or mmseg'
+        )
     tool = Path(spec.origin).parent / '.mim' / 'tools' / name
     if not tool.is_file():
-        raise FileNotFoundError(
-            f'{scope} has no {tool}; install it with pip or mim')
+        raise FileNotFoundError(f'{scope} has no {tool}; install it with pip or mim')
     return tool
 
 
-def run_tool(name: str,
-             argv: List[str],
-             usage: str,
-             files: Tuple[str, ...] = ()) -> None:
+def run_tool(
+    name: str, argv: List[str], usage: str, files: Tuple[str, ...] = ()
+) -> None:
     """Run a toolbox's tool in this process, for a config of that toolbox.
 
     Args:
@@ -74,8 +74,9 @@ def run_tool(name: str,
     runpy.run_path(str(tool), run_name='__main__')
 
 
-def open_network(config: str, checkpoint: str,
-                 *outs: Path) -> Tuple[Config, dict, dict]:
+def open_network(
+    config: str, checkpoint: str, *outs: Path
+) -> Tuple[Config, dict, dict]:
     """Read a network's config and checkpoint for a command-line tool.
 
     The default scope becomes that of the config.
@@ -102,28 +103,41 @@ def open_network(config: str, checkpoint: str,
     try:
         cfg = Config.fromfile(config)
     except Exception as error:  # a config is code: it may raise anything
-        raise SystemExit(f'error: {config} cannot be read: '
-                         f'{one_line(error)}')
+        raise SystemExit(f'error: {config} cannot be read: {one_line(error)}')
     if not isinstance(cfg.get('model'), dict):
         raise SystemExit(f'error: {config} has no model')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     try:
         content = torch.load(checkpoint, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError,
-            ValueError, LookupError, AttributeError):
-        raise SystemExit(f'error: {checkpoint} is no checkpoint, is damaged, '
-                         'or holds objects that may run code')
-    state_dict = content.get('state_dict', content) \
-        if isinstance(content, dict) else None
-    if not isinstance(state_dict, dict) or \
-            not any(torch.is_tensor(value) for value in state_dict.values()):
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+    ):
+        raise SystemExit(
+            f'error: {checkpoint} is no checkpoint, is damaged, '
+            'or holds objects that may run code'
+        )
+    state_dict = (
+        content.get('state_dict', content) if isinstance(content, dict) else None
+    )
+    if not isinstance(state_dict, dict) or not any(
+        torch.is_tensor(value) for value in state_dict.values()
+    ):
         raise SystemExit(f'error: {checkpoint} holds no state dict')
     return cfg, content, state_dict
 
 
-def load_fitting(module: nn.Module, state_dict: dict,
-                 config: Union[str, Path], checkpoint: Union[str,
-                                                             Path]) -> None:
+def load_fitting(
+    module: nn.Module,
+    state_dict: dict,
+    config: Union[str, Path],
+    checkpoint: Union[str, Path],
+) -> None:
     """Load a state dict that must fit key by key.
 
     Args:
@@ -139,20 +153,20 @@ def load_fitting(module: nn.Module, state_dict: dict,
         missing, unexpected = module.load_state_dict(state_dict, strict=False)
     except RuntimeError as error:  # other shapes
         reason = str(error).strip().split('\n')[-1].strip()
-        raise ValueError(
-            f'{checkpoint} does not fit {config}: {reason}') from error
+        raise ValueError(f'{checkpoint} does not fit {config}: {reason}') from error
     faults = [
         f'{len(keys)} {what} such as {keys[0]}'
-        for keys, what in ((missing, 'keys are missing'),
-                           (unexpected, 'keys have no place')) if keys
+        for keys, what in (
+            (missing, 'keys are missing'),
+            (unexpected, 'keys have no place'),
+        )
+        if keys
     ]
     if faults:
-        raise ValueError(
-            f'{checkpoint} does not fit {config}: {"; ".join(faults)}')
+        raise ValueError(f'{checkpoint} does not fit {config}: {"; ".join(faults)}')
 
 
 def one_line(error: Exception) -> str:
     """What an exception says, for the one line of a command-line tool."""
-    text = error.args[0] if isinstance(error, KeyError) and error.args \
-        else error
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
     return ' '.join(str(text).split())

@@ -1,4 +1,5 @@
 """Measurements of layer attentions, against values computed by hand."""
+
 import json
 import math
 
@@ -10,8 +11,12 @@ from torch import nn
 
 import mmela  # noqa: F401
 from mmela.analysis import measure_attention
-from mmela.analysis.attention import (BINS, RunningMean,
-                                      effective_contributions, hook_settings)
+from mmela.analysis.attention import (
+    BINS,
+    RunningMean,
+    effective_contributions,
+    hook_settings,
+)
 from mmela.hooks import prune
 from mmela.layers import HookedAttentionStage, LayerAttentionStage
 from tests.toy import CHANNELS, ToyNetwork
@@ -36,15 +41,11 @@ class Add(nn.Module):
 def attention(kind='MRLABase', **kwargs):
     """One whose query is the pooled input and whose output is its input."""
     layer = MODELS.build(
-        dict(
-            type=kind,
-            channels=CHANNELS,
-            head_dim=4,
-            zero_init=True,
-            **kwargs))
+        dict(type=kind, channels=CHANNELS, head_dim=4, zero_init=True, **kwargs)
+    )
     for conv in (layer.query, layer.key):
         nn.init.zeros_(conv.weight)
-        conv.weight.data[0, 0, 1] = 1.
+        conv.weight.data[0, 0, 1] = 1.0
     return layer
 
 
@@ -61,8 +62,12 @@ class Network(nn.Module):
 
 def network(states='aaaa', kind='MRLABase', **kwargs):
     """Blocks by letter: with attention (a) or without (n)."""
-    return Network(*(Add(i, 1., attention(kind, **kwargs) if s ==
-                         'a' else None) for i, s in enumerate(states)))
+    return Network(
+        *(
+            Add(i, 1.0, attention(kind, **kwargs) if s == 'a' else None)
+            for i, s in enumerate(states)
+        )
+    )
 
 
 def images(*shapes):
@@ -82,10 +87,11 @@ def silent(model):
 
 
 def test_effective_contributions():
-    lambdas = [[9., 9.], [0.5, -2.], [0.1, 3.]]
+    lambdas = [[9.0, 9.0], [0.5, -2.0], [0.1, 3.0]]
     found = effective_contributions([torch.tensor(x) for x in lambdas])
     torch.testing.assert_close(
-        found, torch.tensor([[0.05, 6.], [0.1, 3.], [1., 1.]]))
+        found, torch.tensor([[0.05, 6.0], [0.1, 3.0], [1.0, 1.0]])
+    )
 
 
 def test_running_mean():
@@ -94,10 +100,9 @@ def test_running_mean():
     for part in values.split(2):
         mean.add(part)
     np.testing.assert_allclose(mean.mean(), values.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(
-        mean.std(), values.std(0, unbiased=False), rtol=1e-5)
+    np.testing.assert_allclose(mean.std(), values.std(0, unbiased=False), rtol=1e-5)
     constant = RunningMean()
-    constant.add(torch.full((3, ), 0.1))
+    constant.add(torch.full((3,), 0.1))
     assert constant.std() == pytest.approx(0, abs=1e-8)
 
 
@@ -133,7 +138,8 @@ def test_pruned_attention(keep):
     assert maps[2] == [
         pytest.approx(third),
         pytest.approx(third) if keep else None,
-        pytest.approx(third), None
+        pytest.approx(third),
+        None,
     ]
     layers = result['decision']['layers']
     assert [x['state'] for x in layers] == stage['states']
@@ -154,7 +160,7 @@ def test_weights_against_plain_code():
     for x in torch.cat([b['inputs'].mean((2, 3)) for b in batches]).numpy():
         y = x + np.tri(3, CHANNELS)  # what the three blocks put out
         for head in range(2):
-            part = y[:, 4 * head:4 * head + 4]
+            part = y[:, 4 * head : 4 * head + 4]
             score = np.exp(part @ part[2] / math.sqrt(4))
             expected[head] += score / score.sum() / 3
     np.testing.assert_allclose([h[2] for h in maps['heads']], expected, 1e-5)
@@ -164,20 +170,21 @@ def test_weights_against_plain_code():
 def test_similarities():
     """Features e0 + e0, then + e1, + e2 and - 5 e3: one pixel, by hand."""
     model = Network(
-        Add(0, 1., attention()), Add(1, 1., attention()),
-        Add(2, 1., attention()), Add(3, -5., attention()))
+        Add(0, 1.0, attention()),
+        Add(1, 1.0, attention()),
+        Add(2, 1.0, attention()),
+        Add(3, -5.0, attention()),
+    )
     result = measure_attention(model, ONE)
     stage = result['stages']['layer1']
-    expected = [
-        4 / (2 * math.sqrt(5)), 5 / math.sqrt(5 * 6), 6 / math.sqrt(6 * 31)
-    ]
+    expected = [4 / (2 * math.sqrt(5)), 5 / math.sqrt(5 * 6), 6 / math.sqrt(6 * 31)]
     assert [x['blocks'] for x in stage['features']] == [[0, 1], [1, 2], [2, 3]]
     assert [x['mean'] for x in stage['features']] == pytest.approx(expected)
-    assert [x['std'] for x in stage['features']] == pytest.approx(
-        [0] * 3, abs=1e-6)
+    assert [x['std'] for x in stage['features']] == pytest.approx([0] * 3, abs=1e-6)
     # The first head has the same four channels, the second head none.
-    assert [x['mean'] for x in stage['queries']
-            ] == pytest.approx([x / 2 for x in expected])
+    assert [x['mean'] for x in stage['queries']] == pytest.approx(
+        [x / 2 for x in expected]
+    )
     # Not the first pair; per pair one head at 0 and one above
     counts = [0] * BINS
     for value in (0, expected[1], 0, expected[2]):
@@ -186,7 +193,7 @@ def test_similarities():
 
 
 def test_absolute_similarity():
-    model = Network(Add(0, 1., attention()), Add(0, -5., attention()))
+    model = Network(Add(0, 1.0, attention()), Add(0, -5.0, attention()))
     stage = measure_attention(model, ONE)['stages']['layer1']
     assert stage['features'][0]['mean'] == pytest.approx(-1)
     assert stage['queries'][0]['mean'] == pytest.approx(1 / 2)
@@ -218,8 +225,7 @@ def test_nothing_is_left_behind():
     measure_attention(model, ONE)
     assert model.layer1.observer == seen.append and len(seen) == 1
     hooks = [
-        h for m in model.modules()
-        for h in (m._forward_hooks, m._forward_pre_hooks)
+        h for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)
     ]
     assert not any(hooks)
     for key, value in model.state_dict().items():
@@ -238,9 +244,8 @@ def test_nothing_is_left_behind():
 def test_no_distribution():
     model = network('aaa', 'MRLALight', previous='output')
     for index, block in enumerate(model.layer1):
-        half = torch.full((4, ), -2.)
-        block.layer_attn.lambda_o.data = torch.cat(
-            [half, 0 * half + 0.1 * index])
+        half = torch.full((4,), -2.0)
+        block.layer_attn.lambda_o.data = torch.cat([half, 0 * half + 0.1 * index])
     result = measure_attention(model, ONE)
     stage = result['stages']['layer1']
     assert result['decision'] is None and stage['maps'] is None
@@ -271,12 +276,11 @@ def test_all_pruned():
 
 def test_blocks_without_attention():
     """As in a network that was slimmed."""
-    stage = measure_attention(silent(network('nana')),
-                              ONE)['stages']['layer1']
+    stage = measure_attention(silent(network('nana')), ONE)['stages']['layer1']
     assert stage['states'] == ['none', 'active', 'none', 'active']
     maps = stage['maps']['mean']
     assert maps[0] == maps[2] == [None] * 4
-    assert maps[3] == [None, pytest.approx(.5), None, pytest.approx(.5)]
+    assert maps[3] == [None, pytest.approx(0.5), None, pytest.approx(0.5)]
     assert [x['blocks'] for x in stage['features']] == [[0, 1], [1, 2], [2, 3]]
 
 
@@ -307,7 +311,7 @@ def test_hooked_stage(states):
         torch.manual_seed(0)
         blocks = []
         for i, state in enumerate(states):
-            block = Add(i, 1., attention() if state == 'a' else None)
+            block = Add(i, 1.0, attention() if state == 'a' else None)
             if state == 'a':  # that changes the features
                 block.layer_attn.norm.weight.data.fill_(0.5)
                 block.layer_attn.norm.bias.data.fill_(0.1 * i)
@@ -318,8 +322,7 @@ def test_hooked_stage(states):
         for layer in found[-1]['decision']['layers']:
             del layer['name'], layer['stage']
         found[-1].pop('left_out')
-        assert not any(m._forward_hooks for b in blocks
-                       for m in list(b.modules())[1:])
+        assert not any(m._forward_hooks for b in blocks for m in list(b.modules())[1:])
     assert found[0] == found[1]
     assert len(found[0]['stages'][0]['features']) == 3
     assert found[0]['stages'][0]['states'] == [
@@ -350,23 +353,28 @@ def test_hook_settings():
         type='LayerAttentionPruningHook',
         windows=[(1, 1)],
         policy=dict(type='Threshold', mu=0.1),
-        reduction='mean_distribution')
+        reduction='mean_distribution',
+    )
     found = hook_settings(dict(custom_hooks=[dict(type='EMAHook'), hook]))
     assert found == dict(
         policy=hook['policy'],
         reduction='mean_distribution',
         eps=1e-8,
-        source='custom_hooks of the config')
+        source='custom_hooks of the config',
+    )
 
 
-@pytest.mark.parametrize('kwargs, match', [
-    (dict(batches=[]), 'no image'),
-    (dict(policy=dict(type='Nothing')), 'Nothing'),
-    (dict(policy=dict(type='EBQM', mu=7)), 'mu=7'),
-    (dict(reduction='median'), 'median'),
-    (dict(eps=0), 'eps=0'),
-    (dict(model=nn.Linear(1, 1)), 'no layer attention'),
-])
+@pytest.mark.parametrize(
+    'kwargs, match',
+    [
+        (dict(batches=[]), 'no image'),
+        (dict(policy=dict(type='Nothing')), 'Nothing'),
+        (dict(policy=dict(type='EBQM', mu=7)), 'mu=7'),
+        (dict(reduction='median'), 'median'),
+        (dict(eps=0), 'eps=0'),
+        (dict(model=nn.Linear(1, 1)), 'no layer attention'),
+    ],
+)
 def test_errors(kwargs, match):
     arguments = dict(model=network('aa'), batches=ONE)
     with pytest.raises(ValueError, match=match):

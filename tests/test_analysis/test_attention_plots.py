@@ -1,4 +1,5 @@
 """Pictures of measurements: which, and that they can be drawn."""
+
 import sys
 
 import numpy as np
@@ -6,8 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mmela.analysis.attention_plots import (attention_pictures, heads_plot,
-                                            map_plot)
+from mmela.analysis.attention_plots import attention_pictures, heads_plot, map_plot
 from mmela.analysis.plots import LIGHT, draw
 from mmela.pruning import EBQM
 
@@ -16,15 +16,12 @@ def stage(states, heads=2, **kwargs):
     """A stage with even weights over what can be attended to."""
     rows = [[None] * len(states) for _ in states]
     for i, state in enumerate(states):
-        seen = [
-            j for j in range(i + 1) if states[j] in ('active', 'value_only')
-        ]
+        seen = [j for j in range(i + 1) if states[j] in ('active', 'value_only')]
         if state == 'active':
             for j in seen:
                 rows[i][j] = 1 / len(seen)
     cosine = [
-        dict(blocks=[i - 1, i], mean=0.9, std=0.05)
-        for i in range(1, len(states))
+        dict(blocks=[i - 1, i], mean=0.9, std=0.05) for i in range(1, len(states))
     ]
     return dict(
         dict(
@@ -35,7 +32,10 @@ def stage(states, heads=2, **kwargs):
             maps=dict(mean=rows, heads=[rows] * heads),
             features=cosine,
             queries=cosine,
-            contributions=None), **kwargs)
+            contributions=None,
+        ),
+        **kwargs,
+    )
 
 
 def measurement(stages):
@@ -45,23 +45,22 @@ def measurement(stages):
         for block in range(len(values['states'])):
             names.append(f'{name}.{block}.layer_attn')
             groups.append(index)
-    kl = np.random.default_rng(0).gamma(1., size=len(names))
+    kl = np.random.default_rng(0).gamma(1.0, size=len(names))
     measured = [i > 0 and groups[i - 1] == g for i, g in enumerate(groups)]
     rows = EBQM()(kl, groups, measured, names).rows()
     states = [s for v in stages.values() for s in v['states']]
     layers = [
-        dict(r, stage=list(stages)[g], state=s)
-        for r, g, s in zip(rows, groups, states)
+        dict(r, stage=list(stages)[g], state=s) for r, g, s in zip(rows, groups, states)
     ]
     for layer in layers:
         if layer['state'] != 'active':
-            layer.update(
-                kl=None, mapped=None, normalized=None, skip=False, note='✕')
+            layer.update(kl=None, mapped=None, normalized=None, skip=False, note='✕')
     return dict(
         stages=stages,
         histogram=[1] * 20,
         decision=dict(policy=dict(type='EBQM'), layers=layers),
-        left_out=[])
+        left_out=[],
+    )
 
 
 SMALL = {
@@ -77,8 +76,13 @@ def names(result):
 def test_pictures_that_apply(tmp_path):
     pictures = list(attention_pictures(measurement(SMALL)))
     assert [p.name for p in pictures] == [
-        'maps_layer1', 'heads_layer1', 'maps_layer2', 'kl', 'policy',
-        'features', 'queries'
+        'maps_layer1',
+        'heads_layer1',
+        'maps_layer2',
+        'kl',
+        'policy',
+        'features',
+        'queries',
     ]
     assert [p.name for p in pictures if p.detail] == ['heads_layer1']
     for picture in pictures:
@@ -94,9 +98,9 @@ def test_pictures_that_apply(tmp_path):
 def test_without_distribution(tmp_path):
     light = stage(['active'] * 3, maps=None, prunable=False)
     light['contributions'] = dict(
-        blocks=[0, 1, 2], mean=[.1, .4, 1], std=[.1, .2, 0], previous='output')
-    result = dict(
-        measurement({'backbone.layer1': light}), decision=None)
+        blocks=[0, 1, 2], mean=[0.1, 0.4, 1], std=[0.1, 0.2, 0], previous='output'
+    )
+    result = dict(measurement({'backbone.layer1': light}), decision=None)
     assert names(result) == ['features', 'queries', 'contributions']
     picture = list(attention_pictures(result))[-1]
     draw(picture.plot, tmp_path / 'contributions.png')
@@ -110,7 +114,8 @@ def test_little_to_show():
 
 def text(figure):
     return [
-        t.get_text() for a in figure.axes
+        t.get_text()
+        for a in figure.axes
         for t in [*a.texts, *a.get_xticklabels(), *a.get_yticklabels()]
     ]
 

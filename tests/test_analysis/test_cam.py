@@ -1,4 +1,5 @@
 """Score-CAM: against pytorch-grad-cam's own, and by hand."""
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +12,7 @@ pytest.importorskip('mmpretrain')
 
 from mmengine.registry import MODELS, init_default_scope  # noqa: E402
 from pytorch_grad_cam import ScoreCAM  # noqa: E402
-from pytorch_grad_cam.utils.model_targets import \
-    ClassifierOutputTarget  # noqa: E402
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget  # noqa: E402
 
 from mmela.analysis import cam  # noqa: E402
 from mmela.hooks import prune  # noqa: E402
@@ -30,19 +30,23 @@ def classifier():
                 depth=18,
                 base_channels=8,
                 stem_channels=8,
-                layer_attention=dict(type='MRLABase', head_dim=4)),
+                layer_attention=dict(type='MRLABase', head_dim=4),
+            ),
             neck=dict(type='GlobalAveragePooling'),
             head=dict(type='LinearClsHead', num_classes=5, in_channels=64),
-            data_preprocessor=dict(mean=[127.5] * 3, std=[50.] * 3)))
+            data_preprocessor=dict(mean=[127.5] * 3, std=[50.0] * 3),
+        )
+    )
     model.eval()
     return model
 
 
 def batch(height=40, width=56):
     image = torch.randint(
-        256, (3, height, width),
-        generator=torch.Generator().manual_seed(1)).byte()
+        256, (3, height, width), generator=torch.Generator().manual_seed(1)
+    ).byte()
     from mmpretrain.structures import DataSample
+
     return dict(inputs=[image], data_samples=[DataSample()])
 
 
@@ -54,8 +58,9 @@ def test_equals_the_librarys(classifier, batch_size):
     targets = [ClassifierOutputTarget(3)]
     expected = ScoreCAM(classifier, [layer])(inputs, targets)
     steps = []
-    found = cam.StreamedScoreCAM(
-        classifier, layer, batch_size, progress=steps.append)(inputs, targets)
+    found = cam.StreamedScoreCAM(classifier, layer, batch_size, progress=steps.append)(
+        inputs, targets
+    )
     assert expected.std() > 0.01
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert sum(steps) == 16 and max(steps) == min(batch_size, 16)
@@ -82,19 +87,25 @@ def test_finds_what_counts():
     image[0, 0, :, :4] = image[0, 1, :, 4:] = 1
     model = Brightness()
     weights = cam.StreamedScoreCAM(model, model.layer).get_cam_weights(
-        image, model.layer, [ClassifierOutputTarget(0)],
-        model.layer(image).detach().numpy(), None)
+        image,
+        model.layer,
+        [ClassifierOutputTarget(0)],
+        model.layer(image).detach().numpy(),
+        None,
+    )
     # Masked by channel 0, the sum is 32; by channel 1, it is 0.
     np.testing.assert_allclose(
-        weights, torch.tensor([[32., 0.]]).softmax(1), atol=1e-6)
-    found = cam.StreamedScoreCAM(
-        model, model.layer)(image, [ClassifierOutputTarget(0)])[0]
+        weights, torch.tensor([[32.0, 0.0]]).softmax(1), atol=1e-6
+    )
+    found = cam.StreamedScoreCAM(model, model.layer)(
+        image, [ClassifierOutputTarget(0)]
+    )[0]
     np.testing.assert_allclose(found[:, :4], 1, atol=1e-5)
     np.testing.assert_allclose(found[:, 4:], 0, atol=1e-5)
 
 
 def test_select_channels():
-    maps = torch.tensor([[0., 9], [5, 5], [0, 1], [3, -7]]).view(4, 1, 2)
+    maps = torch.tensor([[0.0, 9], [5, 5], [0, 1], [3, -7]]).view(4, 1, 2)
     assert cam.select_channels(maps, 2).tolist() == [0, 3]
     for number in (None, 4, 99):
         assert cam.select_channels(maps, number).tolist() == [0, 1, 2, 3]
@@ -113,9 +124,15 @@ def test_image_of_a_classifier(classifier, tmp_path):
     picture = cams.picture()
     # BGR, as it is read, to RGB
     np.testing.assert_allclose(
-        picture[..., 0], data['inputs'][0][2].numpy() / 255, atol=1e-6)
-    cam.draw_cams(tmp_path / 'x.png', picture, dict(a=maps, b=maps),
-                  dict(a={}, b={'layer1.1': 'note'}), 'costs $1 or $2')
+        picture[..., 0], data['inputs'][0][2].numpy() / 255, atol=1e-6
+    )
+    cam.draw_cams(
+        tmp_path / 'x.png',
+        picture,
+        dict(a=maps, b=maps),
+        dict(a={}, b={'layer1.1': 'note'}),
+        'costs $1 or $2',
+    )
     with Image.open(tmp_path / 'x.png') as image:
         assert image.width > 3 * 200
     prune(classifier, ['backbone.layer2.1.layer_attn'])
@@ -126,8 +143,10 @@ def test_image_of_a_classifier(classifier, tmp_path):
 
 def test_blocks(classifier):
     assert cam.last_blocks(classifier) == [f'layer{i}.1' for i in range(1, 5)]
-    assert cam.target_layer(classifier, 'backbone.layer1.0') is \
-        classifier.backbone.layer1[0].layer_attn
+    assert (
+        cam.target_layer(classifier, 'backbone.layer1.0')
+        is classifier.backbone.layer1[0].layer_attn
+    )
     del classifier.backbone.layer1[0].layer_attn
     block = cam.target_layer(classifier, 'layer1.0')
     assert block is classifier.backbone.layer1[0]
@@ -143,7 +162,9 @@ def test_blocks_of_other_backbones():
         dict(
             type='ELAEfficientNet',
             arch='b0',
-            layer_attention=dict(type='MRLALight', head_dim=8)))
+            layer_attention=dict(type='MRLALight', head_dim=8),
+        )
+    )
     names = cam.last_blocks(model)
     layer = cam.target_layer(model, names[-1])
     assert layer is model.backbone.layer_attn_stages[-1].blocks[-1]
@@ -156,7 +177,9 @@ def test_blocks_of_other_backbones():
         dict(
             type='ELAVisionTransformer',
             arch='deit-tiny',
-            layer_attention=dict(type='MRLALight', head_dim=16)))
+            layer_attention=dict(type='MRLALight', head_dim=16),
+        )
+    )
     with pytest.raises(ValueError, match='no residual blocks'):
         cam.target_layers(model)
 

@@ -1,12 +1,17 @@
 """FLOPs and parameters before and after pruning, counted by hand."""
+
 import json
 
 import pytest
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from mmela.analysis.complexity import (backbone_complexity, count_flops,
-                                       input_size, used_parameters)
+from mmela.analysis.complexity import (
+    backbone_complexity,
+    count_flops,
+    input_size,
+    used_parameters,
+)
 from mmela.analysis.run import Run
 from mmela.hooks import prune
 
@@ -17,7 +22,8 @@ BACKBONE = dict(
     type='ELAResNet',
     depth=18,
     base_channels=8,
-    layer_attention=dict(type='MRLABase', head_dim=8))
+    layer_attention=dict(type='MRLABase', head_dim=8),
+)
 # One attention of the first stage at 64 x 64 pixels: 8 channels of 16 x 16
 CHANNELS, PIXELS = 8, 16 * 16
 # Value and normalisation, a shift and a scale; query and key, kernels of 3
@@ -45,14 +51,17 @@ def test_one_attention(backbone):
 def make_run(path, config, prunings=()):
     log = path / '20260102_030405' / 'vis_data' / 'scalars.json'
     log.parent.mkdir(parents=True)
-    log.write_text(json.dumps(dict(loss=1., epoch=1, iter=1, step=1)))
+    log.write_text(json.dumps(dict(loss=1.0, epoch=1, iter=1, step=1)))
     (path / 'config.py').write_text(config)
     if prunings:
         (path / 'pruning.json').write_text(
             json.dumps(
                 dict(
                     hook=dict(keep_value=False, policy=dict(type='EBQM')),
-                    prunings=list(prunings))))
+                    prunings=list(prunings),
+                )
+            )
+        )
     return Run(path)
 
 
@@ -63,62 +72,77 @@ def config(**kwargs):
             default_scope='mmdet',
             model=dict(type='FasterRCNN', backbone=BACKBONE),
             test_dataloader=dict(dataset=dict(pipeline=[step])),
-            **kwargs)).pretty_text
+            **kwargs,
+        )
+    ).pretty_text
 
 
 def test_run(tmp_path, backbone):
-    names = [
-        f'backbone.layer{s}.{b}.layer_attn' for s in range(1, 5)
-        for b in range(2)
-    ]
+    names = [f'backbone.layer{s}.{b}.layer_attn' for s in range(1, 5) for b in range(2)]
     # This run began with one attention pruned already, and pruned another.
     left = [dict(name=name) for name in names if 'layer3.1' not in name]
-    run = make_run(tmp_path, config(), [
-        dict(
-            unit='epoch',
-            window=[1, 1],
-            iteration=5,
-            layers=left,
-            pruned=['backbone.layer1.1.layer_attn'],
-            active=[])
-    ])
+    run = make_run(
+        tmp_path,
+        config(),
+        [
+            dict(
+                unit='epoch',
+                window=[1, 1],
+                iteration=5,
+                layers=left,
+                pruned=['backbone.layer1.1.layer_attn'],
+                active=[],
+            )
+        ],
+    )
     costs, size, reason = backbone_complexity(run)
     assert size == (64, 96) and not reason
     assert [c.label for c in costs] == ['before pruning', 'after epoch 1']
     assert [c.active for c in costs] == [7, 6]
     assert costs[0].parameters - costs[1].parameters == PARAMETERS
     # One and a half times as many pixels
-    assert costs[0].flops - costs[1].flops == \
-        1.5 * 11 * CHANNELS * PIXELS + 6 * CHANNELS
+    assert (
+        costs[0].flops - costs[1].flops == 1.5 * 11 * CHANNELS * PIXELS + 6 * CHANNELS
+    )
     prune(backbone, ['layer3.1.layer_attn'])
     assert costs[0].flops == count_flops(backbone, size)
 
 
-@pytest.mark.parametrize('text, reason', [
-    ('x = 1', 'no model.backbone'),
-    ('no python (', 'cannot be run'),
-    ("model = dict(backbone=dict(type='Unheard'))", 'Unheard'),
-])
+@pytest.mark.parametrize(
+    'text, reason',
+    [
+        ('x = 1', 'no model.backbone'),
+        ('no python (', 'cannot be run'),
+        ("model = dict(backbone=dict(type='Unheard'))", 'Unheard'),
+    ],
+)
 def test_not_to_be_counted(tmp_path, text, reason):
     costs, size, found = backbone_complexity(make_run(tmp_path, text))
     assert costs == [] and size is None and reason in found
     assert '\n' not in found
 
 
-@pytest.mark.parametrize('steps, size', [
-    ([dict(type='Resize', scale=(1333, 800))], (800, 1333)),
-    ([dict(type='mmdet.Resize', scale=320)], (320, 320)),
-    ([dict(type='ResizeEdge', scale=256),
-      dict(type='CenterCrop', crop_size=224)], (224, 224)),
-    ([dict(type='PackInputs')], (224, 224)),
-])
+@pytest.mark.parametrize(
+    'steps, size',
+    [
+        ([dict(type='Resize', scale=(1333, 800))], (800, 1333)),
+        ([dict(type='mmdet.Resize', scale=320)], (320, 320)),
+        (
+            [
+                dict(type='ResizeEdge', scale=256),
+                dict(type='CenterCrop', crop_size=224),
+            ],
+            (224, 224),
+        ),
+        ([dict(type='PackInputs')], (224, 224)),
+    ],
+)
 def test_input_size(steps, size):
     dataset = dict(type='CustomDataset', pipeline=steps)
     cfg = Config(dict(test_dataloader=dict(dataset=dataset)))
     assert input_size(cfg) == size
     wrapped = dict(type='RepeatDataset', dataset=dataset)
-    assert input_size(Config(
-        dict(val_dataloader=dict(dataset=wrapped)))) == size
+    assert input_size(Config(dict(val_dataloader=dict(dataset=wrapped)))) == size
 
 
 def test_input_size_without_pipeline():

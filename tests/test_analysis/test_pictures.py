@@ -1,4 +1,5 @@
 """tools/analysis/pictures.py and what tools/demo.py measures."""
+
 import json
 import runpy
 from pathlib import Path
@@ -29,21 +30,25 @@ def write_measurement(work_dir, epoch, stages):
                 format=1,
                 images=3,
                 data='images',
-                checkpoint=f'epoch_{epoch}.pth')))
+                checkpoint=f'epoch_{epoch}.pth',
+            )
+        )
+    )
 
 
 def test_pictures(tool, tmp_path, capsys):
     make_work_dir(tmp_path)
     write_measurement(tmp_path, 2, {'backbone.layer1': stage(ACTIVE)})
     write_measurement(
-        tmp_path, 4,
-        {'backbone.layer1': stage(ACTIVE[:2] + ['pruned', 'active'])})
+        tmp_path, 4, {'backbone.layer1': stage(ACTIVE[:2] + ['pruned', 'active'])}
+    )
     out = tmp_path / 'new' / 'pictures'
     tool['main']([str(tmp_path), str(out)])
     printed = capsys.readouterr().out.split()
     assert sorted(printed) == sorted(map(str, out.iterdir()))
     assert {p.name for p in out.iterdir()} == {
-        f'{name}{theme}.png' for name in ('kl', 'attention_maps')
+        f'{name}{theme}.png'
+        for name in ('kl', 'attention_maps')
         for theme in ('', '_dark')
     }
     for path in out.iterdir():
@@ -58,8 +63,11 @@ def test_pictures(tool, tmp_path, capsys):
 def test_pruning_that_removed_most(tool, tmp_path, monkeypatch):
     first, second = make_work_dir(tmp_path)
     seen = []
-    monkeypatch.setitem(tool['divergences'].__globals__, 'kl_plot',
-                        lambda pruning, policy: seen.append(pruning))
+    monkeypatch.setitem(
+        tool['divergences'].__globals__,
+        'kl_plot',
+        lambda pruning, policy: seen.append(pruning),
+    )
     tool['divergences'](tmp_path)
     assert seen == [max((first, second), key=lambda p: len(p['pruned']))]
 
@@ -131,8 +139,10 @@ def test_demo_keeps_the_checkpoint_before(config_dir):
     """Its config keeps one from before the last pruning."""
     pytest.importorskip('mmdet')
     from mmengine.config import Config
+
     cfg = Config.fromfile(
-        config_dir / 'demo' / 'faster-rcnn_r50-narrow_ela_fpn_shapes.py')
+        config_dir / 'demo' / 'faster-rcnn_r50-narrow_ela_fpn_shapes.py'
+    )
     hook = cfg.default_hooks.checkpoint
     assert hook.interval == 1
     oldest = cfg.train_cfg.max_epochs - hook.max_keep_ckpts + 1

@@ -1,4 +1,5 @@
 """The report on a run: synthetic work directories, and one real run."""
+
 import base64
 import json
 import os
@@ -18,8 +19,7 @@ from PIL import Image
 from scipy.stats import beta
 
 from mmela.analysis import make_report, summarize
-from mmela.analysis.plots import (_spread, policy_curve,
-                                  threshold_divergence)
+from mmela.analysis.plots import _spread, policy_curve, threshold_divergence
 from mmela.analysis.run import Run
 from mmela.pruning import PRUNING_POLICIES
 from tests.toy import toy_config, train
@@ -27,9 +27,11 @@ from tests.toy import toy_config, train
 TOOL = Path(__file__).resolve().parents[2] / 'tools/analysis/report.py'
 POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.2)
 BLOCKS = dict(layer1=3, layer2=4, layer3=6, layer4=3)
-CONFIG = ("custom_hooks = [dict(type='LayerAttentionPruningHook')]\n"
-          'train_cfg = dict(max_epochs=4, type=\'EpochBasedTrainLoop\')\n'
-          "label = '<script>alert(1)</script>'\n")
+CONFIG = (
+    "custom_hooks = [dict(type='LayerAttentionPruningHook')]\n"
+    "train_cfg = dict(max_epochs=4, type='EpochBasedTrainLoop')\n"
+    "label = '<script>alert(1)</script>'\n"
+)
 
 
 class Page(HTMLParser):
@@ -65,15 +67,14 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data.strip()
 
 
-def pruning(window, iteration, names, seed, policy=POLICY, spread=1.):
+def pruning(window, iteration, names, seed, policy=POLICY, spread=1.0):
     """A decision as the hook records it."""
     rng = np.random.default_rng(seed)
     kl = np.exp(spread * rng.normal(size=len(names)))
     stages = [n.split('.')[1] for n in names]
     measured = [i > 0 and stages[i - 1] == s for i, s in enumerate(stages)]
     indices = np.unique(stages, return_inverse=True)[1]
-    rows = PRUNING_POLICIES.build(dict(policy))(kl, indices, measured,
-                                                names).rows()
+    rows = PRUNING_POLICIES.build(dict(policy))(kl, indices, measured, names).rows()
     layers = [dict(r, stage=f'backbone.{s}') for r, s in zip(rows, stages)]
     return dict(
         window=list(window),
@@ -81,10 +82,11 @@ def pruning(window, iteration, names, seed, policy=POLICY, spread=1.):
         iteration=iteration,
         layers=layers,
         pruned=[x['name'] for x in layers if x['skip']],
-        active=[x['name'] for x in layers if not x['skip']])
+        active=[x['name'] for x in layers if not x['skip']],
+    )
 
 
-def write_log(work_dir, stamp, epochs, metrics=True, seconds=0.5, loss=4.):
+def write_log(work_dir, stamp, epochs, metrics=True, seconds=0.5, loss=4.0):
     """Write the log of one start: 20 iterations an epoch, each fifth one."""
     records = []
     for epoch in epochs:
@@ -97,16 +99,20 @@ def write_log(work_dir, stamp, epochs, metrics=True, seconds=0.5, loss=4.):
                     time=seconds / epoch,
                     epoch=epoch,
                     iter=step,
-                    step=step))
+                    step=step,
+                )
+            )
         if metrics:
-            records.append({
-                'coco/bbox_mAP': 0.1 * epoch if epoch < 4 else 0.25,
-                'coco/bbox_mAP_50': 0.2 * epoch,
-                'coco/bbox_mAP_l': -1.0,
-                'data_time': 0.1,
-                'time': 9.0,
-                'step': epoch
-            })
+            records.append(
+                {
+                    'coco/bbox_mAP': 0.1 * epoch if epoch < 4 else 0.25,
+                    'coco/bbox_mAP_50': 0.2 * epoch,
+                    'coco/bbox_mAP_l': -1.0,
+                    'data_time': 0.1,
+                    'time': 9.0,
+                    'step': epoch,
+                }
+            )
         records.append({'layer_attention/active': 7, 'step': 20 * epoch})
     path = work_dir / stamp / 'vis_data' / 'scalars.json'
     path.parent.mkdir(parents=True)
@@ -121,15 +127,18 @@ def write_prunings(work_dir, prunings, policy=POLICY):
         policy=policy,
         keep_value=False,
         reduction='mean_kl',
-        eps=1e-8)
+        eps=1e-8,
+    )
     (work_dir / 'pruning.json').write_text(
-        json.dumps(dict(hook=hook, prunings=prunings)))
+        json.dumps(dict(hook=hook, prunings=prunings))
+    )
 
 
-def make_work_dir(work_dir, blocks=BLOCKS, policy=POLICY, spread=1.):
+def make_work_dir(work_dir, blocks=BLOCKS, policy=POLICY, spread=1.0):
     """A run of 4 epochs, pruned after 1 and 3."""
     names = [
-        f'backbone.{stage}.{i}.layer_attn' for stage, depth in blocks.items()
+        f'backbone.{stage}.{i}.layer_attn'
+        for stage, depth in blocks.items()
         for i in range(depth)
     ]
     first = pruning((1, 1), 20, names, 0, policy, spread)
@@ -142,7 +151,8 @@ def make_work_dir(work_dir, blocks=BLOCKS, policy=POLICY, spread=1.):
         state[f'{name}.conv.weight'] = torch.zeros(11)
         state[f'{name}.norm.running_mean'] = torch.zeros(3)
         state[f'{name}.state'] = torch.tensor(
-            0 if name in second['active'] else 2, dtype=torch.uint8)
+            0 if name in second['active'] else 2, dtype=torch.uint8
+        )
     torch.save(dict(meta={}, state_dict=state), work_dir / 'epoch_4.pth')
     torch.save({}, work_dir / 'best_coco_bbox_mAP_epoch_3.pth')
     # A folder that has been moved since
@@ -188,8 +198,9 @@ def test_numbers(synthetic):
                 '' if layer[k] is None else f'{layer[k]:.4g}'
                 for k in ('kl', 'normalized', 'mapped')
             ]
-            name = ('✕ ' if layer['skip'] else '') + \
-                layer['name'][len('backbone.'):-len('.layer_attn')]
+            name = ('✕ ' if layer['skip'] else '') + layer['name'][
+                len('backbone.') : -len('.layer_attn')
+            ]
             assert (name, *numbers, layer['reason']) in rows
     assert ('coco/bbox_mAP', '0.25', '0.3', 'epoch 3') in rows
     assert ('coco/bbox_mAP_50', '0.8', '0.8', 'epoch 4') in rows
@@ -202,15 +213,25 @@ def test_numbers(synthetic):
     assert ('layer attentions', '176', str(11 * counts[2])) in rows
     assert ('whole network', '211', str(35 + 11 * counts[2])) in rows
     text = ' '.join(page.text.split())
-    for expected in ('Started 2026-01-02 03:04:05', 'Trained 4 of 4 epochs',
-                     'Checkpoint epoch_4.pth', '0.2083 s after (8 logged',
-                     'EBQM(gamma=0.5, alpha=2, beta=5, mu=0.2)',
-                     'Windows: 1 to 1, 3 to 3 (epochs)', CONFIG.split()[-1]):
+    for expected in (
+        'Started 2026-01-02 03:04:05',
+        'Trained 4 of 4 epochs',
+        'Checkpoint epoch_4.pth',
+        '0.2083 s after (8 logged',
+        'EBQM(gamma=0.5, alpha=2, beta=5, mu=0.2)',
+        'Windows: 1 to 1, 3 to 3 (epochs)',
+        CONFIG.split()[-1],
+    ):
         assert expected in text, expected
     assert '<script' not in path.read_text()
     names = {
-        'metrics', 'loss', 'timeline', 'kl_epoch_1', 'kl_epoch_3',
-        'mapping_epoch_1', 'mapping_epoch_3'
+        'metrics',
+        'loss',
+        'timeline',
+        'kl_epoch_1',
+        'kl_epoch_3',
+        'mapping_epoch_1',
+        'mapping_epoch_3',
     }
     assert check_pictures(work_dir) == {
         f'{n}{theme}.png' for n in names for theme in ('', '_dark')
@@ -227,18 +248,25 @@ def test_summary(synthetic):
     make_report(work_dir)
     text = summarize(work_dir)
     for record in prunings:
-        assert (f'After epoch {record["window"][1]}: {len(record["layers"])} '
-                f'-> {len(record["active"])} active') in text
+        assert (
+            f'After epoch {record["window"][1]}: {len(record["layers"])} '
+            f'-> {len(record["active"])} active'
+        ) in text
         for layer in record['layers']:
             assert layer['reason'] in text
-    assert 'Epoch 3: coco/bbox_mAP 0.3  coco/bbox_mAP_50 0.6 ' \
-        '(best coco/bbox_mAP)' in text
+    assert (
+        'Epoch 3: coco/bbox_mAP 0.3  coco/bbox_mAP_50 0.6 (best coco/bbox_mAP)' in text
+    )
     assert 'Epoch 4: coco/bbox_mAP 0.25  coco/bbox_mAP_50 0.8 (last)' in text
-    for name in ('epoch_4.pth', 'best_coco_bbox_mAP_epoch_3.pth',
-                 'pruning.json', 'report.html', 'pictures'):
+    for name in (
+        'epoch_4.pth',
+        'best_coco_bbox_mAP_epoch_3.pth',
+        'pruning.json',
+        'report.html',
+        'pictures',
+    ):
         assert str(work_dir / name) in text
-    assert max(map(len, text.splitlines())) <= max(
-        100, len(str(work_dir)) + 60)
+    assert max(map(len, text.splitlines())) <= max(100, len(str(work_dir)) + 60)
 
 
 def test_out(synthetic, tmp_path):
@@ -271,17 +299,18 @@ def test_without_pruning_metrics_config_and_checkpoint(tmp_path):
 
 def test_resumed_run_is_one_run(tmp_path):
     """What is done again replaces what was there."""
-    write_log(tmp_path, '20260102_000000', range(1, 4), loss=4.)
-    write_log(tmp_path, '20260103_000000', range(2, 5), loss=40.)
+    write_log(tmp_path, '20260102_000000', range(1, 4), loss=4.0)
+    write_log(tmp_path, '20260103_000000', range(2, 5), loss=40.0)
     # Stopped before its first log, and a validation alone
     write_log(tmp_path, '20260104_000000', [])
     (tmp_path / '20260105_000000' / 'vis_data').mkdir(parents=True)
     (tmp_path / '20260105_000000' / 'vis_data' / 'scalars.json').write_text(
-        json.dumps({'coco/bbox_mAP': 0.9, 'time': 1., 'step': 0}))
+        json.dumps({'coco/bbox_mAP': 0.9, 'time': 1.0, 'step': 0})
+    )
     run = Run(tmp_path)
     assert run.starts == ['20260102_000000', '20260103_000000']
     assert list(run.losses) == list(range(5, 81, 5))
-    assert run.losses[20] == 4. and run.losses[25] == 20.
+    assert run.losses[20] == 4.0 and run.losses[25] == 20.0
     assert list(run.metrics) == [1, 2, 3, 4]
     assert 'resumed 1 time' in Page(make_report(tmp_path)).text
 
@@ -299,33 +328,30 @@ def test_abandoned_part_and_earlier_run_are_left_out(tmp_path):
 def test_iteration_based_and_hierarchical_log(tmp_path):
     path = tmp_path / '20260102_000000' / 'vis_data' / 'scalars.json'
     path.parent.mkdir(parents=True)
-    records = [{
-        'train/loss': 3.,
-        'train/time': 0.5,
-        'iter': 10,
-        'step': 10
-    }, {
-        'val/accuracy/top1': 55.5,
-        'val/time': 1.,
-        'step': 10
-    }]
+    records = [
+        {'train/loss': 3.0, 'train/time': 0.5, 'iter': 10, 'step': 10},
+        {'val/accuracy/top1': 55.5, 'val/time': 1.0, 'step': 10},
+    ]
     path.write_text('\n'.join(map(json.dumps, records)))
     run = Run(tmp_path)
-    assert run.unit == 'iteration' and run.losses == {10: 3.}
+    assert run.unit == 'iteration' and run.losses == {10: 3.0}
     assert run.metrics == {10: {'accuracy/top1': 55.5}}
     assert run.step_times()[0].seconds == 0.5
     assert 'Iteration 10: accuracy/top1 55.5' in summarize(tmp_path)
     check_offline(Page(make_report(tmp_path)))
 
 
-@pytest.mark.parametrize('policy', [
-    dict(type='FixedCount', count=2),
-    dict(type='Threshold'),
-    dict(type='QuantileMapping'),
-    dict(type='EBQM', mapping='sigmoid', scope='stage'),
-])
+@pytest.mark.parametrize(
+    'policy',
+    [
+        dict(type='FixedCount', count=2),
+        dict(type='Threshold'),
+        dict(type='QuantileMapping'),
+        dict(type='EBQM', mapping='sigmoid', scope='stage'),
+    ],
+)
 def test_other_policies(tmp_path, policy):
-    make_work_dir(tmp_path, policy=policy, spread=4.)
+    make_work_dir(tmp_path, policy=policy, spread=4.0)
     page = Page(make_report(tmp_path))
     check_offline(page)
     mapped = 'mapping_epoch_1.png' in check_pictures(tmp_path)
@@ -334,9 +360,8 @@ def test_other_policies(tmp_path, policy):
 
 def test_deep_network_and_unknown_policy(tmp_path):
     """Names stay apart, pictures small; the curve needs a known policy."""
-    policy = dict(POLICY, gamma=1.)
-    make_work_dir(
-        tmp_path, dict(layer1=3, layer2=8, layer3=36, layer4=3), policy)
+    policy = dict(POLICY, gamma=1.0)
+    make_work_dir(tmp_path, dict(layer1=3, layer2=8, layer3=36, layer4=3), policy)
     report = json.loads((tmp_path / 'pruning.json').read_text())
     report['hook']['policy'] = dict(type='SomebodyElses', mu=0.2)
     (tmp_path / 'pruning.json').write_text(json.dumps(report))
@@ -363,7 +388,8 @@ def test_threshold_divergence():
     def threshold(**kwargs):
         policy = dict(POLICY, **kwargs)
         layers = PRUNING_POLICIES.build(dict(policy))(
-            kl, np.zeros(6, int), measured, names).rows()
+            kl, np.zeros(6, int), measured, names
+        ).rows()
         return threshold_divergence(policy, layers), layers
 
     value, layers = threshold()
@@ -375,20 +401,18 @@ def test_threshold_divergence():
             assert layer['skip'] == (layer['kl'] < value)
     assert threshold(scope='stage')[0] is None
     assert threshold_divergence(None, layers) is None
-    assert threshold_divergence(dict(type='FixedCount', count=2),
-                                layers) is None
+    assert threshold_divergence(dict(type='FixedCount', count=2), layers) is None
     assert threshold_divergence(POLICY, []) is None
 
 
 def test_spread():
-    assert _spread([0, 0, 1, 1], 0.1, 0, 1) == pytest.approx([0, .1, .9, 1])
+    assert _spread([0, 0, 1, 1], 0.1, 0, 1) == pytest.approx([0, 0.1, 0.9, 1])
     assert _spread([0.2, 0.8], 0.1, 0, 1) == [0.2, 0.8]
 
 
 def test_names_are_escaped(tmp_path):
     evil = '<img src=http://example.org/x.png>'
-    names = [f'backbone.{s}.{evil}$a_{i}$.layer_attn' for s in 'ab'
-             for i in range(4)]
+    names = [f'backbone.{s}.{evil}$a_{i}$.layer_attn' for s in 'ab' for i in range(4)]
     record = pruning((1, 1), 20, names, 0)
     log = write_log(tmp_path, '20260102_030405', [1])
     log.write_text(log.read_text().replace('bbox_mAP_50', f'{evil} $x^{{$'))
@@ -406,8 +430,10 @@ def test_not_a_number(tmp_path):
     """A diverged run has a report too."""
     log = write_log(tmp_path, '20260102_030405', [1, 2])
     log.write_text(
-        log.read_text().replace('"loss": 2.0', '"loss": NaN').replace(
-            '"coco/bbox_mAP": 0.2', '"coco/bbox_mAP": NaN'))
+        log.read_text()
+        .replace('"loss": 2.0', '"loss": NaN')
+        .replace('"coco/bbox_mAP": 0.2', '"coco/bbox_mAP": NaN')
+    )
     make_report(tmp_path)
     assert Run(tmp_path).best('coco/bbox_mAP') == (1, 0.1)
 
@@ -463,10 +489,12 @@ def test_tool_errors_are_one_line(tmp_path):
     (tmp_path / 'file').touch()
     (tmp_path / 'empty').mkdir()
     make_work_dir(tmp_path)
-    for args, path in [([tmp_path / 'missing'], 'missing'),
-                       ([tmp_path / 'file'], 'file'),
-                       ([tmp_path / 'empty'], 'empty'),
-                       ([tmp_path, '--out', tmp_path / 'no' / 'x'], 'no/x')]:
+    for args, path in [
+        ([tmp_path / 'missing'], 'missing'),
+        ([tmp_path / 'file'], 'file'),
+        ([tmp_path / 'empty'], 'empty'),
+        ([tmp_path, '--out', tmp_path / 'no' / 'x'], 'no/x'),
+    ]:
         with pytest.raises(SystemExit) as error:
             main(list(map(str, args)))
         assert str(tmp_path / path) in error.value.code
@@ -480,10 +508,11 @@ def test_real_run(tmp_path):
     train(
         cfg,
         val_dataloader=dict(
-            cfg.train_dataloader,
-            sampler=dict(type='DefaultSampler', shuffle=False)),
+            cfg.train_dataloader, sampler=dict(type='DefaultSampler', shuffle=False)
+        ),
         val_cfg=dict(),
-        val_evaluator=dict(type='ToyMetric', prefix='toy'))
+        val_evaluator=dict(type='ToyMetric', prefix='toy'),
+    )
     page = Page(make_report(tmp_path))
     check_offline(page)
     with open(tmp_path / 'pruning.json') as file:
@@ -509,18 +538,27 @@ def browse(chromium, page, profile, *args):
     profile.mkdir()
     process = subprocess.run(
         [
-            chromium, '--headless', '--no-sandbox', '--disable-gpu',
-            '--disable-quic', '--no-first-run',
-            '--disable-background-networking', '--disable-component-update',
-            '--disable-sync', f'--user-data-dir={profile}',
-            '--enable-logging=stderr', '--v=0',
-            '--virtual-time-budget=3000', *args,
-            page.as_uri()
+            chromium,
+            '--headless',
+            '--no-sandbox',
+            '--disable-gpu',
+            '--disable-quic',
+            '--no-first-run',
+            '--disable-background-networking',
+            '--disable-component-update',
+            '--disable-sync',
+            f'--user-data-dir={profile}',
+            '--enable-logging=stderr',
+            '--v=0',
+            '--virtual-time-budget=3000',
+            *args,
+            page.as_uri(),
         ],
         env=dict(os.environ, HOME=str(profile)),
         capture_output=True,
         text=True,
-        timeout=120)
+        timeout=120,
+    )
     assert process.returncode == 0, process.stderr
     return process
 
@@ -538,15 +576,15 @@ def with_maps(tmp_path_factory):
     """Report on a run measured before and after a pruning, as the demo."""
     # Here, as that module imports nothing of this one
     from tests.test_analysis.test_attention_plots import measurement, stage
+
     work_dir = tmp_path_factory.mktemp('with_maps')
     make_work_dir(work_dir)
     before = ['active'] * 6
     after = ['active', 'active', 'pruned', 'active', 'active', 'pruned']
     for epoch, states in ((2, before), (4, after)):
-        result = measurement({
-            'backbone.layer3': stage(states),
-            'backbone.layer4': stage(states[:3])
-        })
+        result = measurement(
+            {'backbone.layer3': stage(states), 'backbone.layer4': stage(states[:3])}
+        )
         path = work_dir / f'layer_attention/epoch_{epoch}'
         path.mkdir(parents=True)
         (path / 'layer_attention.json').write_text(
@@ -556,7 +594,10 @@ def with_maps(tmp_path_factory):
                     format=1,
                     images=3,
                     data='validation data',
-                    checkpoint=f'epoch_{epoch}.pth')))
+                    checkpoint=f'epoch_{epoch}.pth',
+                )
+            )
+        )
     return make_report(work_dir)
 
 
@@ -565,11 +606,19 @@ def test_maps_side_by_side(with_maps):
     check_offline(page)
     text = ' '.join(page.text.split())
     _, _, maps = text.partition('Attention maps, before and after')
-    places = [maps.index(x) for x in (
-        'Attention weights of layer3', 'epoch_2: 6 of 6 active',
-        'epoch_4: 4 of 6 active', 'Attention weights of layer4',
-        'epoch_2: 3 of 3 active', 'epoch_4: 2 of 3 active',
-        'Layer attention of epoch_2', 'Layer attention of epoch_4')]
+    places = [
+        maps.index(x)
+        for x in (
+            'Attention weights of layer3',
+            'epoch_2: 6 of 6 active',
+            'epoch_4: 4 of 6 active',
+            'Attention weights of layer4',
+            'epoch_2: 3 of 3 active',
+            'epoch_4: 2 of 3 active',
+            'Layer attention of epoch_2',
+            'Layer attention of epoch_4',
+        )
+    ]
     assert places == sorted(places)
     # The same caption is said once.
     assert text.count('Mean over images and heads') == 1
@@ -584,10 +633,14 @@ def test_in_browser(with_maps, tmp_path, chromium, width, scheme):
     shot = tmp_path / 'shot.png'
     # Blink's numbers of the colour schemes
     preferred = dict(dark=0, light=1)[scheme]
-    size = [f'--window-size={width},2000', '--hide-scrollbars',
-            f'--blink-settings=preferredColorScheme={preferred}']
-    process = browse(chromium, with_maps, tmp_path / 'profile', *size,
-                     f'--screenshot={shot}')
+    size = [
+        f'--window-size={width},2000',
+        '--hide-scrollbars',
+        f'--blink-settings=preferredColorScheme={preferred}',
+    ]
+    process = browse(
+        chromium, with_maps, tmp_path / 'profile', *size, f'--screenshot={shot}'
+    )
     assert 'CONSOLE' not in process.stderr, process.stderr
     with Image.open(shot) as image:
         pixels = np.asarray(image.convert('L'))
@@ -612,9 +665,9 @@ def test_in_browser(with_maps, tmp_path, chromium, width, scheme):
             images.length, images.filter(x => x.naturalWidth).length,
             images.filter(x => x.currentSrc == x.src).length]);
         }}</script>""",
-        encoding='utf-8')
-    process = browse(chromium, frame, tmp_path / 'profile2', *size,
-                     '--dump-dom')
+        encoding='utf-8',
+    )
+    process = browse(chromium, frame, tmp_path / 'profile2', *size, '--dump-dom')
     title = re.search('<title>(.*)</title>', process.stdout)[1]
     inner, scroll, images, loaded, light = json.loads(title)
     assert inner == width and scroll <= width

@@ -1,4 +1,5 @@
 """Real runs of two processes over gloo."""
+
 import json
 import os
 import socket
@@ -31,10 +32,11 @@ def uneven(work_dir, **kwargs):
         work_dir,
         dict(windows=[(1, 1)], policy=POLICY),
         epochs=2,
-        lr=0.,
+        lr=0.0,
         size=11,
         norm_eval=True,
-        **kwargs)
+        **kwargs,
+    )
     cfg.train_dataloader.sampler.round_up = False
     return cfg
 
@@ -47,12 +49,12 @@ def fine_tuned(work_dir, **kwargs):
         epochs=2,
         norm_eval=True,
         load_from=str(Path(work_dir).parent / 'whole' / 'epoch_4.pth'),
-        **kwargs)
+        **kwargs,
+    )
 
 
 def keep_value(work_dir, **kwargs):
-    return toy_config(
-        work_dir, dict(HOOK, keep_value=True), norm_eval=True, **kwargs)
+    return toy_config(work_dir, dict(HOOK, keep_value=True), norm_eval=True, **kwargs)
 
 
 def iterations(work_dir, **kwargs):
@@ -62,9 +64,10 @@ def iterations(work_dir, **kwargs):
         norm_eval=True,
         train_cfg=dict(by_epoch=False, max_iters=7),
         default_hooks=dict(
-            checkpoint=dict(type='CheckpointHook', by_epoch=False,
-                            interval=2)),
-        **kwargs)
+            checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2)
+        ),
+        **kwargs,
+    )
 
 
 def flexible(work_dir, model_wrapper_cfg, **kwargs):
@@ -73,7 +76,8 @@ def flexible(work_dir, model_wrapper_cfg, **kwargs):
         work_dir,
         strategy=dict(type='DDPStrategy', model_wrapper=model_wrapper_cfg),
         env_cfg=dict(dist_cfg=dict(backend='gloo')),
-        **kwargs)
+        **kwargs,
+    )
 
 
 def resume(make, checkpoint):
@@ -97,8 +101,8 @@ def runs(root):
         whole_resumed=resume(whole, f'{root}/whole/epoch_2.pth'),
         in_window_resumed=resume(in_window, f'{root}/in_window/epoch_2.pth'),
         one_to_two=resume(in_window, f'{root}/single_in_window/epoch_2.pth'),
-        iterations_resumed=resume(iterations,
-                                  f'{root}/iterations/iter_4.pth'))
+        iterations_resumed=resume(iterations, f'{root}/iterations/iter_4.pth'),
+    )
 
 
 def work(rank, root, port):
@@ -107,7 +111,8 @@ def work(rank, root, port):
         LOCAL_RANK=str(rank),
         WORLD_SIZE='2',
         MASTER_ADDR='127.0.0.1',
-        MASTER_PORT=str(port))
+        MASTER_PORT=str(port),
+    )
     torch.set_num_threads(1)
     torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
     for name, make in runs(root).items():
@@ -119,7 +124,10 @@ def work(rank, root, port):
                 model_wrapper_cfg=dict(
                     type='MMDistributedDataParallel',
                     device_ids=None,
-                    find_unused_parameters=False)))
+                    find_unused_parameters=False,
+                ),
+            )
+        )
         torch.save(
             dict(
                 state={
@@ -128,9 +136,10 @@ def work(rank, root, port):
                 },
                 weights=runner.model.module.state_dict(),
                 moments=len(runner.optim_wrapper.optimizer.state),
-                trained=sum(p.requires_grad
-                            for p in runner.model.parameters())),
-            f'{root}/{name}/rank{rank}.pt')
+                trained=sum(p.requires_grad for p in runner.model.parameters()),
+            ),
+            f'{root}/{name}/rank{rank}.pt',
+        )
     torch.distributed.destroy_process_group()
 
 
@@ -182,45 +191,45 @@ def test_same_as_one_process(root, tmp_path, name):
         assert two['pruned'] == one['pruned']
         assert kl_values(two) == pytest.approx(kl_values(one), rel=1e-4)
     for key, value in runner.model.state_dict().items():
-        torch.testing.assert_close(
-            found['weights'][key], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found['weights'][key], value, rtol=1e-4, atol=1e-6)
 
 
 def test_uneven_ranks_do_not_bias_the_mean(root, tmp_path):
     """All samples count the same: as one process that sees all at once."""
     train(uneven(tmp_path, batch_size=11))
-    (two, ), (one, ) = prunings(root / 'uneven'), prunings(tmp_path)
+    (two,), (one,) = prunings(root / 'uneven'), prunings(tmp_path)
     assert kl_values(two) == pytest.approx(kl_values(one), rel=1e-5)
 
 
-@pytest.mark.parametrize('resumed, original', [
-    ('whole_resumed', 'whole'),
-    ('flexible', 'whole'),
-    ('in_window_resumed', 'in_window'),
-    ('one_to_two', 'in_window'),
-    ('iterations_resumed', 'iterations'),
-])
+@pytest.mark.parametrize(
+    'resumed, original',
+    [
+        ('whole_resumed', 'whole'),
+        ('flexible', 'whole'),
+        ('in_window_resumed', 'in_window'),
+        ('one_to_two', 'in_window'),
+        ('iterations_resumed', 'iterations'),
+    ],
+)
 def test_resume_ends_as_uninterrupted(root, resumed, original):
     for two, one in zip(prunings(root / resumed), prunings(root / original)):
         assert two['pruned'] == one['pruned']
     found, expected = ranks(root, resumed)[0], ranks(root, original)[0]
     assert found['state'] == expected['state']
     for key, value in expected['weights'].items():
-        torch.testing.assert_close(
-            found['weights'][key], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found['weights'][key], value, rtol=1e-4, atol=1e-6)
 
 
 def test_fine_tuning_keeps_the_structure(root):
-    assert ranks(root, 'fine_tuned')[0]['state'] == ranks(
-        root, 'whole')[0]['state']
+    assert ranks(root, 'fine_tuned')[0]['state'] == ranks(root, 'whole')[0]['state']
     assert not (root / 'fine_tuned' / 'pruning.json').exists()
 
 
 def test_two_to_one(root, tmp_path):
     """A checkpoint of two ranks resumes on one."""
-    runner = train(
-        resume(in_window, f'{root}/in_window/epoch_2.pth')(tmp_path))
+    runner = train(resume(in_window, f'{root}/in_window/epoch_2.pth')(tmp_path))
     expected = ranks(root, 'in_window')[0]
     for key, value in runner.model.state_dict().items():
         torch.testing.assert_close(
-            expected['weights'][key], value, rtol=1e-4, atol=1e-6)
+            expected['weights'][key], value, rtol=1e-4, atol=1e-6
+        )

@@ -1,4 +1,5 @@
 """Runs killed with SIGKILL end, once resumed, as if nothing had happened."""
+
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.9)
 HOOK = dict(windows=[(2, 3), (5, 5)], policy=POLICY)
 
 # Kill the process at a given place, the first time that it gets there.
-SCRIPT = '''
+SCRIPT = """
 import os, signal, sys
 import torch
 from mmengine.hooks import Hook
@@ -66,7 +67,7 @@ torch.save = half_save
 torch.set_num_threads(1)
 train(config(work_dir, resume=True), custom_hooks=[
     *config(work_dir).custom_hooks, dict(type='Killer')])
-'''
+"""
 
 
 def config(work_dir, **kwargs):
@@ -75,14 +76,13 @@ def config(work_dir, **kwargs):
 
 def launch(work_dir, place, epoch):
     return subprocess.run(
-        [sys.executable, '-c', SCRIPT,
-         str(work_dir), place,
-         str(epoch)],
+        [sys.executable, '-c', SCRIPT, str(work_dir), place, str(epoch)],
         cwd=ROOT,
         env=dict(os.environ, CUDA_VISIBLE_DEVICES=''),
         capture_output=True,
         text=True,
-        timeout=200)
+        timeout=200,
+    )
 
 
 @pytest.fixture(scope='module')
@@ -103,7 +103,8 @@ def test_killed_and_resumed(tmp_path, uninterrupted, place):
     assert resumed.returncode == 0, resumed.stderr[-2000:]
 
     assert json.loads((work_dir / 'pruning.json').read_text()) == json.loads(
-        (uninterrupted / 'pruning.json').read_text())
+        (uninterrupted / 'pruning.json').read_text()
+    )
     found, expected = [
         torch.load(path / 'epoch_6.pth')['state_dict']
         for path in (work_dir, uninterrupted)

@@ -11,7 +11,8 @@ from tests.toy import CHANNELS, ResidualBlock
 def make_stage(states=(0, 0, 0)):
     torch.manual_seed(0)
     stage = LayerAttentionStage(
-        *[ResidualBlock(dict(type='MRLABase', head_dim=4)) for _ in states])
+        *[ResidualBlock(dict(type='MRLABase', head_dim=4)) for _ in states]
+    )
     for attention, state in zip(stage.attentions, states):
         attention.attention_state = AttentionState(state)
         torch.nn.init.normal_(attention.query.weight, std=5)
@@ -39,20 +40,16 @@ def padded_kl(p, q, eps=1e-8):
 BATCHES = [torch.randn(n, CHANNELS, 5, 5) for n in (3, 1)]
 
 
-@pytest.mark.parametrize('states', [(0, 0, 0), (0, 2, 0), (0, 1, 0), (0, 0, 1)
-                                    ])
+@pytest.mark.parametrize('states', [(0, 0, 0), (0, 2, 0), (0, 1, 0), (0, 0, 1)])
 def test_mean_kl(states):
     meter, probs = measure(make_stage(states), BATCHES)
-    expected = [
-        padded_kl(p, q).mean() for p, q in zip(probs, probs[1:])
-    ]
+    expected = [padded_kl(p, q).mean() for p, q in zip(probs, probs[1:])]
     assert meter.compute() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize('states', [(0, 0, 0), (0, 1, 0)])
 def test_mean_distribution(states):
-    meter, probs = measure(
-        make_stage(states), BATCHES, reduction='mean_distribution')
+    meter, probs = measure(make_stage(states), BATCHES, reduction='mean_distribution')
     means = [p.mean((0, 1)) for p in probs]
     expected = [padded_kl(p, q) for p, q in zip(means, means[1:])]
     assert meter.compute() == pytest.approx(expected, rel=1e-6)

@@ -47,8 +47,7 @@ def test_prunes_in_both_windows(run):
     assert first['iteration'] == 3 and second['iteration'] == 9
     assert len(first['layers']) == 8
     assert [layer['name'] for layer in second['layers']] == first['active']
-    assert sorted(pruned(run.model)) == sorted(first['pruned'] +
-                                               second['pruned'])
+    assert sorted(pruned(run.model)) == sorted(first['pruned'] + second['pruned'])
 
 
 def test_report_says_why(run):
@@ -57,8 +56,7 @@ def test_report_says_why(run):
         is_first = layer['name'].endswith('.0.layer_attn')
         assert (layer['kl'] is None) == is_first
         assert layer['stage'] in ('layer1', 'layer2')
-        assert layer['skip'] == (layer['mapped'] is not None
-                                 and layer['mapped'] < 0.9)
+        assert layer['skip'] == (layer['mapped'] is not None and layer['mapped'] < 0.9)
         assert layer['reason']
 
 
@@ -70,24 +68,23 @@ def test_decision_is_that_of_the_policy_on_the_measured_kl(run):
         selected = kl[kl <= kl.quantile(0.5)]
         low, high = selected.min(), selected.max()
         x = (kl - low) / (high - low)
-        cdf = 1 - (1 - x)**6 - 6 * x * (1 - x)**5
+        cdf = 1 - (1 - x) ** 6 - 6 * x * (1 - x) ** 5
         skip = (x <= 1) & (cdf < 0.9)
         assert skip.tolist() == [
-            layer['skip'] for layer in pruning['layers']
-            if layer['kl'] is not None
+            layer['skip'] for layer in pruning['layers'] if layer['kl'] is not None
         ]
 
 
 def test_kl_is_the_mean_over_the_window(tmp_path):
     """Against scores taken with other means, at a learning rate of 0."""
     from tests.test_hooks.test_kl_meter import padded_kl
+
     runner = train(
         toy_config(
-            tmp_path,
-            dict(windows=[(2, 3)], policy=POLICY),
-            lr=0.,
-            batch_size=12))
-    first, = report(runner)['prunings']
+            tmp_path, dict(windows=[(2, 3)], policy=POLICY), lr=0.0, batch_size=12
+        )
+    )
+    (first,) = report(runner)['prunings']
     for attention in named_layer_attentions(runner.model).values():
         attention.attention_state = AttentionState.ACTIVE
     seen = {'layer1': [], 'layer2': []}
@@ -109,7 +106,8 @@ def test_kl_is_the_mean_over_the_window(tmp_path):
 
 def test_nothing_is_measured_outside_the_windows(tmp_path):
     runner = train(
-        toy_config(tmp_path, dict(windows=[(2, 2)], policy=POLICY), epochs=3))
+        toy_config(tmp_path, dict(windows=[(2, 2)], policy=POLICY), epochs=3)
+    )
     assert len(report(runner)['prunings']) == 1
     assert runner.model.layer1.observer is None
 
@@ -138,10 +136,9 @@ def test_resume_at_any_epoch(run, tmp_path, epoch):
     shutil.copy(f'{run.work_dir}/epoch_{epoch}.pth', tmp_path)
     resumed = train(
         toy_config(
-            tmp_path,
-            HOOK,
-            load_from=str(tmp_path / f'epoch_{epoch}.pth'),
-            resume=True))
+            tmp_path, HOOK, load_from=str(tmp_path / f'epoch_{epoch}.pth'), resume=True
+        )
+    )
     assert states(resumed.model) == states(run.model)
     assert report(resumed) == report(run)
     for key, value in run.model.state_dict().items():
@@ -158,7 +155,9 @@ def test_resume_within_a_window(tmp_path, epoch):
             tmp_path / 'resumed',
             hook,
             load_from=f'{whole.work_dir}/epoch_{epoch}.pth',
-            resume=True))
+            resume=True,
+        )
+    )
     assert report(resumed) == report(whole)
 
 
@@ -166,9 +165,11 @@ def test_load_from_takes_the_structure_but_no_history(run, tmp_path):
     runner = train(
         toy_config(
             tmp_path,
-            dict(windows=[(2, 2)], policy=dict(POLICY, mu=0.)),
+            dict(windows=[(2, 2)], policy=dict(POLICY, mu=0.0)),
             epochs=2,
-            load_from=f'{run.work_dir}/epoch_1.pth'))
+            load_from=f'{run.work_dir}/epoch_1.pth',
+        )
+    )
     prunings = report(run)['prunings']
     assert pruned(runner.model) == prunings[0]['pruned']
     assert [p['pruned'] for p in report(runner)['prunings']] == [[]]
@@ -179,7 +180,7 @@ def test_earlier_report_is_kept(run, tmp_path):
     path.write_text('{"earlier": 1}')
     train(toy_config(tmp_path, HOOK))
     assert 'prunings' in json.loads(path.read_text())
-    backup, = tmp_path.glob('pruning_*.json')
+    (backup,) = tmp_path.glob('pruning_*.json')
     assert json.loads(backup.read_text()) == {'earlier': 1}
 
 
@@ -189,20 +190,25 @@ def test_scalars_reach_the_visualizer(run):
         scalars = [json.loads(line) for line in file]
     active = [s for s in scalars if 'layer_attention/active' in s]
     prunings = report(run)['prunings']
-    assert [s['layer_attention/active'] for s in active
-            ] == [8] + [len(p['active']) for p in prunings]
+    assert [s['layer_attention/active'] for s in active] == [8] + [
+        len(p['active']) for p in prunings
+    ]
     assert active[0]['step'] == 0
     layer = prunings[0]['layers'][1]
     assert active[1][f'layer_attention/kl/{layer["name"]}'] == pytest.approx(
-        layer['kl'])
+        layer['kl']
+    )
     # Before, between and after the two prunings
     speeds = [s for s in scalars if 'layer_attention/step_time' in s]
     assert [s['step'] for s in speeds] == [
-        *(p['iteration'] for p in prunings), run.iter]
+        *(p['iteration'] for p in prunings),
+        run.iter,
+    ]
     times = run.message_hub.get_scalar('train/time').data[0]
     first = prunings[0]['iteration']
     assert speeds[0]['layer_attention/step_time'] == pytest.approx(
-        np.median(times[:first]))
+        np.median(times[:first])
+    )
 
 
 @pytest.mark.parametrize('reduction', ['mean_kl', 'mean_distribution'])
@@ -211,7 +217,7 @@ def test_divergences_are_logged_during_a_window(tmp_path, reduction):
     run = train(toy_config(tmp_path, hook))
     with open(f'{run._log_dir}/vis_data/scalars.json') as file:
         scalars = [json.loads(line) for line in file]
-    pruning, = report(run)['prunings']
+    (pruning,) = report(run)['prunings']
     layer = pruning['layers'][1]
     key = f'layer_attention/kl/{layer["name"]}'
     values = {s['step']: s[key] for s in scalars if key in s}
@@ -227,8 +233,7 @@ def test_divergences_are_logged_during_a_window(tmp_path, reduction):
 def test_format_speeds():
     lines = format_speeds([(8, 0.5, 100), (6, 0.4, 50)]).splitlines()
     cells = [[c.strip() for c in line.split('|')[1:-1]] for line in lines]
-    assert cells[2:] == [['8', '0.5', '+0.0 %', '100'],
-                         ['6', '0.4', '-20.0 %', '50']]
+    assert cells[2:] == [['8', '0.5', '+0.0 %', '100'], ['6', '0.4', '-20.0 %', '50']]
 
 
 def test_ema_model_has_the_same_structure_at_once(tmp_path):
@@ -236,6 +241,7 @@ def test_ema_model_has_the_same_structure_at_once(tmp_path):
     @HOOKS.register_module(force=True)
     class CheckedEMAHook(EMAHook):
         """Checks after the pruning, before the checkpoint is saved."""
+
         priority = 'LOW'
 
         def after_train_epoch(self, runner):
@@ -257,8 +263,9 @@ def test_keep_value(tmp_path):
         if name in report(runner)['prunings'][-1]['active']:
             expected[name], kept = AttentionState.ACTIVE, True
         else:
-            expected[name] = AttentionState.VALUE_ONLY if kept else \
-                AttentionState.PRUNED
+            expected[name] = (
+                AttentionState.VALUE_ONLY if kept else AttentionState.PRUNED
+            )
     assert states(runner.model) == expected
     assert AttentionState.VALUE_ONLY in expected.values()
     trained = runner.optim_wrapper.optimizer.state
@@ -275,9 +282,11 @@ def test_iteration_windows(tmp_path):
             train_cfg=dict(by_epoch=False, max_iters=6),
             default_hooks=dict(
                 logger=dict(type='LoggerHook', interval=1),
-                checkpoint=dict(
-                    type='CheckpointHook', by_epoch=False, interval=3))))
-    record, = report(runner)['prunings']
+                checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=3),
+            ),
+        )
+    )
+    (record,) = report(runner)['prunings']
     assert record['iteration'] == 4 and record['unit'] == 'iteration'
     saved = torch.load(tmp_path / 'iter_3.pth')['layer_attention_pruning']
     # Two iterations, the window's first and second, of 4 samples and 2 heads
@@ -292,44 +301,50 @@ def test_kl_that_is_not_finite_is_an_error(tmp_path):
     assert not (tmp_path / 'pruning.json').exists()
 
 
-@pytest.mark.parametrize('windows, error, match', [
-    ([(0, 1)], ValueError, r'\(0, 1\) starts before 1'),
-    ([(3, 2)], ValueError, r'\(3, 2\) is reversed'),
-    ([(1, 3), (3, 4)], ValueError, r'\(1, 3\) and \(3, 4\) overlap'),
-    ([5], TypeError, 'window 5 is not a pair'),
-    ([(1, 2, 3)], TypeError, 'not a pair'),
-    ([(1, 1.5)], TypeError, 'not a pair'),
-    ([(True, 1)], TypeError, 'not a pair'),
-])
+@pytest.mark.parametrize(
+    'windows, error, match',
+    [
+        ([(0, 1)], ValueError, r'\(0, 1\) starts before 1'),
+        ([(3, 2)], ValueError, r'\(3, 2\) is reversed'),
+        ([(1, 3), (3, 4)], ValueError, r'\(1, 3\) and \(3, 4\) overlap'),
+        ([5], TypeError, 'window 5 is not a pair'),
+        ([(1, 2, 3)], TypeError, 'not a pair'),
+        ([(1, 1.5)], TypeError, 'not a pair'),
+        ([(True, 1)], TypeError, 'not a pair'),
+    ],
+)
 def test_bad_windows(windows, error, match):
     with pytest.raises(error, match=match):
         LayerAttentionPruningHook(windows=windows)
 
 
-@pytest.mark.parametrize('kwargs, match', [
-    (dict(policy=dict(type='EBQM', gamma=0)), 'gamma'),
-    (dict(policy=dict(type='EBQM', gamma=1.5)), '1.5'),
-    (dict(policy=dict(type='EBQM', alpha=0)), 'alpha'),
-    (dict(policy=dict(type='EBQM', alpha=-2)), '-2'),
-    (dict(reduction='median'), "'median'.*'mean_kl'"),
-    (dict(eps=0), 'eps=0'),
-])
+@pytest.mark.parametrize(
+    'kwargs, match',
+    [
+        (dict(policy=dict(type='EBQM', gamma=0)), 'gamma'),
+        (dict(policy=dict(type='EBQM', gamma=1.5)), '1.5'),
+        (dict(policy=dict(type='EBQM', alpha=0)), 'alpha'),
+        (dict(policy=dict(type='EBQM', alpha=-2)), '-2'),
+        (dict(reduction='median'), "'median'.*'mean_kl'"),
+        (dict(eps=0), 'eps=0'),
+    ],
+)
 def test_bad_arguments(kwargs, match):
     with pytest.raises(ValueError, match=match):
         LayerAttentionPruningHook(windows=[(1, 1)], **kwargs)
 
 
-@pytest.mark.parametrize('hook, kwargs, match', [
-    (dict(windows=[(5, 5)]), {}, r'\(5, 5\) ends after the last of 4 epochs'),
-    (HOOK, dict(layer_attention=None), 'prunable.*found: none'),
-    (HOOK, dict(layer_attention='MRLALight'),
-     'prunable.*found: MRLALight'),
-    (HOOK, dict(layer_attention='KCLA'),
-     'prunable.*found: KCLA'),
-    (HOOK, dict(train_cfg=dict(by_epoch=False, max_iters=5)),
-     'by_epoch=False'),
-    (dict(HOOK, by_epoch=False), {}, 'by_epoch=True'),
-])
+@pytest.mark.parametrize(
+    'hook, kwargs, match',
+    [
+        (dict(windows=[(5, 5)]), {}, r'\(5, 5\) ends after the last of 4 epochs'),
+        (HOOK, dict(layer_attention=None), 'prunable.*found: none'),
+        (HOOK, dict(layer_attention='MRLALight'), 'prunable.*found: MRLALight'),
+        (HOOK, dict(layer_attention='KCLA'), 'prunable.*found: KCLA'),
+        (HOOK, dict(train_cfg=dict(by_epoch=False, max_iters=5)), 'by_epoch=False'),
+        (dict(HOOK, by_epoch=False), {}, 'by_epoch=True'),
+    ],
+)
 def test_what_does_not_fit_the_run(tmp_path, hook, kwargs, match):
     """Before the first iteration."""
     cfg = toy_config(tmp_path, hook, **kwargs)

@@ -1,4 +1,5 @@
 """Pruning with what users of mmengine switch on."""
+
 import pytest
 import torch
 from mmengine.model import is_model_wrapper
@@ -33,13 +34,14 @@ def assert_same_run(runner, plain):
     assert states(runner.model) == states(plain.model)
     for key, value in plain.model.state_dict().items():
         torch.testing.assert_close(
-            runner.model.state_dict()[key], value, rtol=1e-4, atol=1e-6)
+            runner.model.state_dict()[key], value, rtol=1e-4, atol=1e-6
+        )
 
 
 def optimizer(**kwargs):
     return dict(
-        optimizer=dict(type='SGD', lr=0.001, momentum=0.9, weight_decay=0.01),
-        **kwargs)
+        optimizer=dict(type='SGD', lr=0.001, momentum=0.9, weight_decay=0.01), **kwargs
+    )
 
 
 def test_gradient_accumulation(tmp_path):
@@ -51,15 +53,17 @@ def test_gradient_accumulation(tmp_path):
             HOOK,
             norm_eval=True,
             batch_size=2,
-            optim_wrapper=optimizer(accumulative_counts=2)))
+            optim_wrapper=optimizer(accumulative_counts=2),
+        )
+    )
     assert_same_run(two, one)
 
 
 def test_pruning_amid_an_accumulation(tmp_path):
     """Half-accumulated gradients of pruned parameters are forgotten."""
     runner = train(
-        toy_config(
-            tmp_path, HOOK, optim_wrapper=optimizer(accumulative_counts=2)))
+        toy_config(tmp_path, HOOK, optim_wrapper=optimizer(accumulative_counts=2))
+    )
     for name, param in runner.model.named_parameters():
         if not param.requires_grad:
             assert param.grad is None, name
@@ -68,17 +72,17 @@ def test_pruning_amid_an_accumulation(tmp_path):
 def test_activation_checkpointing(tmp_path, plain):
     """A stage that runs twice per step is measured right."""
     runner = train(
-        toy_config(
-            tmp_path, HOOK, activation_checkpointing=['layer1', 'layer2']))
+        toy_config(tmp_path, HOOK, activation_checkpointing=['layer1', 'layer2'])
+    )
     assert states(runner.model) == states(plain.model)
 
 
 def test_clip_grad(tmp_path):
     runner = train(
         toy_config(
-            tmp_path,
-            HOOK,
-            optim_wrapper=optimizer(clip_grad=dict(max_norm=0.1))))
+            tmp_path, HOOK, optim_wrapper=optimizer(clip_grad=dict(max_norm=0.1))
+        )
+    )
     assert AttentionState.PRUNED in states(runner.model).values()
 
 
@@ -93,10 +97,8 @@ def test_autocast(tmp_path, dtype):
 
 def test_auto_scale_lr(tmp_path):
     runner = train(
-        toy_config(
-            tmp_path,
-            HOOK,
-            auto_scale_lr=dict(enable=True, base_batch_size=8)))
+        toy_config(tmp_path, HOOK, auto_scale_lr=dict(enable=True, base_batch_size=8))
+    )
     assert runner.optim_wrapper.get_lr()['lr'] == [0.0005]
     assert AttentionState.PRUNED in states(runner.model).values()
 
@@ -108,14 +110,15 @@ def test_frozen_stage(tmp_path):
     runner = train(cfg)
     assert any(
         name.startswith('layer1') and state == AttentionState.PRUNED
-        for name, state in states(runner.model).items())
-    assert not any(p.requires_grad
-                   for p in runner.model.layer1.parameters())
+        for name, state in states(runner.model).items()
+    )
+    assert not any(p.requires_grad for p in runner.model.layer1.parameters())
 
 
 def test_sync_bn():
     """torch runs it on GPUs only; the conversion keeps the structure."""
     from tests.toy import ToyNetwork
+
     model = ToyNetwork(dict(type='MRLABase', head_dim=4))
     model.layer1[1].layer_attn.attention_state = AttentionState.PRUNED
     model.eval()
@@ -130,6 +133,7 @@ def test_sync_bn():
 
 def test_compile_keeps_one_graph_and_recompiles_once_per_pruning():
     from tests.toy import ToyNetwork
+
     graphs = []
 
     def backend(graph, inputs):
@@ -147,7 +151,8 @@ def test_compile_keeps_one_graph_and_recompiles_once_per_pruning():
         for _ in range(3):
             compiled(x, target, mode='loss')['loss'].backward()
         torch.testing.assert_close(
-            compiled(x, target), model(x, target), rtol=1e-4, atol=1e-5)
+            compiled(x, target), model(x, target), rtol=1e-4, atol=1e-5
+        )
         counts.append(len(graphs))
     # One graph for mode='loss' and one for mode='tensor' each time
     assert counts == [2, 4, 6]
@@ -155,18 +160,16 @@ def test_compile_keeps_one_graph_and_recompiles_once_per_pruning():
 
 def test_compiled_run(tmp_path, plain):
     torch._dynamo.reset()
-    runner = train(
-        toy_config(tmp_path, HOOK, compile=dict(backend='eager')))
+    runner = train(toy_config(tmp_path, HOOK, compile=dict(backend='eager')))
     assert_same_run(runner, plain)
 
 
 def test_flexible_runner(tmp_path, plain):
     runner = train(
         toy_config(
-            tmp_path,
-            HOOK,
-            strategy=dict(type='SingleDeviceStrategy'),
-            env_cfg={}))
+            tmp_path, HOOK, strategy=dict(type='SingleDeviceStrategy'), env_cfg={}
+        )
+    )
     assert isinstance(runner, FlexibleRunner)
     assert_same_run(runner, plain)
 
@@ -175,7 +178,6 @@ def test_other_wrappers_are_refused(tmp_path):
 
     @MODEL_WRAPPERS.register_module(force=True)
     class ShardedWrapper(nn.Module):
-
         def __init__(self, module):
             super().__init__()
             self.module = module
@@ -184,6 +186,7 @@ def test_other_wrappers_are_refused(tmp_path):
             raise AssertionError('the run must end before the first step')
 
     from mmengine.runner import Runner
+
     runner = Runner.from_cfg(toy_config(tmp_path, HOOK))
     runner.model = ShardedWrapper(runner.model)
     with pytest.raises(ValueError, match='ShardedWrapper.*MMDistributed'):

@@ -6,8 +6,9 @@ from mmela.layers.base import eca_kernel_size
 
 # |log2(C) + 1| / 2 by hand: 64 -> 3.5, 256 -> 4.5, 512 -> 5, 1024 -> 5.5,
 # 2048 -> 6; cut to an integer, then the next odd number.
-@pytest.mark.parametrize('channels, size', [(64, 3), (256, 5), (512, 5),
-                                            (1024, 5), (2048, 7)])
+@pytest.mark.parametrize(
+    'channels, size', [(64, 3), (256, 5), (512, 5), (1024, 5), (2048, 7)]
+)
 def test_eca_kernel_size(channels, size):
     assert eca_kernel_size(channels) == size
 

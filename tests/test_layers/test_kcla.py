@@ -18,20 +18,27 @@ def make_stage(n=3, channels=C, before=None, **kwargs):
     if before is not None:
         last = before[-1].out_channels
         crossing = dict(previous_channels=last, stride=2)
-    stage = LayerAttentionStage(*[
-        nn.Conv2d(last if i == 0 else channels, channels, 3,
-                  2 if crossing and i == 0 else 1, 1) for i in range(n)
-    ])
+    stage = LayerAttentionStage(
+        *[
+            nn.Conv2d(
+                last if i == 0 else channels,
+                channels,
+                3,
+                2 if crossing and i == 0 else 1,
+                1,
+            )
+            for i in range(n)
+        ]
+    )
     for i in range(n):
         stage.attach(
             i,
             KCLA(
                 channels,
                 head_dim=D,
-                **{
-                    **dict(drop_path=0), **kwargs,
-                    **(crossing if i == 0 else {})
-                }))
+                **{**dict(drop_path=0), **kwargs, **(crossing if i == 0 else {})},
+            ),
+        )
     if before is not None and stage[0].layer_attn.crosses_stages:
         stage.take_over_from(before)
     return stage
@@ -41,8 +48,8 @@ def naive_weight(attention, key, g):
     """Weight of a token in head g, as eq. 10 has it."""
     heads = attention.num_heads
     t = attention.test_temperature
-    s = t**(1 - 2 * g / (heads - 1)) if heads > 1 else t
-    norm = math.sqrt(sum(float(v)**2 for v in key)) * s
+    s = t ** (1 - 2 * g / (heads - 1)) if heads > 1 else t
+    norm = math.sqrt(sum(float(v) ** 2 for v in key)) * s
     return math.exp(min(norm, 10)) if attention.exp_norm else norm
 
 
@@ -61,13 +68,17 @@ def naive(stages, x):
                 norm = a.cross_stage.norm
                 m = F.batch_norm(m, None, None, norm.weight, norm.bias, True)
                 k = F.conv1d(
-                    m.mean((2, 3))[:, None],
-                    a.cross_stage.key.weight,
-                    padding='same')[:, 0]
-                z = torch.tensor([[
-                    naive_weight(a, k[b, g * D:(g + 1) * D], g)
-                    for g in range(a.num_heads)
-                ] for b in range(len(x))])
+                    m.mean((2, 3))[:, None], a.cross_stage.key.weight, padding='same'
+                )[:, 0]
+                z = torch.tensor(
+                    [
+                        [
+                            naive_weight(a, k[b, g * D : (g + 1) * D], g)
+                            for g in range(a.num_heads)
+                        ]
+                        for b in range(len(x))
+                    ]
+                )
                 u = m * z.repeat_interleave(D, 1)[..., None, None]
             elif i == 0:
                 u = z = None
@@ -91,23 +102,25 @@ def naive(stages, x):
             if a.head_attention_type == 'linear':
                 e = F.linear(e, a.head_attention.weight)
             if a.head_attention_type != 'none':
-                out = out * e.sigmoid().repeat_interleave(D,
-                                                          1)[..., None, None]
-            out = F.batch_norm(out, None, None, a.norm.weight, a.norm.bias,
-                               True)
+                out = out * e.sigmoid().repeat_interleave(D, 1)[..., None, None]
+            out = F.batch_norm(out, None, None, a.norm.weight, a.norm.bias, True)
             x = x + F.relu(out)
     return x
 
 
-@pytest.mark.parametrize('kwargs', [
-    dict(),
-    dict(temperature=1),
-    dict(exp_norm=False),
-    dict(head_attention='none'),
-    dict(head_attention='plain'),
-    dict(recurrent=True),
-    dict(cross_stage=False),
-], ids=str)
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(),
+        dict(temperature=1),
+        dict(exp_norm=False),
+        dict(head_attention='none'),
+        dict(head_attention='plain'),
+        dict(recurrent=True),
+        dict(cross_stage=False),
+    ],
+    ids=str,
+)
 def test_equals_naive_loops(kwargs):
     torch.manual_seed(0)
     first = make_stage(3, **kwargs)
@@ -121,8 +134,7 @@ def test_equals_naive_loops(kwargs):
     x = torch.randn(2, C, 7, 9)
     with torch.no_grad():
         out = stages[1](stages[0](x))
-        torch.testing.assert_close(
-            out, naive(stages, x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out, naive(stages, x), rtol=1e-4, atol=1e-5)
 
 
 def test_key_norms_are_capped():
@@ -162,17 +174,21 @@ def test_lost_gradient_is_an_error():
     first = make_stage()
     second = make_stage(before=first)
     x = torch.utils.checkpoint.checkpoint(
-        first, torch.randn(2, C, 8, 8, requires_grad=True), use_reentrant=True)
+        first, torch.randn(2, C, 8, 8, requires_grad=True), use_reentrant=True
+    )
     with pytest.raises(RuntimeError, match='which has no gradient'):
         second(x)
 
 
-@pytest.mark.parametrize('kwargs, message', [
-    (dict(head_attention='mean'), "head_attention='mean' is unknown"),
-    (dict(temperature=0), r'temperature=0 is not in \(0, 1\]'),
-    (dict(temperature=2), r'temperature=2 is not in \(0, 1\]'),
-    (dict(previous_channels=6), 'the 6 channels .* the 4 heads'),
-])
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(head_attention='mean'), "head_attention='mean' is unknown"),
+        (dict(temperature=0), r'temperature=0 is not in \(0, 1\]'),
+        (dict(temperature=2), r'temperature=2 is not in \(0, 1\]'),
+        (dict(previous_channels=6), 'the 6 channels .* the 4 heads'),
+    ],
+)
 def test_errors(kwargs, message):
     with pytest.raises(ValueError, match=message):
         KCLA(C, head_dim=D, **kwargs)

@@ -17,7 +17,8 @@ def naive(attentions, xs):
             outs.append(x_t)
             continue
         visible = [
-            s for s in range(t + 1)
+            s
+            for s in range(t + 1)
             if attentions[s].attention_state != AttentionState.PRUNED
         ]
         values = [attention.value(xs[s]) for s in visible]
@@ -25,19 +26,16 @@ def naive(attentions, xs):
         for b in range(len(x_t)):
             pooled = [xs[s][b].mean((1, 2))[None, None] for s in visible]
             q = F.conv1d(
-                x_t[b].mean((1, 2))[None, None],
-                attention.query.weight,
-                padding='same')[0, 0]
+                x_t[b].mean((1, 2))[None, None], attention.query.weight, padding='same'
+            )[0, 0]
             keys = [
-                F.conv1d(y, attention.key.weight, padding='same')[0, 0]
-                for y in pooled
+                F.conv1d(y, attention.key.weight, padding='same')[0, 0] for y in pooled
             ]
             for g in range(C // D):
                 head = slice(g * D, (g + 1) * D)
                 logits = [q[head].dot(k[head]) / math.sqrt(D) for k in keys]
                 weights = torch.stack(logits).softmax(0)
-                o[b, head] = sum(
-                    w * v[b, head] for w, v in zip(weights, values))
+                o[b, head] = sum(w * v[b, head] for w, v in zip(weights, values))
         norm = attention.norm
         o = F.batch_norm(o, None, None, norm.weight, norm.bias, True)
         outs.append(x_t + F.relu(o))

@@ -29,7 +29,8 @@ def naive(attentions, xs):
     outs = []
     for t, x_t in enumerate(xs):
         visible = [
-            s for s in range(t + 1)
+            s
+            for s in range(t + 1)
             if attentions[s].attention_state != AttentionState.PRUNED
         ]
         if not attentions[t].active:
@@ -40,7 +41,8 @@ def naive(attentions, xs):
             query = F.conv1d(
                 x_t[b].mean((1, 2))[None, None],
                 attentions[t].query.weight,
-                padding='same')[0, 0]
+                padding='same',
+            )[0, 0]
             for g in range(C // D):
                 head = slice(g * D, (g + 1) * D)
                 logits, values = [], []
@@ -48,14 +50,17 @@ def naive(attentions, xs):
                     key = F.conv1d(
                         xs[s][b].mean((1, 2))[None, None],
                         attentions[s].key.weight,
-                        padding='same')[0, 0]
+                        padding='same',
+                    )[0, 0]
                     logits.append(query[head].dot(key[head]) / math.sqrt(D))
                     values.append(
                         F.conv2d(
-                            xs[s][b:b + 1],
+                            xs[s][b : b + 1],
                             attentions[s].value.weight,
                             padding=1,
-                            groups=C)[0, head])
+                            groups=C,
+                        )[0, head]
+                    )
                 weights = torch.stack(logits).softmax(0)
                 o[b, head] = sum(w * v for w, v in zip(weights, values))
         norm = attentions[t].norm
@@ -64,12 +69,15 @@ def naive(attentions, xs):
     return outs
 
 
-@pytest.mark.parametrize('states', [
-    (0, 0, 0, 0),
-    (0, 2, 0, 0),
-    (0, 1, 0, 2),
-    (0, 2, 2, 0),
-])
+@pytest.mark.parametrize(
+    'states',
+    [
+        (0, 0, 0, 0),
+        (0, 2, 0, 0),
+        (0, 1, 0, 2),
+        (0, 2, 2, 0),
+    ],
+)
 def test_equals_naive_loops(states):
     attentions, xs = make(4), inputs(4)
     for attention, state in zip(attentions, states):
@@ -83,11 +91,14 @@ def test_equals_naive_loops(states):
         torch.testing.assert_close(out, expected)
 
 
-@pytest.mark.parametrize('states', [
-    (0, 0, 0, 0),
-    (0, 2, 0, 0),
-    (0, 1, 0, 2),
-])
+@pytest.mark.parametrize(
+    'states',
+    [
+        (0, 0, 0, 0),
+        (0, 2, 0, 0),
+        (0, 1, 0, 2),
+    ],
+)
 def test_gradients_equal_those_of_plain_code(states):
     """Of the whole stage: each output is the next input."""
     grads = []
@@ -100,10 +111,10 @@ def test_gradients_equal_those_of_plain_code(states):
         for attention in attentions:
             out = attention(torch.tanh(out), memory)
         out.square().sum().backward()
-        grads.append([x.grad] + [
-            p.grad for a in attentions for p in a.parameters()
-            if p.requires_grad
-        ])
+        grads.append(
+            [x.grad]
+            + [p.grad for a in attentions for p in a.parameters() if p.requires_grad]
+        )
     for grad, expected in zip(*grads):
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
 
@@ -114,7 +125,7 @@ def test_unknown_backend():
 
 
 def test_first_block_attends_to_itself_only():
-    (attention, ), (x, ) = make(1), inputs(1)
+    (attention,), (x,) = make(1), inputs(1)
     out, memory = run([attention], [x])
     assert memory.scores[0].shape == (2, C // D, 1)
     expected = x + F.relu(attention.norm(attention.value(x)))
@@ -160,7 +171,7 @@ def test_zero_init_starts_as_identity_and_learns():
 
 
 def test_drop_path_drops_samples_of_the_attention_alone():
-    attention, = make(1, drop_path=0.5)
+    (attention,) = make(1, drop_path=0.5)
     x = torch.randn(64, C, 4, 4)
     torch.manual_seed(0)
     out = attention(x, LayerMemory())

@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmela.layers import (AttentionState, LayerAttentionStage, LayerMemory,
-                          MRLALight)
+from mmela.layers import AttentionState, LayerAttentionStage, LayerMemory, MRLALight
 
 C, D = 16, 4
 
@@ -60,7 +59,7 @@ def naive(stage, x, previous):
 
 
 @pytest.mark.parametrize('previous', ['identity', 'output'])
-@pytest.mark.parametrize('pruned', [(), (1, ), (0, )])
+@pytest.mark.parametrize('pruned', [(), (1,), (0,)])
 def test_equals_naive_loops(previous, pruned):
     stage = make_stage(4, previous=previous)
     for attention in stage.attentions:

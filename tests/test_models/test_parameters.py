@@ -1,4 +1,5 @@
 """Parameters of every config against the papers, and the written figures."""
+
 import logging
 import runpy
 from pathlib import Path
@@ -12,15 +13,15 @@ from mmengine.logging import MMLogger
 ROOT = Path(__file__).resolve().parents[2]
 ZOO = runpy.run_path(str(ROOT / 'tools' / 'analysis' / 'model_zoo.py'))
 PAPERS = ZOO['load_papers']()
-ROWS = [(folder, row) for folder, section in PAPERS.items()
-        for row in section['rows']]
+ROWS = [(folder, row) for folder, section in PAPERS.items() for row in section['rows']]
 NEEDS = dict(
     cifar='mmpretrain',
     imagenet='mmpretrain',
     faster_rcnn='mmdet',
     mask_rcnn='mmdet',
     retinanet='mmdet',
-    unet='mmseg')
+    unet='mmseg',
+)
 
 
 def skip_without(folder, name):
@@ -34,14 +35,18 @@ def skip_without(folder, name):
 @pytest.fixture
 def uninitialized(monkeypatch):
     """Leave weights as they are: to draw them takes most of the time."""
-    for name in ('kaiming_uniform_', 'kaiming_normal_', 'xavier_uniform_',
-                 'uniform_', 'normal_', 'trunc_normal_'):
-        monkeypatch.setattr(torch.nn.init, name,
-                            lambda tensor, *args, **kwargs: tensor)
+    for name in (
+        'kaiming_uniform_',
+        'kaiming_normal_',
+        'xavier_uniform_',
+        'uniform_',
+        'normal_',
+        'trunc_normal_',
+    ):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **kwargs: tensor)
 
 
-@pytest.mark.parametrize(
-    'folder, row', ROWS, ids=[row['config'] for _, row in ROWS])
+@pytest.mark.parametrize('folder, row', ROWS, ids=[row['config'] for _, row in ROWS])
 def test_parameters(folder, row, uninitialized):
     """Counted anew: as in the metafile, and as in the paper or noted."""
     name = row['config']
@@ -81,10 +86,14 @@ def test_printed_figures(name):
     assert f'{count:.{decimals}f}' == METHOD[name]
 
 
-@pytest.mark.parametrize('path', sorted(
-    p.relative_to(ROOT / 'configs').as_posix()
-    for p in (ROOT / 'configs').glob('*/*.py')
-    if not p.parent.name.startswith('_')))
+@pytest.mark.parametrize(
+    'path',
+    sorted(
+        p.relative_to(ROOT / 'configs').as_posix()
+        for p in (ROOT / 'configs').glob('*/*.py')
+        if not p.parent.name.startswith('_')
+    ),
+)
 def test_every_config_reads_and_is_listed(path):
     folder, name = path.split('/')
     scope = NEEDS.get(folder, 'mmdet')
@@ -100,13 +109,14 @@ def test_model_index_lists_every_metafile():
     index = yaml.safe_load((ROOT / 'model-index.yml').read_text('utf-8'))
     assert sorted(index['Import']) == sorted(
         p.relative_to(ROOT).as_posix()
-        for p in (ROOT / 'configs').glob('*/metafile.yml'))
+        for p in (ROOT / 'configs').glob('*/metafile.yml')
+    )
 
 
 def test_the_page_is_up_to_date():
     page = (ROOT / 'docs' / 'model_zoo.md').read_text('utf-8')
     for folder in PAPERS:
         for name, data in ZOO['read_metafile'](folder).items():
-            line, = [x for x in page.splitlines() if f'[{name}](' in x]
+            (line,) = [x for x in page.splitlines() if f'[{name}](' in x]
             assert f'| {data[ZOO["parameters_key"](folder)]:.3f}' in line
             assert f'| {data["FLOPs (G)"]:.4g} |' in line

@@ -1,4 +1,5 @@
 """The U-Net with layer attention, its loss and its data."""
+
 import json
 import logging
 import math
@@ -41,8 +42,8 @@ def encoder(layer_attention=None, **kwargs):
     if layer_attention is None:
         return MODELS.build(dict(type='UNetResNet', **kwargs))
     return MODELS.build(
-        dict(
-            type='ELAUNetResNet', layer_attention=layer_attention, **kwargs))
+        dict(type='ELAUNetResNet', layer_attention=layer_attention, **kwargs)
+    )
 
 
 def segmentor(config):
@@ -52,7 +53,6 @@ def segmentor(config):
 
 
 class TestBackbones:
-
     @pytest.mark.parametrize('attention', ATTENTIONS, ids=str)
     def test_encoder(self, attention):
         """All feature maps; every parameter gets a gradient."""
@@ -60,7 +60,11 @@ class TestBackbones:
         model.init_weights()
         outs = model(torch.randn(2, 3, 48, 64))
         assert [tuple(x.shape[1:]) for x in outs] == [
-            (16, 48, 64), (32, 24, 32), (64, 12, 16), (128, 6, 8), (128, 6, 8)
+            (16, 48, 64),
+            (32, 24, 32),
+            (64, 12, 16),
+            (128, 6, 8),
+            (128, 6, 8),
         ]
         sum(x.square().mean() for x in outs).backward()
         for name, param in model.named_parameters():
@@ -73,7 +77,8 @@ class TestBackbones:
         keys = {k for k in ela.state_dict() if '.layer_attn.' not in k}
         assert keys == set(plain.state_dict())
         channels = [
-            block.layer_attn.channels for name in ela.res_layers
+            block.layer_attn.channels
+            for name in ela.res_layers
             for block in getattr(ela, name)
         ]
         assert channels == [32, 32, 64, 64, 128, 128, 128, 128]
@@ -81,9 +86,14 @@ class TestBackbones:
     def test_widths(self):
         """A bottleneck expands the width of each stage fourfold."""
         model = encoder(
-            MRLA, depth=50, stage_channels=(16, 8, 24, 4),
-            strides=(1, 2, 2, 2), stem_channels=8, out_indices=(1, 3),
-            deep_stem=True)
+            MRLA,
+            depth=50,
+            stage_channels=(16, 8, 24, 4),
+            strides=(1, 2, 2, 2),
+            stem_channels=8,
+            out_indices=(1, 3),
+            deep_stem=True,
+        )
         shapes = [tuple(x.shape[1:]) for x in model(torch.randn(1, 3, 32, 32))]
         assert shapes == [(8, 32, 32), (32, 16, 16), (16, 4, 4)]
         assert model.feat_dim == 16
@@ -91,9 +101,9 @@ class TestBackbones:
     def test_same_as_resnet_where_widths_double(self):
         """Stages of an ordinary ResNet, on the output of the stem."""
         resnet = MODELS.build(
-            dict(type='ResNet', depth=18, base_channels=8, stem_channels=16))
-        model = encoder(
-            stage_channels=(8, 16, 32, 64), strides=(1, 2, 2, 2))
+            dict(type='ResNet', depth=18, base_channels=8, stem_channels=16)
+        )
+        model = encoder(stage_channels=(8, 16, 32, 64), strides=(1, 2, 2, 2))
         for param in model.parameters():
             torch.nn.init.normal_(param, 0.05, 0.1)
         resnet.load_state_dict(model.state_dict())
@@ -105,18 +115,20 @@ class TestBackbones:
     @pytest.mark.parametrize('name', ['ResNet', 'ResNetV1c'])
     def test_toolbox_networks(self, name):
         kwargs = dict(depth=18, base_channels=16, stem_channels=16)
-        ela = MODELS.build(
-            dict(type=f'ELA{name}', layer_attention=MRLA, **kwargs))
+        ela = MODELS.build(dict(type=f'ELA{name}', layer_attention=MRLA, **kwargs))
         plain = MODELS.build(dict(type=name, **kwargs))
         keys = {k for k in ela.state_dict() if '.layer_attn.' not in k}
         assert keys == set(plain.state_dict()) != set(ela.state_dict())
         x = torch.randn(1, 3, 64, 64)
         assert [o.shape for o in ela(x)] == [o.shape for o in plain(x)]
 
-    @pytest.mark.parametrize(('kwargs', 'message'), [
-        (dict(stage_channels=(8, 8)), r'stage_channels=\(8, 8\).* 4 stages'),
-        (dict(strides=(1, 2, 2)), r'strides=\(1, 2, 2\).* 4 stages'),
-    ])
+    @pytest.mark.parametrize(
+        ('kwargs', 'message'),
+        [
+            (dict(stage_channels=(8, 8)), r'stage_channels=\(8, 8\).* 4 stages'),
+            (dict(strides=(1, 2, 2)), r'strides=\(1, 2, 2\).* 4 stages'),
+        ],
+    )
     def test_wrong_number_of_stages(self, kwargs, message):
         with pytest.raises(ValueError, match=message):
             encoder(**kwargs)
@@ -127,30 +139,35 @@ class TestBackbones:
 
 
 # Millions of parameters in table IV of KCLA
-@pytest.mark.parametrize(('name', 'millions'), [
-    ('plain', 1.53),
-    ('mrla-light', 1.54),
-    ('kcla', 1.55),
-])
+@pytest.mark.parametrize(
+    ('name', 'millions'),
+    [
+        ('plain', 1.53),
+        ('mrla-light', 1.54),
+        ('kcla', 1.55),
+    ],
+)
 def test_parameters_are_those_of_the_paper(name, millions):
     model = segmentor(f'unet_r18_{name}_kvasir-256x256.py')
     count = sum(p.numel() for p in model.parameters())
-    assert abs(count / 1e6 - millions) < .006
+    assert abs(count / 1e6 - millions) < 0.006
 
 
 class TestHead:
-
     def build(self, **kwargs):
         cfg = dict(
-            type='UNetHead', in_channels=(4, 8, 8), decoder_channels=(8, 4),
-            num_classes=2, dropout_ratio=0)
+            type='UNetHead',
+            in_channels=(4, 8, 8),
+            decoder_channels=(8, 4),
+            num_classes=2,
+            dropout_ratio=0,
+        )
         return MODELS.build({**cfg, **kwargs})
 
     def test_odd_sizes(self):
         head = self.build()
         maps = [
-            torch.randn(2, c, h, w)
-            for c, h, w in ((4, 33, 21), (8, 17, 11), (8, 9, 6))
+            torch.randn(2, c, h, w) for c, h, w in ((4, 33, 21), (8, 17, 11), (8, 9, 6))
         ]
         assert head(maps).shape == (2, 2, 33, 21)
 
@@ -164,21 +181,24 @@ class TestHead:
                 changed[index] = changed[index] + 1
                 assert not torch.allclose(head(changed), before)
 
-    @pytest.mark.parametrize('kwargs', [
-        dict(decoder_channels=(8, 4, 4)),
-        dict(in_channels=(4, ), decoder_channels=()),
-    ], ids=str)
+    @pytest.mark.parametrize(
+        'kwargs',
+        [
+            dict(decoder_channels=(8, 4, 4)),
+            dict(in_channels=(4,), decoder_channels=()),
+        ],
+        ids=str,
+    )
     def test_bad_channels(self, kwargs):
         with pytest.raises(ValueError, match='one entry less'):
             self.build(**kwargs)
 
 
 class TestForegroundDiceLoss:
-
     def test_value(self):
         """One image of four pixels, by hand."""
         loss = MODELS.build(dict(type='ForegroundDiceLoss'))
-        pred = torch.tensor([0., math.log(3), -math.log(3), 0.])
+        pred = torch.tensor([0.0, math.log(3), -math.log(3), 0.0])
         target = torch.tensor([[[1, 1], [0, 0]]])
         # Probabilities 1/2, 3/4, 1/4, 1/2: intersection 5/4, sums 2 and 2
         expected = 1 - (2 * 1.25 + 1) / (2 + 2 + 1)
@@ -191,8 +211,7 @@ class TestForegroundDiceLoss:
         target = torch.randint(0, 2, (2, 5, 4))
         target[:, :, 2:] = 255
         value = loss(pred, target)
-        torch.testing.assert_close(
-            value, loss(pred[..., :2], target[..., :2]))
+        torch.testing.assert_close(value, loss(pred[..., :2], target[..., :2]))
         value.backward()
         assert pred.grad.isfinite().all()
         assert (pred.grad[..., 2:] == 0).all()
@@ -202,10 +221,10 @@ class TestForegroundDiceLoss:
         target = torch.randint(0, 2, (1, 6, 6))
         pred = torch.zeros(1, 1, 6, 6, requires_grad=True)
         loss = MODELS.build(dict(type='ForegroundDiceLoss'))
-        dice, = torch.autograd.grad(loss(pred, target), pred)
-        cross, = torch.autograd.grad(
-            F.binary_cross_entropy_with_logits(pred[:, 0], target.float()),
-            pred)
+        (dice,) = torch.autograd.grad(loss(pred, target), pred)
+        (cross,) = torch.autograd.grad(
+            F.binary_cross_entropy_with_logits(pred[:, 0], target.float()), pred
+        )
         assert (dice.sign() == cross.sign()).all()
 
     def test_two_channels(self):
@@ -229,7 +248,6 @@ def files(folder, *parts):
 
 
 class TestRender:
-
     def test_images_and_masks(self, lesions):
         for split, count in (('train', 24), ('val', 8)):
             images = files(lesions, 'images', split)
@@ -241,7 +259,7 @@ class TestRender:
                 label = cv2.imread(str(mask), cv2.IMREAD_UNCHANGED)
                 assert pixels.shape == (64, 64, 3) and label.shape == (64, 64)
                 assert set(np.unique(label)) == {0, 1}
-                assert .01 < label.mean() < .7
+                assert 0.01 < label.mean() < 0.7
                 # A lesion is darker than the skin, but no threshold finds it
                 inside = pixels.mean(-1)[label == 1]
                 outside = pixels.mean(-1)[label == 0]
@@ -257,10 +275,13 @@ class TestRender:
             other = tmp_path / 'other' / name
             assert path.read_bytes() != other.read_bytes()
 
-    @pytest.mark.parametrize(('kwargs', 'message'), [
-        (dict(train=0), 'train must be at least 1, got 0'),
-        (dict(size=8), 'size must be 32 to 2048, got 8'),
-    ])
+    @pytest.mark.parametrize(
+        ('kwargs', 'message'),
+        [
+            (dict(train=0), 'train must be at least 1, got 0'),
+            (dict(size=8), 'size must be 32 to 2048, got 8'),
+        ],
+    )
     def test_bad_arguments(self, kwargs, message, tmp_path):
         with pytest.raises(ValueError, match=message):
             TOOL['render'](tmp_path / 'x', **kwargs)
@@ -268,7 +289,6 @@ class TestRender:
 
 
 class TestConvert:
-
     @pytest.fixture
     def isic(self, tmp_path):
         """Ten images and masks that are named as in ISIC 2017."""
@@ -276,7 +296,7 @@ class TestConvert:
             (tmp_path / name).mkdir()
         for index in range(10):
             mask = np.zeros((40, 60), np.uint8)
-            mask[10:30, 5 + index:40] = 255
+            mask[10:30, 5 + index : 40] = 255
             # Compression as in the masks of Kvasir-SEG: not only 0 and 255
             mask[10:30, 5 + index] = 200
             mask[9, :] = 55
@@ -284,16 +304,13 @@ class TestConvert:
             name = f'ISIC_{index:07d}'
             cv2.imwrite(str(tmp_path / 'input' / f'{name}.jpg'), image)
             ending = '_Segmentation' if index == 5 else '_segmentation'
-            cv2.imwrite(
-                str(tmp_path / 'truth' / f'{name}{ending}.png'), mask)
-            cv2.imwrite(
-                str(tmp_path / 'input' / f'{name}_superpixels.png'), image)
+            cv2.imwrite(str(tmp_path / 'truth' / f'{name}{ending}.png'), mask)
+            cv2.imwrite(str(tmp_path / 'input' / f'{name}_superpixels.png'), image)
         return tmp_path
 
     def convert(self, isic, out='out', **kwargs):
         kwargs = {**dict(size=64), **kwargs}
-        return TOOL['convert'](
-            isic / out, [isic / 'input'], [isic / 'truth'], **kwargs)
+        return TOOL['convert'](isic / out, [isic / 'input'], [isic / 'truth'], **kwargs)
 
     def test_split_and_masks(self, isic):
         assert self.convert(isic) == (7, 3)
@@ -308,9 +325,8 @@ class TestConvert:
                 assert mask.shape == (64, 64)
                 assert set(np.unique(mask)) == {0, 1}
                 share = 20 * (35 - index) / (40 * 60)
-                assert abs(mask.mean() - share) < .02
-                image = cv2.imread(
-                    str(isic / 'out' / 'images' / split / path.name))
+                assert abs(mask.mean() - share) < 0.02
+                image = cv2.imread(str(isic / 'out' / 'images' / split / path.name))
                 assert abs(image.mean() - 20 * index) < 3
         assert sorted(names) == [f'ISIC_{i:07d}.png' for i in range(10)]
 
@@ -323,8 +339,7 @@ class TestConvert:
 
     def test_mask_without_image(self, isic):
         (isic / 'input' / 'ISIC_0000003.jpg').unlink()
-        with pytest.raises(
-                ValueError, match='0003_segmentation.png has no image'):
+        with pytest.raises(ValueError, match='0003_segmentation.png has no image'):
             self.convert(isic)
         assert not (isic / 'out').exists()
 
@@ -351,14 +366,41 @@ class TestConvert:
     def test_command_line(self, isic, capsys):
         main = TOOL['main']
         with pytest.raises(SystemExit, match='^error: no folder'):
-            main(['convert', str(isic / 'x'), '--images', str(isic / 'no'),
-                  '--masks', str(isic / 'truth')])
+            main(
+                [
+                    'convert',
+                    str(isic / 'x'),
+                    '--images',
+                    str(isic / 'no'),
+                    '--masks',
+                    str(isic / 'truth'),
+                ]
+            )
         with pytest.raises(SystemExit, match='^error: 1 folders of images'):
-            main(['convert', str(isic / 'x'), '--images', str(isic / 'input'),
-                  '--masks', str(isic / 'truth'), str(isic / 'truth')])
+            main(
+                [
+                    'convert',
+                    str(isic / 'x'),
+                    '--images',
+                    str(isic / 'input'),
+                    '--masks',
+                    str(isic / 'truth'),
+                    str(isic / 'truth'),
+                ]
+            )
         with pytest.raises(SystemExit, match='^error: train_share'):
-            main(['convert', str(isic / 'x'), '--images', str(isic / 'input'),
-                  '--masks', str(isic / 'truth'), '--train-share', '1'])
+            main(
+                [
+                    'convert',
+                    str(isic / 'x'),
+                    '--images',
+                    str(isic / 'input'),
+                    '--masks',
+                    str(isic / 'truth'),
+                    '--train-share',
+                    '1',
+                ]
+            )
         main(['render', str(isic / 'x'), '--train', '1', '--val', '1'])
         assert '1 training and 1 validation' in capsys.readouterr().out
         with pytest.raises(SystemExit):
@@ -372,25 +414,33 @@ class TestConvert:
 def test_learning_rate_of_the_recipe():
     """1e-3 down to 1e-5 in 50 epochs, and up again in 50."""
     cfg = Config.fromfile(
-        ROOT / 'configs' / 'unet' / 'unet_r18_plain_kvasir-256x256.py')
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))],
-                                  lr=cfg.optim_wrapper.optimizer.lr)
+        ROOT / 'configs' / 'unet' / 'unet_r18_plain_kvasir-256x256.py'
+    )
+    optimizer = torch.optim.AdamW(
+        [torch.nn.Parameter(torch.zeros(1))], lr=cfg.optim_wrapper.optimizer.lr
+    )
     scheduler = PARAM_SCHEDULERS.build(
-        dict(cfg.param_scheduler[0], optimizer=optimizer))
+        dict(cfg.param_scheduler[0], optimizer=optimizer)
+    )
     rates = []
     for _ in range(cfg.train_cfg.max_epochs):
         rates.append(optimizer.param_groups[0]['lr'])
         optimizer.step()
         scheduler.step()
-    for epoch, rate in ((0, 1e-3), (25, 5.05e-4), (50, 1e-5), (100, 1e-3),
-                        (150, 1e-5), (275, 5.05e-4)):
+    for epoch, rate in (
+        (0, 1e-3),
+        (25, 5.05e-4),
+        (50, 1e-5),
+        (100, 1e-3),
+        (150, 1e-5),
+        (275, 5.05e-4),
+    ):
         assert rates[epoch] == pytest.approx(rate, rel=1e-6)
 
 
 def test_one_epoch_on_generated_images(lesions, tmp_path):
     """From a config through the runner to metrics that are right."""
-    cfg = Config.fromfile(
-        ROOT / 'configs' / 'unet' / 'unet_r18_kcla_lesions-96x96.py')
+    cfg = Config.fromfile(ROOT / 'configs' / 'unet' / 'unet_r18_kcla_lesions-96x96.py')
     cfg.work_dir = str(tmp_path)
     for split in ('train', 'val', 'test'):
         loader = cfg[f'{split}_dataloader']
@@ -404,8 +454,11 @@ def test_one_epoch_on_generated_images(lesions, tmp_path):
     runner = Runner.from_cfg(cfg)
     runner.train()
 
-    lines = (tmp_path / runner.timestamp / 'vis_data' /
-             'scalars.json').read_text().splitlines()
+    lines = (
+        (tmp_path / runner.timestamp / 'vis_data' / 'scalars.json')
+        .read_text()
+        .splitlines()
+    )
     logged = [json.loads(line) for line in lines]
     losses = [item['loss'] for item in logged if 'loss' in item]
     assert len(losses) == 6 and min(losses) < losses[0]
@@ -423,13 +476,13 @@ def test_one_epoch_on_generated_images(lesions, tmp_path):
                 pred = sample.pred_sem_seg.data.numpy()[0]
                 name = Path(sample.img_path).name
                 label = cv2.imread(
-                    str(lesions / 'masks' / 'val' / name),
-                    cv2.IMREAD_UNCHANGED)
+                    str(lesions / 'masks' / 'val' / name), cv2.IMREAD_UNCHANGED
+                )
                 for index in (0, 1):
                     a, b = pred == index, label == index
                     areas[:, index] += (a & b).sum(), a.sum(), b.sum()
     both, pred, label = areas
     miou = 100 * np.mean(both / (pred + label - both))
     mdice = 100 * np.mean(2 * both / (pred + label))
-    assert metrics[0]['mIoU'] == pytest.approx(miou, abs=.01)
-    assert metrics[0]['mDice'] == pytest.approx(mdice, abs=.01)
+    assert metrics[0]['mIoU'] == pytest.approx(miou, abs=0.01)
+    assert metrics[0]['mDice'] == pytest.approx(mdice, abs=0.01)

@@ -21,16 +21,17 @@ def einsum(attn, values):
     b, g, _ = attn.shape
     stacked = torch.stack(values, dim=1)  # (B, t, C, H, W)
     stacked = stacked.reshape(b, len(values), g, -1, *stacked.shape[3:])
-    return torch.einsum('bgt,btgdhw->bgdhw', attn,
-                        stacked).reshape(values[0].shape)
+    return torch.einsum('bgt,btgdhw->bgdhw', attn, stacked).reshape(values[0].shape)
 
 
 def inputs(t, dtype=torch.float32, form=torch.contiguous_format, batch=3):
     torch.manual_seed(t)
     attn = torch.rand(batch, 4, t, dtype=torch.float64).softmax(-1).to(dtype)
     values = [
-        torch.randn(batch, 12, 5, 3, dtype=torch.float64).to(
-            dtype).to(memory_format=form) for _ in range(t)
+        torch.randn(batch, 12, 5, 3, dtype=torch.float64)
+        .to(dtype)
+        .to(memory_format=form)
+        for _ in range(t)
     ]
     return attn, values
 
@@ -43,10 +44,14 @@ def run(attn, values, grad, **kwargs):
     return [out.detach(), attn.grad, *(v.grad for v in values)]
 
 
-@pytest.mark.parametrize('backend, dtype, form, t', list(
-    itertools.product(BACKENDS, DTYPES,
-                      (torch.contiguous_format, torch.channels_last),
-                      (1, 2, 5))))
+@pytest.mark.parametrize(
+    'backend, dtype, form, t',
+    list(
+        itertools.product(
+            BACKENDS, DTYPES, (torch.contiguous_format, torch.channels_last), (1, 2, 5)
+        )
+    ),
+)
 def test_equals_einsum(backend, dtype, form, t):
     attn, values = inputs(t, dtype, form)
     grad = torch.randn(3, 12, 5, 3).to(dtype)
@@ -55,11 +60,9 @@ def test_equals_einsum(backend, dtype, form, t):
     out = einsum(double[0], double[1:])
     out.backward(grad.double())
     results = run(attn, values, grad, backend=backend)
-    for result, expected in zip(results,
-                                [out, *(d.grad for d in double)]):
+    for result, expected in zip(results, [out, *(d.grad for d in double)]):
         assert result.dtype == dtype
-        torch.testing.assert_close(
-            result.double(), expected.detach(), **DTYPES[dtype])
+        torch.testing.assert_close(result.double(), expected.detach(), **DTYPES[dtype])
     assert results[0].is_contiguous(memory_format=form)
 
 
@@ -69,14 +72,16 @@ def test_gradcheck(chunk, monkeypatch):
     attn, values = inputs(3, torch.float64)
     assert torch.autograd.gradcheck(
         lambda attn, *values: layer_weighted_sum(attn, values, 'autograd'),
-        (attn.requires_grad_(), *(v.requires_grad_() for v in values)))
+        (attn.requires_grad_(), *(v.requires_grad_() for v in values)),
+    )
 
 
 def test_reference_is_differentiable_twice():
     attn, values = inputs(2, torch.float64, batch=1)
     assert torch.autograd.gradgradcheck(
         lambda attn, *values: layer_weighted_sum(attn, values, 'reference'),
-        (attn.requires_grad_(), *(v.requires_grad_() for v in values)))
+        (attn.requires_grad_(), *(v.requires_grad_() for v in values)),
+    )
 
 
 @pytest.mark.parametrize('needs', [(True, False), (False, True)])
@@ -95,7 +100,8 @@ def test_keeps_references_only():
     attn.requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(
-            lambda x: saved.append(x.data_ptr()) or x, lambda x: x):
+        lambda x: saved.append(x.data_ptr()) or x, lambda x: x
+    ):
         layer_weighted_sum(attn, values, 'autograd')
     assert saved == [attn.data_ptr(), *(v.data_ptr() for v in values)]
 
@@ -109,8 +115,7 @@ def test_other_strides():
         torch.randn(3, 5, 3, 12).permute(0, 3, 1, 2),
         torch.randn(1, 12, 5, 1).expand(3, 12, 5, 3),
     ]
-    torch.testing.assert_close(
-        layer_weighted_sum(attn, values), einsum(attn, values))
+    torch.testing.assert_close(layer_weighted_sum(attn, values), einsum(attn, values))
 
 
 def test_empty_batch():
@@ -152,8 +157,8 @@ def test_custom_operator():
 def test_traced_graph_has_torch_operators_alone():
     attn, values = inputs(3)
     traced = torch.jit.trace(
-        lambda attn, *values: layer_weighted_sum(attn, values),
-        (attn, *values))
+        lambda attn, *values: layer_weighted_sum(attn, values), (attn, *values)
+    )
     kinds = {node.kind() for node in traced.graph.nodes()}
     assert all(kind.startswith(('aten::', 'prim::')) for kind in kinds)
     assert 'prim::PythonOp' not in kinds
@@ -173,40 +178,35 @@ def stage(values, attns, backend='auto', share=True):
 def stage_inputs(t=4, dtype=torch.float64):
     torch.manual_seed(0)
     values = [
-        torch.randn(2, 4, 3, 2, dtype=dtype, requires_grad=True)
-        for _ in range(t)
+        torch.randn(2, 4, 3, 2, dtype=dtype, requires_grad=True) for _ in range(t)
     ]
-    attns = [
-        torch.rand(2, 2, i + 1, dtype=dtype, requires_grad=True)
-        for i in range(t)
-    ]
+    attns = [torch.rand(2, 2, i + 1, dtype=dtype, requires_grad=True) for i in range(t)]
     return values, attns
 
 
 def gradients(outs, leaves):
     loss = sum((o.square() * (i + 1)).sum() for i, o in enumerate(outs))
-    return torch.autograd.grad(
-        loss, leaves, allow_unused=True, retain_graph=True)
+    return torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
 
 
 def test_shared_values_have_the_same_gradients():
     values, attns = stage_inputs()
     leaves = [*values, *attns]
     chained = [v * 1 for v in values]
-    expected = gradients(
-        stage(chained, attns, 'reference', share=False), leaves)
+    expected = gradients(stage(chained, attns, 'reference', share=False), leaves)
     outs = stage(chained, attns)
     for _ in range(2):  # also a second time through the same graph
         for grad, e in zip(gradients(outs, leaves), expected):
             torch.testing.assert_close(grad, e)
 
 
-@pytest.mark.parametrize('used', [(0, ), (2, ), (1, 3), (3, )])
+@pytest.mark.parametrize('used', [(0,), (2,), (1, 3), (3,)])
 def test_shared_values_of_some_outputs(used):
     values, attns = stage_inputs()
     leaves = [*values, *attns]
     expected = gradients(
-        [stage(values, attns, 'reference', False)[i] for i in used], leaves)
+        [stage(values, attns, 'reference', False)[i] for i in used], leaves
+    )
     grads = gradients([stage(values, attns)[i] for i in used], leaves)
     for grad, e in zip(grads, expected):
         assert (grad is None) == (e is None)
@@ -246,8 +246,9 @@ def test_a_shared_value_gets_one_gradient():
     out = layer_weighted_sum(attns[0], [shared])
     grad = torch.ones_like(out)
     pointers = []
-    shared.token.register_hook(lambda g: pointers.extend(
-        entry[2].data_ptr() for entry in shared.ledger))
+    shared.token.register_hook(
+        lambda g: pointers.extend(entry[2].data_ptr() for entry in shared.ledger)
+    )
     out.backward(grad)
     assert pointers == [grad.data_ptr()] and not shared.ledger
 

@@ -12,17 +12,15 @@ def plain(x, weight):
 def inputs(dtype=torch.float64, form=torch.contiguous_format):
     torch.manual_seed(0)
     x = torch.randn(2, 6, 5, 4, dtype=dtype).to(memory_format=form)
-    return x.requires_grad_(), torch.randn(
-        6, 1, 3, 3, dtype=dtype, requires_grad=True)
+    return x.requires_grad_(), torch.randn(6, 1, 3, 3, dtype=dtype, requires_grad=True)
 
 
 def test_gradcheck():
     assert torch.autograd.gradcheck(pool_and_convolve, inputs())
 
 
-@pytest.mark.parametrize('form',
-                         [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize('used', [(0, ), (1, ), (0, 1)])
+@pytest.mark.parametrize('form', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('used', [(0,), (1,), (0, 1)])
 def test_gradients_of_some_outputs(used, form):
     x, weight = inputs(form=form)
     for function in (pool_and_convolve, plain):
@@ -58,14 +56,12 @@ def test_autocast_and_no_grad():
         (value.float().sum() + pooled.float().sum()).backward()
     assert x.grad.dtype == weight.grad.dtype == torch.float32
     with torch.no_grad():
-        for out, expected in zip(
-                pool_and_convolve(x, weight), plain(x, weight)):
+        for out, expected in zip(pool_and_convolve(x, weight), plain(x, weight)):
             assert torch.equal(out, expected)
 
 
 def test_compiled_graph_is_whole():
     x, weight = inputs(torch.float32)
-    compiled = torch.compile(
-        pool_and_convolve, fullgraph=True, backend='aot_eager')
+    compiled = torch.compile(pool_and_convolve, fullgraph=True, backend='aot_eager')
     for out, expected in zip(compiled(x, weight), plain(x, weight)):
         torch.testing.assert_close(out, expected)

@@ -21,7 +21,8 @@ def test_cases():
         capture_output=True,
         text=True,
         env=env,
-        cwd=cases.parents[2])
+        cwd=cases.parents[2],
+    )
     print(result.stdout[-3000:])
     assert result.returncode == 0, result.stdout[-3000:]
     # At least those that need no GPU
@@ -37,24 +38,33 @@ def test_compiles_for_a_gpu(dtype, channels_last):
     from triton.compiler import ASTSource
 
     from mmela.ops import triton_kernels as kernels
+
     pointer = f'*{dtype}'
     sizes = dict(layers='i32', size='i32', channels='i32')
     constants = dict(HEAD_DIM=32, CHANNELS_LAST=channels_last, BLOCK=2048)
     sources = [
-        (kernels._forward_kernel,
-         dict(attn=pointer, values='*i64', out=pointer, **sizes), constants),
-        (kernels._backward_kernel,
-         dict(
-             grad=pointer,
-             attn=pointer,
-             values='*i64',
-             grad_values='*i64',
-             dots='*fp32',
-             **sizes), dict(constants, NEEDS_ATTN=True)),
+        (
+            kernels._forward_kernel,
+            dict(attn=pointer, values='*i64', out=pointer, **sizes),
+            constants,
+        ),
+        (
+            kernels._backward_kernel,
+            dict(
+                grad=pointer,
+                attn=pointer,
+                values='*i64',
+                grad_values='*i64',
+                dots='*fp32',
+                **sizes,
+            ),
+            dict(constants, NEEDS_ATTN=True),
+        ),
     ]
     for function, signature, constexprs in sources:
         signature.update({name: 'constexpr' for name in constexprs})
         compiled = compile_kernel(
             ASTSource(function, signature=signature, constexprs=constexprs),
-            target=compiler.GPUTarget('cuda', 90, 32))
+            target=compiler.GPUTarget('cuda', 90, 32),
+        )
         assert compiled.asm['cubin']

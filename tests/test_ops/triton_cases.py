@@ -3,6 +3,7 @@
 Run by test_triton_kernels.py: without a GPU, TRITON_INTERPRET=1 must be set
 before triton is imported.
 """
+
 import pytest
 import torch
 
@@ -22,47 +23,46 @@ def inputs(t, dtype, form, shape=(2, 12, 5, 3)):
     torch.manual_seed(0)
     attn = torch.rand(shape[0], 3, t).softmax(-1).to(DEVICE, dtype)
     values = [
-        torch.randn(shape).to(DEVICE, dtype).to(memory_format=form)
-        for _ in range(t)
+        torch.randn(shape).to(DEVICE, dtype).to(memory_format=form) for _ in range(t)
     ]
     grad = torch.randn(shape).to(DEVICE, dtype).to(memory_format=form)
     return attn, values, grad
 
 
 FORMS = pytest.mark.parametrize(
-    'form', [torch.contiguous_format, torch.channels_last], ids=str)
+    'form', [torch.contiguous_format, torch.channels_last], ids=str
+)
 
 
 @FORMS
 @pytest.mark.parametrize('t', [1, 3])
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-6),
-                                              (torch.float16, 1e-3),
-                                              (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize(
+    'dtype, tolerance',
+    [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)],
+)
 def test_equals_lean(kernels, t, dtype, tolerance, form):
     attn, values, grad = inputs(t, dtype, form)
     out = kernels.forward(attn, values)
     assert out.dtype == dtype and out.is_contiguous(memory_format=form)
     wide = [v.double() for v in values]
     expected = lean.forward(attn.double(), wide)
-    torch.testing.assert_close(
-        out.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 
     needs = [True] * t
     results = kernels.backward(grad, attn, values, True, needs)
     expected = lean.backward(grad.double(), attn.double(), wide, True, needs)
-    for result, e in zip([results[0], *results[1]],
-                         [expected[0], *expected[1]]):
+    for result, e in zip([results[0], *results[1]], [expected[0], *expected[1]]):
         assert result.dtype == dtype
         torch.testing.assert_close(
-            result.double(), e, rtol=tolerance, atol=10 * tolerance)
+            result.double(), e, rtol=tolerance, atol=10 * tolerance
+        )
 
 
 @FORMS
 def test_only_wanted_gradients(kernels, form):
     attn, values, grad = inputs(3, torch.float32, form)
     expected = lean.backward(grad, attn, values, True, [True] * 3)
-    none, grads = kernels.backward(grad, attn, values, False,
-                                   [True, False, True])
+    none, grads = kernels.backward(grad, attn, values, False, [True, False, True])
     assert none is None and grads[1] is None
     torch.testing.assert_close(grads[0], expected[1][0])
     torch.testing.assert_close(grads[2], expected[1][2])
@@ -73,15 +73,17 @@ def test_only_wanted_gradients(kernels, form):
 
 def test_what_the_kernels_do_not_read_is_copied(kernels):
     attn, values, grad = inputs(3, torch.float32, torch.contiguous_format)
-    mixed = [values[0], values[1].to(memory_format=torch.channels_last),
-             values[2].transpose(2, 3).contiguous().transpose(2, 3)]
+    mixed = [
+        values[0],
+        values[1].to(memory_format=torch.channels_last),
+        values[2].transpose(2, 3).contiguous().transpose(2, 3),
+    ]
     shifted = torch.empty(values[0].numel() + 1, device=DEVICE)[1:]
     mixed.append(shifted.view_as(values[0]).copy_(values[0]))
     assert not kernels.fits(mixed)
     assert not kernels.fits(mixed[3:]) and kernels.fits(values)
     attn = torch.cat([attn, attn[..., :1]], dim=-1)
-    torch.testing.assert_close(
-        kernels.forward(attn, mixed), lean.forward(attn, mixed))
+    torch.testing.assert_close(kernels.forward(attn, mixed), lean.forward(attn, mixed))
 
 
 def test_double_precision_is_refused(kernels):
@@ -94,6 +96,7 @@ def test_double_precision_is_refused(kernels):
 @pytest.mark.skipif(DEVICE == 'cpu', reason='needs a GPU')
 def test_chosen_on_a_gpu():
     from mmela.ops.layer_weighted_sum import _kernels
+
     _, values, _ = inputs(2, torch.float16, torch.channels_last)
     assert _kernels('auto', values).__name__.endswith('triton_kernels')
     assert _kernels('auto', [v.double() for v in values]) is lean

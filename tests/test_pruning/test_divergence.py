@@ -30,7 +30,7 @@ def test_by_hand():
 def test_several_missing_tokens():
     # P = (1, eps, eps), P' = (1/2, 1/4, 1/4):
     # ln 2 + 2 * 0.01 * ln(0.01 / 0.25) = 0.693147 - 0.064378
-    kl = attention_kl(log(1.), log(0.5, 0.25, 0.25), eps=1e-2)
+    kl = attention_kl(log(1.0), log(0.5, 0.25, 0.25), eps=1e-2)
     assert kl == pytest.approx(0.693147 - 0.064378, abs=1e-6)
 
 
@@ -45,14 +45,14 @@ def test_against_scipy():
 
 
 def test_probability_zero_contributes_nothing():
-    kl = attention_kl(log(1., 0.), log(0.5, 0.25, 0.25))
+    kl = attention_kl(log(1.0, 0.0), log(0.5, 0.25, 0.25))
     assert kl == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_saturated_attention_is_finite():
     """Where a softmax gives exactly 0, its logarithm is still a number."""
-    p = torch.tensor([0., -1e4]).log_softmax(-1)
-    q = torch.tensor([-1e4, 0., 0.]).log_softmax(-1)
+    p = torch.tensor([0.0, -1e4]).log_softmax(-1)
+    q = torch.tensor([-1e4, 0.0, 0.0]).log_softmax(-1)
     assert q.exp()[0] == 0
     # All of P lies on a token of log-probability -1e4 - ln 2; eps adds 1e-7
     assert attention_kl(p, q) == pytest.approx(1e4 + math.log(2), rel=1e-6)
@@ -65,7 +65,7 @@ def test_underflow_of_both_is_no_nan(kind, p, q):
     """exp(-1e4) is exactly 0, as exp(-inf) is: 0 log(0 / q) counts as 0."""
     half = math.log(0.5)
     with np.errstate(invalid='raise'):
-        kl = attention_kl(kind([0., p]), kind([half, q, half]))
+        kl = attention_kl(kind([0.0, p]), kind([half, q, half]))
     # 1 * ln(1 / 0.5); eps adds 1e-8 * ln(1e-8 / 0.5) = -2e-7
     assert float(kl) == pytest.approx(math.log(2), abs=1e-6)
 
@@ -73,13 +73,15 @@ def test_underflow_of_both_is_no_nan(kind, p, q):
 @pytest.mark.parametrize('kind', [np.array, torch.tensor])
 def test_infinite_where_only_the_later_is_zero(kind):
     half = math.log(0.5)
-    assert attention_kl(kind([half, half]), kind([0., -inf, half])) == inf
-    assert attention_kl(kind([0.]), kind([0., -inf])) == inf
+    assert attention_kl(kind([half, half]), kind([0.0, -inf, half])) == inf
+    assert attention_kl(kind([0.0]), kind([0.0, -inf])) == inf
 
 
 @given(
     st.lists(scores, min_size=1, max_size=5),
-    st.lists(scores, min_size=1, max_size=3), st.data())
+    st.lists(scores, min_size=1, max_size=3),
+    st.data(),
+)
 def test_any_scores(p, new, data):
     """Never NaN or negative, and the same in torch.
 
@@ -88,8 +90,8 @@ def test_any_scores(p, new, data):
     """
     q = data.draw(st.lists(scores, min_size=len(p), max_size=len(p))) + new
     # A softmax needs a finite score.
-    log_p = log_softmax([*p, 0.])
-    log_q = log_softmax([0., *q])
+    log_p = log_softmax([*p, 0.0])
+    log_q = log_softmax([0.0, *q])
     with np.errstate(invalid='raise'):
         kl = attention_kl(log_p, log_q)
     assert kl > -1e-9
@@ -99,14 +101,13 @@ def test_any_scores(p, new, data):
 
 @pytest.mark.parametrize('dtype', [np.float16, np.float32, np.float64])
 def test_numpy_keeps_the_dtype(dtype):
-    assert attention_kl(np.zeros((2, 1), dtype), np.zeros(
-        (2, 2), dtype)).dtype == dtype
+    assert attention_kl(np.zeros((2, 1), dtype), np.zeros((2, 2), dtype)).dtype == dtype
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'float64'])
 def test_safe_log(dtype):
-    probs = np.array([0., 0.25, 1.], dtype)
-    expected = [np.log(np.finfo(dtype).tiny), math.log(0.25), 0.]
+    probs = np.array([0.0, 0.25, 1.0], dtype)
+    expected = [np.log(np.finfo(dtype).tiny), math.log(0.25), 0.0]
     found = safe_log(probs), safe_log(torch.tensor(probs)).numpy()
     for log_probs in found:
         assert log_probs.dtype == dtype
@@ -117,7 +118,8 @@ def test_mean_distributions_that_underflowed_are_finite():
     # P = (1, 0), P' = (1, 0, 0), eps * ln(eps / tiny) for the missing token:
     # 1e-8 * (-18.42 + 708.40) = 6.8998e-06
     kl = attention_kl(
-        safe_log(np.array([1., 0.])), safe_log(np.array([1., 0., 0.])))
+        safe_log(np.array([1.0, 0.0])), safe_log(np.array([1.0, 0.0, 0.0]))
+    )
     assert kl == pytest.approx(6.8998e-06, rel=1e-4)
 
 
@@ -128,8 +130,7 @@ def test_torch_agrees_with_numpy(dtype):
     q = (10 * torch.randn(2, 3, 6, dtype=dtype)).log_softmax(-1)
     found = attention_kl(p, q)
     assert found.shape == (2, 3) and found.dtype == dtype
-    np.testing.assert_allclose(
-        found, attention_kl(p.numpy(), q.numpy()), rtol=1e-4)
+    np.testing.assert_allclose(found, attention_kl(p.numpy(), q.numpy()), rtol=1e-4)
 
 
 @pytest.mark.parametrize('tokens', [1, 2])

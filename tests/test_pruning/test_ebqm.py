@@ -25,7 +25,8 @@ def test_cifar_values_by_hand():
     result = ebqm([1, 2, 3, 4, 5], gamma=1, alpha=5, beta=1, mu=0.3)
     # x = 0, 1/4, 1/2, 3/4, 1
     np.testing.assert_allclose(
-        result.mapped, [0, 1 / 1024, 1 / 32, 243 / 1024, 1], atol=1e-12)
+        result.mapped, [0, 1 / 1024, 1 / 32, 243 / 1024, 1], atol=1e-12
+    )
     assert result.skip.tolist() == [1, 1, 1, 1, 0]
 
 
@@ -35,7 +36,7 @@ def test_threshold_is_strict():
     assert ebqm([0, 1, 2], gamma=1, mu=0).skip.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize('kl', [[], [1.], [2., 2., 2.], [1., 5.]])
+@pytest.mark.parametrize('kl', [[], [1.0], [2.0, 2.0, 2.0], [1.0, 5.0]])
 def test_nothing_to_tell_apart(kl):
     """No value, one value up to the median, or equal values."""
     assert not ebqm(kl, mu=1).skip.any()
@@ -47,12 +48,15 @@ def test_values_must_be_finite(value):
         ebqm([0.1, value, 0.3])
 
 
-@pytest.mark.parametrize('name, values', [
-    ('gamma', [0, -0.5, 1.01, nan, '0.5', True, None]),
-    ('alpha', [0, -1, nan, math.inf]),
-    ('beta', [0, -1, nan, math.inf]),
-    ('mu', [-0.1, 1.1, nan]),
-])
+@pytest.mark.parametrize(
+    'name, values',
+    [
+        ('gamma', [0, -0.5, 1.01, nan, '0.5', True, None]),
+        ('alpha', [0, -1, nan, math.inf]),
+        ('beta', [0, -1, nan, math.inf]),
+        ('mu', [-0.1, 1.1, nan]),
+    ],
+)
 def test_bad_arguments_are_named(name, values):
     for value in values:
         with pytest.raises(ValueError, match=f'{name}={value!r} is not'):

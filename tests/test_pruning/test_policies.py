@@ -13,20 +13,23 @@ nan = math.nan
 
 # Far enough apart that scaling by a power of two cannot merge them
 values = st.lists(
-    st.integers(0, 10**6).map(lambda n: n / 1024), min_size=1, max_size=12)
-policies = st.sampled_from([
-    dict(type='EBQM', mu=0.6),
-    dict(type='EBQM', alpha=5, beta=1, mu=0.3, gamma=0.8),
-    dict(type='EBQM', mapping='normal'),
-    dict(type='EBQM', mapping='gamma'),
-    dict(type='EBQM', mapping='softmax'),
-    dict(type='EBQM', mapping='sigmoid'),
-    dict(type='Threshold'),
-    dict(type='FixedCount', count=3),
-    dict(type='FixedCount', count=100),
-    dict(type='QuantileMapping'),
-    dict(type='QuantileMapping', target='exponential'),
-])
+    st.integers(0, 10**6).map(lambda n: n / 1024), min_size=1, max_size=12
+)
+policies = st.sampled_from(
+    [
+        dict(type='EBQM', mu=0.6),
+        dict(type='EBQM', alpha=5, beta=1, mu=0.3, gamma=0.8),
+        dict(type='EBQM', mapping='normal'),
+        dict(type='EBQM', mapping='gamma'),
+        dict(type='EBQM', mapping='softmax'),
+        dict(type='EBQM', mapping='sigmoid'),
+        dict(type='Threshold'),
+        dict(type='FixedCount', count=3),
+        dict(type='FixedCount', count=100),
+        dict(type='QuantileMapping'),
+        dict(type='QuantileMapping', target='exponential'),
+    ]
+)
 
 
 def build(cfg, **kwargs):
@@ -43,18 +46,18 @@ def networks(draw):
         st.lists(
             st.integers(0, 10**6).map(lambda n: n / 1024),
             min_size=len(stages),
-            max_size=len(stages)))
+            max_size=len(stages),
+        )
+    )
     return np.where(measured, kl, nan), stages, measured
 
 
 @given(values, st.floats(0.01, 1), st.floats(0, 1))
 def test_ebqm_is_the_function(kl, gamma, mu):
-    decision = build(dict(type='EBQM', gamma=gamma, mu=mu))([nan, *kl], [0] *
-                                                            (len(kl) + 1),
-                                                            [False] +
-                                                            [True] * len(kl))
-    assert decision.skip[1:].tolist() == ebqm(
-        kl, gamma=gamma, mu=mu).skip.tolist()
+    decision = build(dict(type='EBQM', gamma=gamma, mu=mu))(
+        [nan, *kl], [0] * (len(kl) + 1), [False] + [True] * len(kl)
+    )
+    assert decision.skip[1:].tolist() == ebqm(kl, gamma=gamma, mu=mu).skip.tolist()
 
 
 @given(networks(), policies)
@@ -77,7 +80,7 @@ def test_permutation_equivariant(network, policy, random):
     assert shuffled.skip.tolist() == whole.skip[order].tolist()
 
 
-@given(networks(), policies, st.sampled_from([0.25, 2., 1024.]))
+@given(networks(), policies, st.sampled_from([0.25, 2.0, 1024.0]))
 def test_scale_invariant(network, policy, factor):
     """A factor that is a power of two changes no rounding."""
     kl, stages, measured = network
@@ -86,7 +89,7 @@ def test_scale_invariant(network, policy, factor):
     assert one.skip.tolist() == other.skip.tolist()
 
 
-@given(networks(), policies, st.sampled_from([-512., 0.5, 1024.]))
+@given(networks(), policies, st.sampled_from([-512.0, 0.5, 1024.0]))
 def test_shift_invariant(network, policy, shift):
     """The values are multiples of 1 / 1024: no sum is rounded."""
     kl, stages, measured = network
@@ -97,8 +100,11 @@ def test_shift_invariant(network, policy, shift):
 
 @given(networks(), st.sampled_from(['gamma', 'exponential', None]))
 def test_ranks_alone_matter_for_some(network, target):
-    policy = dict(type='QuantileMapping', target=target) if target else dict(
-        type='FixedCount', count=3)
+    policy = (
+        dict(type='QuantileMapping', target=target)
+        if target
+        else dict(type='FixedCount', count=3)
+    )
     kl, stages, measured = network
     one = build(policy)(kl, stages, measured)
     other = build(policy)(kl**2, stages, measured)
@@ -149,9 +155,9 @@ def test_stage_scope_is_each_stage_alone(network, policy):
 def test_limits(network, policy, min_active, max_pruned):
     kl, stages, measured = network
     free = build(policy)(kl, stages, measured)
-    limited = build(
-        policy, min_active_per_stage=min_active,
-        max_pruned=max_pruned)(kl, stages, measured)
+    limited = build(policy, min_active_per_stage=min_active, max_pruned=max_pruned)(
+        kl, stages, measured
+    )
     assert limited.skip.sum() <= max_pruned
     assert (limited.skip <= free.skip).all()
     for stage in np.unique(stages):
@@ -186,14 +192,18 @@ def test_scopes_by_hand():
     np.testing.assert_allclose(whole.kl, [nan, 1, 2, 6, nan, 10, 30, 50])
     np.testing.assert_allclose(whole.quantile, [nan, 8, 8, 8] * 2)
     assert whole.selected.tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
-    np.testing.assert_allclose(whole.mapped,
-                               [nan, 0, 0.34464, 1, nan, nan, nan, nan])
+    np.testing.assert_allclose(whole.mapped, [nan, 0, 0.34464, 1, nan, nan, nan, nan])
     assert whole.skip.tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
     assert whole.reasons == (
-        'kept: first of its stage, not measured', 'pruned: 0 < 0.3',
-        'kept: 0.345 >= 0.3', 'kept: 1 >= 0.3',
-        'kept: first of its stage, not measured', 'kept: above the quantile',
-        'kept: above the quantile', 'kept: above the quantile')
+        'kept: first of its stage, not measured',
+        'pruned: 0 < 0.3',
+        'kept: 0.345 >= 0.3',
+        'kept: 1 >= 0.3',
+        'kept: first of its stage, not measured',
+        'kept: above the quantile',
+        'kept: above the quantile',
+        'kept: above the quantile',
+    )
     # The medians of the stages are 2 and 30.
     parts = build(dict(type='EBQM', mu=0.3, scope='stage'))(kl, *network)
     np.testing.assert_allclose(parts.quantile, [nan, 2, 2, 2, nan, 30, 30, 30])
@@ -205,8 +215,7 @@ def test_limits_by_hand():
     stages, measured = [0, 0, 0, 1, 1], [False, True, True, False, True]
     policy = dict(type='FixedCount', count=9)
     # The first of a stage counts as active.
-    two = build(policy, min_active_per_stage=2)([nan, 2, 1, nan, 0], stages,
-                                                measured)
+    two = build(policy, min_active_per_stage=2)([nan, 2, 1, nan, 0], stages, measured)
     assert two.skip.tolist() == [0, 0, 1, 0, 0]
     assert two.reasons[1] == two.reasons[4] == 'kept: min_active_per_stage=2'
     # The smallest first, of equal ones the earlier
@@ -216,7 +225,7 @@ def test_limits_by_hand():
 
 
 @pytest.mark.parametrize('type', ['EBQM', 'Threshold', 'QuantileMapping'])
-@pytest.mark.parametrize('kl', [[], [1.], [2., 2., 2.]])
+@pytest.mark.parametrize('kl', [[], [1.0], [2.0, 2.0, 2.0]])
 def test_nothing_to_tell_apart(type, kl):
     for scope in ('network', 'stage'):
         decision = build(dict(type=type, mu=1, scope=scope))(kl)
@@ -228,7 +237,8 @@ def test_quantile_mapping_prunes_a_fixed_share():
     # The Exponential target has F(0.3) = 1 - e^-0.3 = 0.259, so 25 of
     # 100 distinct values have p < F(mu), p being 0.01, 0.02, ...
     decision = build(dict(type='QuantileMapping', target='exponential'))(
-        np.geomspace(1e-3, 30, 100))
+        np.geomspace(1e-3, 30, 100)
+    )
     assert decision.skip.tolist() == [True] * 25 + [False] * 75
     # The largest: -ln(1 / 200) = 5.298, finite
     assert decision.mapped[-1] == pytest.approx(5.298, abs=1e-3)
@@ -258,13 +268,15 @@ def test_ties_go_to_the_earlier_layer():
     assert decision.skip.tolist() == [0, 1, 0]
 
 
-@pytest.mark.parametrize('mapping, distribution', [
-    ('beta', stats.beta(2, 5)),
-    # Mean 2/7 and variance 10 / (49 * 8) of Beta(2, 5)
-    ('normal', stats.norm(2 / 7, math.sqrt(10 / 392))),
-    ('gamma', stats.gamma((2 / 7)**2 / (10 / 392),
-                          scale=(10 / 392) / (2 / 7))),
-])
+@pytest.mark.parametrize(
+    'mapping, distribution',
+    [
+        ('beta', stats.beta(2, 5)),
+        # Mean 2/7 and variance 10 / (49 * 8) of Beta(2, 5)
+        ('normal', stats.norm(2 / 7, math.sqrt(10 / 392))),
+        ('gamma', stats.gamma((2 / 7) ** 2 / (10 / 392), scale=(10 / 392) / (2 / 7))),
+    ],
+)
 def test_mappings_against_scipy(mapping, distribution):
     x = np.linspace(0, 1, 11)
     low, high = distribution.cdf([0, 1])
@@ -284,10 +296,13 @@ def test_activations_by_hand(mapping):
     assert policy.map(np.array([0.5])) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize('target, distribution', [
-    ('gamma', stats.gamma(2, scale=0.2)),
-    ('exponential', stats.expon()),
-])
+@pytest.mark.parametrize(
+    'target, distribution',
+    [
+        ('gamma', stats.gamma(2, scale=0.2)),
+        ('exponential', stats.expon()),
+    ],
+)
 def test_quantile_mapping_against_scipy(target, distribution):
     decision = build(dict(type='QuantileMapping', target=target))([4, 1, 2, 3])
     # Empirical probabilities 1, 1/4, 1/2, 3/4; 1 becomes 1 - 1/8
@@ -298,21 +313,25 @@ def test_quantile_mapping_against_scipy(target, distribution):
 
 def test_error_names_the_layer():
     with pytest.raises(ValueError, match='layer2.1 is nan'):
-        build(dict(type='EBQM'))([nan, nan], [0, 0], [False, True],
-                                 ['layer2.0', 'layer2.1'])
+        build(dict(type='EBQM'))(
+            [nan, nan], [0, 0], [False, True], ['layer2.0', 'layer2.1']
+        )
 
 
-@pytest.mark.parametrize('cfg, match', [
-    (dict(type='EBQM', scope='block'), "scope='block'.*'network' and 'stage'"),
-    (dict(type='EBQM', mapping='tanh'), "mapping='tanh'.*'sigmoid'"),
-    (dict(type='EBQM', min_active_per_stage=0), 'min_active_per_stage=0'),
-    (dict(type='EBQM', max_pruned=-1), 'max_pruned=-1'),
-    (dict(type='FixedCount', count=1.5), 'count=1.5'),
-    (dict(type='FixedCount', count=True), 'count=True'),
-    (dict(type='Threshold', mu=2), 'mu=2'),
-    (dict(type='QuantileMapping', target='beta'), "target='beta'"),
-    (dict(type='QuantileMapping', scale=0), 'scale=0'),
-])
+@pytest.mark.parametrize(
+    'cfg, match',
+    [
+        (dict(type='EBQM', scope='block'), "scope='block'.*'network' and 'stage'"),
+        (dict(type='EBQM', mapping='tanh'), "mapping='tanh'.*'sigmoid'"),
+        (dict(type='EBQM', min_active_per_stage=0), 'min_active_per_stage=0'),
+        (dict(type='EBQM', max_pruned=-1), 'max_pruned=-1'),
+        (dict(type='FixedCount', count=1.5), 'count=1.5'),
+        (dict(type='FixedCount', count=True), 'count=True'),
+        (dict(type='Threshold', mu=2), 'mu=2'),
+        (dict(type='QuantileMapping', target='beta'), "target='beta'"),
+        (dict(type='QuantileMapping', scale=0), 'scale=0'),
+    ],
+)
 def test_bad_arguments(cfg, match):
     with pytest.raises(ValueError, match=match):
         build(cfg)

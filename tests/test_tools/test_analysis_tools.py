@@ -1,4 +1,5 @@
 """tools/analysis: layer_attention, cam and what the report makes of it."""
+
 import json
 import runpy
 import sys
@@ -29,7 +30,8 @@ BACKBONE = dict(
     type='ELAResNet',
     depth=18,
     base_channels=8,
-    layer_attention=dict(type='MRLABase', head_dim=8))
+    layer_attention=dict(type='MRLABase', head_dim=8),
+)
 PRUNED = ['backbone.layer1.1.layer_attn', 'backbone.layer3.1.layer_attn']
 
 
@@ -49,9 +51,7 @@ def save(folder, name, model, pruned=()):
         torch.manual_seed(0)
         network = registry.build(cfg.model)
     cfg.dump(folder / f'{name}.py')
-    torch.save(
-        dict(meta={}, state_dict=network.state_dict()),
-        folder / f'{name}.pth')
+    torch.save(dict(meta={}, state_dict=network.state_dict()), folder / f'{name}.pth')
     if pruned:
         prune(network, pruned)
         torch.save(network.state_dict(), folder / f'{name}_pruned.pth')
@@ -62,7 +62,7 @@ def classifier(**kwargs):
     pipeline = [
         dict(type='LoadImageFromFile'),
         dict(type='Resize', scale=(40, 32)),
-        dict(type='PackInputs')
+        dict(type='PackInputs'),
     ]
     return dict(
         default_scope='mmpretrain',
@@ -71,8 +71,10 @@ def classifier(**kwargs):
             backbone=dict(BACKBONE, stem_channels=8, **kwargs),
             neck=dict(type='GlobalAveragePooling'),
             head=dict(type='LinearClsHead', num_classes=4, in_channels=64),
-            data_preprocessor=dict(mean=[127.5] * 3, std=[50.] * 3)),
-        test_dataloader=dict(dataset=dict(pipeline=pipeline)))
+            data_preprocessor=dict(mean=[127.5] * 3, std=[50.0] * 3),
+        ),
+        test_dataloader=dict(dataset=dict(pipeline=pipeline)),
+    )
 
 
 @pytest.fixture
@@ -96,15 +98,24 @@ def network(tmp_path):
 def test_classifier_on_a_folder(network, images, tmp_path, capsys):
     config, checkpoint = network
     checkpoint = checkpoint.with_name('cls_pruned.pth')
-    tool('layer_attention', config, checkpoint, '--data', images, '--device',
-         'cpu', '--num-images', 2)
+    tool(
+        'layer_attention',
+        config,
+        checkpoint,
+        '--data',
+        images,
+        '--device',
+        'cpu',
+        '--num-images',
+        2,
+    )
     out = tmp_path / 'layer_attention' / 'cls_pruned'
     result = json.loads((out / 'layer_attention.json').read_text())
     assert result['images'] == 2 and result['config'] == 'cls.py'
     stages = result['stages']
     assert list(stages) == [f'backbone.layer{i}' for i in range(1, 5)]
     assert stages['backbone.layer3']['states'] == ['active', 'pruned']
-    assert stages['backbone.layer4']['maps']['mean'][0] == [1., None]
+    assert stages['backbone.layer4']['maps']['mean'][0] == [1.0, None]
     names = {p.stem for p in out.glob('*.png')}
     assert {'maps_layer4', 'heads_layer4', 'kl', 'features'} <= names
     assert {n for n in names if n.endswith('_dark')} == {
@@ -119,13 +130,25 @@ def test_classifier_on_a_folder(network, images, tmp_path, capsys):
 
 def test_no_distribution(tmp_path, images, capsys):
     config, checkpoint = save(
-        tmp_path, 'light',
-        classifier(layer_attention=dict(type='MRLALight', head_dim=8)))
+        tmp_path,
+        'light',
+        classifier(layer_attention=dict(type='MRLALight', head_dim=8)),
+    )
     out = tmp_path / 'out'
-    tool('layer_attention', config, checkpoint, '--data', images / 'b.jpg',
-         '--device', 'cpu', '--out', out)
+    tool(
+        'layer_attention',
+        config,
+        checkpoint,
+        '--data',
+        images / 'b.jpg',
+        '--device',
+        'cpu',
+        '--out',
+        out,
+    )
     assert {p.name for p in out.iterdir()} == {
-        f'{n}{t}.png' for n in ('features', 'contributions', 'queries')
+        f'{n}{t}.png'
+        for n in ('features', 'contributions', 'queries')
         for t in ('', '_dark')
     } | {'layer_attention.json'}
     assert 'Left out: attention maps' in capsys.readouterr().out
@@ -134,19 +157,20 @@ def test_no_distribution(tmp_path, images, capsys):
 def detector(shapes):
     """A small RetinaNet with the validation data of the fixture."""
     cfg = Config.fromfile(
-        Path(__file__).resolve().parents[2] /
-        'configs/faster_rcnn/faster-rcnn_r50_ela_fpn_1x_coco.py')
+        Path(__file__).resolve().parents[2]
+        / 'configs/faster_rcnn/faster-rcnn_r50_ela_fpn_1x_coco.py'
+    )
     cfg.model = dict(
         type='RetinaNet',
         data_preprocessor=cfg.model.data_preprocessor,
-        backbone=dict(
-            BACKBONE, norm_cfg=dict(type='BN', requires_grad=False)),
+        backbone=dict(BACKBONE, norm_cfg=dict(type='BN', requires_grad=False)),
         neck=dict(
             type='FPN',
             in_channels=[8, 16, 32, 64],
             start_level=1,
             out_channels=8,
-            num_outs=3),
+            num_outs=3,
+        ),
         bbox_head=dict(
             type='RetinaHead',
             num_classes=80,
@@ -154,17 +178,18 @@ def detector(shapes):
             stacked_convs=1,
             feat_channels=8,
             anchor_generator=dict(
-                type='AnchorGenerator',
-                ratios=[1.0],
-                scales=[4],
-                strides=[8, 16, 32]),
-            bbox_coder=dict(type='DeltaXYWHBBoxCoder')),
+                type='AnchorGenerator', ratios=[1.0], scales=[4], strides=[8, 16, 32]
+            ),
+            bbox_coder=dict(type='DeltaXYWHBBoxCoder'),
+        ),
         test_cfg=dict(
             nms_pre=50,
             min_bbox_size=0,
             score_thr=0.0,
             nms=dict(type='nms', iou_threshold=0.5),
-            max_per_img=5))
+            max_per_img=5,
+        ),
+    )
     for loader in (cfg.val_dataloader, cfg.test_dataloader):
         loader.dataset.data_root = f'{shapes}/'
         loader.dataset.pipeline[1].scale = (96, 96)
@@ -174,8 +199,17 @@ def detector(shapes):
 def test_detector_on_its_validation_data(tmp_path, shapes, capsys):
     config, checkpoint = save(tmp_path, 'det', detector(shapes))
     out = tmp_path / 'out'
-    tool('layer_attention', config, checkpoint, '--device', 'cpu', '--out',
-         out, '--num-images', 2)
+    tool(
+        'layer_attention',
+        config,
+        checkpoint,
+        '--device',
+        'cpu',
+        '--out',
+        out,
+        '--num-images',
+        2,
+    )
     result = json.loads((out / 'layer_attention.json').read_text())
     assert result['images'] == 2 and result['data'] == 'validation data'
     # The policy of the config's hook
@@ -187,22 +221,60 @@ def test_detector_cam(tmp_path, shapes, capsys):
     needs_grad_cam()
     config, checkpoint = save(tmp_path, 'det', detector(shapes), PRUNED)
     image = next((shapes / 'val2017').iterdir())
-    tool('cam', config, checkpoint, image, '--device', 'cpu', '--layers',
-         'layer1.1', '--max-channels', 3, '--batch-size', 2, '--score-thr', 0,
-         '--compare', config, tmp_path / 'det_pruned.pth', '--out',
-         tmp_path / 'cam')
+    tool(
+        'cam',
+        config,
+        checkpoint,
+        image,
+        '--device',
+        'cpu',
+        '--layers',
+        'layer1.1',
+        '--max-channels',
+        3,
+        '--batch-size',
+        2,
+        '--score-thr',
+        0,
+        '--compare',
+        config,
+        tmp_path / 'det_pruned.pth',
+        '--out',
+        tmp_path / 'cam',
+    )
     with Image.open(tmp_path / 'cam' / f'0_{image.stem}.png') as picture:
         assert picture.width > picture.height
     assert f'0_{image.stem}.png' in capsys.readouterr().out
     with pytest.raises(SystemExit, match='nothing is detected .* 0.99 or'):
-        tool('cam', config, checkpoint, image, '--device', 'cpu',
-             '--score-thr', 0.99, '--out', tmp_path / 'cam')
+        tool(
+            'cam',
+            config,
+            checkpoint,
+            image,
+            '--device',
+            'cpu',
+            '--score-thr',
+            0.99,
+            '--out',
+            tmp_path / 'cam',
+        )
 
 
 def test_classifier_cam(network, images, tmp_path):
     needs_grad_cam()
-    tool('cam', *network, images, '--device', 'cpu', '--target', 2,
-         '--max-channels', 4, '--out', tmp_path / 'cam')
+    tool(
+        'cam',
+        *network,
+        images,
+        '--device',
+        'cpu',
+        '--target',
+        2,
+        '--max-channels',
+        4,
+        '--out',
+        tmp_path / 'cam',
+    )
     found = sorted(p.name for p in (tmp_path / 'cam').iterdir())
     assert found == ['0_a.png', '1_b.png', '2_c.png']
 
@@ -216,8 +288,16 @@ def test_cam_errors_are_one_line(network, images, tmp_path):
         (['--compare', network[0], 'nowhere.pth'], 'no file nowhere.pth'),
     ]:
         with pytest.raises(SystemExit, match=match) as error:
-            tool('cam', *network, images, '--device', 'cpu', '--out',
-                 tmp_path / 'cam', *args)
+            tool(
+                'cam',
+                *network,
+                images,
+                '--device',
+                'cpu',
+                '--out',
+                tmp_path / 'cam',
+                *args,
+            )
         assert '\n' not in error.value.code
 
 
@@ -236,16 +316,22 @@ def test_errors_are_one_line(network, images, tmp_path):
     (tmp_path / 'bad.jpg').write_text('no image')
     (tmp_path / 'bad.pth').write_text('no checkpoint')
     torch.save(dict(x=torch.zeros(1)), tmp_path / 'other.pth')
-    wide = save(tmp_path, 'wide', classifier(base_channels=16) | dict(
-        model=dict(
-            classifier(base_channels=16)['model'],
-            head=dict(type='LinearClsHead', num_classes=4, in_channels=128))))
+    wide = save(
+        tmp_path,
+        'wide',
+        classifier(base_channels=16)
+        | dict(
+            model=dict(
+                classifier(base_channels=16)['model'],
+                head=dict(type='LinearClsHead', num_classes=4, in_channels=128),
+            )
+        ),
+    )
     plain = classifier()
     plain['model']['backbone'] = dict(type='ResNet', depth=18, base_channels=8)
     plain['model']['head']['in_channels'] = 64
     plain = save(tmp_path, 'plain', plain)
-    hook = dict(
-        type='LayerAttentionPruningHook', policy=dict(type='EBQM', mu=7))
+    hook = dict(type='LayerAttentionPruningHook', policy=dict(type='EBQM', mu=7))
     bad_policy = tmp_path / 'bad_policy.py'
     Config(classifier() | dict(custom_hooks=[hook])).dump(bad_policy)
     data = ['--data', images, '--device', 'cpu']
@@ -285,13 +371,11 @@ def test_images_of_paths(images):
 
 def test_report_shows_it(tmp_path):
     train(toy_config(tmp_path, epochs=1))
-    result = dict(
-        measurement(SMALL), format=1, images=3, data='images', left_out=['x'])
+    result = dict(measurement(SMALL), format=1, images=3, data='images', left_out=['x'])
     for epoch in (10, 9):
         path = tmp_path / f'at/epoch_{epoch}/layer_attention.json'
         path.parent.mkdir(parents=True)
-        path.write_text(
-            json.dumps(dict(result, checkpoint=f'<b>epoch_{epoch}.pth')))
+        path.write_text(json.dumps(dict(result, checkpoint=f'<b>epoch_{epoch}.pth')))
     page = Page(make_report(tmp_path))
     check_offline(page)
     text = ' '.join(page.text.split())
@@ -311,17 +395,17 @@ def test_report_counts_the_backbone(tmp_path):
     for path in run.glob('*.py'):
         path.unlink()
     Config(classifier()).dump(run / 'config.py')
-    names = [
-        f'backbone.layer{s}.{b}.layer_attn' for s in range(1, 5)
-        for b in range(2)
-    ]
+    names = [f'backbone.layer{s}.{b}.layer_attn' for s in range(1, 5) for b in range(2)]
     report = json.loads((run / 'pruning.json').read_text())
     for layer, name in zip(report['prunings'][0]['layers'], names):
         layer['name'] = name
     report['prunings'][0].update(pruned=names[1:2], active=names[2:])
     (run / 'pruning.json').write_text(json.dumps(report))
-    rows = [r for r in Page(make_report(run)).rows
-            if r and r[0] in ('before pruning', 'after epoch 1')]
+    rows = [
+        r
+        for r in Page(make_report(run)).rows
+        if r and r[0] in ('before pruning', 'after epoch 1')
+    ]
     assert [r[1] for r in rows] == ['8', '7']
     # 8 heads of one channel: 9 + 2 per channel, and two kernels of 3
     counts = [int(r[3].split()[0].replace(',', '')) for r in rows]

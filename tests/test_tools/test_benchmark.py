@@ -1,4 +1,5 @@
 """tools/benchmark: structure, formulas and masks; nothing about times."""
+
 import importlib
 import json
 import os
@@ -12,17 +13,41 @@ import torch
 from torch import nn
 
 from mmela.hooks import named_layer_attentions
-from mmela.layers import (AttentionState, LayerAttentionStage, MRLABase,
-                          MRLALight)
+from mmela.layers import AttentionState, LayerAttentionStage, MRLABase, MRLALight
 
 pytest.importorskip('mmpretrain')
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools' / 'benchmark'
 CPU = torch.device('cpu')
-NAMES = ('common', 'compare', 'depth', 'hook_overhead', 'inference', 'memory',
-         'networks', 'plot', 'published_form', 'traffic', 'train_step')
-TINY = ('--device', 'cpu', '--net', 'cifar20', '--size', '16', '--batch', '2',
-        '--rounds', '2', '--warmup', '1', '--bandwidth-mib', '1')
+NAMES = (
+    'common',
+    'compare',
+    'depth',
+    'hook_overhead',
+    'inference',
+    'memory',
+    'networks',
+    'plot',
+    'published_form',
+    'traffic',
+    'train_step',
+)
+TINY = (
+    '--device',
+    'cpu',
+    '--net',
+    'cifar20',
+    '--size',
+    '16',
+    '--batch',
+    '2',
+    '--rounds',
+    '2',
+    '--warmup',
+    '1',
+    '--bandwidth-mib',
+    '1',
+)
 
 
 @pytest.fixture(scope='module')
@@ -38,11 +63,19 @@ def trained(bench, tmp_path_factory):
     """Results and printed table of train_step.py, run as a user runs it."""
     out = tmp_path_factory.mktemp('benchmark') / 'results.json'
     done = subprocess.run(
-        [sys.executable, '-W', 'ignore',
-         str(TOOLS / 'train_step.py'), *TINY, '--out', str(out)],
+        [
+            sys.executable,
+            '-W',
+            'ignore',
+            str(TOOLS / 'train_step.py'),
+            *TINY,
+            '--out',
+            str(out),
+        ],
         capture_output=True,
         text=True,
-        env=dict(os.environ, PYTHONDONTWRITEBYTECODE='1'))
+        env=dict(os.environ, PYTHONDONTWRITEBYTECODE='1'),
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text()), done.stdout, out
 
@@ -65,8 +98,7 @@ def stage_of(cls, depth, channels=8, **kwargs):
 # -- the published form ----------------------------------------------------
 
 
-@pytest.mark.parametrize('form', [torch.contiguous_format,
-                                  torch.channels_last])
+@pytest.mark.parametrize('form', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('state', list(AttentionState))
 def test_published_form_is_mrla_base(bench, form, state):
     ours = stage_of(MRLABase, 4)
@@ -181,8 +213,11 @@ def test_shared_storage_counts_once(bench):
 
 
 def test_half_mask(bench):
-    names = [f'backbone.layer{s}.{b}.layer_attn' for s, depth in
-             ((1, 3), (2, 4)) for b in range(depth)]
+    names = [
+        f'backbone.layer{s}.{b}.layer_attn'
+        for s, depth in ((1, 3), (2, 4))
+        for b in range(depth)
+    ]
     assert bench.networks.half_mask(names) == [
         f'backbone.layer{block}.layer_attn' for block in ('1.1', '2.1', '2.3')
     ]
@@ -192,21 +227,27 @@ def pruned_in(bench, *args):
     args = options(bench, *args)
     model = bench.networks.build_network('ela', args)
     bench.networks.prune_network('ela', model, args)
-    return [name.split('.', 1)[1].rsplit('.', 1)[0]
-            for name, a in named_layer_attentions(model).items()
-            if a.attention_state == AttentionState.PRUNED]
+    return [
+        name.split('.', 1)[1].rsplit('.', 1)[0]
+        for name, a in named_layer_attentions(model).items()
+        if a.attention_state == AttentionState.PRUNED
+    ]
 
 
 def test_masks(bench, tmp_path):
     assert pruned_in(bench) == ['layer1.1', 'layer2.1', 'layer3.1']
     assert pruned_in(bench, '--prune', 'layer2.1') == ['layer2.1']
     full = 'backbone.layer3.1.layer_attn'
-    hook = dict(hook=dict(keep_value=False),
-                prunings=[dict(pruned=[full]), dict(pruned=['layer1.1'])])
+    hook = dict(
+        hook=dict(keep_value=False),
+        prunings=[dict(pruned=[full]), dict(pruned=['layer1.1'])],
+    )
     path = tmp_path / 'mask.json'
-    for content, expected in ((hook, ['layer1.1', 'layer3.1']),
-                              (dict(pruned=[full]), ['layer3.1']),
-                              ([], [])):
+    for content, expected in (
+        (hook, ['layer1.1', 'layer3.1']),
+        (dict(pruned=[full]), ['layer3.1']),
+        ([], []),
+    ):
         path.write_text(json.dumps(content))
         assert pruned_in(bench, '--mask', path) == expected
 
@@ -237,16 +278,16 @@ def test_rounds_take_turns(bench):
     calls = []
     actions = {n: lambda n=n: calls.append(n) for n in 'abc'}
     times = bench.common.run_rounds(actions, 3, CPU, steps=2)
-    assert ''.join(calls) == 'aabbcc' 'bbccaa' 'ccaabb'
+    assert ''.join(calls) == 'aabbccbbccaaccaabb'
     assert {n: len(t) for n, t in times.items()} == dict(a=3, b=3, c=3)
 
 
 def test_statistics(bench):
-    result = bench.common.summary([1., 2., 3., 4., 10.])
+    result = bench.common.summary([1.0, 2.0, 3.0, 4.0, 10.0])
     assert result['median'] == 3 and result['iqr'] == 2
-    assert bench.common.summary([2.])['iqr'] == 0
+    assert bench.common.summary([2.0])['iqr'] == 0
     # A machine that slows down: each round has the same ratio
-    assert bench.common.ratio([2., 4., 8.], [1., 2., 4.]) == 2
+    assert bench.common.ratio([2.0, 4.0, 8.0], [1.0, 2.0, 4.0]) == 2
     assert bench.common.noisy(dict(a=result, b=dict(error=''))) == ['a']
 
 
@@ -256,11 +297,11 @@ def test_busy_machine_is_told(bench, monkeypatch, capsys):
     bench.common.warn_if_busy(about)
     assert about['busy'] and 'BUSY' in bench.common.describe(about)
     assert 'load average 10000.0' in capsys.readouterr().err
-    monkeypatch.setattr(os, 'getloadavg', lambda: (0., 0, 0))
+    monkeypatch.setattr(os, 'getloadavg', lambda: (0.0, 0, 0))
     assert not bench.common.machine(CPU)['busy']
 
 
-@pytest.mark.parametrize('a, b', [(3., 0.), (2., 0.5)])
+@pytest.mark.parametrize('a, b', [(3.0, 0.0), (2.0, 0.5)])
 def test_fit_recovers_growth(bench, a, b):
     blocks = [2, 6, 12]
     fit = bench.depth.fit_growth(blocks, [a * t + b * t**2 for t in blocks])
@@ -287,7 +328,8 @@ def test_train_step(bench, trained):
     assert ours['peak_bytes'] < published['peak_bytes']
     assert published['ratio']['published'] == 1
     assert ours['memory_ratio']['published'] == pytest.approx(
-        ours['peak_bytes'] / published['peak_bytes'])
+        ours['peak_bytes'] / published['peak_bytes']
+    )
     # 2 images; three stages of two blocks: 64 channels at 16 x 16, 128 at
     # 8 x 8, 256 at 4 x 4. Two blocks: 5 forward, 10 backward; every second
     # pruned: 2 + 4.
@@ -296,8 +338,7 @@ def test_train_step(bench, trained):
     assert variants['ela']['traffic']['total'] == 6 * elements * 4
     assert variants['resnet']['traffic']['total'] == 0
     assert (variants['ela']['active'], variants['ela']['attentions']) == (3, 6)
-    assert {'name', 'cores', 'torch', 'load_average'} <= set(
-        results['machine'])
+    assert {'name', 'cores', 'torch', 'load_average'} <= set(results['machine'])
     assert results['settings']['size'] == [16, 16]
     rows = [line for line in printed.splitlines() if line.startswith('|')]
     assert [row.split('|')[1].strip() for row in rows[2:]] == list(variants)
@@ -306,10 +347,17 @@ def test_train_step(bench, trained):
 
 def test_inference(bench, tmp_path, capsys):
     out = tmp_path / 'results.json'
-    bench.inference.main([
-        *TINY, '--variants', 'resnet', 'mrla-base:reference',
-        '--channels-last', '--out', str(out)
-    ])
+    bench.inference.main(
+        [
+            *TINY,
+            '--variants',
+            'resnet',
+            'mrla-base:reference',
+            '--channels-last',
+            '--out',
+            str(out),
+        ]
+    )
     results = json.loads(out.read_text())['variants']
     assert results['mrla-base:reference']['traffic']['backward'] == 0
     assert list(results['mrla-base:reference']['ratio']) == ['resnet']
@@ -342,10 +390,32 @@ def test_without_memory_for_a_variant(bench, monkeypatch):
 
 def test_depth(bench, tmp_path, capsys):
     out = tmp_path / 'results.json'
-    bench.depth.main([
-        '--device', 'cpu', '--channels', '16', '--head-dim', '8', '--size',
-        '32', '--batch', '4', '--blocks', '2', '6', '12', '--rounds', '1',
-        '--warmup', '1', '--bandwidth-mib', '1', '--out', str(out)])
+    bench.depth.main(
+        [
+            '--device',
+            'cpu',
+            '--channels',
+            '16',
+            '--head-dim',
+            '8',
+            '--size',
+            '32',
+            '--batch',
+            '4',
+            '--blocks',
+            '2',
+            '6',
+            '12',
+            '--rounds',
+            '1',
+            '--warmup',
+            '1',
+            '--bandwidth-mib',
+            '1',
+            '--out',
+            str(out),
+        ]
+    )
     results = json.loads(out.read_text())
     # Concatenation keeps O(T^2) values, the others O(T)
     growth = {n: f['memory']['growth'] for n, f in results['fits'].items()}
@@ -353,7 +423,7 @@ def test_depth(bench, tmp_path, capsys):
         'published': 'quadratic',
         'mrla-base': 'linear',
         'mrla-light': 'linear',
-        'kcla': 'linear'
+        'kcla': 'linear',
     }
     assert [r['blocks'] for r in results['stages']['kcla']] == [2, 6, 12]
     assert 'kcla, 12 blocks' in capsys.readouterr().out
@@ -363,13 +433,18 @@ def test_hook_overhead(bench, monkeypatch, capsys):
     measured = []
     meter = bench.hook_overhead.LayerAttentionPruningHook._open_window
     monkeypatch.setattr(
-        bench.hook_overhead.LayerAttentionPruningHook, '_open_window',
-        lambda self, window: (measured.append(window), meter(self, window)))
+        bench.hook_overhead.LayerAttentionPruningHook,
+        '_open_window',
+        lambda self, window: (measured.append(window), meter(self, window)),
+    )
     args = bench.hook_overhead.parse_args(
-        [*TINY, '--imports', '1', '--toolbox', 'mmpretrain'])
+        [*TINY, '--imports', '1', '--toolbox', 'mmpretrain']
+    )
     monkeypatch.setattr(
-        bench.hook_overhead, 'import_times', lambda imports, repeats: dict(
-            zip(imports, ([2.], [3.]))))
+        bench.hook_overhead,
+        'import_times',
+        lambda imports, repeats: dict(zip(imports, ([2.0], [3.0]))),
+    )
     results = bench.hook_overhead.measure(args, bench.common.set_up(args))
     assert measured == [(1, 1)]  # one hook has measured, the other has not
     assert list(results['steps']) == ['no hook', 'outside', 'inside']
@@ -377,8 +452,7 @@ def test_hook_overhead(bench, monkeypatch, capsys):
     assert both['ratio'] == 1.5
     printed = bench.hook_overhead.table(results)
     assert '+50.00%' in printed
-    share = results['measuring']['median'] / results['steps']['no hook'][
-        'median']
+    share = results['measuring']['median'] / results['steps']['no hook']['median']
     assert 0 < share and f'{share:.2%} of it' in printed
 
 
@@ -394,19 +468,19 @@ def test_import_times(bench):
 def test_detector(bench):
     pytest.importorskip('mmdet')
     pytest.importorskip('mmcv.ops', exc_type=ImportError)
-    args = bench.train_step.parse_args([
-        '--net', 'mask-rcnn', '--device', 'cpu', '--size', '64x96', '--batch',
-        '1'
-    ])
+    args = bench.train_step.parse_args(
+        ['--net', 'mask-rcnn', '--device', 'cpu', '--size', '64x96', '--batch', '1']
+    )
     bench.networks.complete_options(args, bench.common.set_up(args))
     contestant = bench.networks.Contestant('ela', args, CPU, weights={})
     assert contestant.batch['inputs'].shape == (1, 3, 64, 96)
     assert contestant.loss().item() > 0
-    half = [a.active for a in named_layer_attentions(
-        contestant.model).values()]
+    half = [a.active for a in named_layer_attentions(contestant.model).values()]
     assert half == [
-        *(True, False, True), *(True, False, True, False),
-        *(True, False, True, False, True, False), *(True, False, True)
+        *(True, False, True),
+        *(True, False, True, False),
+        *(True, False, True, False, True, False),
+        *(True, False, True),
     ]
 
 

@@ -1,4 +1,5 @@
 """tools/dataset/cifar.py, and that the configs read what it writes."""
+
 import hashlib
 import io
 import pickle
@@ -39,8 +40,7 @@ def images(tmp_path):
 
 
 def files(folder):
-    return sorted(
-        p.relative_to(folder).as_posix() for p in folder.rglob('*.jpg'))
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*.jpg'))
 
 
 def test_images(images, tmp_path, capsys):
@@ -57,7 +57,8 @@ def test_a_fixed_part_of_the_images(images, tmp_path):
     out = tmp_path / 'folder'
     TOOL['main']([str(images), str(out), '--per-class', '2'])
     assert [f for f in files(out) if f.startswith('train/bird')] == [
-        'train/bird/0000.jpg', 'train/bird/0001.jpg'
+        'train/bird/0000.jpg',
+        'train/bird/0001.jpg',
     ]
     with pytest.raises(SystemExit, match='--per-class 0'):
         TOOL['main']([str(images), str(tmp_path / 'b'), '--per-class', '0'])
@@ -66,9 +67,11 @@ def test_a_fixed_part_of_the_images(images, tmp_path):
 def test_folder_config_reads_them(images, tmp_path, config_dir):
     pytest.importorskip('mmpretrain')
     from mmpretrain.registry import DATASETS
+
     TOOL['main']([str(images), str(tmp_path / 'folder')])
     cfg = Config.fromfile(
-        config_dir / 'cifar' / 'resnet20-ela_1xb128_cifar10-folder.py')
+        config_dir / 'cifar' / 'resnet20-ela_1xb128_cifar10-folder.py'
+    )
     cfg.train_dataloader.dataset.data_root = str(tmp_path / 'folder')
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     assert dataset.CLASSES == CLASSES
@@ -82,6 +85,7 @@ def official(tmp_path, monkeypatch):
     """Archive in the layout of the official CIFAR-10, with 5 + 1 images."""
     pytest.importorskip('mmpretrain')
     from mmpretrain.datasets import CIFAR10
+
     path = tmp_path / 'cifar-10-python.tar.gz'
     rng = np.random.default_rng(0)
     checksums = {}
@@ -92,21 +96,25 @@ def official(tmp_path, monkeypatch):
                 dict(
                     data=rng.integers(0, 256, (1, 3072), np.uint8),
                     labels=[label],
-                    label_names=[]))
+                    label_names=[],
+                )
+            )
             add(tar, f'cifar-10-batches-py/{name}', content)
             checksums[name] = hashlib.md5(content).hexdigest()
-    monkeypatch.setitem(TOOL['OFFICIAL'], 'cifar-10-batches-py',
-                        TOOL['md5'](path))
+    monkeypatch.setitem(TOOL['OFFICIAL'], 'cifar-10-batches-py', TOOL['md5'](path))
     for attribute in ('train_list', 'test_list'):
         monkeypatch.setattr(
-            CIFAR10, attribute,
-            [[n, checksums[n]] for n, _ in getattr(CIFAR10, attribute)])
+            CIFAR10,
+            attribute,
+            [[n, checksums[n]] for n, _ in getattr(CIFAR10, attribute)],
+        )
     monkeypatch.setitem(CIFAR10.meta, 'md5', checksums['batches.meta'])
     return path
 
 
 def test_config_reads_the_official_archive(official, tmp_path, config_dir):
     from mmpretrain.registry import DATASETS
+
     TOOL['main']([str(official), str(tmp_path / 'cifar10')])
     cfg = Config.fromfile(config_dir / 'cifar/resnet20-ela_1xb128_cifar10.py')
     cfg.train_dataloader.dataset.data_root = str(tmp_path / 'cifar10')

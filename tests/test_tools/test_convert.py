@@ -1,4 +1,5 @@
 """tools/convert: slim, prune and export, on a small classifier or detector."""
+
 import json
 import runpy
 from pathlib import Path
@@ -32,7 +33,8 @@ def network(tmp_path, config_dir):
     cfg.model.backbone.update(
         base_channels=8,
         init_cfg=None,
-        layer_attention=dict(type='MRLABase', head_dim=8))
+        layer_attention=dict(type='MRLABase', head_dim=8),
+    )
     cfg.model.neck.update(in_channels=[32, 64, 128, 256])
     cfg.model.roi_head.bbox_head.fc_out_channels = 16
     torch.manual_seed(0)
@@ -41,7 +43,8 @@ def network(tmp_path, config_dir):
     cfg.dump(tmp_path / 'config.py')
     torch.save(
         dict(meta=dict(epoch=3), state_dict=model.state_dict(), optimizer=1),
-        tmp_path / 'checkpoint.pth')
+        tmp_path / 'checkpoint.pth',
+    )
     return tmp_path / 'config.py', tmp_path / 'checkpoint.pth', model
 
 
@@ -51,9 +54,12 @@ def test_slim(network, tmp_path):
     slim_cfg = Config.fromfile(tmp_path / 'slim.py')
     saved = torch.load(tmp_path / 'slim.pth')
     assert slim_cfg.custom_hooks == []
-    assert slim_cfg.model.backbone.attention_blocks == [[0, 2], [0, 1, 2, 3],
-                                                        [0, 1, 3, 4, 5],
-                                                        [0, 1, 2]]
+    assert slim_cfg.model.backbone.attention_blocks == [
+        [0, 2],
+        [0, 1, 2, 3],
+        [0, 1, 3, 4, 5],
+        [0, 1, 2],
+    ]
     slim = MODELS.build(slim_cfg.model)
     slim.load_state_dict(saved['state_dict'])  # no key missing or unexpected
     assert 'optimizer' not in saved
@@ -72,8 +78,9 @@ def test_slim_keeps_values_that_are_seen(network, tmp_path):
     tool('slim', config, checkpoint, tmp_path / 'slim.pth')
     slim = MODELS.build(Config.fromfile(tmp_path / 'slim.py').model)
     slim.load_state_dict(torch.load(tmp_path / 'slim.pth')['state_dict'])
-    assert slim.backbone.layer2[1].layer_attn.attention_state == \
-        AttentionState.VALUE_ONLY
+    assert (
+        slim.backbone.layer2[1].layer_attn.attention_state == AttentionState.VALUE_ONLY
+    )
 
 
 @pytest.mark.parametrize('suffix', ['.onnx', '.pt'])
@@ -107,21 +114,31 @@ def test_prune_after_training(network, tmp_path, shapes):
         f'test_dataloader.dataset.data_root={shapes}/',
         'test_dataloader.num_workers=0',
         'test_dataloader.persistent_workers=False',
-        'test_dataloader.dataset.pipeline.1.scale=(96,96)'
+        'test_dataloader.dataset.pipeline.1.scale=(96,96)',
     ]
-    tool('prune', config, checkpoint, tmp_path / 'pruned.pth', '--policy',
-         'type=FixedCount', 'count=4', '--batches', '2', '--cfg-options',
-         *options)
+    tool(
+        'prune',
+        config,
+        checkpoint,
+        tmp_path / 'pruned.pth',
+        '--policy',
+        'type=FixedCount',
+        'count=4',
+        '--batches',
+        '2',
+        '--cfg-options',
+        *options,
+    )
     state_dict = torch.load(tmp_path / 'pruned.pth')['state_dict']
     model.load_state_dict(state_dict)
     found = [
-        name for name, attention in named_layer_attentions(model).items()
+        name
+        for name, attention in named_layer_attentions(model).items()
         if not attention.active
     ]
     report = json.loads((tmp_path / 'pruned.json').read_text())
     assert len(found) == 4 and set(found) == set(report['pruned'])
-    kl = sorted((x['kl'], x['name']) for x in report['layers']
-                if x['kl'] is not None)
+    kl = sorted((x['kl'], x['name']) for x in report['layers'] if x['kl'] is not None)
     assert {name for _, name in kl[:4]} == set(found)
 
 
@@ -136,10 +153,12 @@ def test_errors_are_one_line(network, tmp_path):
         ('export', (config, plain, 'out.onnx'), 'has no backbone'),
         ('export', (config, checkpoint, 'out.xyz'), 'must end with .onnx'),
         ('prune', (config, 'nowhere.pth', 'out.pth'), 'no file nowhere.pth'),
-        ('prune', (config, checkpoint, 'out.pth', '--batches', '0'),
-         'batches=0'),
-        ('prune', (config, checkpoint, 'out.pth', '--policy', 'type=EBQM',
-                   'mu=7'), 'mu=7'),
+        ('prune', (config, checkpoint, 'out.pth', '--batches', '0'), 'batches=0'),
+        (
+            'prune',
+            (config, checkpoint, 'out.pth', '--policy', 'type=EBQM', 'mu=7'),
+            'mu=7',
+        ),
     ]:
         with pytest.raises(SystemExit, match=match) as error:
             tool(name, *args)

@@ -1,4 +1,5 @@
 """What every command-line tool owes: help, and errors in one clear line."""
+
 import pickle
 import re
 import runpy
@@ -12,14 +13,15 @@ pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
 pytest.importorskip('mmcv.ops', exc_type=ImportError)
 
-from tests.test_tools.test_analysis_tools import (  # noqa: E402
-    classifier, needs_grad_cam, save)
+from tests.test_tools.test_analysis_tools import classifier, needs_grad_cam, save  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / 'tools'
 TOOLS = sorted(
-    path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob('*.py')
-    if "__name__ == '__main__'" in path.read_text('utf-8'))
+    path.relative_to(FOLDER).as_posix()
+    for path in FOLDER.rglob('*.py')
+    if "__name__ == '__main__'" in path.read_text('utf-8')
+)
 # Arguments by tool, each file of which is missing in one of the tests. CONFIG
 # and CHECKPOINT fit each other, OUT may be written.
 FILES = {
@@ -46,13 +48,18 @@ FILES = {
 }  # yapf: disable
 # Tools that read no file that a user names
 NO_FILES = {
-    'analysis/model_zoo.py', 'benchmark/depth.py',
-    'benchmark/hook_overhead.py', 'dataset/make_shapes.py'
+    'analysis/model_zoo.py',
+    'benchmark/depth.py',
+    'benchmark/hook_overhead.py',
+    'dataset/make_shapes.py',
 }
-MISSING = [(tool, arguments, index)
-           for tool, usages in FILES.items() for arguments in usages
-           for index, name in enumerate(arguments)
-           if name.rpartition('=')[2].isupper() and name != 'OUT']
+MISSING = [
+    (tool, arguments, index)
+    for tool, usages in FILES.items()
+    for arguments in usages
+    for index, name in enumerate(arguments)
+    if name.rpartition('=')[2].isupper() and name != 'OUT'
+]
 # Tools that load a checkpoint by a config, and what follows the two
 NETWORKS = {
     'analysis/cam.py': ['IMAGE'],
@@ -62,9 +69,7 @@ NETWORKS = {
     'convert/slim.py': ['OUT'],
 }
 # What a network without layer attention is of no use for
-NEED_ATTENTION = [
-    'analysis/layer_attention.py', 'convert/prune.py', 'convert/slim.py'
-]
+NEED_ATTENTION = ['analysis/layer_attention.py', 'convert/prune.py', 'convert/slim.py']
 
 
 @pytest.fixture(scope='module')
@@ -78,7 +83,8 @@ def files(tmp_path_factory):
         CHECKPOINT=checkpoint,
         IMAGE=folder / 'image.jpg',
         WORK_DIR=folder,
-        FOLDER=folder)
+        FOLDER=folder,
+    )
 
 
 @pytest.fixture
@@ -119,8 +125,9 @@ def check_error(result, *names):
 
 
 def test_every_tool_is_here():
-    assert set(FILES) | NO_FILES == set(TOOLS), \
+    assert set(FILES) | NO_FILES == set(TOOLS), (
         'say in FILES or NO_FILES which files a tool reads'
+    )
 
 
 @pytest.mark.parametrize('tool', TOOLS)
@@ -129,11 +136,10 @@ def test_help(run, tool):
     assert code == 0
     lines = text.splitlines()
     # argparse titles nothing so; the docstrings do.
-    starts = [i for i, x in enumerate(lines)
-              if x in ('Example:', 'Examples:')]
+    starts = [i for i, x in enumerate(lines) if x in ('Example:', 'Examples:')]
     assert len(starts) == 1, text
     example = []
-    for line in lines[starts[0] + 1:]:
+    for line in lines[starts[0] + 1 :]:
         if not line.startswith(' '):
             break
         example.append(line)
@@ -170,8 +176,7 @@ def test_missing_file(run, files, tmp_path, tool, arguments, index):
 
 
 def network_arguments(tool, files, out):
-    return [out if name == 'OUT' else files.get(name, name)
-            for name in NETWORKS[tool]]
+    return [out if name == 'OUT' else files.get(name, name) for name in NETWORKS[tool]]
 
 
 @pytest.mark.parametrize('tool', NETWORKS)
@@ -182,8 +187,10 @@ def test_checkpoint_of_another_network(run, files, tmp_path, tool, kind):
     state = torch.load(files['CHECKPOINT'], weights_only=True)['state_dict']
     path = tmp_path / 'other.pth'
     if kind == 'shapes':
-        wide = {k: v.repeat(2, *[1] * (v.dim() - 1)) if v.dim() else v
-                for k, v in state.items()}
+        wide = {
+            k: v.repeat(2, *[1] * (v.dim() - 1)) if v.dim() else v
+            for k, v in state.items()
+        }
         torch.save(dict(state_dict=wide), path)
     elif kind == 'keys':  # still a backbone with layer attention
         deeper = dict(state)
@@ -199,8 +206,8 @@ def test_checkpoint_of_another_network(run, files, tmp_path, tool, kind):
         torch.save([torch.zeros(1)], path)
     out = tmp_path / 'out.pt'
     check_error(
-        run(tool, files['CONFIG'], path,
-            *network_arguments(tool, files, out)), path)
+        run(tool, files['CONFIG'], path, *network_arguments(tool, files, out)), path
+    )
     assert not out.exists()
 
 
@@ -211,8 +218,9 @@ def test_network_without_layer_attention(run, files, tmp_path, tool):
     plain['model']['head']['in_channels'] = 512
     config, checkpoint = save(tmp_path, 'plain', plain)
     out = tmp_path / 'out.pt'
-    code, _, printed = result = run(tool, config, checkpoint,
-                                    *network_arguments(tool, files, out))
+    code, _, printed = result = run(
+        tool, config, checkpoint, *network_arguments(tool, files, out)
+    )
     check_error(result, 'plain', 'layer attention')
     assert not out.exists()
 
@@ -223,13 +231,17 @@ def test_no_config(run, files, tmp_path, tool):
     if tool == 'analysis/cam.py':
         needs_grad_cam()
     out = tmp_path / 'out.pt'
-    for name, text in (('empty.py', 'a = 1\n'), ('broken.py', 'a = (\n'),
-                       ('notes.txt', 'a = 1\n')):
+    for name, text in (
+        ('empty.py', 'a = 1\n'),
+        ('broken.py', 'a = (\n'),
+        ('notes.txt', 'a = 1\n'),
+    ):
         path = tmp_path / name
         path.write_text(text)
         check_error(
-            run(tool, path, files['CHECKPOINT'],
-                *network_arguments(tool, files, out)), path)
+            run(tool, path, files['CHECKPOINT'], *network_arguments(tool, files, out)),
+            path,
+        )
         assert not out.exists()
 
 
@@ -238,13 +250,17 @@ def test_model_zoo_of_an_unknown_folder(run):
 
 
 def test_shapes_over_something_else(run, files):
-    check_error(run('dataset/make_shapes.py', files['FOLDER']),
-                files['FOLDER'])
+    check_error(run('dataset/make_shapes.py', files['FOLDER']), files['FOLDER'])
 
 
-@pytest.mark.parametrize('tool', [
-    'benchmark/depth.py', 'benchmark/hook_overhead.py',
-    'benchmark/inference.py', 'benchmark/train_step.py'
-])
+@pytest.mark.parametrize(
+    'tool',
+    [
+        'benchmark/depth.py',
+        'benchmark/hook_overhead.py',
+        'benchmark/inference.py',
+        'benchmark/train_step.py',
+    ],
+)
 def test_benchmark_on_an_unknown_device(run, tool):
     check_error(run(tool, '--device', 'abacus'), 'abacus')

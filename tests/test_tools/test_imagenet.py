@@ -1,4 +1,5 @@
 """An ImageNet config on a few generated images, by mmpretrain's own tools."""
+
 import json
 import os
 import subprocess
@@ -51,7 +52,8 @@ def run(tool, config, *args):
         text=True,
         cwd=ROOT,
         env=dict(os.environ, PYTHONPATH=str(ROOT)),
-        timeout=600)
+        timeout=600,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout + result.stderr
 
@@ -59,33 +61,48 @@ def run(tool, config, *args):
 def test_train_and_test(imagenet, tmp_path, config_dir):
     config = config_dir / 'imagenet' / 'resnet50-ela_8xb32_in1k.py'
     work_dir = tmp_path / 'run'
-    loader = '{0}_dataloader.batch_size=4 {0}_dataloader.num_workers=0 ' \
-        '{0}_dataloader.persistent_workers=False ' \
+    loader = (
+        '{0}_dataloader.batch_size=4 {0}_dataloader.num_workers=0 '
+        '{0}_dataloader.persistent_workers=False '
         '{0}_dataloader.dataset.data_root=' + str(imagenet)
-    options = ' '.join([
-        *(loader.format(name) for name in ('train', 'val', 'test')),
-        'model.backbone.depth=50 model.backbone.stem_channels=8',
-        'model.backbone.base_channels=8',
-        'model.backbone.layer_attention.head_dim=8',
-        'model.head.in_channels=256',
-        'train_pipeline.1.scale=32',
-        'train_dataloader.dataset.pipeline.1.scale=32',
-        'test_dataloader.dataset.pipeline.1.scale=32',
-        'test_dataloader.dataset.pipeline.2.crop_size=32',
-        'val_dataloader.dataset.pipeline.1.scale=32',
-        'val_dataloader.dataset.pipeline.2.crop_size=32',
-        'train_cfg.max_epochs=2 default_hooks.logger.interval=1',
-        'custom_hooks.0.windows=[(1,1)]',
-    ]).split()
+    )
+    options = ' '.join(
+        [
+            *(loader.format(name) for name in ('train', 'val', 'test')),
+            'model.backbone.depth=50 model.backbone.stem_channels=8',
+            'model.backbone.base_channels=8',
+            'model.backbone.layer_attention.head_dim=8',
+            'model.head.in_channels=256',
+            'train_pipeline.1.scale=32',
+            'train_dataloader.dataset.pipeline.1.scale=32',
+            'test_dataloader.dataset.pipeline.1.scale=32',
+            'test_dataloader.dataset.pipeline.2.crop_size=32',
+            'val_dataloader.dataset.pipeline.1.scale=32',
+            'val_dataloader.dataset.pipeline.2.crop_size=32',
+            'train_cfg.max_epochs=2 default_hooks.logger.interval=1',
+            'custom_hooks.0.windows=[(1,1)]',
+        ]
+    ).split()
     run(
-        find_tool(str(config), 'train.py'), config, '--work-dir', work_dir,
-        '--cfg-options', *options)
+        find_tool(str(config), 'train.py'),
+        config,
+        '--work-dir',
+        work_dir,
+        '--cfg-options',
+        *options,
+    )
     report = json.loads((work_dir / 'pruning.json').read_text())
     pruned = report['prunings'][0]['pruned']
     assert pruned
     out = run(
-        find_tool(str(config), 'test.py'), config, work_dir / 'epoch_2.pth',
-        '--work-dir', tmp_path / 'test', '--cfg-options', *options)
+        find_tool(str(config), 'test.py'),
+        config,
+        work_dir / 'epoch_2.pth',
+        '--work-dir',
+        tmp_path / 'test',
+        '--cfg-options',
+        *options,
+    )
     assert 'accuracy/top1' in out and 'accuracy/top5' in out
 
     # mmpretrain's test sees the pruned network: same accuracy as in training

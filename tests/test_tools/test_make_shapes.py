@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOL = runpy.run_path(str(ROOT / 'tools' / 'dataset' / 'make_shapes.py'))
 make_shapes, main = TOOL['make_shapes'], TOOL['main']
 pytestmark = pytest.mark.filterwarnings(  # pycocotools with numpy 2
-    'ignore:__array__ implementation:DeprecationWarning')
+    'ignore:__array__ implementation:DeprecationWarning'
+)
 SMALL = dict(train=2, val=1, size=64)
 
 
@@ -49,10 +50,11 @@ def coco(request, folder):
 
 
 class TestData:
-
     def test_layout(self, folder):
         assert sorted(p.name for p in folder.iterdir()) == [
-            'annotations', 'train2017', 'val2017'
+            'annotations',
+            'train2017',
+            'val2017',
         ]
         assert not list(folder.parent.glob('.*'))  # no temporary folder
 
@@ -71,8 +73,7 @@ class TestData:
         # Spot checks against COCO's own files
         assert ids['person'] == 1 and ids['stop sign'] == 13
         assert ids['kite'] == 38 and ids['toothbrush'] == 90
-        coco_datasets = pytest.importorskip(
-            'mmdet.datasets', exc_type=ImportError)
+        coco_datasets = pytest.importorskip('mmdet.datasets', exc_type=ImportError)
         classes = coco_datasets.CocoDataset.METAINFO['classes']
         assert tuple(ids) == classes
 
@@ -86,11 +87,8 @@ class TestData:
             mask = coco.annToMask(ann)
             ys, xs = np.nonzero(mask)
             assert ann['area'] == mask.sum() > 0
-            assert ann['bbox'] == [
-                xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1
-            ]
-            assert isinstance(ann['segmentation'],
-                              dict if ann['iscrowd'] else list)
+            assert ann['bbox'] == [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
+            assert isinstance(ann['segmentation'], dict if ann['iscrowd'] else list)
 
     def test_no_pixel_belongs_to_two(self, coco):
         for image_id in coco.imgs:
@@ -106,7 +104,7 @@ class TestData:
             boxes = np.array([ann['bbox'] for ann in anns], float)
             if len(boxes) > 1:
                 iou = mask_api.iou(boxes, boxes, [0] * len(boxes))
-                overlapping += (iou > .1).sum() - len(boxes)
+                overlapping += (iou > 0.1).sum() - len(boxes)
         assert overlapping > len(coco.imgs) / 2
 
     def test_every_kind_of_scene(self, coco):
@@ -132,7 +130,7 @@ def test_polygons_give_the_mask_back(kind):
     elif kind == 'full':
         mask[:] = True
     else:
-        mask = np.random.default_rng(0).random(mask.shape) < .6
+        mask = np.random.default_rng(0).random(mask.shape) < 0.6
     polygons = TOOL['mask_to_polygons'](mask)
     rle = mask_api.merge(mask_api.frPyObjects(polygons, *mask.shape))
     assert (mask_api.decode(rle) == mask).all()
@@ -140,7 +138,7 @@ def test_polygons_give_the_mask_back(kind):
 
 @pytest.mark.parametrize('first', [0, 1])
 def test_run_lengths_give_the_mask_back(first):
-    mask = np.random.default_rng(0).random((9, 7)) < .5
+    mask = np.random.default_rng(0).random((9, 7)) < 0.5
     mask[0, 0] = first
     counts = TOOL['mask_to_counts'](mask)
     rle = mask_api.frPyObjects(dict(counts=counts, size=[9, 7]), 9, 7)
@@ -148,7 +146,6 @@ def test_run_lengths_give_the_mask_back(first):
 
 
 class TestDeterminism:
-
     def test_same_arguments_same_data(self, tmp_path):
         make_shapes(tmp_path / 'a', **SMALL)
         make_shapes(tmp_path / 'b', **SMALL)
@@ -160,11 +157,11 @@ class TestDeterminism:
         make_shapes(tmp_path / 'few', train=3, val=1, size=128, seed=3)
         few, many = (
             json.loads(ann_file(path).read_text('utf-8'))['annotations']
-            for path in (tmp_path / 'few', folder))
-        assert few == many[:len(few)]
+            for path in (tmp_path / 'few', folder)
+        )
+        assert few == many[: len(few)]
         for path in (tmp_path / 'few' / 'train2017').iterdir():
-            assert path.read_bytes() == (folder / 'train2017' /
-                                         path.name).read_bytes()
+            assert path.read_bytes() == (folder / 'train2017' / path.name).read_bytes()
 
     def test_unchanged_since_version_1(self, tmp_path):
         """If this fails on purpose, raise VERSION in the tool."""
@@ -174,7 +171,6 @@ class TestDeterminism:
 
 
 class TestReuse:
-
     def test_the_same_is_reused(self, tmp_path):
         path = tmp_path / 'deep' / 'shapes'
         assert make_shapes(path, **SMALL)
@@ -230,17 +226,18 @@ class TestReuse:
 
 
 class TestBadInput:
-
-    @pytest.mark.parametrize(('name', 'value', 'allowed'), [
-        ('train', 0, 'at least 1'),
-        ('val', -3, 'at least 1'),
-        ('size', 63, '64 to 2048'),
-        ('size', 2049, '64 to 2048'),
-        ('seed', -1, 'at least 0'),
-    ])
+    @pytest.mark.parametrize(
+        ('name', 'value', 'allowed'),
+        [
+            ('train', 0, 'at least 1'),
+            ('val', -3, 'at least 1'),
+            ('size', 63, '64 to 2048'),
+            ('size', 2049, '64 to 2048'),
+            ('seed', -1, 'at least 0'),
+        ],
+    )
     def test_out_of_range(self, tmp_path, name, value, allowed):
-        with pytest.raises(
-                ValueError, match=f'{name} must be {allowed}, got {value}'):
+        with pytest.raises(ValueError, match=f'{name} must be {allowed}, got {value}'):
             make_shapes(tmp_path / 'x', **{name: value})
         assert not list(tmp_path.iterdir())
 

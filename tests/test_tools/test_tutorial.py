@@ -1,4 +1,5 @@
 """docs/tutorial.md: every command on it, on tiny data, as it stands there."""
+
 import json
 import re
 import runpy
@@ -40,7 +41,8 @@ model = dict(
         rcnn=dict(score_thr=0., max_per_img=5)))
 param_scheduler = []
 """
-NARROW += ''.join(f"""
+NARROW += ''.join(
+    f"""
 {split}_dataloader = dict(
     batch_size=2,
     num_workers=0,
@@ -56,7 +58,9 @@ NARROW += ''.join(f"""
                 meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
                            'scale_factor'))
         ]))
-""" for split in ('train', 'val', 'test'))
+"""
+    for split in ('train', 'val', 'test')
+)
 NARROW += """
 train_dataloader['dataset']['filter_cfg'] = dict(filter_empty_gt=False)
 val_evaluator = dict(ann_file='data/shapes/annotations/instances_val2017.json')
@@ -76,9 +80,10 @@ def commands():
 
 def config_of_the_page():
     """The diff on the page, applied."""
-    diff, = re.findall('```diff\n(.*?)```', PAGE, re.S)
-    return ''.join(line[1:] + '\n' for line in diff.splitlines()
-                   if not line.startswith('-'))
+    (diff,) = re.findall('```diff\n(.*?)```', PAGE, re.S)
+    return ''.join(
+        line[1:] + '\n' for line in diff.splitlines() if not line.startswith('-')
+    )
 
 
 @pytest.fixture(scope='module')
@@ -86,8 +91,9 @@ def walk(tmp_path_factory):
     """Run the whole page in an empty folder."""
     cwd = tmp_path_factory.mktemp('tutorial')
     (cwd / 'narrow.py').write_text(NARROW)
-    config, count = re.subn("_base_ = .*", "_base_ = ['narrow.py']",
-                            config_of_the_page())
+    config, count = re.subn(
+        '_base_ = .*', "_base_ = ['narrow.py']", config_of_the_page()
+    )
     assert count == 1
     (cwd / 'my_config.py').write_text(config)
     patch = pytest.MonkeyPatch()
@@ -125,9 +131,17 @@ def test_every_tool_is_shown():
     """The steps that the page promises, in their order."""
     tools = [Path(command[1]).name for command in commands()]
     assert tools == [
-        'make_shapes.py', 'train.py', 'layer_attention.py',
-        'layer_attention.py', 'report.py', 'pictures.py', 'test.py', 'slim.py',
-        'test.py', 'export.py', 'train.py'
+        'make_shapes.py',
+        'train.py',
+        'layer_attention.py',
+        'layer_attention.py',
+        'report.py',
+        'pictures.py',
+        'test.py',
+        'slim.py',
+        'test.py',
+        'export.py',
+        'train.py',
     ]
 
 
@@ -146,8 +160,11 @@ def test_trained_and_pruned(walk):
     pruned = {name for p in report['prunings'] for name in p['pruned']}
     assert pruned
     state = torch.load(work_dir / 'epoch_12.pth')['state_dict']
-    assert {k[:-len('.state')] for k, v in state.items()
-            if k.endswith('layer_attn.state') and v} == pruned
+    assert {
+        k[: -len('.state')]
+        for k, v in state.items()
+        if k.endswith('layer_attn.state') and v
+    } == pruned
 
 
 def test_report_and_pictures(walk):
@@ -158,8 +175,10 @@ def test_report_and_pictures(walk):
         assert f'Layer attention of epoch_{epoch}' in page
         assert (work_dir / f'layer_attention/epoch_{epoch}/kl.png').is_file()
     assert {p.name for p in (walk / 'pictures').iterdir()} == {
-        'kl.png', 'kl_dark.png', 'attention_maps.png',
-        'attention_maps_dark.png'
+        'kl.png',
+        'kl_dark.png',
+        'attention_maps.png',
+        'attention_maps_dark.png',
     }
 
 
@@ -182,9 +201,12 @@ def test_slim_network_has_the_same_metrics(walk):
     """Both tests of the page, by what they logged."""
     metrics = []
     for folder in ('my_config', 'slim'):
-        path, = [p for p in (walk / 'work_dirs' / folder).glob('*/*.json')
-                 if re.fullmatch(r'\d+_\d+', p.stem)]
-        metrics.append({
-            k: v for k, v in json.loads(path.read_text()).items()
-            if 'bbox' in k})
+        (path,) = [
+            p
+            for p in (walk / 'work_dirs' / folder).glob('*/*.json')
+            if re.fullmatch(r'\d+_\d+', p.stem)
+        ]
+        metrics.append(
+            {k: v for k, v in json.loads(path.read_text()).items() if 'bbox' in k}
+        )
     assert metrics[0] and metrics[0] == metrics[1]

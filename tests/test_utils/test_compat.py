@@ -11,16 +11,20 @@ from mmela.utils.compat import check_versions
 
 def test_check_versions_names_what_does_not_fit():
     check_versions()
-    with pytest.raises(ImportError, match=r'mmengine >= 9.0.0, < 10.0.0, but '
-                       r'mmengine 0\.\d+\.\d+ is installed'):
+    with pytest.raises(
+        ImportError,
+        match=r'mmengine >= 9.0.0, < 10.0.0, but '
+        r'mmengine 0\.\d+\.\d+ is installed',
+    ):
         check_versions({'mmengine': ('9.0.0', '10.0.0')})
 
 
 def test_check_versions_of_what_is_missing():
     check_versions({'no_such_package': ('1.0', '2.0')})
     import mmela.utils.compat as compat
+
     required = compat._REQUIRED
-    compat._REQUIRED = ('no_such_package', )
+    compat._REQUIRED = ('no_such_package',)
     try:
         with pytest.raises(ImportError, match='no_such_package.*not inst'):
             check_versions({'no_such_package': ('1.0', '2.0')})
@@ -31,7 +35,7 @@ def test_check_versions_of_what_is_missing():
 def test_log_history_loads_safely(tmp_path):
     """What mmengine puts into each of its checkpoints."""
     buffer = HistoryBuffer()
-    for value in (1., np.float64(2.), 6):
+    for value in (1.0, np.float64(2.0), 6):
         buffer.update(value)
     content = dict(buffer=buffer, scalar=np.float32(3), flag=np.bool_(True))
     torch.save(content, tmp_path / 'x.pth')
@@ -42,7 +46,6 @@ def test_log_history_loads_safely(tmp_path):
 
 
 class Evil:
-
     def __init__(self, function, *args):
         self.function, self.args = function, args
 
@@ -50,13 +53,17 @@ class Evil:
         return self.function, self.args
 
 
-@pytest.mark.parametrize('evil', [
-    Evil(getattr, HistoryBuffer, '__init__'),
-    Evil(getattr, np.ndarray, 'tofile'),
-    Evil(getattr, 'x', 'upper'),
-    Evil(eval, '1'),
-    Evil(print, 'executed'),
-], ids=['method', 'ndarray', 'str', 'eval', 'print'])
+@pytest.mark.parametrize(
+    'evil',
+    [
+        Evil(getattr, HistoryBuffer, '__init__'),
+        Evil(getattr, np.ndarray, 'tofile'),
+        Evil(getattr, 'x', 'upper'),
+        Evil(eval, '1'),
+        Evil(print, 'executed'),
+    ],
+    ids=['method', 'ndarray', 'str', 'eval', 'print'],
+)
 def test_other_code_is_still_refused(tmp_path, evil):
     torch.save(dict(x=evil), tmp_path / 'x.pth')
     with pytest.raises(pickle.UnpicklingError):

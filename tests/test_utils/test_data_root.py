@@ -61,10 +61,9 @@ def test_without_an_option_nothing_changes(cfg):
 
 
 def test_a_more_specific_option_wins(cfg):
-    cfg.merge_from_dict({
-        'data_root': 'other',
-        'val_dataloader.dataset.data_root': 'val_place/'
-    })
+    cfg.merge_from_dict(
+        {'data_root': 'other', 'val_dataloader.dataset.data_root': 'val_place/'}
+    )
     set_data_root(cfg)
     assert roots(cfg) == ['other/', 'val_place/', 'other/']
 
@@ -81,11 +80,10 @@ def test_training_images_for_lacking_validation_images(cfg, tmp_path):
         dataset = cfg[f'{split}_dataloader'].dataset
         assert dataset.ann_file == 'annotations/train.json'
         assert dataset.data_prefix == dict(img='train/')
-        assert cfg[f'{split}_evaluator'].ann_file == \
-            f'{root}/annotations/train.json'
+        assert cfg[f'{split}_evaluator'].ann_file == f'{root}/annotations/train.json'
 
 
-@pytest.mark.parametrize('splits', [(), ('val', ), ('train', 'val')])
+@pytest.mark.parametrize('splits', [(), ('val',), ('train', 'val')])
 def test_no_substitute_where_none_is_due(cfg, tmp_path, splits):
     cfg.data_root = make(tmp_path, *splits)
     assert set_data_root(cfg) == []
@@ -108,7 +106,8 @@ def test_runner(tmp_path, config_dir, shapes):
     shutil.copytree(shapes, root)
     (root / 'annotations' / 'instances_val2017.json').unlink()
     cfg = Config.fromfile(
-        config_dir / 'demo' / 'faster-rcnn_r50-narrow_ela_fpn_shapes.py')
+        config_dir / 'demo' / 'faster-rcnn_r50-narrow_ela_fpn_shapes.py'
+    )
     cfg.merge_from_dict(dict(data_root=str(root)))
     cfg.work_dir = str(tmp_path / 'work')
     runner = RUNNERS.build(cfg)
@@ -116,6 +115,6 @@ def test_runner(tmp_path, config_dir, shapes):
     assert roots(runner.cfg) == [f'{root}/'] * 3
     loader = runner.build_dataloader(runner.cfg.val_dataloader)
     assert len(loader.dataset) == 6
-    log, = (tmp_path / 'work').rglob('*.log')
+    (log,) = (tmp_path / 'work').rglob('*.log')
     assert 'metrics are of the training images' in log.read_text()
     assert roots(cfg) == ['data/shapes/'] * 3  # the caller's stays as it is

@@ -1,12 +1,17 @@
 """Published checkpoints against independent networks in their key layout."""
+
 import runpy
 from pathlib import Path
 
 import pytest
 import torch
 
-from mmela.utils.published import (convert_published, detect_arch,
-                                   map_published_keys, published_backbone)
+from mmela.utils.published import (
+    convert_published,
+    detect_arch,
+    map_published_keys,
+    published_backbone,
+)
 from tests.published_networks import PublishedNetwork
 
 TOOL = Path(__file__).resolve().parents[2] / 'tools/convert/published.py'
@@ -19,7 +24,8 @@ NETWORKS = dict(
     cifar_mla=('mla', (3, 3, 3), '3x3', 16),
     cifar_mrla_base=('mrla_base', (3, 3, 3), '3x3', 16),
     cifar_mrla_light=('mrla_light', (2, 2, 2), '3x3', 16),
-    cifar_kcla=('kcla', (3, 3, 3), '3x3', 16))
+    cifar_kcla=('kcla', (3, 3, 3), '3x3', 16),
+)
 
 
 def network(name, **kwargs):
@@ -40,20 +46,28 @@ def test_same_outputs(name):
     """Of each stage, and of the classifier; no key missing or unexpected."""
     pytest.importorskip('mmpretrain')
     from mmpretrain.registry import MODELS
+
     published = network(name)
     arch = NETWORKS[name][0]
     converted, _ = convert_published(published.state_dict, arch)
     backbone = published_backbone(converted, arch)
     stages = len(NETWORKS[name][1])
-    model = MODELS.build(
-        dict(
-            type='ImageClassifier',
-            backbone=dict(backbone, out_indices=range(stages)),
-            neck=dict(type='GlobalAveragePooling'),
-            head=dict(
-                type='LinearClsHead',
-                num_classes=5,
-                in_channels=8 * 2**(stages - 1) * 4))).double().eval()
+    model = (
+        MODELS.build(
+            dict(
+                type='ImageClassifier',
+                backbone=dict(backbone, out_indices=range(stages)),
+                neck=dict(type='GlobalAveragePooling'),
+                head=dict(
+                    type='LinearClsHead',
+                    num_classes=5,
+                    in_channels=8 * 2 ** (stages - 1) * 4,
+                ),
+            )
+        )
+        .double()
+        .eval()
+    )
     model.load_state_dict(converted, strict=True)
     x = torch.randn(2, 3, 64, 96, dtype=torch.double)
     with torch.no_grad():
@@ -69,15 +83,16 @@ def test_same_outputs_in_mmdet(name):
     pytest.importorskip('mmdet')
     pytest.importorskip('mmcv.ops', exc_type=ImportError)
     from mmdet.registry import MODELS
+
     published = network(name, light_name='mla')
     converted, _ = convert_published(published.state_dict, target='detector')
     cfg = published_backbone(converted, name)
     backbone = MODELS.build(cfg).double()
     backbone.eval()  # returns None in mmdet
     backbone.load_state_dict(
-        {key[len('backbone.'):]: value
-         for key, value in converted.items()},
-        strict=True)
+        {key[len('backbone.') :]: value for key, value in converted.items()},
+        strict=True,
+    )
     x = torch.randn(1, 3, 64, 96, dtype=torch.double)
     with torch.no_grad():
         outs = backbone(x)
@@ -121,12 +136,13 @@ def test_keys_of_a_block():
         'mrla.mrla.Wk.weight': 'layer_attn.key.weight',
         'mrla.mrla.Wv.weight': 'layer_attn.value.weight',
         'bn_mrla.running_var': 'layer_attn.norm.running_var',
-        'conv2.weight': 'conv2.weight'
+        'conv2.weight': 'conv2.weight',
     }
     for a, b in pairs.items():
         assert converted[after + b] is old[before + a]
-    close(converted[after + 'layer_attn.lambda_o'],
-          old[before + 'mrla.lambda_t'][:, 0, 0])
+    close(
+        converted[after + 'layer_attn.lambda_o'], old[before + 'mrla.lambda_t'][:, 0, 0]
+    )
     state = converted[after + 'layer_attn.state']
     assert state.dtype == torch.uint8 and state == 0
     assert len(converted) == len(old) + sum(IMAGENET)
@@ -134,14 +150,27 @@ def test_keys_of_a_block():
 
 def test_deep_stem_differs_between_the_toolboxes():
     old = network('mrla_base').state_dict
-    for target, names in (('classifier', [
-            'backbone.stem.0.conv', 'backbone.stem.0.bn',
-            'backbone.stem.2.conv', 'backbone.stem.2.bn'
-    ]), ('detector', [
-            'backbone.stem.0', 'backbone.stem.1', 'backbone.stem.6',
-            'backbone.stem.7'
-    ]), ('backbone',
-         ['stem.0.conv', 'stem.0.bn', 'stem.2.conv', 'stem.2.bn'])):
+    for target, names in (
+        (
+            'classifier',
+            [
+                'backbone.stem.0.conv',
+                'backbone.stem.0.bn',
+                'backbone.stem.2.conv',
+                'backbone.stem.2.bn',
+            ],
+        ),
+        (
+            'detector',
+            [
+                'backbone.stem.0',
+                'backbone.stem.1',
+                'backbone.stem.6',
+                'backbone.stem.7',
+            ],
+        ),
+        ('backbone', ['stem.0.conv', 'stem.0.bn', 'stem.2.conv', 'stem.2.bn']),
+    ):
         new, dropped = convert_published(old, target=target)
         for name, was in zip(names, ['conv1.0', 'conv1.1', 'conv1.6', 'bn1']):
             assert new[f'{name}.weight'] is old[f'{was}.weight']
@@ -175,40 +204,48 @@ def test_detects_the_architecture(name):
 
 def test_config_of_the_backbone():
     for name, expected in (
-        ('mrla_base',
-         dict(
-             type='ELAResNet',
-             depth=50,
-             deep_stem=True,
-             stem_channels=12,
-             base_channels=8,
-             layer_attention=dict(type='MRLABase', head_dim=16))),
-        ('mrla_light',
-         dict(
-             type='ELAResNet',
-             depth=50,
-             stem_channels=12,
-             base_channels=8,
-             layer_attention=dict(type='MRLALight', head_dim=32))),
-        ('cifar_kcla',
-         dict(
-             type='ELAResNet_CIFAR',
-             depth=29,
-             stem_channels=12,
-             base_channels=8,
-             layer_attention=dict(type='KCLA', head_dim=16))),
+        (
+            'mrla_base',
+            dict(
+                type='ELAResNet',
+                depth=50,
+                deep_stem=True,
+                stem_channels=12,
+                base_channels=8,
+                layer_attention=dict(type='MRLABase', head_dim=16),
+            ),
+        ),
+        (
+            'mrla_light',
+            dict(
+                type='ELAResNet',
+                depth=50,
+                stem_channels=12,
+                base_channels=8,
+                layer_attention=dict(type='MRLALight', head_dim=32),
+            ),
+        ),
+        (
+            'cifar_kcla',
+            dict(
+                type='ELAResNet_CIFAR',
+                depth=29,
+                stem_channels=12,
+                base_channels=8,
+                layer_attention=dict(type='KCLA', head_dim=16),
+            ),
+        ),
     ):
         for target in ('classifier', 'backbone'):
-            new, _ = convert_published(
-                network(name).state_dict, target=target)
+            new, _ = convert_published(network(name).state_dict, target=target)
             assert published_backbone(new, NETWORKS[name][0]) == expected
-    wide = PublishedNetwork(
-        'mrla_base', (1, 1, 1), '3x3', 16, width=16, stem_width=16)
+    wide = PublishedNetwork('mrla_base', (1, 1, 1), '3x3', 16, width=16, stem_width=16)
     new, _ = convert_published(wide.state_dict)
     assert published_backbone(new, 'mrla_base') == dict(
         type='ELAResNet_CIFAR',
         depth=11,
-        layer_attention=dict(type='MRLABase', head_dim=16))
+        layer_attention=dict(type='MRLABase', head_dim=16),
+    )
     odd = PublishedNetwork('mrla_light', (1, 2), '7x7', 32)
     new, _ = convert_published(odd.state_dict)
     assert published_backbone(new, 'mrla_light')['depth'] is None
@@ -223,7 +260,7 @@ def test_detector():
     extra = {
         'neck.fpn_convs.0.conv.weight': torch.rand(2),
         'rpn_head.rpn_conv.weight': torch.rand(2),
-        'roi_head.bbox_head.fc_cls.weight': torch.rand(2)
+        'roi_head.bbox_head.fc_cls.weight': torch.rand(2),
     }
     old.update(extra)
     new, dropped = convert_published(old, target='detector')
@@ -235,19 +272,20 @@ def test_detector():
     with pytest.raises(ValueError, match='of a detector and has no classif'):
         convert_published(old, target='classifier')
     with pytest.raises(ValueError, match='1 keys: some_head.x'):
-        convert_published({
-            **old, 'some_head.x': torch.rand(1)
-        },
-                          target='detector')
+        convert_published({**old, 'some_head.x': torch.rand(1)}, target='detector')
 
 
 def test_wrong_arguments():
     old = network('cifar_mla').state_dict
-    with pytest.raises(ValueError, match="arch='mrla' is unknown; allowed "
-                       'are mrla_base, mrla_light, mla, kcla'):
+    with pytest.raises(
+        ValueError,
+        match="arch='mrla' is unknown; allowed are mrla_base, mrla_light, mla, kcla",
+    ):
         convert_published(old, 'mrla')
-    with pytest.raises(ValueError, match="target='head' is unknown; allowed "
-                       'are classifier, detector, backbone'):
+    with pytest.raises(
+        ValueError,
+        match="target='head' is unknown; allowed are classifier, detector, backbone",
+    ):
         convert_published(old, target='head')
     with pytest.raises(ValueError, match='of no published network'):
         convert_published({'conv1.weight': torch.rand(1)})
@@ -255,27 +293,40 @@ def test_wrong_arguments():
         convert_published({})
 
 
-@pytest.mark.parametrize('key', [
-    'layer2.0.se.fc.0.weight', 'layer2.0.mrla.mrla.Wx.weight',
-    'layer2.0.layers.mrla.Wq.weight', 'fc2.weight', 'bn1.scale', 'module.x'
-])
+@pytest.mark.parametrize(
+    'key',
+    [
+        'layer2.0.se.fc.0.weight',
+        'layer2.0.mrla.mrla.Wx.weight',
+        'layer2.0.layers.mrla.Wq.weight',
+        'fc2.weight',
+        'bn1.scale',
+        'module.x',
+    ],
+)
 def test_unaccounted_key(key):
     old = network('mrla_light').state_dict
     with pytest.raises(ValueError) as error:
         convert_published({**old, key: torch.rand(1), 'other': torch.rand(1)})
-    assert str(error.value) == ("arch='mrla_light' has no place for 2 keys: "
-                                f'{key}, other')
+    assert str(error.value) == (
+        f"arch='mrla_light' has no place for 2 keys: {key}, other"
+    )
 
 
 def test_two_keys_for_one():
     old = network('mrla_light').state_dict
     with pytest.raises(
-            ValueError, match='of backbone.layer2.0.conv1.weight, '
-            'backbone.layer2.1.layer_attn.value.weight$'):
-        convert_published({
-            **old, 'stages.1.0.conv1.weight': torch.rand(1),
-            'layer2.1.mrla.mla.Wv.weight': torch.rand(1)
-        })
+        ValueError,
+        match='of backbone.layer2.0.conv1.weight, '
+        'backbone.layer2.1.layer_attn.value.weight$',
+    ):
+        convert_published(
+            {
+                **old,
+                'stages.1.0.conv1.weight': torch.rand(1),
+                'layer2.1.mrla.mla.Wv.weight': torch.rand(1),
+            }
+        )
 
 
 def test_another_arch():
@@ -287,18 +338,30 @@ def test_another_arch():
         convert_published(network('kcla').state_dict, 'mrla_base')
 
 
-@pytest.mark.parametrize('name, old, new', [
-    ('mrla_base', 'stages.1.2.mrla.mrla.Wk.weight',
-     'backbone.layer2.2.layer_attn.key.weight'),
-    ('mrla_base', 'conv1.4.running_var', 'backbone.stem.1.bn.running_var'),
-    ('mrla_light', 'layer4.2.bn3.bias', 'backbone.layer4.2.bn3.bias'),
-    ('mrla_light', 'bn1.weight', 'backbone.bn1.weight'),
-    ('mrla_light', 'layer2.0.downsample.1.weight',
-     'backbone.layer2.0.downsample.1.weight'),
-    ('kcla', 'layer2.attention.0.u_Wk.weight',
-     'backbone.layer2.0.layer_attn.cross_stage.key.weight'),
-    ('cifar_kcla', 'fc.bias', 'head.fc.bias'),
-])
+@pytest.mark.parametrize(
+    'name, old, new',
+    [
+        (
+            'mrla_base',
+            'stages.1.2.mrla.mrla.Wk.weight',
+            'backbone.layer2.2.layer_attn.key.weight',
+        ),
+        ('mrla_base', 'conv1.4.running_var', 'backbone.stem.1.bn.running_var'),
+        ('mrla_light', 'layer4.2.bn3.bias', 'backbone.layer4.2.bn3.bias'),
+        ('mrla_light', 'bn1.weight', 'backbone.bn1.weight'),
+        (
+            'mrla_light',
+            'layer2.0.downsample.1.weight',
+            'backbone.layer2.0.downsample.1.weight',
+        ),
+        (
+            'kcla',
+            'layer2.attention.0.u_Wk.weight',
+            'backbone.layer2.0.layer_attn.cross_stage.key.weight',
+        ),
+        ('cifar_kcla', 'fc.bias', 'head.fc.bias'),
+    ],
+)
 def test_missing_parts(name, old, new):
     state_dict = network(name).state_dict
     del state_dict[old]
@@ -361,9 +424,9 @@ def test_tool(tmp_path, capsys, wrapper, prefix):
     if wrapper:
         content = {
             'epoch': 3,
-            'best_acc1': torch.tensor(71.),
+            'best_acc1': torch.tensor(71.0),
             wrapper: content,
-            'optimizer': dict(state={}, param_groups=[dict(lr=0.1)])
+            'optimizer': dict(state={}, param_groups=[dict(lr=0.1)]),
         }
     src, dst = tmp_path / 'model_best.pth.tar', tmp_path / 'new' / 'kcla.pth'
     torch.save(content, src)
@@ -378,12 +441,17 @@ def test_tool(tmp_path, capsys, wrapper, prefix):
     out = capsys.readouterr().out
     # A row of the table stands for the nine blocks
     row = [line for line in out.splitlines() if 'kcla.Wv.weight' in line]
-    assert [line.split() for line in row] == [[
-        '9', 'stages.*.*.kcla.Wv.weight', '->',
-        'backbone.layer*.*.layer_attn.value.weight'
-    ]]
+    assert [line.split() for line in row] == [
+        [
+            '9',
+            'stages.*.*.kcla.Wv.weight',
+            '->',
+            'backbone.layer*.*.layer_attn.value.weight',
+        ]
+    ]
     counts = [
-        int(line.split()[0]) for line in out.splitlines()
+        int(line.split()[0])
+        for line in out.splitlines()
         if ' -> ' in line or ' dropped: ' in line
     ]
     assert sum(counts) == len(old)
@@ -406,8 +474,7 @@ def test_tool_errors_are_one_line(tmp_path):
     good, dst = tmp_path / 'good.pth', tmp_path / 'out.pth'
     torch.save(network('cifar_mla').state_dict, good)
     extra = tmp_path / 'extra.pth'
-    torch.save(
-        dict(network('cifar_mla').state_dict, other=torch.zeros(1)), extra)
+    torch.save(dict(network('cifar_mla').state_dict, other=torch.zeros(1)), extra)
     code = tmp_path / 'code.pth'
     torch.save(dict(state_dict=Path), code)
     text = tmp_path / 'text.pth'
@@ -435,5 +502,6 @@ def test_tool_errors_are_one_line(tmp_path):
 def test_map_tells_the_arch():
     keys = map_published_keys(network('cifar_mrla_light').state_dict)
     assert keys.arch == 'mrla_light'
-    assert keys.mapped['layer1.0.mrla.lambda_t'] == \
-        'backbone.layer1.0.layer_attn.lambda_o'
+    assert (
+        keys.mapped['layer1.0.mrla.lambda_t'] == 'backbone.layer1.0.layer_attn.lambda_o'
+    )

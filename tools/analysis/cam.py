@@ -16,6 +16,7 @@ Example:
   python tools/analysis/cam.py my_config.py epoch_1.pth cat.jpg dog.jpg \\
       --layers layer3.4 layer3.5 --compare my_config.py epoch_12.pth
 """
+
 import argparse
 from pathlib import Path
 
@@ -23,70 +24,80 @@ from mmengine.config import DictAction
 from mmengine.utils import ProgressBar
 
 import mmela  # noqa: F401
-from mmela.analysis.inputs import (check_device, find_images, image_batches,
-                                   image_pipeline, load_network)
+from mmela.analysis.inputs import (
+    check_device,
+    find_images,
+    image_batches,
+    image_pipeline,
+    load_network,
+)
 from mmela.utils.toolbox import one_line
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('config', help='config of the network')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument(
-        'images',
-        nargs='+',
-        metavar='IMAGE',
-        help='image, or folder of images')
+        'images', nargs='+', metavar='IMAGE', help='image, or folder of images'
+    )
     parser.add_argument(
         '--layers',
         nargs='+',
         metavar='BLOCK',
-        help='residual blocks such as layer1.2 (default: the last block of '
-        'each stage)')
+        help='residual blocks such as layer1.2 (default: the last block of each stage)',
+    )
     parser.add_argument(
         '--compare',
         nargs=2,
         metavar=('CONFIG', 'CHECKPOINT'),
-        help='another network, shown beside the first')
+        help='another network, shown beside the first',
+    )
     parser.add_argument(
         '--out',
         default='cam',
         metavar='DIR',
-        help='folder for the pictures (default: %(default)s)')
+        help='folder for the pictures (default: %(default)s)',
+    )
     parser.add_argument(
         '--target',
         type=int,
         metavar='N',
         help='class that a classifier is asked about (default: the one that '
-        'the first network predicts)')
+        'the first network predicts)',
+    )
     parser.add_argument(
         '--score-thr',
         type=float,
         default=0.3,
         help='least score of the detections that a detector is asked about '
-        '(default: %(default)s)')
+        '(default: %(default)s)',
+    )
     parser.add_argument(
         '--max-channels',
         type=int,
         metavar='N',
-        help='use only the N channels that vary most (default: all)')
+        help='use only the N channels that vary most (default: all)',
+    )
     parser.add_argument(
         '--batch-size',
         type=int,
         default=16,
-        help='masked images run at a time (default: %(default)s)')
+        help='masked images run at a time (default: %(default)s)',
+    )
     parser.add_argument(
-        '--device',
-        help='such as cpu or cuda:0 (default: an accelerator, if any)')
+        '--device', help='such as cpu or cuda:0 (default: an accelerator, if any)'
+    )
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
         default={},
         metavar='KEY=VALUE',
-        help='change settings of the configs')
+        help='change settings of the configs',
+    )
     return parser.parse_args(argv)
 
 
@@ -112,8 +123,10 @@ def explain(args: argparse.Namespace) -> None:
         name = f'{Path(config).stem}\n{Path(checkpoint).name}'
         names.append(f'{name} (2)' if name in names else name)
     if len({cam.is_detector(model) for model in models}) > 1:
-        raise ValueError(f'{args.config} and {args.compare[0]} are a detector '
-                         'and a classifier, which answer different questions')
+        raise ValueError(
+            f'{args.config} and {args.compare[0]} are a detector '
+            'and a classifier, which answer different questions'
+        )
     blocks = args.layers or cam.last_blocks(models[0])
     for model in models:
         for block in blocks:
@@ -128,11 +141,11 @@ def explain(args: argparse.Namespace) -> None:
         except ValueError as error:
             raise ValueError(f'{image}: {error}') from error
         counts = [
-            cam.channel_count(model, block) for model in models
-            for block in blocks
+            cam.channel_count(model, block) for model in models for block in blocks
         ]
         bar = ProgressBar(
-            sum(min(count, args.max_channels or count) for count in counts))
+            sum(min(count, args.max_channels or count) for count in counts)
+        )
         columns, notes = {}, {}
         for number, name in enumerate(names):
             notes[name] = cams.notes(number)
@@ -142,13 +155,15 @@ def explain(args: argparse.Namespace) -> None:
                     block,
                     batch_size=args.batch_size,
                     max_channels=args.max_channels,
-                    progress=lambda n: [bar.update() for _ in range(n)])
+                    progress=lambda n: [bar.update() for _ in range(n)],
+                )
                 for block in blocks
             }
         print()
         path = out / f'{index}_{image.stem}.png'
-        cam.draw_cams(path, cams.picture(), columns, notes,
-                      f'{image.name}: {cams.target}')
+        cam.draw_cams(
+            path, cams.picture(), columns, notes, f'{image.name}: {cams.target}'
+        )
         print(path)
 
 

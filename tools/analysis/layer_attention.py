@@ -14,6 +14,7 @@ Example:
   python tools/analysis/layer_attention.py my_config.py \\
       work_dirs/my_config/epoch_12.pth --num-images 200
 """
+
 import argparse
 from pathlib import Path
 
@@ -21,12 +22,17 @@ from mmengine.config import DictAction
 from mmengine.utils import ProgressBar
 
 import mmela  # noqa: F401
-from mmela.analysis.attention import (hook_settings, measure_attention,
-                                      save_measurement)
+from mmela.analysis.attention import hook_settings, measure_attention, save_measurement
 from mmela.analysis.attention_plots import attention_pictures
-from mmela.analysis.inputs import (check_device, evenly, find_images,
-                                   image_batches, image_pipeline,
-                                   load_network, validation_loader)
+from mmela.analysis.inputs import (
+    check_device,
+    evenly,
+    find_images,
+    image_batches,
+    image_pipeline,
+    load_network,
+    validation_loader,
+)
 from mmela.analysis.plots import draw
 from mmela.hooks import format_decisions, layer_attention_stages
 from mmela.utils.toolbox import one_line
@@ -34,8 +40,8 @@ from mmela.utils.toolbox import one_line
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('config', help='config of the network')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument(
@@ -43,26 +49,27 @@ def parse_args(argv=None) -> argparse.Namespace:
         nargs='+',
         metavar='DIR_OR_IMAGE',
         help='images to run, through the test pipeline of the config '
-        '(default: the validation data of the config)')
+        '(default: the validation data of the config)',
+    )
     parser.add_argument(
         '--num-images',
         type=int,
         default=100,
         metavar='N',
-        help='images to run, evenly spaced over the data '
-        '(default: %(default)s)')
+        help='images to run, evenly spaced over the data (default: %(default)s)',
+    )
+    parser.add_argument('--out', metavar='DIR', help='folder for pictures and numbers')
     parser.add_argument(
-        '--out', metavar='DIR', help='folder for pictures and numbers')
-    parser.add_argument(
-        '--device',
-        help='such as cpu or cuda:0 (default: an accelerator, if any)')
+        '--device', help='such as cpu or cuda:0 (default: an accelerator, if any)'
+    )
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
         default={},
         metavar='KEY=VALUE',
-        help='change settings of the config')
+        help='change settings of the config',
+    )
     return parser.parse_args(argv)
 
 
@@ -82,8 +89,7 @@ def analyse(args: argparse.Namespace) -> Path:
         raise ValueError(f'--num-images={args.num_images} is not positive')
     files = find_images(args.data) if args.data else None
     device = check_device(args.device)
-    cfg, model = load_network(args.config, args.checkpoint, args.cfg_options,
-                              device)
+    cfg, model = load_network(args.config, args.checkpoint, args.cfg_options, device)
     if not layer_attention_stages(model):
         raise ValueError(f'{args.config} has no layer attention')
     if files:
@@ -98,24 +104,31 @@ def analyse(args: argparse.Namespace) -> Path:
     result = measure_attention(model, progress(batches, count), **settings)
 
     checkpoint = Path(args.checkpoint)
-    out = Path(args.out) if args.out else \
-        checkpoint.parent / 'layer_attention' / checkpoint.stem
-    result = save_measurement(out, args.config, checkpoint,
-                              'images' if files else 'validation data',
-                              result)
+    out = (
+        Path(args.out)
+        if args.out
+        else checkpoint.parent / 'layer_attention' / checkpoint.stem
+    )
+    result = save_measurement(
+        out, args.config, checkpoint, 'images' if files else 'validation data', result
+    )
     if result['decision']:
         rows = result['decision']['layers']
         active = sum(row['state'] == 'active' for row in rows)
-        print(f'{active} of {len(rows)} attentions are active. What the '
-              f'policy ({source}) would decide now:')
+        print(
+            f'{active} of {len(rows)} attentions are active. What the '
+            f'policy ({source}) would decide now:'
+        )
         print(format_decisions(rows))
     pictures = list(attention_pictures(result))
     for picture in pictures:
         draw(picture.plot, out / f'{picture.name}.png')
     for note in result['left_out']:
         print(f'Left out: {note}.')
-    print(f'Images measured: {count}; {len(pictures)} pictures, each also '
-          f'for dark pages, and layer_attention.json in {out}')
+    print(
+        f'Images measured: {count}; {len(pictures)} pictures, each also '
+        f'for dark pages, and layer_attention.json in {out}'
+    )
     return out
 
 

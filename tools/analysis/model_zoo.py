@@ -10,6 +10,7 @@ Example:
   python tools/analysis/model_zoo.py cifar imagenet   # only these, and print
   python tools/analysis/model_zoo.py --reuse          # count new rows alone
 """
+
 import argparse
 import logging
 from functools import partial
@@ -35,7 +36,8 @@ TITLES = dict(
     faster_rcnn='Faster R-CNN on COCO',
     mask_rcnn='Mask R-CNN on COCO',
     retinanet='RetinaNet on COCO',
-    unet='Medical segmentation')
+    unet='Medical segmentation',
+)
 HEAD = """# Model zoo: parameters and FLOPs
 
 Written by `python tools/analysis/model_zoo.py`. **Here** is what that tool
@@ -88,8 +90,9 @@ def count_parameters(folder: str, model: nn.Module) -> float:
     """Millions of parameters; of a detector, of trainable ones."""
     model.train()  # freezes what is frozen
     trainable = folder in DETECTORS
-    count = sum(p.numel() for p in model.parameters()
-                if p.requires_grad or not trainable)
+    count = sum(
+        p.numel() for p in model.parameters() if p.requires_grad or not trainable
+    )
     model.eval()
     return count / 1e6
 
@@ -98,13 +101,16 @@ def count_macs(model: nn.Module, size: Sequence[int]) -> float:
     """Billions of multiply-adds for one image of (height, width)."""
     if model.__class__.__module__.startswith('mmdet'):
         from mmdet.structures import DetDataSample
+
         sample = DetDataSample(
             metainfo=dict(
                 img_shape=size,
                 ori_shape=size,
                 pad_shape=size,
                 batch_input_shape=size,
-                scale_factor=(1, 1)))
+                scale_factor=(1, 1),
+            )
+        )
         model.forward = partial(model.forward, data_samples=[sample])
     return count_flops(model, size) / 1e9
 
@@ -117,13 +123,10 @@ def parameters_agree(row: dict, count: float) -> bool:
     if 'params' not in row:
         return True
     decimals = len(row['params'].partition('.')[2])
-    return abs(count - float(row['params'])) <= \
-        (0.1 if decimals < 2 else 0.01) + 1e-9
+    return abs(count - float(row['params'])) <= (0.1 if decimals < 2 else 0.01) + 1e-9
 
 
-def count_section(folder: str,
-                  section: dict,
-                  reuse: bool = False) -> List[dict]:
+def count_section(folder: str, section: dict, reuse: bool = False) -> List[dict]:
     """Count all rows of a folder.
 
     Args:
@@ -154,8 +157,7 @@ def count_section(folder: str,
 
 def parameters_key(folder: str) -> str:
     """What a metafile calls the parameters."""
-    return 'Trainable Parameters (M)' if folder in DETECTORS else \
-        'Parameters (M)'
+    return 'Trainable Parameters (M)' if folder in DETECTORS else 'Parameters (M)'
 
 
 def read_metafile(folder: str) -> Dict[str, dict]:
@@ -184,28 +186,34 @@ def metafile(folder: str, section: dict, rows: List[dict]) -> str:
             data[f'{kind} in the Paper'] = float(row['params'])
         if 'flops' in row:
             data['FLOPs (G) in the Paper'] = row['flops']
-        models.append({
-            'Name': row['config'],
-            'In Collection': name,
-            'Config': f'configs/{folder}/{row["config"]}.py',
-            'Metadata': data,
-        })
+        models.append(
+            {
+                'Name': row['config'],
+                'In Collection': name,
+                'Config': f'configs/{folder}/{row["config"]}.py',
+                'Metadata': data,
+            }
+        )
     text = yaml.safe_dump(
         dict(Collections=[section['collection']], Models=models),
         sort_keys=False,
-        width=79)
-    return ('# Written by tools/analysis/model_zoo.py. All is counted before '
-            'pruning.\n' + text)
+        width=79,
+    )
+    return (
+        '# Written by tools/analysis/model_zoo.py. All is counted before '
+        'pruning.\n' + text
+    )
 
 
 def table(folder: str, section: dict, rows: List[dict]) -> str:
     """Section of the page."""
     lines = [
-        f'## {TITLES[folder]}', '',
-        'Input {} x {} pixels unless the row says otherwise.'.format(
-            *section['input']), '',
+        f'## {TITLES[folder]}',
+        '',
+        'Input {} x {} pixels unless the row says otherwise.'.format(*section['input']),
+        '',
         '| config | parameters here | paper | FLOPs here | paper | source |',
-        '| --- | --- | --- | --- | --- | --- |'
+        '| --- | --- | --- | --- | --- | --- |',
     ]
     notes = []
     for row in rows:
@@ -215,35 +223,38 @@ def table(folder: str, section: dict, rows: List[dict]) -> str:
                 notes.append(row['note'])
             mark = f' [{notes.index(row["note"]) + 1}]'
         name = row['config']
-        size = '' if list(row['size']) == list(section['input']) else \
-            ' ({} x {})'.format(*row['size'])
+        size = (
+            ''
+            if list(row['size']) == list(section['input'])
+            else ' ({} x {})'.format(*row['size'])
+        )
         lines.append(
             f'| [{name}](../configs/{folder}/{name}.py){size} '
             f'| {row["count"]:.3f}{mark} | {row.get("params", "")} '
             f'| {row["macs"]:.4g} | {row.get("flops", "")} '
-            f'| {row.get("paper", "")} |')
+            f'| {row.get("paper", "")} |'
+        )
     lines += [''] + [f'[{i}] {note}\n' for i, note in enumerate(notes, 1)]
     return '\n'.join(lines)
 
 
 def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     papers = load_papers()
     parser.add_argument(
-        'folders',
-        nargs='*',
-        help=f'count only these of {", ".join(papers)} and print')
+        'folders', nargs='*', help=f'count only these of {", ".join(papers)} and print'
+    )
     parser.add_argument(
-        '--reuse',
-        action='store_true',
-        help='count only what the metafiles do not have')
+        '--reuse', action='store_true', help='count only what the metafiles do not have'
+    )
     args = parser.parse_args(argv)
     unknown = set(args.folders) - set(papers)
     if unknown:
-        raise SystemExit(f'error: no folder {sorted(unknown)[0]}; there are '
-                         f'{", ".join(papers)}')
+        raise SystemExit(
+            f'error: no folder {sorted(unknown)[0]}; there are {", ".join(papers)}'
+        )
     MMLogger.get_current_instance().setLevel(logging.ERROR)
     pages: List[Tuple[str, str]] = []
     for folder, section in papers.items():
@@ -252,8 +263,10 @@ def main(argv: Optional[List[str]] = None) -> None:
         rows = count_section(folder, section, args.reuse)
         for row in rows:
             if not parameters_agree(row, row['count']) and 'note' not in row:
-                print(f'{row["config"]}: {row["count"]} M here, '
-                      f'{row["params"]} M in {row["paper"]}, and no note')
+                print(
+                    f'{row["config"]}: {row["count"]} M here, '
+                    f'{row["params"]} M in {row["paper"]}, and no note'
+                )
         pages.append((folder, table(folder, section, rows)))
         path = ROOT / 'configs' / folder / 'metafile.yml'
         path.write_text(metafile(folder, section, rows), 'utf-8')

@@ -9,6 +9,7 @@ lie in the work directory. Each is drawn for dark pages too, *_dark.png.
 Example:
   python tools/analysis/pictures.py work_dirs/demo docs/pictures
 """
+
 import argparse
 import json
 from pathlib import Path
@@ -22,10 +23,11 @@ from mmela.analysis.run import short_name
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        'work_dir', metavar='WORK_DIR', help='work directory of the run')
+        'work_dir', metavar='WORK_DIR', help='work directory of the run'
+    )
     parser.add_argument('out', metavar='OUT', help='folder for the pictures')
     return parser.parse_args(argv)
 
@@ -54,8 +56,7 @@ def changed_stage(before: Dict[str, dict], after: Dict[str, dict]) -> str:
     Raises:
         ValueError: If no stage has maps in both measurements.
     """
-    names = [n for n in before
-             if before[n]['maps'] and after.get(n, {}).get('maps')]
+    names = [n for n in before if before[n]['maps'] and after.get(n, {}).get('maps')]
     if not names:
         raise ValueError('no stage has attention maps in both measurements')
 
@@ -78,14 +79,17 @@ def attention_maps(work_dir: Path) -> Plot:
     if len(analyses) < 2:
         raise ValueError(
             f'{work_dir} has {len(analyses)} layer_attention.json, needed are '
-            'two: see tools/analysis/layer_attention.py')
+            'two: see tools/analysis/layer_attention.py'
+        )
     (first, _, before), (last, _, after) = analyses[0], analyses[-1]
     stage = changed_stage(before['stages'], after['stages'])
     panels = []
     for name, result in ((first, before), (last, after)):
         states = result['stages'][stage]['states']
-        title = (f'{short_name(stage)}, {name.replace("_", " ")}: '
-                 f'{states.count("active")} of {len(states)} active')
+        title = (
+            f'{short_name(stage)}, {name.replace("_", " ")}: '
+            f'{states.count("active")} of {len(states)} active'
+        )
         panels.append((title, result['stages'][stage]))
     return map_pair_plot(panels)
 
@@ -94,8 +98,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     work_dir, out = Path(args.work_dir), Path(args.out)
     try:
-        plots = dict(
-            kl=divergences(work_dir), attention_maps=attention_maps(work_dir))
+        plots = dict(kl=divergences(work_dir), attention_maps=attention_maps(work_dir))
         out.mkdir(parents=True, exist_ok=True)
         for name, plot in plots.items():
             for path in draw(plot, out / f'{name}.png'):

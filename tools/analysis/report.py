@@ -7,6 +7,7 @@ the work directory.
 Example:
   python tools/analysis/report.py work_dirs/demo
 """
+
 import argparse
 
 from mmela.analysis import make_report, summarize
@@ -14,14 +15,14 @@ from mmela.analysis import make_report, summarize
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        'work_dir', metavar='WORK_DIR', help='work directory of the run')
+        'work_dir', metavar='WORK_DIR', help='work directory of the run'
+    )
     parser.add_argument(
-        '--out',
-        metavar='FILE',
-        help='the page (default: report.html in WORK_DIR)')
+        '--out', metavar='FILE', help='the page (default: report.html in WORK_DIR)'
+    )
     return parser.parse_args(argv)
 
 

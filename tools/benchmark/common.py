@@ -1,4 +1,5 @@
 """What the benchmark tools share: options, rounds, statistics, results."""
+
 import argparse
 import contextlib
 import io
@@ -33,43 +34,51 @@ def base_parser(description: str, rounds: int) -> argparse.ArgumentParser:
         argparse.ArgumentParser: The parser.
     """
     parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         '--device',
         default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='cpu, cuda, cuda:1, ... (default: %(default)s)')
+        help='cpu, cuda, cuda:1, ... (default: %(default)s)',
+    )
     parser.add_argument(
         '--dtype',
         choices=DTYPES,
         default='fp32',
-        help='what autocast computes in; fp32 is without (default: fp32)')
+        help='what autocast computes in; fp32 is without (default: fp32)',
+    )
     parser.add_argument(
         '--channels-last',
         action='store_true',
-        help='weights and images in channels_last memory format')
+        help='weights and images in channels_last memory format',
+    )
     parser.add_argument(
         '--rounds',
         type=positive,
         default=rounds,
-        help='measurements of each variant (default: %(default)s)')
+        help='measurements of each variant (default: %(default)s)',
+    )
     parser.add_argument(
         '--steps',
         type=positive,
         help='steps that one measurement is the mean of (default: 1 on a CPU; '
-        '5 on a GPU, where steps in a row overlap with their launches)')
+        '5 on a GPU, where steps in a row overlap with their launches)',
+    )
     parser.add_argument(
         '--warmup',
         type=positive,
         default=2,
-        help='unmeasured steps of each variant (default: %(default)s)')
+        help='unmeasured steps of each variant (default: %(default)s)',
+    )
     parser.add_argument(
-        '--threads', type=positive, help='CPU threads (default: as torch)')
+        '--threads', type=positive, help='CPU threads (default: as torch)'
+    )
     parser.add_argument(
         '--bandwidth-mib',
         type=positive,
         help='size of the copy that measures the memory bandwidth (default: '
-        '256 on a CPU, 2048 on a GPU)')
+        '256 on a CPU, 2048 on a GPU)',
+    )
     parser.add_argument('--out', help='JSON file for the results')
     return parser
 
@@ -104,8 +113,7 @@ def set_up(args: argparse.Namespace) -> torch.device:
         reason = str(error).splitlines()[0]
         raise SystemExit(f'error: --device={args.device}: {reason}')
     if device.type not in ('cpu', 'cuda'):
-        raise SystemExit(f'error: --device={args.device} is neither cpu nor '
-                         'cuda')
+        raise SystemExit(f'error: --device={args.device} is neither cpu nor cuda')
     if args.out and Path(args.out).is_dir():
         raise SystemExit(f'error: --out={args.out} is a directory')
     if args.threads:
@@ -131,10 +139,12 @@ def autocast(device: torch.device, dtype: str):
     return torch.autocast(device.type, DTYPES[dtype])
 
 
-def run_rounds(actions: Dict[str, Callable[[], object]],
-               rounds: int,
-               device: torch.device,
-               steps: int = 1) -> Dict[str, List[float]]:
+def run_rounds(
+    actions: Dict[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    steps: int = 1,
+) -> Dict[str, List[float]]:
     """Time actions round-robin.
 
     Each round runs every action, so that a drift of the machine hits all
@@ -181,8 +191,7 @@ def summary(times: Sequence[float]) -> Dict[str, object]:
     low, high = times[0], times[0]
     if len(times) > 1:
         low, _, high = statistics.quantiles(times, n=4, method='inclusive')
-    return dict(
-        median=statistics.median(times), iqr=high - low, times=list(times))
+    return dict(median=statistics.median(times), iqr=high - low, times=list(times))
 
 
 def ratio(times: Sequence[float], reference: Sequence[float]) -> float:
@@ -212,8 +221,11 @@ def machine(device: torch.device) -> Dict[str, object]:
         ``busy`` (whether it is above the cores), ``python``, ``torch``,
         ``cuda`` and ``cudnn`` (None on a CPU), ``tf32``.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(
-        os, 'sched_getaffinity') else os.cpu_count()
+    cores = (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, 'sched_getaffinity')
+        else os.cpu_count()
+    )
     load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else None
     on_gpu = device.type == 'cuda'
     return dict(
@@ -230,7 +242,11 @@ def machine(device: torch.device) -> Dict[str, object]:
         cudnn=torch.backends.cudnn.version() if on_gpu else None,
         tf32=dict(
             convolution=torch.backends.cudnn.allow_tf32,
-            matmul=torch.backends.cuda.matmul.allow_tf32) if on_gpu else None)
+            matmul=torch.backends.cuda.matmul.allow_tf32,
+        )
+        if on_gpu
+        else None,
+    )
 
 
 def _cpu_name() -> str:
@@ -248,20 +264,24 @@ def warn_if_busy(about: Dict[str, object]) -> None:
             f'warning: the machine is busy: load average '
             f'{about["load_average"]:.1f} on {about["cores"]} cores. Times '
             'will be too long and spread; measure again when it is idle.',
-            file=sys.stderr)
+            file=sys.stderr,
+        )
 
 
 def describe(about: Dict[str, object]) -> str:
     """One line on a machine, for tables and pictures."""
-    text = (f'{about["name"]}, {about["cores"]} cores, {about["threads"]} '
-            f'threads, torch {about["torch"]}')
+    text = (
+        f'{about["name"]}, {about["cores"]} cores, {about["threads"]} '
+        f'threads, torch {about["torch"]}'
+    )
     return text + ', BUSY' if about['busy'] else text
 
 
 def noisy(results: Dict[str, dict]) -> List[str]:
     """Names whose interquartile range is above 10 % of the median."""
     return [
-        name for name, result in results.items()
+        name
+        for name, result in results.items()
         if result.get('median') and result['iqr'] > NOISY * result['median']
     ]
 
@@ -278,8 +298,7 @@ def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """
     table = Table(box=box.MARKDOWN)
     for index, column in enumerate(columns):
-        table.add_column(
-            column, justify='right' if index else 'left', no_wrap=True)
+        table.add_column(column, justify='right' if index else 'left', no_wrap=True)
     for row in rows:
         table.add_row(*row)
     buffer = io.StringIO()
@@ -291,8 +310,7 @@ def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def settings(args: argparse.Namespace) -> Dict[str, object]:
     """Options as they go into the results: all but the paths of files."""
     return {
-        key: value
-        for key, value in vars(args).items() if key not in ('out', 'mask')
+        key: value for key, value in vars(args).items() if key not in ('out', 'mask')
     }
 
 
@@ -319,5 +337,6 @@ def parse_size(text: str) -> Tuple[int, int]:
         parts = []
     if len(parts) not in (1, 2):
         raise argparse.ArgumentTypeError(
-            f'{text!r} is no size; give N or HxW in pixels')
+            f'{text!r} is no size; give N or HxW in pixels'
+        )
     return parts[0], parts[-1]

@@ -1,12 +1,21 @@
 """Compare variants of a network: what train_step.py and inference.py share."""
+
 import argparse
 import sys
 from typing import Dict, List
 
 import torch
-
-from common import (describe, format_table, machine, noisy, ratio, run_rounds,
-                    settings, summary, warn_if_busy)
+from common import (
+    describe,
+    format_table,
+    machine,
+    noisy,
+    ratio,
+    run_rounds,
+    settings,
+    summary,
+    warn_if_busy,
+)
 from networks import Contestant, complete_options
 from traffic import copy_bandwidth
 
@@ -14,8 +23,7 @@ from traffic import copy_bandwidth
 REFERENCES = ('published', 'resnet')
 
 
-def compare(args: argparse.Namespace, device: torch.device,
-            train: bool) -> dict:
+def compare(args: argparse.Namespace, device: torch.device, train: bool) -> dict:
     """Measure the variants that the options name, in turns.
 
     Memory is measured first, one variant after the other, with the warm-up;
@@ -44,8 +52,7 @@ def compare(args: argparse.Namespace, device: torch.device,
     weights: Dict[str, torch.Tensor] = {}
     batch = None
     for variant in args.variants:  # all first: what cannot be built fails now
-        contestants[variant] = Contestant(variant, args, device, weights,
-                                          batch, train)
+        contestants[variant] = Contestant(variant, args, device, weights, batch, train)
         batch = contestants[variant].batch
     del weights
     for variant in args.variants:
@@ -58,9 +65,9 @@ def compare(args: argparse.Namespace, device: torch.device,
             del contestants[variant]
             torch.cuda.empty_cache()
     if contestants:
-        times = run_rounds({n: c.step
-                            for n, c in contestants.items()}, args.rounds,
-                           device, args.steps)
+        times = run_rounds(
+            {n: c.step for n, c in contestants.items()}, args.rounds, device, args.steps
+        )
     for name in contestants:
         results[name].update(summary(times[name]))
     bandwidth.append(copy_bandwidth(device, size))
@@ -70,7 +77,8 @@ def compare(args: argparse.Namespace, device: torch.device,
         settings=settings(args),
         machine=about,
         bandwidth=bandwidth,
-        variants=results)
+        variants=results,
+    )
 
 
 def add_ratios(results: Dict[str, dict], bandwidth: float) -> None:
@@ -88,10 +96,10 @@ def add_ratios(results: Dict[str, dict], bandwidth: float) -> None:
         for name in REFERENCES:
             reference = results.get(name, dict(error='not measured'))
             if 'error' not in reference:
-                result['ratio'][name] = ratio(result['times'],
-                                              reference['times'])
-                result['memory_ratio'][name] = \
+                result['ratio'][name] = ratio(result['times'], reference['times'])
+                result['memory_ratio'][name] = (
                     result['peak_bytes'] / reference['peak_bytes']
+                )
 
 
 def title(results: dict) -> str:
@@ -101,10 +109,12 @@ def title(results: dict) -> str:
     options = [s['dtype']]
     options += ['channels_last'] if s['channels_last'] else []
     options += ['compiled'] if s['compile'] else []
-    return (f'{what}: {s["net"]}, {s["size"][0]}x{s["size"][1]}, batch '
-            f'{s["batch"]}, {", ".join(options)}\n'
-            f'{describe(results["machine"])}; copies at '
-            f'{max(results["bandwidth"]) / 1e9:.1f} GB/s')
+    return (
+        f'{what}: {s["net"]}, {s["size"][0]}x{s["size"][1]}, batch '
+        f'{s["batch"]}, {", ".join(options)}\n'
+        f'{describe(results["machine"])}; copies at '
+        f'{max(results["bandwidth"]) / 1e9:.1f} GB/s'
+    )
 
 
 def table(results: dict) -> str:
@@ -120,16 +130,28 @@ def table(results: dict) -> str:
     train = results['tool'] == 'train_step'
     columns = ['variant', 'active', 'ms', 'IQR']
     columns += [] if train else ['images/s']
-    columns += ['x published', 'x resnet', 'peak MiB', 'x published',
-                'x resnet', 'retrieval MB', 'least ms', 'extra ms']
+    columns += [
+        'x published',
+        'x resnet',
+        'peak MiB',
+        'x published',
+        'x resnet',
+        'retrieval MB',
+        'least ms',
+        'extra ms',
+    ]
     plain = variants.get('resnet', {}).get('median')
     rows = []
     for name, result in variants.items():
         if 'error' in result:
             rows.append([name, result['error']])
             continue
-        row = [name, f'{result["active"]} / {result["attentions"]}',
-               f'{result["median"] * 1e3:.2f}', f'{result["iqr"] * 1e3:.2f}']
+        row = [
+            name,
+            f'{result["active"]} / {result["attentions"]}',
+            f'{result["median"] * 1e3:.2f}',
+            f'{result["iqr"] * 1e3:.2f}',
+        ]
         if not train:
             batch = results['settings']['batch']
             row.append(f'{batch / result["median"]:.1f}')
@@ -138,27 +160,24 @@ def table(results: dict) -> str:
         row += _ratios(result['memory_ratio'])
         row.append(f'{result["traffic"]["total"] / 1e6:.1f}')
         row.append(f'{result["traffic_seconds"] * 1e3:.2f}')
-        row.append('' if plain is None else
-                   f'{(result["median"] - plain) * 1e3:.2f}')
+        row.append('' if plain is None else f'{(result["median"] - plain) * 1e3:.2f}')
         rows.append(row)
     remarks = [
-        '', 'ms: median of the rounds; IQR: interquartile range; ratios of '
-        'times: median of the ratios', 'within a round. retrieval MB: least '
-        'traffic of the layer attentions\' weighted sums in this',
+        '',
+        'ms: median of the rounds; IQR: interquartile range; ratios of '
+        'times: median of the ratios',
+        'within a round. retrieval MB: least '
+        "traffic of the layer attentions' weighted sums in this",
         'form, least ms: that over the bandwidth of a copy; extra ms: '
-        'measured above resnet.'
+        'measured above resnet.',
     ]
     spread = noisy(variants)
     if spread:
-        remarks.append('noisy (IQR above 10 % of the median): '
-                       f'{", ".join(spread)}')
+        remarks.append(f'noisy (IQR above 10 % of the median): {", ".join(spread)}')
     if results['machine']['busy']:
         remarks.append('The machine was busy: do not quote these times.')
-    return '\n'.join(
-        [title(results), '', format_table(columns, rows), *remarks])
+    return '\n'.join([title(results), '', format_table(columns, rows), *remarks])
 
 
 def _ratios(ratios: Dict[str, float]) -> List[str]:
-    return [
-        f'{ratios[name]:.3f}' if name in ratios else '' for name in REFERENCES
-    ]
+    return [f'{ratios[name]:.3f}' if name in ratios else '' for name in REFERENCES]

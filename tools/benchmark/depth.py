@@ -14,23 +14,37 @@ Examples:
   python tools/benchmark/depth.py --channels 512 --size 28 --batch 32 \\
       --head-dim 32 --device cuda --out depth.json
 """
+
 import argparse
 import sys
 from typing import Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
+from common import (
+    DTYPES,
+    autocast,
+    base_parser,
+    describe,
+    format_table,
+    machine,
+    noisy,
+    positive,
+    run_rounds,
+    set_up,
+    settings,
+    summary,
+    warn_if_busy,
+    write_results,
+)
+from memory import peak_rise, storage_bytes, tensors_in
 from mmengine.registry import MODELS
+from networks import VARIANTS
 from scipy.optimize import nnls
 from torch import nn
-
-from common import (DTYPES, autocast, base_parser, describe, format_table,
-                    machine, noisy, positive, run_rounds, set_up, settings,
-                    summary, warn_if_busy, write_results)
-from memory import peak_rise, storage_bytes, tensors_in
-from mmela.layers import LayerAttentionStage
-from networks import VARIANTS
 from traffic import copy_bandwidth, model_traffic
+
+from mmela.layers import LayerAttentionStage
 
 # Share of the quadratic term from which growth is called quadratic
 QUADRATIC = 0.25
@@ -44,29 +58,32 @@ def parse_args(argv=None) -> argparse.Namespace:
         nargs='+',
         default=kinds,
         choices=kinds,
-        help='what to compare (default: all)')
+        help='what to compare (default: all)',
+    )
     parser.add_argument(
         '--blocks',
         nargs='+',
         type=positive,
         default=[2, 6, 12],
-        help='blocks per stage (default: 2 6 12)')
-    parser.add_argument(
-        '--channels', type=positive, default=128, help='(default: 128)')
-    parser.add_argument(
-        '--head-dim', type=positive, default=16, help='(default: 16)')
+        help='blocks per stage (default: 2 6 12)',
+    )
+    parser.add_argument('--channels', type=positive, default=128, help='(default: 128)')
+    parser.add_argument('--head-dim', type=positive, default=16, help='(default: 16)')
     parser.add_argument(
         '--size',
         type=positive,
         default=16,
-        help='height and width of the features (default: 16)')
+        help='height and width of the features (default: 16)',
+    )
     parser.add_argument(
-        '--batch', type=positive, default=32, help='images (default: 32)')
+        '--batch', type=positive, default=32, help='images (default: 32)'
+    )
     return parser.parse_args(argv)
 
 
-def build_stage(variant: str, blocks: int,
-                args: argparse.Namespace) -> LayerAttentionStage:
+def build_stage(
+    variant: str, blocks: int, args: argparse.Namespace
+) -> LayerAttentionStage:
     """A stage whose blocks are nothing but their layer attention.
 
     Args:
@@ -85,13 +102,16 @@ def build_stage(variant: str, blocks: int,
                 type=VARIANTS[variant],
                 channels=args.channels,
                 head_dim=args.head_dim,
-                drop_path=0.))
+                drop_path=0.0,
+            )
+        )
         stage.attach(index, attention)
     return stage
 
 
-def make_step(stage: nn.Module, x: torch.Tensor, grad: torch.Tensor,
-              dtype: str) -> Callable[[], None]:
+def make_step(
+    stage: nn.Module, x: torch.Tensor, grad: torch.Tensor, dtype: str
+) -> Callable[[], None]:
     """Forward and backward pass of a stage, gradients to its input too."""
 
     def step() -> None:
@@ -104,8 +124,7 @@ def make_step(stage: nn.Module, x: torch.Tensor, grad: torch.Tensor,
     return step
 
 
-def fit_growth(blocks: Sequence[int],
-               costs: Sequence[float]) -> Dict[str, object]:
+def fit_growth(blocks: Sequence[int], costs: Sequence[float]) -> Dict[str, object]:
     """Fit ``a T + b T^2``, both terms >= 0, to costs of ``T`` blocks.
 
     Args:
@@ -126,7 +145,8 @@ def fit_growth(blocks: Sequence[int],
         linear=float(a),
         quadratic=float(b),
         share=float(share),
-        growth='quadratic' if share > QUADRATIC else 'linear')
+        growth='quadratic' if share > QUADRATIC else 'linear',
+    )
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict:
@@ -149,10 +169,10 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     warn_if_busy(about)
     blocks = sorted(set(args.blocks))
     if len(blocks) < 2:
-        raise SystemExit(f'error: --blocks={args.blocks} is one depth; growth '
-                         'needs two at least')
-    form = torch.channels_last if args.channels_last else \
-        torch.contiguous_format
+        raise SystemExit(
+            f'error: --blocks={args.blocks} is one depth; growth needs two at least'
+        )
+    form = torch.channels_last if args.channels_last else torch.contiguous_format
     shape = (args.batch, args.channels, args.size, args.size)
     x = torch.randn(shape, device=device).contiguous(memory_format=form)
     grad = torch.randn(shape, device=device).contiguous(memory_format=form)
@@ -164,8 +184,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     stages: Dict[str, List[dict]] = {name: [] for name in args.variants}
     for name in args.variants:
         for count in blocks:
-            print(f'{name}, {count} blocks: warm up, measure memory',
-                  file=sys.stderr)
+            print(f'{name}, {count} blocks: warm up, measure memory', file=sys.stderr)
             try:
                 stage = build_stage(name, count, args)
             except ValueError as error:
@@ -179,8 +198,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
             # Without the input and the gradient of the output, which do not
             # grow with the depth
             resident = storage_bytes(
-                tensors_in([list(stage.parameters()),
-                            list(stage.buffers())]))
+                tensors_in([list(stage.parameters()), list(stage.buffers())])
+            )
 
             def forward() -> None:
                 with autocast(device, args.dtype):
@@ -192,7 +211,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
                 dict(
                     blocks=count,
                     peak_bytes=resident + peak_rise(step, device),
-                    traffic=traffic.to_dict()))
+                    traffic=traffic.to_dict(),
+                )
+            )
             steps[name, count] = step
     times = run_rounds(steps, args.rounds, device, args.steps)
     fits = {}
@@ -209,7 +230,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
         machine=about,
         bandwidth=[bandwidth],
         stages=stages,
-        fits=fits)
+        fits=fits,
+    )
 
 
 def table(results: dict) -> str:
@@ -225,7 +247,9 @@ def table(results: dict) -> str:
     lines = [
         f'layer attention of one stage, forward and backward: {s["channels"]} '
         f'channels, {s["size"]}x{s["size"]}, batch {s["batch"]}, '
-        f'{s["dtype"]}', describe(results['machine']), ''
+        f'{s["dtype"]}',
+        describe(results['machine']),
+        '',
     ]
     rows, spread = [], {}
     for name, stage in results['stages'].items():
@@ -236,35 +260,60 @@ def table(results: dict) -> str:
                 (r['median'] / r['blocks'], r['peak_bytes'] / r['blocks'])
                 for r in (result, first)
             ]
-            rows.append([
-                f'{name}, {count} blocks', f'{per_block[0] * 1e3:.3f}',
-                f'{result["iqr"] / count * 1e3:.3f}',
-                f'{per_block[0] / base[0]:.2f}',
-                f'{per_block[1] / 2**20:.2f}',
-                f'{per_block[1] / base[1]:.2f}',
-                f'{result["traffic"]["total"] / count / 1e6:.2f}'
-            ])
+            rows.append(
+                [
+                    f'{name}, {count} blocks',
+                    f'{per_block[0] * 1e3:.3f}',
+                    f'{result["iqr"] / count * 1e3:.3f}',
+                    f'{per_block[0] / base[0]:.2f}',
+                    f'{per_block[1] / 2**20:.2f}',
+                    f'{per_block[1] / base[1]:.2f}',
+                    f'{result["traffic"]["total"] / count / 1e6:.2f}',
+                ]
+            )
             spread[f'{name} ({count})'] = result
     count = min(s['blocks'])
     lines.append(
-        format_table([
-            'per block', 'ms', 'IQR', f'x {count} blocks', 'peak MiB',
-            f'x {count} blocks', 'retrieval MB'
-        ], rows))
-    fits = [[
-        name, fit['time']['growth'], f'{fit["time"]["share"]:.0%}',
-        fit['memory']['growth'], f'{fit["memory"]["share"]:.0%}'
-    ] for name, fit in results['fits'].items()]
+        format_table(
+            [
+                'per block',
+                'ms',
+                'IQR',
+                f'x {count} blocks',
+                'peak MiB',
+                f'x {count} blocks',
+                'retrieval MB',
+            ],
+            rows,
+        )
+    )
+    fits = [
+        [
+            name,
+            fit['time']['growth'],
+            f'{fit["time"]["share"]:.0%}',
+            fit['memory']['growth'],
+            f'{fit["memory"]["share"]:.0%}',
+        ]
+        for name, fit in results['fits'].items()
+    ]
     lines += [
         '',
-        format_table([
-            f'at {max(s["blocks"])} blocks', 'time', 'quadratic share',
-            'memory', 'quadratic share'
-        ], fits)
+        format_table(
+            [
+                f'at {max(s["blocks"])} blocks',
+                'time',
+                'quadratic share',
+                'memory',
+                'quadratic share',
+            ],
+            fits,
+        ),
     ]
     if noisy(spread):
-        lines.append('noisy (IQR above 10 % of the median): '
-                     f'{", ".join(noisy(spread))}')
+        lines.append(
+            f'noisy (IQR above 10 % of the median): {", ".join(noisy(spread))}'
+        )
     if results['machine']['busy']:
         lines.append('The machine was busy: do not quote these times.')
     return '\n'.join(lines)

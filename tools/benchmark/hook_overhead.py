@@ -15,6 +15,7 @@ Examples:
   python tools/benchmark/hook_overhead.py --net r50 --device cuda \\
       --out hook.json
 """
+
 import argparse
 import logging
 import statistics
@@ -28,14 +29,30 @@ from types import SimpleNamespace
 from typing import Callable, Dict, List, Sequence
 
 import torch
+from common import (
+    base_parser,
+    describe,
+    format_table,
+    machine,
+    noisy,
+    positive,
+    ratio,
+    run_rounds,
+    set_up,
+    settings,
+    summary,
+    synchronize,
+    warn_if_busy,
+    write_results,
+)
 from mmengine.utils import ProgressBar
-
-from common import (base_parser, describe, format_table, machine, noisy,
-                    positive, ratio, run_rounds, set_up, settings, summary,
-                    synchronize, warn_if_busy, write_results)
-from mmela.hooks import (LayerAttentionPruningHook, NetworkKLMeter,
-                         layer_attention_stages)
 from networks import Contestant, add_network_options, complete_options
+
+from mmela.hooks import (
+    LayerAttentionPruningHook,
+    NetworkKLMeter,
+    layer_attention_stages,
+)
 
 WINDOW = (1, 1)
 TOOLBOXES = ('mmdet', 'mmpretrain')
@@ -49,17 +66,18 @@ def parse_args(argv=None) -> argparse.Namespace:
         '--toolbox',
         choices=TOOLBOXES,
         default=next((t for t in TOOLBOXES if find_spec(t)), None),
-        help='toolbox to import (default: %(default)s)')
+        help='toolbox to import (default: %(default)s)',
+    )
     parser.add_argument(
         '--imports',
         type=positive,
         default=7,
-        help='processes of each kind (default: %(default)s)')
+        help='processes of each kind (default: %(default)s)',
+    )
     return parser.parse_args(argv)
 
 
-def make_steps(contestant: Contestant,
-               work_dir: str) -> Dict[str, Callable[[], None]]:
+def make_steps(contestant: Contestant, work_dir: str) -> Dict[str, Callable[[], None]]:
     """Training steps without and with the hook.
 
     Args:
@@ -80,7 +98,8 @@ def make_steps(contestant: Contestant,
         work_dir=work_dir,
         logger=logging.getLogger('hook_overhead'),
         visualizer=SimpleNamespace(add_scalars=lambda *args, **kwargs: None),
-        message_hub=SimpleNamespace(log_scalars={}))
+        message_hub=SimpleNamespace(log_scalars={}),
+    )
 
     def with_hook(epoch: int) -> Callable[[], None]:
         hook = LayerAttentionPruningHook(windows=[WINDOW])
@@ -97,12 +116,13 @@ def make_steps(contestant: Contestant,
     return {
         'no hook': contestant.step,
         'outside': with_hook(WINDOW[1]),
-        'inside': with_hook(WINDOW[0] - 1)
+        'inside': with_hook(WINDOW[0] - 1),
     }
 
 
-def measuring_times(contestant: Contestant, device: torch.device,
-                    repeats: int) -> List[float]:
+def measuring_times(
+    contestant: Contestant, device: torch.device, repeats: int
+) -> List[float]:
     """Time what is computed for the divergences in one step.
 
     Args:
@@ -132,8 +152,7 @@ def measuring_times(contestant: Contestant, device: torch.device,
     return times[1:]
 
 
-def import_times(imports: Sequence[str],
-                 repeats: int) -> Dict[str, List[float]]:
+def import_times(imports: Sequence[str], repeats: int) -> Dict[str, List[float]]:
     """Time imports in fresh processes.
 
     Args:
@@ -147,18 +166,22 @@ def import_times(imports: Sequence[str],
         SystemExit: If an import fails.
     """
     times: Dict[str, List[float]] = {statement: [] for statement in imports}
-    code = ('from time import perf_counter; start = perf_counter(); {}; '
-            'print(perf_counter() - start)')
+    code = (
+        'from time import perf_counter; start = perf_counter(); {}; '
+        'print(perf_counter() - start)'
+    )
     bar = ProgressBar(len(times) * repeats, file=sys.stderr)
     for index in range(repeats):
-        for statement in list(times)[::-1 if index % 2 else 1]:
+        for statement in list(times)[:: -1 if index % 2 else 1]:
             done = subprocess.run(
                 [sys.executable, '-W', 'ignore', '-c', code.format(statement)],
                 capture_output=True,
-                text=True)
+                text=True,
+            )
             if done.returncode:
-                raise SystemExit(f'error: {statement}: '
-                                 f'{done.stderr.strip().splitlines()[-1]}')
+                raise SystemExit(
+                    f'error: {statement}: {done.stderr.strip().splitlines()[-1]}'
+                )
             times[statement].append(float(done.stdout.split()[-1]))
             bar.update()
     print(file=sys.stderr)
@@ -183,10 +206,11 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     about = machine(device)
     warn_if_busy(about)
     complete_options(args, device)
-    if len(args.variants) != 1 or \
-            args.variants[0] in ('resnet', 'mrla-light', 'kcla'):
-        raise SystemExit(f'error: --variants={args.variants}: one variant '
-                         'with a prunable attention is needed, e.g. mrla-base')
+    if len(args.variants) != 1 or args.variants[0] in ('resnet', 'mrla-light', 'kcla'):
+        raise SystemExit(
+            f'error: --variants={args.variants}: one variant '
+            'with a prunable attention is needed, e.g. mrla-base'
+        )
     contestant = Contestant(args.variants[0], args, device, weights={})
     contestant.prepare(args.warmup)
     with tempfile.TemporaryDirectory() as work_dir:
@@ -198,10 +222,10 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     groups = dict(steps=times)
     if args.toolbox:
         alone = f'import {args.toolbox}'
-        groups['imports'] = import_times([alone, f'{alone}; import mmela'],
-                                         args.imports)
-    results = dict(
-        tool='hook_overhead', settings=settings(args), machine=about)
+        groups['imports'] = import_times(
+            [alone, f'{alone}; import mmela'], args.imports
+        )
+    results = dict(tool='hook_overhead', settings=settings(args), machine=about)
     for group, times in groups.items():
         first = next(iter(times.values()))
         results[group] = {
@@ -225,7 +249,8 @@ def table(results: dict) -> str:
     lines = [
         f'training step: {s["net"]} {s["variants"][0]}, {s["size"][0]}x'
         f'{s["size"][1]}, batch {s["batch"]}, {s["dtype"]}',
-        describe(results['machine']), ''
+        describe(results['machine']),
+        '',
     ]
     for group in ('steps', 'imports'):
         if group not in results:
@@ -234,22 +259,29 @@ def table(results: dict) -> str:
         rows = []
         for name, result in results[group].items():
             added = statistics.median(
-                a - b for a, b in zip(result['times'], first['times']))
-            rows.append([
-                name, f'{result["median"] * 1e3:.2f}',
-                f'{result["iqr"] * 1e3:.2f}', f'{added * 1e3:+.2f}',
-                f'{result["ratio"] - 1:+.2%}'
-            ])
-        lines += [
-            format_table([group, 'ms', 'IQR', 'added ms', 'added'], rows), ''
-        ]
+                a - b for a, b in zip(result['times'], first['times'])
+            )
+            rows.append(
+                [
+                    name,
+                    f'{result["median"] * 1e3:.2f}',
+                    f'{result["iqr"] * 1e3:.2f}',
+                    f'{added * 1e3:+.2f}',
+                    f'{result["ratio"] - 1:+.2%}',
+                ]
+            )
+        lines += [format_table([group, 'ms', 'IQR', 'added ms', 'added'], rows), '']
         if noisy(results[group]):
-            lines.append('noisy (IQR above 10 % of the median): '
-                         f'{", ".join(noisy(results[group]))}')
+            lines.append(
+                'noisy (IQR above 10 % of the median): '
+                f'{", ".join(noisy(results[group]))}'
+            )
     median = results['measuring']['median']
     step = results['steps']['no hook']['median']
-    lines.append(f'measuring by itself: {median * 1e3:.2f} ms in a step of a '
-                 f'window, {median / step:.2%} of it')
+    lines.append(
+        f'measuring by itself: {median * 1e3:.2f} ms in a step of a '
+        f'window, {median / step:.2%} of it'
+    )
     if results['machine']['busy']:
         lines.append('The machine was busy: do not quote these times.')
     return '\n'.join(lines).rstrip()

@@ -10,6 +10,7 @@ Examples:
   python tools/benchmark/inference.py --net faster-rcnn --device cuda \\
       --dtype fp16 --out faster-rcnn.json
 """
+
 from common import base_parser, set_up, write_results
 from compare import compare, table
 from networks import add_network_options

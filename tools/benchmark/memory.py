@@ -7,6 +7,7 @@ allocation and release of a tensor's memory, temporaries of operators included.
 Both are bytes of tensors: not what allocators hold in reserve, nor scratch
 space that a CPU library allocates for itself.
 """
+
 import gc
 import json
 import os
@@ -70,9 +71,7 @@ def peak_rise(step: Callable[[], object], device: torch.device) -> int:
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of what a second profile forgets
-        with profile(
-                activities=[ProfilerActivity.CPU],
-                profile_memory=True) as record:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
             step()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / 'trace.json'

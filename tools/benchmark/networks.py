@@ -4,22 +4,23 @@ All start with the same weights as far as they have them in common, so
 variants that are the same function (MRLA-base in all its forms) have the same
 loss in the first step. Nothing is downloaded.
 """
+
 import argparse
 import json
 import re
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
-import torch
-from mmengine.config import Config
-from torch import Tensor, nn
-
 import published_form  # noqa: F401  (registration)
+import torch
 from common import DTYPES, autocast, parse_size, synchronize
 from memory import peak_rise, storage_bytes, tensors_in
+from mmengine.config import Config
+from torch import Tensor, nn
+from traffic import model_traffic
+
 from mmela.hooks import named_layer_attentions, prune
 from mmela.ops import BACKENDS
-from traffic import model_traffic
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,55 +53,63 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
         parser (argparse.ArgumentParser): The tool's parser.
     """
     parser.add_argument(
-        '--net', choices=NETS, default='r50', help='network (default: r50)')
+        '--net', choices=NETS, default='r50', help='network (default: r50)'
+    )
     parser.add_argument(
         '--size',
         type=parse_size,
         metavar='N|HxW',
         help='image size in pixels (default: 224, CIFAR 32, detectors '
-        '800x1333 on a GPU and 192x256 on a CPU)')
+        '800x1333 on a GPU and 192x256 on a CPU)',
+    )
     parser.add_argument(
         '--batch',
         type=int,
-        help='images (default: 8; 128 for CIFAR; detectors 2 on a GPU and 1 '
-        'on a CPU)')
+        help='images (default: 8; 128 for CIFAR; detectors 2 on a GPU and 1 on a CPU)',
+    )
     parser.add_argument(
         '--variants',
         nargs='+',
         default=list(VARIANTS),
         metavar='NAME',
         help=f'what to compare: {", ".join(VARIANTS)}; mrla-base and ela with '
-        'a backend as in mrla-base:reference (default: all)')
+        'a backend as in mrla-base:reference (default: all)',
+    )
     parser.add_argument(
         '--backend',
         choices=BACKENDS,
         default='auto',
-        help='backend of mrla-base and ela where the name has none (default: '
-        'auto)')
+        help='backend of mrla-base and ela where the name has none (default: auto)',
+    )
     mask = parser.add_mutually_exclusive_group()
     mask.add_argument(
         '--prune',
         nargs='+',
         metavar='BLOCK',
         help='attentions that ela goes without, e.g. layer3.1 layer3.2 '
-        '(default: the second, fourth, ... of each stage)')
+        '(default: the second, fourth, ... of each stage)',
+    )
     mask.add_argument(
         '--mask',
         metavar='FILE',
         help='the same from pruning.json of a run, the JSON file of '
-        'tools/convert/prune.py, or a JSON list of names')
+        'tools/convert/prune.py, or a JSON list of names',
+    )
     parser.add_argument(
         '--head-dim',
         type=int,
         help='channels of a head (default: 16 for CIFAR, else 32; for kcla in '
-        'detectors 64)')
+        'detectors 64)',
+    )
     parser.add_argument(
         '--drop-path',
         type=float,
-        default=0.,
-        help='drop rate of the attention branch (default: 0 for all variants)')
+        default=0.0,
+        help='drop rate of the attention branch (default: 0 for all variants)',
+    )
     parser.add_argument(
-        '--compile', action='store_true', help='torch.compile the backbones')
+        '--compile', action='store_true', help='torch.compile the backbones'
+    )
 
 
 def complete_options(args: argparse.Namespace, device: torch.device) -> None:
@@ -117,16 +126,24 @@ def complete_options(args: argparse.Namespace, device: torch.device) -> None:
     for variant in args.variants:
         name, *backend = variant.split(':')
         if name not in VARIANTS:
-            raise SystemExit(f'error: --variants: {name!r} is unknown; '
-                             f'allowed are {", ".join(VARIANTS)}')
-        if backend and name not in WITH_BACKEND or len(backend) > 1 or \
-                not set(backend) <= set(BACKENDS):
+            raise SystemExit(
+                f'error: --variants: {name!r} is unknown; '
+                f'allowed are {", ".join(VARIANTS)}'
+            )
+        if (
+            backend
+            and name not in WITH_BACKEND
+            or len(backend) > 1
+            or not set(backend) <= set(BACKENDS)
+        ):
             raise SystemExit(
                 f'error: --variants: {variant!r}; {" and ".join(WITH_BACKEND)}'
-                f' take one of the backends {", ".join(BACKENDS)}')
+                f' take one of the backends {", ".join(BACKENDS)}'
+            )
     if len(set(args.variants)) < len(args.variants):
-        raise SystemExit('error: --variants names a variant twice: '
-                         f'{" ".join(args.variants)}')
+        raise SystemExit(
+            f'error: --variants names a variant twice: {" ".join(args.variants)}'
+        )
     on_gpu = device.type == 'cuda'
     if args.net in DETECTORS:
         size = (800, 1333) if on_gpu else (192, 256)
@@ -164,8 +181,9 @@ def read_mask(path: str) -> List[str]:
             content = sum((p['pruned'] for p in content['prunings']), [])
         elif isinstance(content, dict):
             content = content['pruned']
-        if not isinstance(content, list) or \
-                not all(isinstance(name, str) for name in content):
+        if not isinstance(content, list) or not all(
+            isinstance(name, str) for name in content
+        ):
             raise ValueError('no list of names in it')
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f'error: --mask={path}: {error!r}')
@@ -202,20 +220,20 @@ def find_attentions(blocks: Sequence[str], names: Sequence[str]) -> List[str]:
     Raises:
         SystemExit: If there is no such attention.
     """
-    short = {re.sub(r'.*(layer\d+\.\d+)\.layer_attn$', r'\1', n): n
-             for n in names}
+    short = {re.sub(r'.*(layer\d+\.\d+)\.layer_attn$', r'\1', n): n for n in names}
     found = []
     for block in blocks:
         key = block.replace('backbone.', '').replace('.layer_attn', '')
         if key not in short:
-            raise SystemExit(f'error: {block!r} has no layer attention; '
-                             f'allowed are {", ".join(short)}')
+            raise SystemExit(
+                f'error: {block!r} has no layer attention; '
+                f'allowed are {", ".join(short)}'
+            )
         found.append(short[key])
     return found
 
 
-def attention_config(variant: str,
-                     args: argparse.Namespace) -> Optional[dict]:
+def attention_config(variant: str, args: argparse.Namespace) -> Optional[dict]:
     """Config of the layer attention of a variant; None for none."""
     name, *backend = variant.split(':')
     if VARIANTS[name] is None:
@@ -225,8 +243,7 @@ def attention_config(variant: str,
         head_dim = 16 if args.net in CIFAR else 32
         if name == 'kcla' and args.net in DETECTORS:
             head_dim = 64
-    config = dict(
-        type=VARIANTS[name], head_dim=head_dim, drop_path=args.drop_path)
+    config = dict(type=VARIANTS[name], head_dim=head_dim, drop_path=args.drop_path)
     if name in WITH_BACKEND:
         config['backend'] = backend[0] if backend else args.backend
     return config
@@ -248,28 +265,30 @@ def build_network(variant: str, args: argparse.Namespace) -> nn.Module:
     """
     attention = attention_config(variant, args)
     try:
-        model = _detector(attention, args) if args.net in DETECTORS else \
-            _classifier(attention, args)
+        model = (
+            _detector(attention, args)
+            if args.net in DETECTORS
+            else _classifier(attention, args)
+        )
     except ValueError as error:
         raise SystemExit(f'error: {variant}: {error}')
     return model
 
 
-def prune_network(variant: str, model: nn.Module,
-                  args: argparse.Namespace) -> None:
+def prune_network(variant: str, model: nn.Module, args: argparse.Namespace) -> None:
     """Prune the attentions of ``ela`` that the options name."""
     if variant.split(':')[0] != 'ela':
         return
     names = list(named_layer_attentions(model))
     prune(
         model,
-        half_mask(names) if args.prune is None else find_attentions(
-            args.prune, names))
+        half_mask(names) if args.prune is None else find_attentions(args.prune, names),
+    )
 
 
-def _classifier(attention: Optional[dict],
-                args: argparse.Namespace) -> nn.Module:
+def _classifier(attention: Optional[dict], args: argparse.Namespace) -> nn.Module:
     from mmpretrain.registry import MODELS
+
     if args.net in IMAGENET:
         plain, channels, classes = 'ResNet', 2048, 1000
         depth = IMAGENET[args.net]
@@ -285,15 +304,14 @@ def _classifier(attention: Optional[dict],
             type='ImageClassifier',
             backbone=backbone,
             neck=dict(type='GlobalAveragePooling'),
-            head=dict(
-                type='LinearClsHead',
-                num_classes=classes,
-                in_channels=channels)))
+            head=dict(type='LinearClsHead', num_classes=classes, in_channels=channels),
+        )
+    )
 
 
-def _detector(attention: Optional[dict],
-              args: argparse.Namespace) -> nn.Module:
+def _detector(attention: Optional[dict], args: argparse.Namespace) -> nn.Module:
     from mmdet.registry import MODELS
+
     config = Config.fromfile(ROOT / 'configs' / DETECTORS[args.net]).model
     config.backbone.init_cfg = None
     config.backbone.layer_attention = attention
@@ -316,21 +334,23 @@ def fake_batch(model: nn.Module, args: argparse.Namespace) -> dict:
     height, width = args.size
     if args.net in DETECTORS:
         from mmdet.testing import demo_mm_inputs
+
         packed = demo_mm_inputs(
-            args.batch, [(3, height, width)] * args.batch,
+            args.batch,
+            [(3, height, width)] * args.batch,
             num_items=[8] * args.batch,
             num_classes=80,
-            with_mask=args.net.startswith('mask'))
+            with_mask=args.net.startswith('mask'),
+        )
         return model.data_preprocessor(packed, True)
     from mmpretrain.structures import DataSample
+
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(
-        args.batch, 3, height, width, generator=generator)
-    labels = torch.randint(
-        model.head.num_classes, (args.batch, ), generator=generator)
+    inputs = torch.randn(args.batch, 3, height, width, generator=generator)
+    labels = torch.randint(model.head.num_classes, (args.batch,), generator=generator)
     return dict(
-        inputs=inputs,
-        data_samples=[DataSample().set_gt_label(int(n)) for n in labels])
+        inputs=inputs, data_samples=[DataSample().set_gt_label(int(n)) for n in labels]
+    )
 
 
 class Contestant:
@@ -348,23 +368,27 @@ class Contestant:
             True.
     """
 
-    def __init__(self,
-                 variant: str,
-                 args: argparse.Namespace,
-                 device: torch.device,
-                 weights: Dict[str, Tensor],
-                 batch: Optional[dict] = None,
-                 train: bool = True) -> None:
+    def __init__(
+        self,
+        variant: str,
+        args: argparse.Namespace,
+        device: torch.device,
+        weights: Dict[str, Tensor],
+        batch: Optional[dict] = None,
+        train: bool = True,
+    ) -> None:
         torch.manual_seed(0)
         self.args = args
         self.device = device
         self.model = model = build_network(variant, args)
         state = model.state_dict()
-        state.update({
-            key: value
-            for key, value in weights.items()
-            if key in state and value.shape == state[key].shape
-        })
+        state.update(
+            {
+                key: value
+                for key, value in weights.items()
+                if key in state and value.shape == state[key].shape
+            }
+        )
         model.load_state_dict(state)
         for key, value in state.items():
             weights.setdefault(key, value.clone())
@@ -389,7 +413,8 @@ class Contestant:
                 [p for p in model.parameters() if p.requires_grad],
                 lr=1e-5,
                 momentum=0.9,
-                weight_decay=1e-4)
+                weight_decay=1e-4,
+            )
             if args.dtype == 'fp16' and device.type == 'cuda':
                 self.scaler = torch.cuda.amp.GradScaler()
 
@@ -457,13 +482,13 @@ class Contestant:
             trainable=sum(p.numel() for p in params if p.requires_grad),
             attentions=len(attentions),
             active=sum(a.active for a in attentions.values()),
-            pruned=[n for n, a in attentions.items() if not a.active])
+            pruned=[n for n, a in attentions.items() if not a.active],
+        )
         # Before it is compiled: hooks would have it compiled anew
         torch.manual_seed(0)  # a detector samples proposals
         forward = self.infer if self.optimizer is None else self.loss
         itemsize = torch.empty(0, dtype=DTYPES[self.args.dtype]).element_size()
-        result['traffic'] = model_traffic(self.model, forward,
-                                          itemsize).to_dict()
+        result['traffic'] = model_traffic(self.model, forward, itemsize).to_dict()
         if self.args.compile:
             self.model.backbone.compile()
         torch.manual_seed(0)
@@ -478,9 +503,10 @@ class Contestant:
             self.optimizer.zero_grad(set_to_none=True)
             state = [list(s.values()) for s in self.optimizer.state.values()]
         resident = storage_bytes(
-            tensors_in([params,
-                        list(self.model.buffers()), state, self.batch]))
+            tensors_in([params, list(self.model.buffers()), state, self.batch])
+        )
         result.update(
             resident_bytes=resident,
-            peak_bytes=resident + peak_rise(self.step, self.device))
+            peak_bytes=resident + peak_rise(self.step, self.device),
+        )
         return result

@@ -6,31 +6,31 @@ title says what was measured on which machine.
 Example:
   python tools/benchmark/plot.py r50.json r101.json --out speed.svg
 """
+
 import argparse
 import json
 from pathlib import Path
 from typing import List, Sequence, Tuple
 
 import matplotlib
-from matplotlib.figure import Figure
-
 from compare import REFERENCES, title
+from matplotlib.figure import Figure
 
 COLORS = {'time': '#3b6fb6', 'peak memory': '#e0a030'}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('results', nargs='+', help='JSON files')
-    parser.add_argument(
-        '--out', required=True, help='picture: .png, .svg or .pdf')
+    parser.add_argument('--out', required=True, help='picture: .png, .svg or .pdf')
     parser.add_argument(
         '--reference',
         choices=REFERENCES,
         default='published',
-        help='variant that is 1 (default: %(default)s)')
+        help='variant that is 1 (default: %(default)s)',
+    )
     return parser.parse_args(argv)
 
 
@@ -54,16 +54,19 @@ def load(path: str, reference: str) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f'error: {path}: {error!r}')
     if not known:
-        raise SystemExit(f'error: {path} is of {results["tool"]}; allowed are '
-                         'train_step and inference')
+        raise SystemExit(
+            f'error: {path} is of {results["tool"]}; allowed are '
+            'train_step and inference'
+        )
     if 'median' not in variants.get(reference, {}):
-        raise SystemExit(f'error: {path} has no results of {reference!r}; '
-                         f'measured are {", ".join(variants)}')
+        raise SystemExit(
+            f'error: {path} has no results of {reference!r}; '
+            f'measured are {", ".join(variants)}'
+        )
     return results
 
 
-def bars(results: dict,
-         reference: str) -> Tuple[List[str], List[float], List[float]]:
+def bars(results: dict, reference: str) -> Tuple[List[str], List[float], List[float]]:
     """What to draw.
 
     Args:
@@ -76,10 +79,14 @@ def bars(results: dict,
     """
     measured = {
         name: result
-        for name, result in results['variants'].items() if 'ratio' in result
+        for name, result in results['variants'].items()
+        if 'ratio' in result
     }
-    return (list(measured), [r['ratio'][reference] for r in measured.values()],
-            [r['memory_ratio'][reference] for r in measured.values()])
+    return (
+        list(measured),
+        [r['ratio'][reference] for r in measured.values()],
+        [r['memory_ratio'][reference] for r in measured.values()],
+    )
 
 
 def draw(all_results: Sequence[dict], reference: str) -> Figure:
@@ -97,14 +104,17 @@ def draw(all_results: Sequence[dict], reference: str) -> Figure:
     panels = figure.subplots(count, squeeze=False)[:, 0]
     for results, axes in zip(all_results, panels):
         names, times, memory = bars(results, reference)
-        for shift, label, values in ((-0.2, 'time', times),
-                                     (0.2, 'peak memory', memory)):
+        for shift, label, values in (
+            (-0.2, 'time', times),
+            (0.2, 'peak memory', memory),
+        ):
             drawn = axes.bar(
                 [i + shift for i in range(len(names))],
                 values,
                 width=0.38,
                 color=COLORS[label],
-                label=label)
+                label=label,
+            )
             axes.bar_label(drawn, fmt='%.2f', fontsize=8)
         axes.set_xticks(range(len(names)), names)
         axes.axhline(1, color='0.4', linewidth=0.8, linestyle='--', zorder=0)
@@ -121,8 +131,7 @@ def main(argv=None) -> None:
     all_results = [load(path, args.reference) for path in args.results]
     out = Path(args.out)
     if out.suffix not in ('.png', '.svg', '.pdf'):
-        raise SystemExit(f'error: --out={out} does not end in .png, .svg or '
-                         '.pdf')
+        raise SystemExit(f'error: --out={out} does not end in .png, .svg or .pdf')
     out.parent.mkdir(parents=True, exist_ok=True)
     matplotlib.rcParams['svg.hashsalt'] = 'mmela'
     draw(all_results, args.reference).savefig(out, dpi=150)

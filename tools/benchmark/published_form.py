@@ -6,6 +6,7 @@ and multiplies it head by head (eq. 9). Both the concatenation and the change
 to heads copy, so a stage of ``T`` blocks keeps O(T^2) values for its backward
 pass. Written from the paper, not from the authors' code.
 """
+
 import math
 
 import torch

@@ -40,16 +40,16 @@ a pass of its own, ``t = 1``.
 For what does not depend on ``t`` there is no term: pooling, query, key, the
 value convolution, normalization and the residual addition.
 """
+
 from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter
 from typing import Callable, Dict, Iterator, List, Tuple
 
 import torch
-from torch import nn
-
 from common import synchronize
 from published_form import PublishedMRLABase
+from torch import nn
 
 from mmela.hooks import layer_attention_stages
 from mmela.layers import KCLA, MLA, AttentionState, LayerAttention, MRLALight
@@ -64,6 +64,7 @@ class Traffic:
         backward (int): In the backward pass.
         accumulation (int): In adding up gradients of the same value.
     """
+
     forward: int = 0
     backward: int = 0
     accumulation: int = 0
@@ -74,21 +75,25 @@ class Traffic:
         return self.forward + self.backward + self.accumulation
 
     def __add__(self, other: 'Traffic') -> 'Traffic':
-        return Traffic(self.forward + other.forward,
-                       self.backward + other.backward,
-                       self.accumulation + other.accumulation)
+        return Traffic(
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.accumulation + other.accumulation,
+        )
 
     def to_dict(self) -> Dict[str, int]:
         """dict[str, int]: The attributes and ``total``."""
         return dict(asdict(self), total=self.total)
 
 
-def retrieval_traffic(tokens: int,
-                      accumulations: int,
-                      size: int,
-                      published: bool = False,
-                      backward: bool = True,
-                      new: int = 0) -> Traffic:
+def retrieval_traffic(
+    tokens: int,
+    accumulations: int,
+    size: int,
+    published: bool = False,
+    backward: bool = True,
+    new: int = 0,
+) -> Traffic:
     """Bytes that one block's retrieval moves.
 
     Args:
@@ -115,8 +120,7 @@ def retrieval_traffic(tokens: int,
     return Traffic(forward * size, gradients * size, 3 * accumulations * size)
 
 
-def retrievals(
-        stage: nn.Module) -> Iterator[Tuple[LayerAttention, List[tuple]]]:
+def retrievals(stage: nn.Module) -> Iterator[Tuple[LayerAttention, List[tuple]]]:
     """What the active attentions of a stage retrieve from.
 
     Args:
@@ -150,8 +154,9 @@ def retrievals(
         seen_before = seen
 
 
-def model_traffic(model: nn.Module, forward: Callable[[], object],
-                  itemsize: int) -> Traffic:
+def model_traffic(
+    model: nn.Module, forward: Callable[[], object], itemsize: int
+) -> Traffic:
     """Bytes that the retrievals of a network move in one step.
 
     Args:
@@ -177,7 +182,8 @@ def model_traffic(model: nn.Module, forward: Callable[[], object],
                 args[0].numel() * itemsize,
                 published=isinstance(attention, PublishedMRLABase),
                 backward=output.requires_grad,
-                new=new)
+                new=new,
+            )
 
     handles = [a.register_forward_hook(count) for a in sums]
     try:
@@ -188,9 +194,7 @@ def model_traffic(model: nn.Module, forward: Callable[[], object],
     return total
 
 
-def copy_bandwidth(device: torch.device,
-                   size: int,
-                   repeats: int = 5) -> float:
+def copy_bandwidth(device: torch.device, size: int, repeats: int = 5) -> float:
     """Measure the memory bandwidth by copies too large for any cache.
 
     Args:

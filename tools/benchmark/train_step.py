@@ -13,6 +13,7 @@ Examples:
   python tools/benchmark/train_step.py --net r50 --device cuda \\
       --variants resnet mrla-base:autograd mrla-base:triton
 """
+
 from common import base_parser, set_up, write_results
 from compare import compare, table
 from networks import add_network_options

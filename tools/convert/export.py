@@ -5,6 +5,7 @@ Batch and image size stay free. Pruned attentions are not part of the result.
 Example:
   python tools/convert/export.py my_config.py epoch_12.pth backbone.onnx
 """
+
 import argparse
 
 from mmengine.registry import MODELS
@@ -16,8 +17,8 @@ from mmela.utils.toolbox import load_fitting, one_line, open_network
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('config', help='config of the network')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('out', help='.onnx for ONNX, .pt for TorchScript')
@@ -27,7 +28,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         nargs=2,
         default=(224, 224),
         metavar=('HEIGHT', 'WIDTH'),
-        help='image size to trace with in pixels (default: 224 224)')
+        help='image size to trace with in pixels (default: 224 224)',
+    )
     return parser.parse_args(argv)
 
 
@@ -36,19 +38,28 @@ def main(argv=None) -> None:
     cfg, _, state_dict = open_network(args.config, args.checkpoint, args.out)
     prefix = 'backbone.'
     state_dict = {
-        key[len(prefix):]: value
-        for key, value in state_dict.items() if key.startswith(prefix)
+        key[len(prefix) :]: value
+        for key, value in state_dict.items()
+        if key.startswith(prefix)
     }
-    for path, found in ((args.checkpoint, state_dict),
-                        (args.config, cfg.model.get('backbone'))):
+    for path, found in (
+        (args.checkpoint, state_dict),
+        (args.config, cfg.model.get('backbone')),
+    ):
         if not found:
             raise SystemExit(f'error: {path} has no backbone')
     try:
         backbone = MODELS.build(dict(cfg.model.backbone, init_cfg=None))
         load_fitting(backbone, state_dict, args.config, args.checkpoint)
         export_backbone(backbone, args.out, args.size)
-    except (ImportError, KeyError, OSError, RuntimeError, TypeError,
-            ValueError) as error:
+    except (
+        ImportError,
+        KeyError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise SystemExit(f'error: {one_line(error)}')
     print(args.out)
 

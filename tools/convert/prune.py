@@ -8,6 +8,7 @@ Example:
   python tools/convert/prune.py my_config.py epoch_12.pth pruned.pth \\
       --policy type=EBQM gamma=0.5 mu=0.2 --batches 50
 """
+
 import argparse
 import itertools
 import json
@@ -21,16 +22,21 @@ from mmengine.runner import Runner
 from mmengine.utils import track_iter_progress
 
 import mmela  # noqa: F401
-from mmela.hooks import (NetworkKLMeter, decide, format_decisions,
-                         layer_attention_stages, prune)
+from mmela.hooks import (
+    NetworkKLMeter,
+    decide,
+    format_decisions,
+    layer_attention_stages,
+    prune,
+)
 from mmela.pruning import PRUNING_POLICIES
 from mmela.utils.toolbox import load_fitting, one_line, open_network
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('config', help='config of the network')
     parser.add_argument('checkpoint', help='trained checkpoint')
     parser.add_argument('out', help='pruned checkpoint to write')
@@ -40,16 +46,17 @@ def parse_args(argv=None) -> argparse.Namespace:
         action=DictAction,
         default=dict(type='EBQM'),
         metavar='KEY=VALUE',
-        help='pruning policy (default: type=EBQM)')
+        help='pruning policy (default: type=EBQM)',
+    )
     parser.add_argument(
         '--batches',
         type=int,
         default=100,
-        help='batches of test data to measure on (default: %(default)s)')
+        help='batches of test data to measure on (default: %(default)s)',
+    )
     parser.add_argument(
-        '--reduction',
-        default='mean_kl',
-        choices=['mean_kl', 'mean_distribution'])
+        '--reduction', default='mean_kl', choices=['mean_kl', 'mean_distribution']
+    )
     parser.add_argument('--keep-value', action='store_true')
     parser.add_argument(
         '--cfg-options',
@@ -57,7 +64,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         action=DictAction,
         default={},
         metavar='KEY=VALUE',
-        help='change settings of the config')
+        help='change settings of the config',
+    )
     return parser.parse_args(argv)
 
 
@@ -85,8 +93,7 @@ def main(argv=None) -> None:
         policy = PRUNING_POLICIES.build(dict(args.policy, _scope_='mmela'))
     except (KeyError, TypeError, ValueError) as error:
         raise SystemExit(f'error: --policy: {error}')
-    cfg, checkpoint, state_dict = open_network(args.config, args.checkpoint,
-                                               args.out)
+    cfg, checkpoint, state_dict = open_network(args.config, args.checkpoint, args.out)
     cfg.merge_from_dict(args.cfg_options)
     try:
         model = MODELS.build(cfg.model)
@@ -109,12 +116,13 @@ def main(argv=None) -> None:
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     meta = checkpoint.get('meta', {})
-    torch.save(
-        dict(meta=meta, state_dict=model.to('cpu').state_dict()), out)
+    torch.save(dict(meta=meta, state_dict=model.to('cpu').state_dict()), out)
     report = out.with_suffix('.json')
     report.write_text(json.dumps(dict(layers=layers, pruned=names), indent=2))
-    print(f'{len(layers)} -> {len(layers) - len(names)} active attentions, '
-          f'{policy}\n{out}\n{report}')
+    print(
+        f'{len(layers)} -> {len(layers) - len(names)} active attentions, '
+        f'{policy}\n{out}\n{report}'
+    )
 
 
 if __name__ == '__main__':

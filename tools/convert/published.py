@@ -9,6 +9,7 @@ Example:
   python tools/convert/published.py model_best.pth.tar mrla.pth
   python tools/convert/published.py faster_rcnn.pth mrla.pth --target detector
 """
+
 import argparse
 import re
 from collections import Counter
@@ -18,29 +19,36 @@ from pickle import UnpicklingError
 import torch
 
 import mmela  # noqa: F401  (allows the classes in mmengine's checkpoints)
-from mmela.utils.published import (ARCHS, TARGETS, convert_published,
-                                   map_published_keys, published_backbone,
-                                   strip_module)
+from mmela.utils.published import (
+    ARCHS,
+    TARGETS,
+    convert_published,
+    map_published_keys,
+    published_backbone,
+    strip_module,
+)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('src', help='published checkpoint')
     parser.add_argument('dst', help='checkpoint to write')
     parser.add_argument(
         '--arch',
         choices=ARCHS,
         help='architecture (default: told from the keys; say mla for the '
-        'CIFAR network of MRLA eq. 3, whose keys are those of mrla_base)')
+        'CIFAR network of MRLA eq. 3, whose keys are those of mrla_base)',
+    )
     parser.add_argument(
         '--target',
         choices=TARGETS,
         default='classifier',
         help='what the result is for: a classifier of MMPretrain, a detector '
         'of MMDetection or its backbone, or a bare backbone of MMPretrain '
-        '(default: %(default)s)')
+        '(default: %(default)s)',
+    )
     return parser.parse_args(argv)
 
 
@@ -49,13 +57,18 @@ def load(path: str) -> dict:
     try:
         content = torch.load(path, map_location='cpu', weights_only=True)
     except (EOFError, OSError, RuntimeError, UnpicklingError):
-        raise SystemExit(f'error: cannot read {path}: it is no checkpoint, or '
-                         'holds objects that could run code when loaded')
+        raise SystemExit(
+            f'error: cannot read {path}: it is no checkpoint, or '
+            'holds objects that could run code when loaded'
+        )
     for name in ('state_dict', 'model'):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
-    if not isinstance(content, dict) or not content or not all(
-            torch.is_tensor(value) for value in content.values()):
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(torch.is_tensor(value) for value in content.values())
+    ):
         raise SystemExit(f'error: {path} holds no state dict')
     return content
 
@@ -64,16 +77,17 @@ def format_table(mapped: dict, dropped: dict) -> str:
     """Table of the keys, in which a row stands for all blocks."""
 
     def pattern(key):
-        return re.sub(r'(layer|stages\.)\d+\.(layers\.|attention\.)?\d+\.',
-                      r'\1*.\2*.', key)
+        return re.sub(
+            r'(layer|stages\.)\d+\.(layers\.|attention\.)?\d+\.', r'\1*.\2*.', key
+        )
 
-    rows = Counter(
-        (pattern(old), '-> ' + pattern(new)) for old, new in mapped.items())
-    rows.update(
-        (pattern(old), 'dropped: ' + why) for old, why in dropped.items())
+    rows = Counter((pattern(old), '-> ' + pattern(new)) for old, new in mapped.items())
+    rows.update((pattern(old), 'dropped: ' + why) for old, why in dropped.items())
     width = max(len(old) for old, _ in rows)
-    return '\n'.join(f'{count:4d}  {old:{width}}  {becomes}'
-                     for (old, becomes), count in rows.items())
+    return '\n'.join(
+        f'{count:4d}  {old:{width}}  {becomes}'
+        for (old, becomes), count in rows.items()
+    )
 
 
 def main(argv=None) -> None:
@@ -85,8 +99,7 @@ def main(argv=None) -> None:
     state_dict = strip_module(load(args.src))
     try:
         keys = map_published_keys(state_dict, args.arch, args.target)
-        converted, dropped = convert_published(state_dict, keys.arch,
-                                               args.target)
+        converted, dropped = convert_published(state_dict, keys.arch, args.target)
     except ValueError as error:
         raise SystemExit(f'error: {args.src}: {error}')
     backbone = published_backbone(converted, keys.arch)
@@ -94,8 +107,10 @@ def main(argv=None) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.save(dict(meta=dict(backbone=backbone), state_dict=converted), out)
     print(format_table(keys.mapped, dropped))
-    print(f'{out}: {len(keys.mapped)} of {len(state_dict)} tensors of a '
-          f'{keys.arch} network, {len(dropped)} dropped\nbackbone={backbone}')
+    print(
+        f'{out}: {len(keys.mapped)} of {len(state_dict)} tensors of a '
+        f'{keys.arch} network, {len(dropped)} dropped\nbackbone={backbone}'
+    )
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ Example:
   python tools/convert/slim.py work_dirs/ela/my_config.py \\
       work_dirs/ela/epoch_12.pth slim.pth
 """
+
 import argparse
 from pathlib import Path
 
@@ -20,19 +21,20 @@ from mmela.utils.toolbox import load_fitting, one_line, open_network
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('config', help='config of the pruned network')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('out', help='slim checkpoint to write (.pth)')
     parser.add_argument(
-        '--out-config',
-        help='config to write (default: the slim checkpoint with .py)')
+        '--out-config', help='config to write (default: the slim checkpoint with .py)'
+    )
     parser.add_argument(
         '--size',
         type=int,
         default=128,
-        help='image size of the comparison in pixels (default: %(default)s)')
+        help='image size of the comparison in pixels (default: %(default)s)',
+    )
     return parser.parse_args(argv)
 
 
@@ -57,10 +59,15 @@ def difference(networks, size: int) -> float:
         backbone = MODELS.build(backbone_cfg)
         prefix = 'backbone.'
         load_fitting(
-            backbone, {
-                key[len(prefix):]: value
-                for key, value in state.items() if key.startswith(prefix)
-            }, config_path, state_path)
+            backbone,
+            {
+                key[len(prefix) :]: value
+                for key, value in state.items()
+                if key.startswith(prefix)
+            },
+            config_path,
+            state_path,
+        )
         backbone.eval()
         outputs.append(backbone(x))
     return max(float((a - b).abs().max()) for a, b in zip(*outputs))
@@ -70,8 +77,9 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     out = Path(args.out)
     out_config = Path(args.out_config or out.with_suffix('.py'))
-    cfg, checkpoint, state_dict = open_network(args.config, args.checkpoint,
-                                               out, out_config)
+    cfg, checkpoint, state_dict = open_network(
+        args.config, args.checkpoint, out, out_config
+    )
     try:
         slim_state, blocks = slim_state_dict(state_dict)
         slim_cfg = slim_config(cfg, blocks)
@@ -80,8 +88,12 @@ def main(argv=None) -> None:
 
     try:
         gap = difference(
-            [(cfg, args.config, state_dict, args.checkpoint),
-             (slim_cfg, out_config, slim_state, out)], args.size)
+            [
+                (cfg, args.config, state_dict, args.checkpoint),
+                (slim_cfg, out_config, slim_state, out),
+            ],
+            args.size,
+        )
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise SystemExit(f'error: {one_line(error)}')
     if gap != 0:
@@ -95,12 +107,13 @@ def main(argv=None) -> None:
     torch.save(dict(meta=meta, state_dict=slim_state), out)
     slim_cfg.dump(out_config)
     before, after = [
-        sum(v.numel() for v in state.values())
-        for state in (state_dict, slim_state)
+        sum(v.numel() for v in state.values()) for state in (state_dict, slim_state)
     ]
-    print(f'{out}: {len(slim_state)} of {len(state_dict)} tensors, '
-          f'{after / 1e6:.3f} of {before / 1e6:.3f} M values; '
-          'outputs differ by 0')
+    print(
+        f'{out}: {len(slim_state)} of {len(state_dict)} tensors, '
+        f'{after / 1e6:.3f} of {before / 1e6:.3f} M values; '
+        'outputs differ by 0'
+    )
     for prefix, stages in blocks.items():
         print(f'{out_config}: {prefix}attention_blocks={stages}')
 

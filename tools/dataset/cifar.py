@@ -15,6 +15,7 @@ Example:
   python tools/dataset/cifar.py images.tar.xz data/cifar10_folder \\
       --per-class 100
 """
+
 import argparse
 import hashlib
 import re
@@ -32,8 +33,8 @@ OFFICIAL = {
     'cifar-100-python': 'eb9058c3a382ffc7106e4002c42a8d85',
 }
 IMAGE = re.compile(
-    r'(?:\./)?(?P<split>train|test)/(?P<cls>[^/]+)/[^/]+\.(?:jpe?g|png)',
-    re.IGNORECASE)
+    r'(?:\./)?(?P<split>train|test)/(?P<cls>[^/]+)/[^/]+\.(?:jpe?g|png)', re.IGNORECASE
+)
 
 
 def md5(path: Path) -> str:
@@ -77,22 +78,26 @@ def unpack(archive: Path, out: Path, per_class: Optional[int] = None) -> str:
     folder = members[0].name.split('/')[0] if members else ''
     if folder in OFFICIAL:
         if per_class is not None:
-            raise ValueError('--per-class is for archives of image files; '
-                             f'{archive} is an official archive')
+            raise ValueError(
+                '--per-class is for archives of image files; '
+                f'{archive} is an official archive'
+            )
         found = md5(archive)
         if found != OFFICIAL[folder]:
-            raise ValueError(f'{archive} has the MD5 checksum {found}, the '
-                             f'official one {OFFICIAL[folder]}')
+            raise ValueError(
+                f'{archive} has the MD5 checksum {found}, the '
+                f'official one {OFFICIAL[folder]}'
+            )
         chosen, summary = members, f'{folder} with {len(members)} entries'
     else:
         chosen = choose_images(members, per_class)
         if not chosen:
             raise ValueError(
                 f'{archive} is neither {" nor ".join(OFFICIAL)}, nor does it '
-                'hold train/<class>/<name> and test/<class>/<name> images')
+                'hold train/<class>/<name> and test/<class>/<name> images'
+            )
         count = Counter(IMAGE.fullmatch(m.name)['split'] for m in chosen)
-        summary = (f'{count["train"]} images for training, '
-                   f'{count["test"]} for testing')
+        summary = f'{count["train"]} images for training, {count["test"]} for testing'
 
     out.parent.mkdir(parents=True, exist_ok=True)
     names = {m.name for m in chosen}
@@ -112,11 +117,13 @@ def unpack(archive: Path, out: Path, per_class: Optional[int] = None) -> str:
     return summary
 
 
-def choose_images(members: List[tarfile.TarInfo],
-                  per_class: Optional[int]) -> List[tarfile.TarInfo]:
+def choose_images(
+    members: List[tarfile.TarInfo], per_class: Optional[int]
+) -> List[tarfile.TarInfo]:
     """Image files of an archive, up to so many per class and split."""
-    images = sorted((m for m in members if IMAGE.fullmatch(m.name)),
-                    key=lambda m: m.name)
+    images = sorted(
+        (m for m in members if IMAGE.fullmatch(m.name)), key=lambda m: m.name
+    )
     count: Counter = Counter()
     chosen = []
     for member in images:
@@ -130,14 +137,15 @@ def choose_images(members: List[tarfile.TarInfo],
 
 def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('archive', type=Path)
     parser.add_argument('out', type=Path, help='folder to write')
     parser.add_argument(
         '--per-class',
         type=int,
-        help='only so many images of each class and split, the first by name')
+        help='only so many images of each class and split, the first by name',
+    )
     args = parser.parse_args(argv)
     if not args.archive.is_file():
         raise SystemExit(f'error: no file {args.archive}')

@@ -16,6 +16,7 @@ Examples:
   python tools/dataset/make_lesions.py convert data/kvasir \\
       --images Kvasir-SEG/images --masks Kvasir-SEG/masks
 """
+
 import argparse
 import os
 import tempfile
@@ -38,26 +39,29 @@ Sample = Tuple[np.ndarray, np.ndarray]
 # -- drawing -----------------------------------------------------------------
 
 
-def _smooth_noise(rng: np.random.Generator, size: int,
-                  cells: int) -> np.ndarray:
+def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
     """Noise of about [-1, 1] that varies over ``size / cells`` pixels."""
     coarse = rng.uniform(-1, 1, (cells, cells)).astype(np.float32)
     return cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
 
 
-def _ragged(rng: np.random.Generator, size: int, center: np.ndarray,
-            radius: float) -> np.ndarray:
+def _ragged(
+    rng: np.random.Generator, size: int, center: np.ndarray, radius: float
+) -> np.ndarray:
     """Signed distance-like map of a blob, below 0 inside; (H, W)."""
     ys, xs = np.mgrid[:size, :size].astype(np.float32)
     turn, stretch = rng.uniform(0, np.pi), rng.uniform(1, 1.6)
     dx, dy = xs - center[0], ys - center[1]
     along = (dx * np.cos(turn) + dy * np.sin(turn)) / stretch
-    across = (dy * np.cos(turn) - dx * np.sin(turn)) * stretch**.5
+    across = (dy * np.cos(turn) - dx * np.sin(turn)) * stretch**0.5
     angle = np.arctan2(across, along)
     edge = np.ones_like(angle)
     for order in range(2, 8):
-        edge += rng.uniform(-.25, .25) / order * np.cos(
-            order * angle + rng.uniform(0, 2 * np.pi))
+        edge += (
+            rng.uniform(-0.25, 0.25)
+            / order
+            * np.cos(order * angle + rng.uniform(0, 2 * np.pi))
+        )
     return np.hypot(along, across) - radius * edge
 
 
@@ -67,38 +71,44 @@ def _render(rng: np.random.Generator, size: int) -> Sample:
     image = np.empty((size, size, 3), np.float32)
     image[:] = skin
     shade = 14 * _smooth_noise(rng, size, 4) + 7 * _smooth_noise(
-        rng, size, max(8, size // 6))
+        rng, size, max(8, size // 6)
+    )
     image += shade[..., None]
 
     # Marks that are no lesion: reddish, and lighter than a lesion
     for _ in range(rng.integers(0, 4)):
-        mark = _ragged(rng, size, rng.uniform(0, size, 2),
-                       rng.uniform(.03, .09) * size)
-        cover = .5 / (1 + np.exp(np.clip(mark, -30, 30) / (.01 * size)))
-        tint = skin * (.75, .7, .95)
+        mark = _ragged(
+            rng, size, rng.uniform(0, size, 2), rng.uniform(0.03, 0.09) * size
+        )
+        cover = 0.5 / (1 + np.exp(np.clip(mark, -30, 30) / (0.01 * size)))
+        tint = skin * (0.75, 0.7, 0.95)
         image += cover[..., None] * (tint - image)
 
-    center = rng.uniform(.3, .7, 2) * size
-    lesion = _ragged(rng, size, center, rng.uniform(.1, .26) * size)
+    center = rng.uniform(0.3, 0.7, 2) * size
+    lesion = _ragged(rng, size, center, rng.uniform(0.1, 0.26) * size)
     mask = (lesion < 0).astype(np.uint8)
     # A soft border, and a colour that changes within the lesion
-    cover = 1 / (1 + np.exp(np.clip(lesion, -30, 30) / (.012 * size)))
-    dark = skin * rng.uniform(.3, .6, 3) + 25 * _smooth_noise(
-        rng, size, 6)[..., None]
+    cover = 1 / (1 + np.exp(np.clip(lesion, -30, 30) / (0.012 * size)))
+    dark = skin * rng.uniform(0.3, 0.6, 3) + 25 * _smooth_noise(rng, size, 6)[..., None]
     image += cover[..., None] * (dark - image)
 
     for _ in range(rng.integers(0, 7)):  # hairs
         start, end = rng.uniform(0, size, (2, 2))
-        bend = (start + end) / 2 + rng.uniform(-.2, .2, 2) * size
+        bend = (start + end) / 2 + rng.uniform(-0.2, 0.2, 2) * size
         t = np.linspace(0, 1, 20)[:, None]
-        points = (1 - t)**2 * start + 2 * t * (1 - t) * bend + t**2 * end
+        points = (1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end
         cv2.polylines(
-            image, [np.round(points * 16).astype(np.int32)], False,
-            (rng.uniform(20, 60, 3)).tolist(), max(1, size // 100),
-            cv2.LINE_AA, shift=4)
+            image,
+            [np.round(points * 16).astype(np.int32)],
+            False,
+            (rng.uniform(20, 60, 3)).tolist(),
+            max(1, size // 100),
+            cv2.LINE_AA,
+            shift=4,
+        )
 
-    ys, xs = np.mgrid[:size, :size] / (size - 1) - .5
-    image *= (1 - rng.uniform(0, .9) * (xs**2 + ys**2))[..., None]
+    ys, xs = np.mgrid[:size, :size] / (size - 1) - 0.5
+    image *= (1 - rng.uniform(0, 0.9) * (xs**2 + ys**2))[..., None]
     image += rng.normal(0, 4, image.shape)
     return image.clip(0, 255).astype(np.uint8), mask
 
@@ -122,17 +132,20 @@ def _load(image_path: Path, mask_path: Path, size: int) -> Sample:
     if image.shape[:2] != mask.shape:
         raise ValueError(
             f'{mask_path} is {mask.shape[1]} x {mask.shape[0]} pixels, its '
-            f'image {image.shape[1]} x {image.shape[0]}')
+            f'image {image.shape[1]} x {image.shape[0]}'
+        )
     if mask.max() == 1:
         mask = mask * 255
     # Kvasir-SEG has its masks as JPEG, so in between 0 and 255 too.
     mask = (mask > 127).astype(np.uint8)
     shape = (size, size)
     shrinks = max(image.shape[:2]) > size
-    return (cv2.resize(
-        image, shape,
-        interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR),
-            cv2.resize(mask, shape, interpolation=cv2.INTER_NEAREST))
+    return (
+        cv2.resize(
+            image, shape, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        ),
+        cv2.resize(mask, shape, interpolation=cv2.INTER_NEAREST),
+    )
 
 
 def _list_images(folder: Path) -> Dict[str, Path]:
@@ -143,36 +156,40 @@ def _list_images(folder: Path) -> Dict[str, Path]:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in SUFFIXES:
             if path.stem in found:
-                raise ValueError(f'{found[path.stem]} and {path} have the '
-                                 'same name')
+                raise ValueError(f'{found[path.stem]} and {path} have the same name')
             found[path.stem] = path
     return found
 
 
-def _pair(images: Sequence[os.PathLike],
-          masks: Sequence[os.PathLike]) -> List[Tuple[str, Path, Path]]:
+def _pair(
+    images: Sequence[os.PathLike], masks: Sequence[os.PathLike]
+) -> List[Tuple[str, Path, Path]]:
     """Name, image and mask for each mask in the folders, by name."""
     if len(images) != len(masks):
-        raise ValueError(f'{len(images)} folders of images, but {len(masks)} '
-                         'of masks; give as many of the one as of the other')
+        raise ValueError(
+            f'{len(images)} folders of images, but {len(masks)} '
+            'of masks; give as many of the one as of the other'
+        )
     pairs: Dict[str, Tuple[str, Path, Path]] = {}
     for image_folder, mask_folder in zip(map(Path, images), map(Path, masks)):
         found = _list_images(image_folder)
         for stem, mask in _list_images(mask_folder).items():
             name = stem
             if name not in found and name.lower().endswith(MASK_ENDING):
-                name = name[:-len(MASK_ENDING)]
+                name = name[: -len(MASK_ENDING)]
             if name not in found:
-                raise ValueError(f'{mask} has no image {name} in '
-                                 f'{image_folder}')
+                raise ValueError(f'{mask} has no image {name} in {image_folder}')
             if name in pairs:
-                raise ValueError(f'{pairs[name][2]} and {mask} are both '
-                                 f'masks of an image {name}')
+                raise ValueError(
+                    f'{pairs[name][2]} and {mask} are both masks of an image {name}'
+                )
             pairs[name] = (name, found[name], mask)
     if len(pairs) < 2:
-        raise ValueError(f'{len(pairs)} images with a mask found in '
-                         f'{", ".join(map(str, images))}; at least 2 are '
-                         'needed, one of them to validate on')
+        raise ValueError(
+            f'{len(pairs)} images with a mask found in '
+            f'{", ".join(map(str, images))}; at least 2 are '
+            'needed, one of them to validate on'
+        )
     return [pairs[name] for name in sorted(pairs)]
 
 
@@ -187,8 +204,8 @@ def _write(path: Path, pixels: np.ndarray) -> None:
 
 
 def _write_all(
-        out_dir: os.PathLike,
-        samples: Sequence[Tuple[str, str, Callable[[], Sample]]]) -> None:
+    out_dir: os.PathLike, samples: Sequence[Tuple[str, str, Callable[[], Sample]]]
+) -> None:
     """Write a data set, which appears complete or not at all.
 
     Args:
@@ -200,7 +217,8 @@ def _write_all(
     out_dir = Path(out_dir).absolute()
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
-            prefix=f'.{out_dir.name}-', dir=out_dir.parent) as temp:
+        prefix=f'.{out_dir.name}-', dir=out_dir.parent
+    ) as temp:
         new = Path(temp) / 'new'
         for kind in ('images', 'masks'):
             for split in ('train', 'val'):
@@ -224,17 +242,15 @@ def _check(name: str, value: int, low: int, high: Optional[int] = None):
 
 def _check_free(out_dir: os.PathLike) -> None:
     path = Path(out_dir)
-    if os.path.lexists(path) and not (path.is_dir()
-                                      and not any(path.iterdir())):
-        raise FileExistsError(f'{out_dir} exists already; give a folder that '
-                              'does not exist or is empty')
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(
+            f'{out_dir} exists already; give a folder that does not exist or is empty'
+        )
 
 
-def render(out_dir: os.PathLike,
-           train: int = 96,
-           val: int = 32,
-           size: int = 96,
-           seed: int = 0) -> Tuple[int, int]:
+def render(
+    out_dir: os.PathLike, train: int = 96, val: int = 32, size: int = 96, seed: int = 0
+) -> Tuple[int, int]:
     """Draw a data set.
 
     Args:
@@ -263,20 +279,28 @@ def render(out_dir: os.PathLike,
         # A stream of its own for each image: neither their number nor their
         # order matters to what is in it.
         return lambda: _render(
-            np.random.default_rng([seed, split == 'val', index]), size)
+            np.random.default_rng([seed, split == 'val', index]), size
+        )
 
-    _write_all(out_dir, [(split, f'{index:06d}', maker(split, index))
-                         for split, count in (('train', train), ('val', val))
-                         for index in range(count)])
+    _write_all(
+        out_dir,
+        [
+            (split, f'{index:06d}', maker(split, index))
+            for split, count in (('train', train), ('val', val))
+            for index in range(count)
+        ],
+    )
     return train, val
 
 
-def convert(out_dir: os.PathLike,
-            images: Sequence[os.PathLike],
-            masks: Sequence[os.PathLike],
-            train_share: float = 0.7,
-            size: int = 256,
-            seed: int = 42) -> Tuple[int, int]:
+def convert(
+    out_dir: os.PathLike,
+    images: Sequence[os.PathLike],
+    masks: Sequence[os.PathLike],
+    train_share: float = 0.7,
+    size: int = 256,
+    seed: int = 42,
+) -> Tuple[int, int]:
     """Convert a published data set.
 
     An image belongs to the mask of the same name, or of that name with
@@ -305,8 +329,7 @@ def convert(out_dir: os.PathLike,
         FileExistsError: If something is at ``out_dir``.
     """
     if not 0 < train_share < 1:
-        raise ValueError('train_share must be above 0 and below 1, got '
-                         f'{train_share}')
+        raise ValueError(f'train_share must be above 0 and below 1, got {train_share}')
     _check('size', size, MIN_SIZE, MAX_SIZE)
     _check('seed', seed, 0)
     _check_free(out_dir)
@@ -318,22 +341,27 @@ def convert(out_dir: os.PathLike,
     def maker(image: Path, mask: Path) -> Callable[[], Sample]:
         return lambda: _load(image, mask, size)
 
-    _write_all(out_dir, [('train' if index in training else 'val', name,
-                          maker(image, mask))
-                         for index, (name, image, mask) in enumerate(pairs)])
+    _write_all(
+        out_dir,
+        [
+            ('train' if index in training else 'val', name, maker(image, mask))
+            for index, (name, image, mask) in enumerate(pairs)
+        ],
+    )
     return train, len(pairs) - train
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest='command', required=True)
 
     sub = commands.add_parser(
         'render',
         help='draw a small data set',
-        description='Example: make_lesions.py render data/lesions')
+        description='Example: make_lesions.py render data/lesions',
+    )
     sub.add_argument('out_dir', help='folder of the data set')
     for name, default, text in (
         ('train', 96, 'number of training images'),
@@ -342,30 +370,51 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         ('seed', 0, 'seed of all that is random'),
     ):
         sub.add_argument(
-            f'--{name}', type=int, default=default, metavar='N',
-            help=f'{text} (default: {default})')
+            f'--{name}',
+            type=int,
+            default=default,
+            metavar='N',
+            help=f'{text} (default: {default})',
+        )
 
     sub = commands.add_parser(
         'convert',
         help='convert a published data set',
         description='Example: make_lesions.py convert data/kvasir '
-        '--images Kvasir-SEG/images --masks Kvasir-SEG/masks')
+        '--images Kvasir-SEG/images --masks Kvasir-SEG/masks',
+    )
     sub.add_argument('out_dir', help='folder of the data set')
     sub.add_argument(
-        '--images', nargs='+', required=True, metavar='DIR',
-        help='folders of images')
+        '--images', nargs='+', required=True, metavar='DIR', help='folders of images'
+    )
     sub.add_argument(
-        '--masks', nargs='+', required=True, metavar='DIR',
-        help='folders of their masks, in the same order')
+        '--masks',
+        nargs='+',
+        required=True,
+        metavar='DIR',
+        help='folders of their masks, in the same order',
+    )
     sub.add_argument(
-        '--train-share', type=float, default=0.7, metavar='X',
-        help='share of the images to train on (default: 0.7)')
+        '--train-share',
+        type=float,
+        default=0.7,
+        metavar='X',
+        help='share of the images to train on (default: 0.7)',
+    )
     sub.add_argument(
-        '--size', type=int, default=256, metavar='N',
-        help='width and height of what is written, in pixels (default: 256)')
+        '--size',
+        type=int,
+        default=256,
+        metavar='N',
+        help='width and height of what is written, in pixels (default: 256)',
+    )
     sub.add_argument(
-        '--seed', type=int, default=42, metavar='N',
-        help='seed of the split (default: 42)')
+        '--seed',
+        type=int,
+        default=42,
+        metavar='N',
+        help='seed of the split (default: 42)',
+    )
     return parser.parse_args(argv)
 
 

@@ -20,6 +20,7 @@ train2017/ and val2017/.
 Example:
   python tools/dataset/make_shapes.py data/shapes --train 320 --val 60
 """
+
 import argparse
 import json
 import os
@@ -45,10 +46,9 @@ CATEGORIES = {
     'animal': 'bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe',
     'accessory': 'backpack,umbrella,handbag,tie,suitcase',
     'sports': 'frisbee,skis,snowboard,sports ball,kite,baseball bat,'
-              'baseball glove,skateboard,surfboard,tennis racket',
+    'baseball glove,skateboard,surfboard,tennis racket',
     'kitchen': 'bottle,wine glass,cup,fork,knife,spoon,bowl',
-    'food': 'banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,'
-            'donut,cake',
+    'food': 'banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake',
     'furniture': 'chair,couch,potted plant,bed,dining table,toilet',
     'electronic': 'tv,laptop,mouse,remote,keyboard,cell phone',
     'appliance': 'microwave,oven,toaster,sink,refrigerator',
@@ -82,7 +82,8 @@ def coco_categories() -> List[dict]:
     ids = (i for i in range(1, 91) if i not in UNUSED_IDS)
     return [
         dict(supercategory=group, id=next(ids), name=name)
-        for group, names in CATEGORIES.items() for name in names.split(',')
+        for group, names in CATEGORIES.items()
+        for name in names.split(',')
     ]
 
 
@@ -93,7 +94,7 @@ def _draw_mask(rng, name: str, size: int, center, radius: float) -> np.ndarray:
     """Mask (size, size) of a shape, turned and squeezed at random."""
     angle = rng.random() * 2 * np.pi
     cos, sin = np.cos(angle), np.sin(angle)
-    squeeze = .75 + .25 * rng.random()
+    squeeze = 0.75 + 0.25 * rng.random()
     mask = np.zeros((size, size), bool)
     for outline in SHAPES[name]:
         points = np.array(outline) * [radius, radius * squeeze]
@@ -111,8 +112,7 @@ def _draw_ground(rng, size: int) -> np.ndarray:
     image = np.full((size, size, 3), rng.integers(40, 180, 3), np.int16)
     for cells, contrast in ((3, 60), (12, 30), (48, 20)):
         grid = rng.integers(0, contrast, (cells, cells, 3)).astype(np.uint8)
-        image += cv2.resize(
-            grid, (size, size), interpolation=cv2.INTER_LINEAR_EXACT)
+        image += cv2.resize(grid, (size, size), interpolation=cv2.INTER_LINEAR_EXACT)
     image = image.clip(0, 255).astype(np.uint8)
     for _ in range(rng.integers(0, 6)):
         start, end = rng.integers(0, size, (2, 2)).tolist()
@@ -127,15 +127,22 @@ def _paint(rng, image: np.ndarray, mask: np.ndarray) -> None:
     while np.abs(color - ground).sum() < 150:
         color = rng.integers(0, 256, 3)
     image[mask] = color
-    if rng.random() < .4:
+    if rng.random() < 0.4:
         width = rng.integers(2, 6)
         ys, xs = np.nonzero(mask)
         stripe = (xs + ys * rng.integers(-1, 2)) // width % 2 == 0
         image[ys[stripe], xs[stripe]] = color * 3 // 4
 
 
-def _place(rng, free: np.ndarray, low: float, high: float, middle, spread,
-           name: Optional[str] = None):
+def _place(
+    rng,
+    free: np.ndarray,
+    low: float,
+    high: float,
+    middle,
+    spread,
+    name: Optional[str] = None,
+):
     """Put one object behind all others.
 
     Args:
@@ -157,7 +164,7 @@ def _place(rng, free: np.ndarray, low: float, high: float, middle, spread,
     center = middle + (rng.random(2) * 2 - 1) * spread
     mask = _draw_mask(rng, name, len(free), center, radius)
     visible = mask & free
-    if visible.sum() < max(.3 * mask.sum(), .4 * radius**2):
+    if visible.sum() < max(0.3 * mask.sum(), 0.4 * radius**2):
         return None
     free &= ~mask
     return name, visible
@@ -168,22 +175,23 @@ def _render(rng, size: int, index: int):
     free = np.ones((size, size), bool)
     objects, parts = [], []
     image = _draw_ground(rng, size)
-    whole = np.array([size / 2, size / 2]), .45 * size
+    whole = np.array([size / 2, size / 2]), 0.45 * size
     # By turns, so that small sets have every kind of scene too.
     if index % 16 == 5:
         count = 0
     elif index % 2:
-        count, whole = rng.integers(6, 11), (whole[0], .35 * size)
+        count, whole = rng.integers(6, 11), (whole[0], 0.35 * size)
     else:
         count = rng.integers(1, 5)
     for _ in range(count):
-        objects.append(_place(rng, free, .07 * size, .2 * size, *whole))
+        objects.append(_place(rng, free, 0.07 * size, 0.2 * size, *whole))
     if index % 8 == 2:
         name = list(SHAPES)[rng.integers(len(SHAPES))]
         middle = rng.integers(size // 5, size - size // 5, 2)
         for _ in range(25):
-            parts.append(_place(rng, free, .025 * size, .035 * size, middle,
-                                .15 * size, name))
+            parts.append(
+                _place(rng, free, 0.025 * size, 0.035 * size, middle, 0.15 * size, name)
+            )
 
     objects = [(*placed, 0) for placed in objects if placed]
     parts = [placed[1] for placed in parts if placed]
@@ -252,8 +260,7 @@ def _annotate(name: str, mask: np.ndarray, iscrowd: int) -> dict:
     ys, xs = np.nonzero(mask)
     x, y = int(xs.min()), int(ys.min())
     if iscrowd:
-        segmentation = dict(
-            counts=mask_to_counts(mask), size=list(mask.shape))
+        segmentation = dict(counts=mask_to_counts(mask), size=list(mask.shape))
     else:
         segmentation = mask_to_polygons(mask)
     ids = {c['name']: c['id'] for c in coco_categories()}
@@ -262,7 +269,8 @@ def _annotate(name: str, mask: np.ndarray, iscrowd: int) -> dict:
         area=int(mask.sum()),
         iscrowd=iscrowd,
         bbox=[x, y, int(xs.max()) + 1 - x, int(ys.max()) + 1 - y],
-        category_id=ids[name])
+        category_id=ids[name],
+    )
 
 
 # -- the data set ------------------------------------------------------------
@@ -290,14 +298,12 @@ def _write_split(folder: Path, split: str, count: int, info: dict) -> None:
             raise OSError(f'OpenCV cannot encode {file_name}')
         (image_folder / file_name).write_bytes(png.tobytes())
         images.append(
-            dict(
-                id=image_id, file_name=file_name, height=size, width=size,
-                license=1))
+            dict(id=image_id, file_name=file_name, height=size, width=size, license=1)
+        )
         for item in objects:
             annotations.append(
-                dict(
-                    id=len(annotations) + 1, image_id=image_id,
-                    **_annotate(*item)))
+                dict(id=len(annotations) + 1, image_id=image_id, **_annotate(*item))
+            )
     path = _ann_file(folder, split)
     path.parent.mkdir(exist_ok=True)
     with open(path, 'w', encoding='utf-8', newline='\n') as file:
@@ -307,7 +313,10 @@ def _write_split(folder: Path, split: str, count: int, info: dict) -> None:
                 licenses=[dict(id=1, name='Apache License 2.0', url='')],
                 images=images,
                 annotations=annotations,
-                categories=coco_categories()), file)
+                categories=coco_categories(),
+            ),
+            file,
+        )
 
 
 def _found(folder: Path) -> Dict[str, Optional[dict]]:
@@ -320,7 +329,8 @@ def _found(folder: Path) -> Dict[str, Optional[dict]]:
             info = data['info']
             if info['generator'] == GENERATOR and all(
                 (folder / f'{split}2017' / image['file_name']).is_file()
-                    for image in data['images']):
+                for image in data['images']
+            ):
                 infos[split] = info
         except (OSError, ValueError, KeyError, TypeError):
             pass  # not there, or not ours
@@ -335,12 +345,14 @@ def _check(name: str, value: int, low: int, high: Optional[int] = None):
         raise ValueError(f'{name} must be {allowed}, got {value}')
 
 
-def make_shapes(out_dir: os.PathLike,
-                train: int = TRAIN,
-                val: int = VAL,
-                size: int = SIZE,
-                seed: int = SEED,
-                force: bool = False) -> bool:
+def make_shapes(
+    out_dir: os.PathLike,
+    train: int = TRAIN,
+    val: int = VAL,
+    size: int = SIZE,
+    seed: int = SEED,
+    force: bool = False,
+) -> bool:
     """Render a data set of shapes, unless the very same is already there.
 
     Args:
@@ -372,12 +384,14 @@ def make_shapes(out_dir: os.PathLike,
         description='Rendered shapes that stand for COCO categories',
         generator=GENERATOR,
         version=str(VERSION),
-        parameters=parameters)
+        parameters=parameters,
+    )
 
     # Absolute, as a folder such as '.' has no name to build beside.
     out_dir = Path(out_dir).absolute()
     occupied = os.path.lexists(out_dir) and not (
-        out_dir.is_dir() and not any(out_dir.iterdir()))
+        out_dir.is_dir() and not any(out_dir.iterdir())
+    )
     if occupied:
         found = _found(out_dir)
         if found == dict(train=info, val=info):
@@ -386,17 +400,20 @@ def make_shapes(out_dir: os.PathLike,
         if not ours:
             raise FileExistsError(
                 f'{out_dir} exists and is no data set of this tool; give a '
-                'folder that does not exist or is empty')
+                'folder that does not exist or is empty'
+            )
         if not force:
             raise FileExistsError(
                 f'{out_dir} has shapes of version {ours[0]["version"]} with '
                 f'{ours[0]["parameters"]}, perhaps incomplete; asked for are '
                 f'version {VERSION} with {parameters}. Use --force to replace '
-                'them, or another folder')
+                'them, or another folder'
+            )
 
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
-            prefix=f'.{out_dir.name}-', dir=out_dir.parent) as temp:
+        prefix=f'.{out_dir.name}-', dir=out_dir.parent
+    ) as temp:
         new = Path(temp) / 'new'
         _write_split(new, 'train', train, info)
         _write_split(new, 'val', val, info)
@@ -410,24 +427,28 @@ def make_shapes(out_dir: os.PathLike,
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('out_dir', help='folder of the data set')
     for name, default, text in (
         ('train', TRAIN, 'number of training images'),
         ('val', VAL, 'number of validation images'),
-        ('size', SIZE,
-         f'width and height in pixels, {MIN_SIZE} to {MAX_SIZE}'),
+        ('size', SIZE, f'width and height in pixels, {MIN_SIZE} to {MAX_SIZE}'),
         ('seed', SEED, 'seed of all that is random'),
     ):
         parser.add_argument(
-            f'--{name}', type=int, default=default, metavar='N',
-            help=f'{text} (default: {default})')
+            f'--{name}',
+            type=int,
+            default=default,
+            metavar='N',
+            help=f'{text} (default: {default})',
+        )
     parser.add_argument(
         '--force',
         action='store_true',
         help='replace shapes made with other arguments; a folder that is not '
-        "this tool's is never replaced")
+        "this tool's is never replaced",
+    )
     return parser.parse_args(argv)
 
 
@@ -446,8 +467,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         rendered = make_shapes(**vars(args))
     except (OSError, ValueError) as error:
         raise SystemExit(f'error: {error}')
-    print(f'{args.out_dir}: {args.train} training and {args.val} validation '
-          f'images {"rendered" if rendered else "are there already"}')
+    print(
+        f'{args.out_dir}: {args.train} training and {args.val} validation '
+        f'images {"rendered" if rendered else "are there already"}'
+    )
 
 
 if __name__ == '__main__':

@@ -5,5 +5,6 @@ custom_hooks = [
     dict(
         type='LayerAttentionPruningHook',
         windows=[(1, 3), (45, 48), (91, 93)],
-        policy=dict(type='EBQM', gamma=0.5, alpha=5, beta=1, mu=0.3))
+        policy=dict(type='EBQM', gamma=0.5, alpha=5, beta=1, mu=0.3),
+    )
 ]

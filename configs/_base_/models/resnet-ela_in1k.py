@@ -5,5 +5,6 @@ custom_hooks = [
     dict(
         type='LayerAttentionPruningHook',
         windows=[(1, 3), (51, 53)],
-        policy=dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.25))
+        policy=dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.25),
+    )
 ]

@@ -5,5 +5,6 @@ custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(
-        type='ELAResNet',
-        layer_attention=dict(type='KCLA', head_dim=32, drop_path=0.2)))
+        type='ELAResNet', layer_attention=dict(type='KCLA', head_dim=32, drop_path=0.2)
+    )
+)

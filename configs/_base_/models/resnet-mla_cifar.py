@@ -1,5 +1,5 @@
 _base_ = './resnet_cifar.py'
 
 model = dict(
-    backbone=dict(
-        type='ELAResNet_CIFAR', layer_attention=dict(type='MLA', head_dim=16)))
+    backbone=dict(type='ELAResNet_CIFAR', layer_attention=dict(type='MLA', head_dim=16))
+)

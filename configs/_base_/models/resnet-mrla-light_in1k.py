@@ -6,4 +6,6 @@ custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 model = dict(
     backbone=dict(
         type='ELAResNet',
-        layer_attention=dict(type='MRLALight', head_dim=32, drop_path=0.2)))
+        layer_attention=dict(type='MRLALight', head_dim=32, drop_path=0.2),
+    )
+)

@@ -5,5 +5,7 @@ custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(
-        _delete_=True, type='BottleneckResNet_CIFAR', depth=20, style='pytorch'),
-    head=dict(in_channels=256))
+        _delete_=True, type='BottleneckResNet_CIFAR', depth=20, style='pytorch'
+    ),
+    head=dict(in_channels=256),
+)

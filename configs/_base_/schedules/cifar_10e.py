@@ -8,7 +8,8 @@ param_scheduler = [
         by_epoch=True,
         begin=0,
         end=1,
-        convert_to_iter_based=True),
+        convert_to_iter_based=True,
+    ),
     dict(type='MultiStepLR', by_epoch=True, milestones=[6, 9], gamma=0.1),
 ]
 train_cfg = dict(max_epochs=10)

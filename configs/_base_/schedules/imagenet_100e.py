@@ -9,7 +9,7 @@ param_scheduler = [
         by_epoch=True,
         begin=0,
         end=5,
-        convert_to_iter_based=True),
-    dict(
-        type='MultiStepLR', by_epoch=True, milestones=[30, 60, 90], gamma=0.1),
+        convert_to_iter_based=True,
+    ),
+    dict(type='MultiStepLR', by_epoch=True, milestones=[30, 60, 90], gamma=0.1),
 ]

@@ -8,7 +8,8 @@ param_scheduler = [
         start_factor=1e-3,
         by_epoch=True,
         end=5,
-        convert_to_iter_based=True),
+        convert_to_iter_based=True,
+    ),
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=5),
 ]
 optim_wrapper = dict(clip_grad=dict(max_norm=5.0))

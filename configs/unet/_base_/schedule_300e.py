@@ -2,8 +2,8 @@
 # rises for 50 epochs, three times.
 _base_ = ['mmseg::_base_/default_runtime.py']
 optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=1e-2))
+    type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3, weight_decay=1e-2)
+)
 param_scheduler = [
     dict(type='CosineAnnealingLR', T_max=50, eta_min=1e-5, by_epoch=True)
 ]
@@ -15,11 +15,10 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=True),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(
-        type='CheckpointHook',
-        interval=10,
-        max_keep_ckpts=2,
-        save_best='mDice'),
+        type='CheckpointHook', interval=10, max_keep_ckpts=2, save_best='mDice'
+    ),
     sampler_seed=dict(type='DistSamplerSeedHook'),
-    visualization=dict(type='SegVisualizationHook'))
+    visualization=dict(type='SegVisualizationHook'),
+)
 log_processor = dict(by_epoch=True)
 randomness = dict(seed=42)

@@ -11,7 +11,8 @@ model = dict(
         pad_val=0,
         seg_pad_val=255,
         size_divisor=8,
-        test_cfg=dict(size_divisor=8)),
+        test_cfg=dict(size_divisor=8),
+    ),
     backbone=dict(
         type='UNetResNet',
         depth=18,
@@ -19,7 +20,8 @@ model = dict(
         stage_channels=(32, 64, 128, 128),
         strides=(2, 2, 2, 1),
         norm_cfg=norm_cfg,
-        zero_init_residual=False),
+        zero_init_residual=False,
+    ),
     decode_head=dict(
         type='UNetHead',
         in_channels=(16, 32, 64, 128, 128),
@@ -32,11 +34,10 @@ model = dict(
         dropout_ratio=0,
         align_corners=True,
         loss_decode=[
-            dict(
-                type='CrossEntropyLoss',
-                use_sigmoid=True,
-                avg_non_ignore=True),
-            dict(type='ForegroundDiceLoss')
-        ]),
+            dict(type='CrossEntropyLoss', use_sigmoid=True, avg_non_ignore=True),
+            dict(type='ForegroundDiceLoss'),
+        ],
+    ),
     train_cfg=dict(),
-    test_cfg=dict(mode='whole'))
+    test_cfg=dict(mode='whole'),
+)

@@ -4,8 +4,12 @@ import torch.nn as nn
 from mmcv.cnn.bricks import DropPath
 from mmengine.registry import MODELS
 
-from ...layers import (AttentionState, HookedAttentionStage, LayerAttention,
-                       LayerAttentionStage)
+from ...layers import (
+    AttentionState,
+    HookedAttentionStage,
+    LayerAttention,
+    LayerAttentionStage,
+)
 
 
 class LayerAttentionArguments:
@@ -34,18 +38,21 @@ class LayerAttentionArguments:
             ``attention_blocks`` does not fit the stages.
     """
 
-    def __init__(self,
-                 *args,
-                 layer_attention: Optional[dict] = None,
-                 attention_blocks: Optional[Sequence[Sequence[int]]] = None,
-                 reset_pruning: bool = False,
-                 **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        layer_attention: Optional[dict] = None,
+        attention_blocks: Optional[Sequence[Sequence[int]]] = None,
+        reset_pruning: bool = False,
+        **kwargs,
+    ) -> None:
         if layer_attention is None:
             layer_attention = dict(type='MRLABase')
-        if not isinstance(layer_attention, dict) or \
-                'type' not in layer_attention:
-            raise TypeError('layer_attention must be a dict with a type such '
-                            f"as dict(type='MRLABase'), got {layer_attention}")
+        if not isinstance(layer_attention, dict) or 'type' not in layer_attention:
+            raise TypeError(
+                'layer_attention must be a dict with a type such '
+                f"as dict(type='MRLABase'), got {layer_attention}"
+            )
         # The backbone's constructor builds its stages, which needs them.
         self.layer_attention = layer_attention
         self.attention_blocks = attention_blocks
@@ -61,12 +68,15 @@ class LayerAttentionArguments:
                     module.attention_state = AttentionState.ACTIVE
 
     def _check_attention_blocks(self, num_stages: int) -> None:
-        if self.attention_blocks is not None and \
-                len(self.attention_blocks) != num_stages:
+        if (
+            self.attention_blocks is not None
+            and len(self.attention_blocks) != num_stages
+        ):
             raise ValueError(
                 f'attention_blocks={self.attention_blocks} is for '
                 f'{len(self.attention_blocks)} stages, but the backbone has '
-                f'{num_stages}')
+                f'{num_stages}'
+            )
 
     def _blocks_with_attention(self, stage: int, depth: int) -> Sequence[int]:
         """Indices of the blocks of a stage that have an attention."""
@@ -78,17 +88,20 @@ class LayerAttentionArguments:
         if not set(blocks) <= set(range(depth)):
             raise ValueError(
                 f'attention_blocks[{stage}]={blocks} names blocks that the '
-                f'stage does not have; allowed are 0 to {depth - 1}')
+                f'stage does not have; allowed are 0 to {depth - 1}'
+            )
         return blocks
 
-    def _attach(self,
-                stage: LayerAttentionStage,
-                blocks: Sequence[int],
-                channels: Sequence[int],
-                before: Optional[LayerAttentionStage] = None,
-                stride: int = 1,
-                shared_drop_path: bool = False,
-                **kwargs) -> None:
+    def _attach(
+        self,
+        stage: LayerAttentionStage,
+        blocks: Sequence[int],
+        channels: Sequence[int],
+        before: Optional[LayerAttentionStage] = None,
+        stride: int = 1,
+        shared_drop_path: bool = False,
+        **kwargs,
+    ) -> None:
         """Give blocks of a stage their attentions.
 
         Args:
@@ -106,14 +119,11 @@ class LayerAttentionArguments:
             if shared_drop_path:
                 kwargs['drop_path'] = _drop_path(stage.blocks[index])
             crossing = {}
-            if index == blocks[0] and before is not None and \
-                    self._crosses_stages():
+            if index == blocks[0] and before is not None and self._crosses_stages():
                 crossing = dict(previous_channels=channels[1], stride=stride)
-            attention = MODELS.build({
-                **kwargs,
-                **self.layer_attention, 'channels': channels[0],
-                **crossing
-            })
+            attention = MODELS.build(
+                {**kwargs, **self.layer_attention, 'channels': channels[0], **crossing}
+            )
             stage.attach(index, attention)
             if crossing and attention.crosses_stages:
                 stage.take_over_from(before)
@@ -162,10 +172,12 @@ class LayerAttentionMixin(LayerAttentionArguments):
         blocks = self._blocks_with_attention(len(self.res_layers), len(stage))
         self._attach(
             stage,
-            blocks, (channels, previous_channels),
+            blocks,
+            (channels, previous_channels),
             before,
             kwargs['stride'],
-            norm_cfg=self._attention_norm_cfg())
+            norm_cfg=self._attention_norm_cfg(),
+        )
         self._last_channels = channels
         return stage
 
@@ -189,11 +201,13 @@ class HookedLayerAttentionMixin(LayerAttentionArguments):
             blocks = self._blocks_with_attention(index, len(stage.blocks))
             self._attach(
                 stage,
-                blocks, (channels, last),
+                blocks,
+                (channels, last),
                 stages[-1] if stages else None,
                 stride,
                 shared_drop_path=True,
-                **defaults)
+                **defaults,
+            )
             stages.append(stage)
             last = channels
         self.layer_attn_stages = nn.ModuleList(stages)
@@ -208,8 +222,7 @@ class HookedLayerAttentionMixin(LayerAttentionArguments):
             stage.freeze_with_blocks()
         return self
 
-    def attention_stages(
-            self) -> List[Tuple[HookedAttentionStage, int, int, dict]]:
+    def attention_stages(self) -> List[Tuple[HookedAttentionStage, int, int, dict]]:
         """The stages of the backbone.
 
         Returns:
@@ -225,4 +238,4 @@ def _drop_path(block: nn.Module) -> float:
     for module in block.modules():
         if isinstance(module, DropPath):
             return float(module.drop_prob)
-    return 0.
+    return 0.0

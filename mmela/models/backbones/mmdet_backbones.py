@@ -1,7 +1,13 @@
 from typing import Tuple
 
-from mmdet.models.backbones import (PyramidVisionTransformerV2, RegNet,
-                                    Res2Net, ResNet, ResNetV1d, ResNeXt)
+from mmdet.models.backbones import (
+    PyramidVisionTransformerV2,
+    RegNet,
+    Res2Net,
+    ResNet,
+    ResNetV1d,
+    ResNeXt,
+)
 from mmdet.registry import MODELS
 from torch import Tensor
 
@@ -66,8 +72,9 @@ class ELARegNet(LayerAttentionMixin, RegNet):
 
 
 @MODELS.register_module()
-class ELAPyramidVisionTransformerV2(HookedLayerAttentionMixin,
-                                    PyramidVisionTransformerV2):
+class ELAPyramidVisionTransformerV2(
+    HookedLayerAttentionMixin, PyramidVisionTransformerV2
+):
     """MMDetection's PVTv2 with a layer attention after each layer.
 
     The value has a GELU, and nothing is normalized after the attention (MRLA,
@@ -85,8 +92,9 @@ class ELAPyramidVisionTransformerV2(HookedLayerAttentionMixin,
 
     def attention_stages(self):
         stages = []
-        for (_, blocks, _), heads, stride in zip(self.layers, self.num_heads,
-                                                 self.strides):
+        for (_, blocks, _), heads, stride in zip(
+            self.layers, self.num_heads, self.strides
+        ):
             stage = TokenAttentionStage(blocks, resolution=_second)
             defaults = dict(norm_cfg=None, value_act_cfg=dict(type='GELU'))
             stages.append((stage, self.embed_dims * heads, stride, defaults))

@@ -1,8 +1,16 @@
 from typing import List, Tuple
 
-from mmpretrain.models.backbones import (EfficientNet, RegNet, Res2Net, ResNet,
-                                         ResNetV1d, ResNeXt, SEResNet,
-                                         SEResNeXt, VisionTransformer)
+from mmpretrain.models.backbones import (
+    EfficientNet,
+    RegNet,
+    Res2Net,
+    ResNet,
+    ResNetV1d,
+    ResNeXt,
+    SEResNet,
+    SEResNeXt,
+    VisionTransformer,
+)
 from mmpretrain.registry import MODELS
 from torch import nn
 
@@ -138,8 +146,10 @@ class ELAEfficientNet(HookedLayerAttentionMixin, EfficientNet):
                     groups.append((blocks, _width(block), stride))
                     stride = 1
                 blocks.append(block)
-        return [(HookedAttentionStage(blocks), channels, stride, defaults)
-                for blocks, channels, stride in groups]
+        return [
+            (HookedAttentionStage(blocks), channels, stride, defaults)
+            for blocks, channels, stride in groups
+        ]
 
 
 @MODELS.register_module()
@@ -167,8 +177,7 @@ class ELAVisionTransformer(HookedLayerAttentionMixin, VisionTransformer):
 
     def __init__(self, *args, layers_per_stage: int = 4, **kwargs) -> None:
         if layers_per_stage < 1:
-            raise ValueError(
-                f'layers_per_stage={layers_per_stage} is less than 1')
+            raise ValueError(f'layers_per_stage={layers_per_stage} is less than 1')
         self.layers_per_stage = layers_per_stage
         super().__init__(*args, **kwargs)
 
@@ -177,9 +186,15 @@ class ELAVisionTransformer(HookedLayerAttentionMixin, VisionTransformer):
         extra = self.num_extra_tokens if self.with_cls_token else 0
         defaults = dict(norm_cfg=None, value_act_cfg=dict(type='GELU'))
         layers, size = list(self.layers), self.layers_per_stage
-        return [(TokenAttentionStage(layers[i:i + size], resolution,
-                                     extra), self.embed_dims, 1, defaults)
-                for i in range(0, len(layers), size)]
+        return [
+            (
+                TokenAttentionStage(layers[i : i + size], resolution, extra),
+                self.embed_dims,
+                1,
+                defaults,
+            )
+            for i in range(0, len(layers), size)
+        ]
 
 
 class _PatchResolution:

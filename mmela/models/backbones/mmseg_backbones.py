@@ -77,25 +77,29 @@ class UNetResNet(ResNet):
         [(16, 64, 64), (32, 32, 32), (64, 16, 16), (128, 8, 8), (128, 8, 8)]
     """
 
-    def __init__(self,
-                 depth: int = 18,
-                 stem_channels: int = 16,
-                 stage_channels: Sequence[int] = (32, 64, 128, 128),
-                 strides: Sequence[int] = (2, 2, 2, 1),
-                 **kwargs) -> None:
+    def __init__(
+        self,
+        depth: int = 18,
+        stem_channels: int = 16,
+        stage_channels: Sequence[int] = (32, 64, 128, 128),
+        strides: Sequence[int] = (2, 2, 2, 1),
+        **kwargs,
+    ) -> None:
         if 'base_channels' in kwargs:
-            raise TypeError('base_channels has no effect on a UNetResNet; '
-                            'stage_channels gives the width of each stage')
+            raise TypeError(
+                'base_channels has no effect on a UNetResNet; '
+                'stage_channels gives the width of each stage'
+            )
         num_stages = kwargs.get('num_stages', 4)
-        for name, value in (('stage_channels', stage_channels),
-                            ('strides', strides)):
+        for name, value in (('stage_channels', stage_channels), ('strides', strides)):
             if len(value) != num_stages:
-                raise ValueError(f'{name}={tuple(value)} must have an entry '
-                                 f'for each of the {num_stages} stages')
+                raise ValueError(
+                    f'{name}={tuple(value)} must have an entry '
+                    f'for each of the {num_stages} stages'
+                )
         # The constructor of ResNet calls make_res_layer, which needs them.
         self.stage_channels = tuple(stage_channels)
-        super().__init__(
-            depth, stem_channels=stem_channels, strides=strides, **kwargs)
+        super().__init__(depth, stem_channels=stem_channels, strides=strides, **kwargs)
         self.feat_dim = self.stage_channels[-1] * self.block.expansion
 
     def _make_stem_layer(self, in_channels: int, stem_channels: int) -> None:
@@ -114,10 +118,7 @@ class UNetResNet(ResNet):
             before = self.stage_channels[stage - 1] * self.block.expansion
         else:
             before = self.stem_channels
-        return {
-            **kwargs, 'inplanes': before,
-            'planes': self.stage_channels[stage]
-        }
+        return {**kwargs, 'inplanes': before, 'planes': self.stage_channels[stage]}
 
     def make_res_layer(self, **kwargs) -> nn.Module:
         """Build the blocks of a stage."""

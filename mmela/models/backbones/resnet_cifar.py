@@ -39,21 +39,24 @@ class BottleneckResNet_CIFAR(ResNet_CIFAR):
         [(1, 256, 8, 8)]
     """
 
-    def __init__(self,
-                 depth: int,
-                 stem_channels: int = 16,
-                 base_channels: int = 16,
-                 num_stages: int = 3,
-                 strides: Sequence[int] = (1, 2, 2),
-                 dilations: Sequence[int] = (1, 1, 1),
-                 out_indices: Sequence[int] = (2, ),
-                 **kwargs) -> None:
+    def __init__(
+        self,
+        depth: int,
+        stem_channels: int = 16,
+        base_channels: int = 16,
+        num_stages: int = 3,
+        strides: Sequence[int] = (1, 2, 2),
+        dilations: Sequence[int] = (1, 1, 1),
+        out_indices: Sequence[int] = (2,),
+        **kwargs,
+    ) -> None:
         if depth < 11 or (depth - 2) % 9:
             raise ValueError(
                 f'depth={depth} is not 9n + 2 for n bottlenecks in each of 3 '
-                'stages; allowed are 11, 20, 29, ..., 56, ..., 110, ...')
+                'stages; allowed are 11, 20, 29, ..., 56, ..., 110, ...'
+            )
         # Where the parent looks up what a depth means
-        blocks = ((depth - 2) // 9, ) * num_stages
+        blocks = ((depth - 2) // 9,) * num_stages
         self.arch_settings = {depth: (Bottleneck, blocks)}
         super().__init__(
             depth,
@@ -63,4 +66,5 @@ class BottleneckResNet_CIFAR(ResNet_CIFAR):
             strides=strides,
             dilations=dilations,
             out_indices=out_indices,
-            **kwargs)
+            **kwargs,
+        )

@@ -22,18 +22,17 @@ class ForegroundDiceLoss(DiceLoss):
         **kwargs: All further arguments of ``mmseg.models.DiceLoss``.
     """
 
-    def __init__(self,
-                 naive_dice: bool = True,
-                 eps: float = 1.,
-                 **kwargs) -> None:
+    def __init__(self, naive_dice: bool = True, eps: float = 1.0, **kwargs) -> None:
         super().__init__(naive_dice=naive_dice, eps=eps, **kwargs)
 
-    def forward(self,
-                pred: Tensor,
-                target: Tensor,
-                weight: Optional[Tensor] = None,
-                ignore_index: Optional[int] = 255,
-                **kwargs) -> Tensor:
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        weight: Optional[Tensor] = None,
+        ignore_index: Optional[int] = 255,
+        **kwargs,
+    ) -> Tensor:
         """Compute the loss.
 
         Args:
@@ -53,8 +52,10 @@ class ForegroundDiceLoss(DiceLoss):
             ValueError: If ``pred`` does not have one channel.
         """
         if pred.shape[1] != 1:
-            raise ValueError('ForegroundDiceLoss needs a head with '
-                             f'out_channels=1, got {pred.shape[1]} channels')
+            raise ValueError(
+                'ForegroundDiceLoss needs a head with '
+                f'out_channels=1, got {pred.shape[1]} channels'
+            )
         target = target.unsqueeze(1)
         if ignore_index is not None:
             # A probability of 0 where the label is 0 adds to no sum.
@@ -62,5 +63,4 @@ class ForegroundDiceLoss(DiceLoss):
             pred = pred.masked_fill(ignored, float('-inf'))
             target = target.masked_fill(ignored, 0)
         # To DiceLoss, ignore_index is a channel to leave out.
-        return super().forward(
-            pred, target, weight, ignore_index=None, **kwargs)
+        return super().forward(pred, target, weight, ignore_index=None, **kwargs)

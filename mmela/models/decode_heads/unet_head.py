@@ -41,18 +41,20 @@ class UNetHead(BaseDecodeHead):
         ValueError: If the numbers of channels do not fit each other.
     """
 
-    def __init__(self,
-                 in_channels: Sequence[int] = (16, 32, 64, 128, 128),
-                 decoder_channels: Sequence[int] = (64, 32, 16, 16),
-                 norm_cfg: dict = dict(type='BN'),
-                 init_cfg: Optional[dict] = None,
-                 **kwargs) -> None:
-        if len(in_channels) < 2 or \
-                len(decoder_channels) != len(in_channels) - 1:
+    def __init__(
+        self,
+        in_channels: Sequence[int] = (16, 32, 64, 128, 128),
+        decoder_channels: Sequence[int] = (64, 32, 16, 16),
+        norm_cfg: dict = dict(type='BN'),
+        init_cfg: Optional[dict] = None,
+        **kwargs,
+    ) -> None:
+        if len(in_channels) < 2 or len(decoder_channels) != len(in_channels) - 1:
             raise ValueError(
                 f'decoder_channels={tuple(decoder_channels)} must have one '
                 f'entry less than in_channels={tuple(in_channels)}, which '
-                'must have two or more')
+                'must have two or more'
+            )
         super().__init__(
             tuple(in_channels),
             decoder_channels[-1],
@@ -60,13 +62,14 @@ class UNetHead(BaseDecodeHead):
             input_transform='multiple_select',
             norm_cfg=norm_cfg,
             init_cfg=init_cfg,
-            **kwargs)
+            **kwargs,
+        )
         self.steps = nn.ModuleList()
         below = in_channels[-1]
         for skip, out in zip(in_channels[-2::-1], decoder_channels):
             self.steps.append(
-                nn.Sequential(
-                    self._conv(skip + below, out), self._conv(out, out)))
+                nn.Sequential(self._conv(skip + below, out), self._conv(out, out))
+            )
             below = out
 
     def _conv(self, in_channels: int, out_channels: int) -> ConvModule:
@@ -77,7 +80,8 @@ class UNetHead(BaseDecodeHead):
             padding=1,
             conv_cfg=self.conv_cfg,
             norm_cfg=self.norm_cfg,
-            act_cfg=self.act_cfg)
+            act_cfg=self.act_cfg,
+        )
 
     def forward(self, inputs: Tuple[Tensor, ...]) -> Tensor:
         """Decode the feature maps into scores of the classes.
@@ -97,6 +101,7 @@ class UNetHead(BaseDecodeHead):
                     x,
                     size=skip.shape[2:],
                     mode='bilinear',
-                    align_corners=self.align_corners)
+                    align_corners=self.align_corners,
+                )
             x = step(torch.cat((skip, x), dim=1))
         return self.cls_seg(x)

@@ -37,32 +37,35 @@ def test_both_ways_to_name_it():
         assert type(build(name)).__module__.startswith('mmela.')
 
 
-@pytest.mark.parametrize('kwargs', [
-    dict(depth=18),
-    dict(depth=34),
-    dict(depth=101),
-    dict(depth=152),
-    dict(style='caffe', norm_cfg=dict(type='BN', requires_grad=False)),
-    dict(deep_stem=True, avg_down=True),
-    dict(dilations=(1, 1, 1, 2), strides=(1, 2, 2, 1)),
-    dict(out_indices=(1, 3)),
-    dict(
-        num_stages=3,
-        strides=(1, 2, 2),
-        dilations=(1, 1, 1),
-        out_indices=(0, 2)),
-    dict(norm_cfg=dict(type='GN', num_groups=2)),
-    dict(
-        plugins=[
-            dict(
-                cfg=dict(type='ContextBlock', ratio=1. / 4),
-                stages=(False, True, True, True),
-                position='after_conv3')
-        ]),
-    dict(
-        dcn=dict(type='DCN', deform_groups=1, fallback_on_stride=False),
-        stage_with_dcn=(False, True, True, True)),
-], ids=str)
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(depth=18),
+        dict(depth=34),
+        dict(depth=101),
+        dict(depth=152),
+        dict(style='caffe', norm_cfg=dict(type='BN', requires_grad=False)),
+        dict(deep_stem=True, avg_down=True),
+        dict(dilations=(1, 1, 1, 2), strides=(1, 2, 2, 1)),
+        dict(out_indices=(1, 3)),
+        dict(num_stages=3, strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(0, 2)),
+        dict(norm_cfg=dict(type='GN', num_groups=2)),
+        dict(
+            plugins=[
+                dict(
+                    cfg=dict(type='ContextBlock', ratio=1.0 / 4),
+                    stages=(False, True, True, True),
+                    position='after_conv3',
+                )
+            ]
+        ),
+        dict(
+            dcn=dict(type='DCN', deform_groups=1, fallback_on_stride=False),
+            stage_with_dcn=(False, True, True, True),
+        ),
+    ],
+    ids=str,
+)
 def test_arguments_of_resnet(kwargs):
     """Same feature shapes and keys as ResNet; every parameter gets a grad."""
     cfg = dict(depth=50, norm_eval=False, zero_init_residual=False)
@@ -73,9 +76,10 @@ def test_arguments_of_resnet(kwargs):
             type='ELAResNet',
             base_channels=8,
             layer_attention=dict(type='MRLABase', head_dim=8),
-            **copy.deepcopy(cfg)))
-    resnet = MODELS.build(
-        dict(type='ResNet', base_channels=8, **copy.deepcopy(cfg)))
+            **copy.deepcopy(cfg),
+        )
+    )
+    resnet = MODELS.build(dict(type='ResNet', base_channels=8, **copy.deepcopy(cfg)))
     x = torch.randn(2, 3, 129, 97)
     outs, expected = ela(x), resnet(x)
     assert [o.shape for o in outs] == [e.shape for e in expected]
@@ -149,8 +153,7 @@ def test_frozen_stages_freeze_the_attention():
 
 def test_kcla_after_a_frozen_stage():
     """The memory that it takes over has no gradient, and needs none."""
-    model = build(
-        frozen_stages=1, layer_attention=dict(type='KCLA', head_dim=8))
+    model = build(frozen_stages=1, layer_attention=dict(type='KCLA', head_dim=8))
     model(torch.randn(2, 3, 64, 64))[-1].square().mean().backward()
     for name, param in model.named_parameters():
         assert param.requires_grad == (param.grad is not None), name
@@ -171,9 +174,7 @@ def test_pruned_state_in_checkpoint(tmp_path):
 @pytest.mark.parametrize('layer_attention', ['MRLABase', dict(head_dim=8)])
 def test_bad_layer_attention(layer_attention):
     with pytest.raises(TypeError, match='layer_attention must be a dict'):
-        MODELS.build(
-            dict(
-                type='ELAResNet', depth=50, layer_attention=layer_attention))
+        MODELS.build(dict(type='ELAResNet', depth=50, layer_attention=layer_attention))
 
 
 def test_bad_head_dim():
@@ -183,12 +184,15 @@ def test_bad_head_dim():
 
 # Trainable parameters in millions: of MRLA-light as MRLA prints them (tables 2
 # and 3) and of ELA as ELA prints them (table 5).
-@pytest.mark.parametrize('config, light, ela', [
-    ('faster_rcnn/faster-rcnn_r50_ela_fpn_1x_coco.py', 41.70, 41.7),
-    ('faster_rcnn/faster-rcnn_r101_ela_fpn_1x_coco.py', 60.90, 60.9),
-    ('mask_rcnn/mask-rcnn_r50_ela_fpn_1x_coco.py', 44.34, 44.3),
-    ('mask_rcnn/mask-rcnn_r101_ela_fpn_1x_coco.py', 63.54, 63.5),
-])
+@pytest.mark.parametrize(
+    'config, light, ela',
+    [
+        ('faster_rcnn/faster-rcnn_r50_ela_fpn_1x_coco.py', 41.70, 41.7),
+        ('faster_rcnn/faster-rcnn_r101_ela_fpn_1x_coco.py', 60.90, 60.9),
+        ('mask_rcnn/mask-rcnn_r50_ela_fpn_1x_coco.py', 44.34, 44.3),
+        ('mask_rcnn/mask-rcnn_r101_ela_fpn_1x_coco.py', 63.54, 63.5),
+    ],
+)
 def test_trainable_parameters_of_detectors(config, light, ela, config_dir):
     cfg = Config.fromfile(config_dir / config)
     with DefaultScope.overwrite_default_scope('mmdet'):
@@ -197,7 +201,9 @@ def test_trainable_parameters_of_detectors(config, light, ela, config_dir):
     # MRLA-light has one parameter per channel more, lambda_o; stage 1 is
     # frozen.
     lambdas = sum(
-        block.layer_attn.channels for stage in range(2, 5)
-        for block in getattr(model.backbone, f'layer{stage}'))
+        block.layer_attn.channels
+        for stage in range(2, 5)
+        for block in getattr(model.backbone, f'layer{stage}')
+    )
     assert round((count + lambdas) / 1e6, 2) == light
     assert round(count / 1e6, 1) == ela

@@ -23,7 +23,8 @@ NARROW = dict(
     depth=50,
     stem_channels=8,
     base_channels=8,
-    layer_attention=dict(type='MRLABase', head_dim=8))
+    layer_attention=dict(type='MRLABase', head_dim=8),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -36,10 +37,13 @@ def quiet():
 def messages(monkeypatch):
     """What mmengine says about keys that do not match."""
     from mmengine.runner import checkpoint
+
     lines = []
-    monkeypatch.setattr(checkpoint, 'print_log',
-                        lambda msg, *args, **kwargs: lines.extend(
-                            str(msg).splitlines()))
+    monkeypatch.setattr(
+        checkpoint,
+        'print_log',
+        lambda msg, *args, **kwargs: lines.extend(str(msg).splitlines()),
+    )
     return lines
 
 
@@ -70,15 +74,19 @@ def test_cifar_depths(depth):
         dict(
             type='ELAResNet_CIFAR',
             depth=depth,
-            layer_attention=dict(type='MRLABase', head_dim=16)))
+            layer_attention=dict(type='MRLABase', head_dim=16),
+        )
+    )
     stages = [net.layer1, net.layer2, net.layer3]
     assert [len(s.attentions) for s in stages] == [(depth - 2) // 9] * 3
     assert [s.attentions[0].channels for s in stages] == [64, 128, 256]
     assert net(torch.rand(2, 3, 32, 32))[0].shape == (2, 256, 8, 8)
     # Convolutions and the classifier: that is what the depth counts.
     convs = [
-        m for n, m in net.named_modules()
-        if isinstance(m, torch.nn.Conv2d) and 'downsample' not in n
+        m
+        for n, m in net.named_modules()
+        if isinstance(m, torch.nn.Conv2d)
+        and 'downsample' not in n
         and 'layer_attn' not in n
     ]
     assert len(convs) + 1 == depth
@@ -99,41 +107,39 @@ def pruned_classifier(path):
             type='ImageClassifier',
             backbone=NARROW,
             neck=dict(type='GlobalAveragePooling'),
-            head=dict(type='LinearClsHead', num_classes=3, in_channels=256)))
+            head=dict(type='LinearClsHead', num_classes=3, in_channels=256),
+        )
+    )
     randomize(model)
-    model.backbone.layer3[2].layer_attn.attention_state = \
-        AttentionState.PRUNED
-    model.backbone.layer4[1].layer_attn.attention_state = \
-        AttentionState.VALUE_ONLY
-    save_checkpoint(
-        dict(state_dict=model.state_dict(), meta={}), str(path))
+    model.backbone.layer3[2].layer_attn.attention_state = AttentionState.PRUNED
+    model.backbone.layer4[1].layer_attn.attention_state = AttentionState.VALUE_ONLY
+    save_checkpoint(dict(state_dict=model.state_dict(), meta={}), str(path))
     return model
 
 
 @pytest.mark.parametrize('reset', [False, True])
-def test_classifier_checkpoint_in_a_detector(tmp_path, config_dir, reset,
-                                             messages):
+def test_classifier_checkpoint_in_a_detector(tmp_path, config_dir, reset, messages):
     pytest.importorskip('mmcv.ops', exc_type=ImportError)
     mmdet = pytest.importorskip('mmdet.registry').MODELS
     path = tmp_path / 'classifier.pth'
     classifier = pruned_classifier(path)
-    cfg = Config.fromfile(
-        config_dir / 'faster_rcnn/faster-rcnn_r50_ela_fpn_1x_coco.py')
+    cfg = Config.fromfile(config_dir / 'faster_rcnn/faster-rcnn_r50_ela_fpn_1x_coco.py')
     cfg.model.backbone.update(
-        {k: v
-         for k, v in NARROW.items() if k != 'type'},
+        {k: v for k, v in NARROW.items() if k != 'type'},
         reset_pruning=reset,
-        init_cfg=dict(
-            type='Pretrained', checkpoint=str(path), prefix='backbone.'))
+        init_cfg=dict(type='Pretrained', checkpoint=str(path), prefix='backbone.'),
+    )
     cfg.model.neck.in_channels = [32, 64, 128, 256]
     detector = mmdet.build(cfg.model)
 
     detector.backbone.init_weights()
-    assert not any(word in line for line in messages
-                   for word in ('missing', 'unexpected', 'mismatch'))
+    assert not any(
+        word in line
+        for line in messages
+        for word in ('missing', 'unexpected', 'mismatch')
+    )
 
-    expected, state = classifier.backbone.state_dict(
-    ), detector.backbone.state_dict()
+    expected, state = classifier.backbone.state_dict(), detector.backbone.state_dict()
     assert expected.keys() == state.keys()
     for key, value in expected.items():
         if reset and key.endswith('layer_attn.state'):
@@ -152,10 +158,8 @@ def test_classifier_checkpoint_in_a_detector(tmp_path, config_dir, reset,
         detector.backbone.eval()
         x = torch.randn(1, 3, 64, 64)
         torch.testing.assert_close(
-            detector.backbone(x)[-1],
-            classifier.backbone(x)[-1],
-            rtol=1e-4,
-            atol=1e-4)
+            detector.backbone(x)[-1], classifier.backbone(x)[-1], rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize('scope', ['mmpretrain', 'mmdet'])
@@ -163,6 +167,7 @@ def test_torchvision_checkpoint(scope, tmp_path, monkeypatch, messages):
     """By mmengine's code for torchvision://, with the download replaced."""
     models = pytest.importorskip('torchvision.models')
     from mmengine.runner import checkpoint as loading
+
     if scope == 'mmdet':
         pytest.importorskip('mmcv.ops', exc_type=ImportError)
     registry = pytest.importorskip(f'{scope}.registry').MODELS
@@ -181,12 +186,14 @@ def test_torchvision_checkpoint(scope, tmp_path, monkeypatch, messages):
         dict(
             type='ELAResNet',
             depth=50,
-            init_cfg=dict(
-                type='Pretrained', checkpoint='torchvision://resnet50')))
+            init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet50'),
+        )
+    )
     backbone.init_weights()
     assert len(urls) == 1 and 'resnet50' in urls[0]
     missing = [
-        key for line in messages
+        key
+        for line in messages
         if line.startswith('missing keys in source state_dict:')
         for key in line.partition(':')[2].replace(',', ' ').split()
     ]
@@ -195,8 +202,7 @@ def test_torchvision_checkpoint(scope, tmp_path, monkeypatch, messages):
     assert set(missing) == own - ignored
     unexpected = [line for line in messages if 'unexpected key' in line]
     # The classifier is not the backbone's
-    assert [u.partition(':')[2].strip() for u in unexpected
-            ] == ['fc.weight, fc.bias']
+    assert [u.partition(':')[2].strip() for u in unexpected] == ['fc.weight, fc.bias']
     state = backbone.state_dict()
     for key, value in source.state_dict().items():
         if not key.startswith('fc.'):
@@ -258,6 +264,7 @@ def test_without_mmdet_and_with_mmcv_lite(tmp_path):
     """Train, prune and evaluate a classifier where mmdet cannot be found."""
     import cv2
     import numpy as np
+
     rng = np.random.default_rng(0)
     for split in ('train', 'test'):
         for cls in 'abc':
@@ -266,17 +273,22 @@ def test_without_mmdet_and_with_mmcv_lite(tmp_path):
             for i in range(4):
                 cv2.imwrite(
                     str(folder / f'{i}.png'),
-                    rng.integers(0, 256, (32, 32, 3), np.uint8))
-    result = subprocess.run([
-        sys.executable, '-c', WITHOUT_MMDET,
-        str(tmp_path / 'run'),
-        str(tmp_path / 'data'),
-        str(ROOT)
-    ],
-                            capture_output=True,
-                            text=True,
-                            cwd=ROOT,
-                            timeout=300)
+                    rng.integers(0, 256, (32, 32, 3), np.uint8),
+                )
+    result = subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            WITHOUT_MMDET,
+            str(tmp_path / 'run'),
+            str(tmp_path / 'data'),
+            str(ROOT),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert 'pruned 1' in result.stdout
     assert (tmp_path / 'run' / 'pruning.json').is_file()

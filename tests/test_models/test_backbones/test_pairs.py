@@ -1,4 +1,5 @@
 """Every layer attention on every backbone."""
+
 import copy
 import itertools
 
@@ -6,10 +7,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmela.hooks import (NetworkKLMeter, decide, layer_attention_stages,
-                         prune)
-from mmela.layers import (AttentionState, HookedAttentionStage,
-                          LayerAttention)
+from mmela.hooks import NetworkKLMeter, decide, layer_attention_stages, prune
+from mmela.layers import AttentionState, HookedAttentionStage, LayerAttention
 from mmela.pruning import FixedCount
 from mmela.utils.slim import slim_config, slim_state_dict
 
@@ -26,53 +25,51 @@ REGNET = dict(w0=16, wa=16.0, wm=2.0, group_w=8, depth=9, bot_mul=1.0)
 MMPRETRAIN = {
     'ELAResNet': dict(NARROW, stem_channels=8, out_indices=(0, 2, 3)),
     'ELAResNetV1d': dict(NARROW, stem_channels=8),
-    'ELAResNeXt': dict(
-        NARROW, stem_channels=8, groups=4, width_per_group=16),
+    'ELAResNeXt': dict(NARROW, stem_channels=8, groups=4, width_per_group=16),
     'ELASEResNet': dict(NARROW, stem_channels=8, out_indices=(1, 3)),
-    'ELASEResNeXt': dict(
-        NARROW, stem_channels=8, groups=4, width_per_group=16),
+    'ELASEResNeXt': dict(NARROW, stem_channels=8, groups=4, width_per_group=16),
     'ELARes2Net': dict(
-        NARROW, stem_channels=8, base_width=4, scales=4, out_indices=(1, )),
+        NARROW, stem_channels=8, base_width=4, scales=4, out_indices=(1,)
+    ),
     'ELARegNet': dict(arch=REGNET, head_dim=8),
     'ELAResNet_CIFAR': dict(
-        depth=29, base_channels=8, stem_channels=8, head_dim=8,
-        out_indices=(0, 2)),
+        depth=29, base_channels=8, stem_channels=8, head_dim=8, out_indices=(0, 2)
+    ),
     'ELAEfficientNet': dict(
-        arch='b1', head_dim=8, out_indices=(3, 6), drop_path_rate=0.2),
+        arch='b1', head_dim=8, out_indices=(3, 6), drop_path_rate=0.2
+    ),
     'ELAVisionTransformer': dict(
-        arch=dict(
-            embed_dims=32, num_layers=6, num_heads=2, feedforward_channels=64),
+        arch=dict(embed_dims=32, num_layers=6, num_heads=2, feedforward_channels=64),
         layers_per_stage=3,
         img_size=64,
         out_type='featmap',
         out_indices=[2, 5],
         drop_path_rate=0.1,
-        head_dim=16),
+        head_dim=16,
+    ),
 }
 MMDET = {
     'ELAResNet': dict(NARROW, stem_channels=8, out_indices=(0, 2)),
     'ELAResNetV1d': dict(NARROW, stem_channels=8),
-    'ELAResNeXt': dict(
-        NARROW, stem_channels=8, groups=4, base_width=16),
+    'ELAResNeXt': dict(NARROW, stem_channels=8, groups=4, base_width=16),
     'ELARes2Net': dict(
-        NARROW, stem_channels=8, base_width=26, scales=4, norm_eval=False),
+        NARROW, stem_channels=8, base_width=26, scales=4, norm_eval=False
+    ),
     'ELARegNet': dict(arch=REGNET, head_dim=8),
     'ELAPyramidVisionTransformerV2': dict(
         embed_dims=8,
         num_layers=[2, 2, 2, 2],
         drop_path_rate=0.1,
         head_dim=8,
-        out_indices=(1, 3)),
+        out_indices=(1, 3),
+    ),
 }
 # Whose heads cannot share out the channels of the stage before
-NOT_DIVISIBLE = {
-    'ELAEfficientNet', 'ELARegNet', 'ELAPyramidVisionTransformerV2'
-}
+NOT_DIVISIBLE = {'ELAEfficientNet', 'ELARegNet', 'ELAPyramidVisionTransformerV2'}
 PAIRS = [
     pytest.param(scope, backbone, attention, id=f'{scope}-{backbone}-{name}')
     for scope, backbones in (('mmpretrain', MMPRETRAIN), ('mmdet', MMDET))
-    for backbone, (name, attention) in itertools.product(
-        backbones, ATTENTIONS.items())
+    for backbone, (name, attention) in itertools.product(backbones, ATTENTIONS.items())
 ]
 
 
@@ -90,15 +87,14 @@ def build(scope, backbone, attention):
         attention['cross_stage'] = False
     torch.manual_seed(0)
     return registry(scope).build(
-        dict(type=backbone, layer_attention=attention, **kwargs))
+        dict(type=backbone, layer_attention=attention, **kwargs)
+    )
 
 
 @pytest.mark.parametrize('scope, backbone, attention', PAIRS)
 def test_pair(scope, backbone, attention):
     model = build(scope, backbone, attention)
-    attentions = [
-        m for m in model.modules() if isinstance(m, LayerAttention)
-    ]
+    attentions = [m for m in model.modules() if isinstance(m, LayerAttention)]
     assert len(attentions) >= 6
     model.train()
 
@@ -106,14 +102,15 @@ def test_pair(scope, backbone, attention):
     size = (64, 64) if backbone == 'ELAVisionTransformer' else (65, 97)
     x = torch.randn(2, 3, *size)
     outs = model(x)
-    expected = getattr(model, 'out_indices')
+    expected = model.out_indices
     assert len(outs) == len(expected)
     assert all(o.size(0) == 2 and o.isfinite().all() for o in outs)
     # Parameters after the last output take no part
     last = max(expected)
     sum(o.square().mean() for o in outs).backward()
     used = [
-        (name, param) for name, param in model.named_parameters()
+        (name, param)
+        for name, param in model.named_parameters()
         if param.requires_grad and not _is_after(name, model, last)
     ]
     for name, param in used:
@@ -169,19 +166,23 @@ def _is_after(name, model, last):
     layers = getattr(model, 'res_layers', None)
     if layers is None:
         return False
-    return name.split('.')[0] in layers[last + 1:]
+    return name.split('.')[0] in layers[last + 1 :]
 
 
-@pytest.mark.parametrize('scope, backbone', [
-    (scope, backbone) for scope, backbones in (('mmpretrain', MMPRETRAIN),
-                                               ('mmdet', MMDET))
-    for backbone in backbones
-])
+@pytest.mark.parametrize(
+    'scope, backbone',
+    [
+        (scope, backbone)
+        for scope, backbones in (('mmpretrain', MMPRETRAIN), ('mmdet', MMDET))
+        for backbone in backbones
+    ],
+)
 def test_keys_of_the_toolbox_backbone(scope, backbone):
     """All keys but those of attentions are those of the toolbox's class."""
     model = build(scope, backbone, ATTENTIONS['MRLABase'])
     kwargs = copy.deepcopy(
-        dict(MMPRETRAIN if scope == 'mmpretrain' else MMDET)[backbone])
+        dict(MMPRETRAIN if scope == 'mmpretrain' else MMDET)[backbone]
+    )
     kwargs.pop('head_dim')
     kwargs.pop('layers_per_stage', None)
     name = backbone[3:]
@@ -198,7 +199,9 @@ def test_four_layers_of_a_transformer_form_a_stage():
         dict(
             type='ELAVisionTransformer',
             arch='deit-tiny',
-            layer_attention=dict(type='MRLABase', head_dim=16)))
+            layer_attention=dict(type='MRLABase', head_dim=16),
+        )
+    )
     assert [len(s.attentions) for s in model.layer_attn_stages] == [4, 4, 4]
     assert model.layer_attn_stages[0][0].layer_attn.num_heads == 12
 
@@ -210,15 +213,25 @@ def test_stages_of_efficientnet():
             type='ELAEfficientNet',
             arch='b0',
             drop_path_rate=0.2,
-            layer_attention=dict(type='MRLABase', head_dim=8)))
+            layer_attention=dict(type='MRLABase', head_dim=8),
+        )
+    )
     stages = model.layer_attn_stages
-    assert [[a.channels for a in s.attentions]
-            for s in stages] == [[24], [40], [80] * 2, [112] * 2, [192] * 3]
+    assert [[a.channels for a in s.attentions] for s in stages] == [
+        [24],
+        [40],
+        [80] * 2,
+        [112] * 2,
+        [192] * 3,
+    ]
     # The attention shares the probability of its block's stochastic depth
     for stage in stages:
         for name, slot in stage.named_children():
-            assert slot.layer_attn.drop_path.drop_prob == \
-                stage.blocks[int(name)].drop_path.drop_prob > 0
+            assert (
+                slot.layer_attn.drop_path.drop_prob
+                == stage.blocks[int(name)].drop_path.drop_prob
+                > 0
+            )
 
 
 def test_frozen_blocks_freeze_their_attention():
@@ -227,7 +240,9 @@ def test_frozen_blocks_freeze_their_attention():
             type='ELAEfficientNet',
             arch='b0',
             frozen_stages=3,
-            layer_attention=dict(type='MRLABase', head_dim=8)))
+            layer_attention=dict(type='MRLABase', head_dim=8),
+        )
+    )
     model.train()
     frozen = [
         not any(p.requires_grad for p in s.attentions[0].parameters())
@@ -239,15 +254,14 @@ def test_frozen_blocks_freeze_their_attention():
 
 def test_tokens_against_their_equations():
     """MRLA-light in a transformer (MRLA, algorithm 4), token by token."""
-    model = build('mmpretrain', 'ELAVisionTransformer',
-                  ATTENTIONS['MRLALight']).eval()
+    model = build('mmpretrain', 'ELAVisionTransformer', ATTENTIONS['MRLALight']).eval()
     stage = model.layer_attn_stages[0]
     seen = {}
     block = model.layers[0]
-    block.register_forward_pre_hook(
-        lambda m, args: seen.update(x=args[0].clone()))
+    block.register_forward_pre_hook(lambda m, args: seen.update(x=args[0].clone()))
     model.layers[1].register_forward_pre_hook(
-        lambda m, args: seen.update(out=args[0].clone()))
+        lambda m, args: seen.update(out=args[0].clone())
+    )
     with torch.no_grad():
         model(torch.randn(1, 3, 64, 64))
         x = seen['x']
@@ -266,13 +280,12 @@ def test_tokens_against_their_equations():
             gate = torch.sigmoid(q[head].dot(k[head]) / 4)
             patches = (gate * value[head]).flatten(1).T
             expected[1:, head] += patches + a.lambda_o[head] * before[1:, head]
-        torch.testing.assert_close(
-            seen['out'][0], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(seen['out'][0], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('backbone', [
-    'ELAResNet', 'ELARegNet', 'ELAEfficientNet', 'ELAVisionTransformer'
-])
+@pytest.mark.parametrize(
+    'backbone', ['ELAResNet', 'ELARegNet', 'ELAEfficientNet', 'ELAVisionTransformer']
+)
 def test_measure_prune_and_slim(backbone):
     """What the hook does and what comes after, on every kind of backbone."""
     model = build('mmpretrain', backbone, ATTENTIONS['MRLABase'])
@@ -300,15 +313,17 @@ def test_measure_prune_and_slim(backbone):
     kwargs = copy.deepcopy(MMPRETRAIN[backbone])
     cfg = Config(dict(model=dict(backbone=dict(type=backbone, **kwargs))))
     cfg.model.backbone.layer_attention = dict(
-        type='MRLABase', head_dim=cfg.model.backbone.pop('head_dim'))
-    slim = registry('mmpretrain').build(
-        slim_config(cfg, blocks).model.backbone)
+        type='MRLABase', head_dim=cfg.model.backbone.pop('head_dim')
+    )
+    slim = registry('mmpretrain').build(slim_config(cfg, blocks).model.backbone)
     slim.eval()
     slim.load_state_dict(
-        {k[len('backbone.'):]: v
-         for k, v in state.items()}, strict=True)
-    assert sum(isinstance(m, LayerAttention) for m in slim.modules()) == \
-        sum(len(s.attentions) for s in stages.values()) - 2
+        {k[len('backbone.') :]: v for k, v in state.items()}, strict=True
+    )
+    assert (
+        sum(isinstance(m, LayerAttention) for m in slim.modules())
+        == sum(len(s.attentions) for s in stages.values()) - 2
+    )
     with torch.no_grad():
         for out, e in zip(slim(x), expected):
             assert torch.equal(out, e)
