@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mmela.hooks import named_layer_attentions, prune
 from mmela.layers import AttentionState
 from mmela.utils.slim import slim_state_dict
-from tests.toy import toy_config, train
+from tests.helpers.toy import toy_config, train
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmcv.ops', exc_type=ImportError)

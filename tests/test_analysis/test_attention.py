@@ -19,7 +19,7 @@ from mmela.analysis.attention import (
 )
 from mmela.hooks import prune
 from mmela.layers import HookedAttentionStage, LayerAttentionStage
-from tests.toy import CHANNELS, ToyNetwork
+from tests.helpers.toy import CHANNELS, ToyNetwork
 
 EPS = 1e-8
 

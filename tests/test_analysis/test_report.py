@@ -22,7 +22,7 @@ from mmela.analysis import make_report, summarize
 from mmela.analysis.plots import _spread, policy_curve, threshold_divergence
 from mmela.analysis.run import Run
 from mmela.pruning import PRUNING_POLICIES
-from tests.toy import toy_config, train
+from tests.helpers.toy import toy_config, train
 
 TOOL = Path(__file__).resolve().parents[2] / 'tools/analysis/report.py'
 POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.2)

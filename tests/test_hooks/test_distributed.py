@@ -11,7 +11,7 @@ import torch.distributed
 import torch.multiprocessing
 
 from mmela.hooks import named_layer_attentions
-from tests.toy import toy_config, train
+from tests.helpers.toy import toy_config, train
 
 POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.9)
 HOOK = dict(windows=[(1, 1), (3, 3)], policy=POLICY)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mmela  # noqa: F401
-from tests.toy import toy_config
+from tests.helpers.toy import toy_config
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.9)
@@ -24,7 +24,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from tests.test_hooks.test_interruption import config
-from tests.toy import train
+from tests.helpers.toy import train
 
 work_dir, place, epoch = sys.argv[1], sys.argv[2], int(sys.argv[3])
 marker = work_dir + '.killed'

@@ -5,7 +5,7 @@ from scipy.stats import entropy
 
 from mmela.hooks import KLMeter
 from mmela.layers import AttentionState, LayerAttentionStage
-from tests.toy import CHANNELS, ResidualBlock
+from tests.helpers.toy import CHANNELS, ResidualBlock
 
 
 def make_stage(states=(0, 0, 0)):

@@ -10,7 +10,7 @@ from mmengine.registry import HOOKS
 from mmela.hooks import LayerAttentionPruningHook, named_layer_attentions
 from mmela.hooks.layer_attention_pruning_hook import format_speeds
 from mmela.layers import AttentionState
-from tests.toy import toy_config, train
+from tests.helpers.toy import toy_config, train
 
 POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.9)
 HOOK = dict(windows=[(1, 1), (3, 3)], policy=POLICY)

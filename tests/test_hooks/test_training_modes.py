@@ -9,7 +9,7 @@ from torch import nn
 
 from mmela.hooks import named_layer_attentions
 from mmela.layers import AttentionState
-from tests.toy import toy_config, train
+from tests.helpers.toy import toy_config, train
 
 POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.9)
 HOOK = dict(windows=[(1, 1), (3, 3)], policy=POLICY)
@@ -117,7 +117,7 @@ def test_frozen_stage(tmp_path):
 
 def test_sync_bn():
     """torch runs it on GPUs only; the conversion keeps the structure."""
-    from tests.toy import ToyNetwork
+    from tests.helpers.toy import ToyNetwork
 
     model = ToyNetwork(dict(type='MRLABase', head_dim=4))
     model.layer1[1].layer_attn.attention_state = AttentionState.PRUNED
@@ -132,7 +132,7 @@ def test_sync_bn():
 
 
 def test_compile_keeps_one_graph_and_recompiles_once_per_pruning():
-    from tests.toy import ToyNetwork
+    from tests.helpers.toy import ToyNetwork
 
     graphs = []
 

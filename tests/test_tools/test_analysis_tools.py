@@ -17,7 +17,7 @@ from mmela.analysis.inputs import evenly, find_images
 from mmela.hooks import prune
 from tests.test_analysis.test_attention_plots import SMALL, measurement
 from tests.test_analysis.test_report import Page, check_offline
-from tests.toy import toy_config, train
+from tests.helpers.toy import toy_config, train
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')

@@ -12,7 +12,7 @@ from mmela.utils.published import (
     map_published_keys,
     published_backbone,
 )
-from tests.published_networks import PublishedNetwork
+from tests.helpers.published_networks import PublishedNetwork
 
 TOOL = Path(__file__).resolve().parents[2] / 'tools/convert/published.py'
 IMAGENET = (3, 4, 6, 3)
