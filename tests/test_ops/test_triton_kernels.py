@@ -15,7 +15,7 @@ def test_cases():
     env = dict(os.environ)
     if not torch.cuda.is_available():
         env['TRITON_INTERPRET'] = '1'
-    cases = Path(__file__).with_name('triton_cases.py')
+    cases = Path(__file__).parents[1] / 'helpers' / 'triton_cases.py'
     result = subprocess.run(
         [sys.executable, '-m', 'pytest', '-q', '-rs', str(cases)],
         capture_output=True,
