@@ -8,9 +8,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn, no_grad, zeros
 
-from ..hooks import named_layer_attentions, prune
 from ..layers import AttentionState
-from .run import Run
+from ..structure import layer_attentions, prune
+from .work_dir import Run
 
 
 @dataclass
@@ -93,7 +93,7 @@ def used_parameters(backbone: nn.Module) -> int:
     """Parameters of a network without those of attentions pruned whole."""
     unused = sum(
         param.numel()
-        for attention in named_layer_attentions(backbone).values()
+        for attention in layer_attentions(backbone).values()
         if attention.attention_state == AttentionState.PRUNED
         for param in attention.parameters()
     )
@@ -132,7 +132,7 @@ def backbone_complexity(
 
 def _phases(run: Run, backbone: nn.Module, size: Tuple[int, int]) -> List[Complexity]:
     prefix = 'backbone.'
-    attentions = named_layer_attentions(backbone)
+    attentions = layer_attentions(backbone)
 
     def cost(label: str) -> Complexity:
         return Complexity(
@@ -142,16 +142,14 @@ def _phases(run: Run, backbone: nn.Module, size: Tuple[int, int]) -> List[Comple
             used_parameters(backbone),
         )
 
-    if not run.prunings:
+    if not run.decisions:
         return [cost('as configured')]
-    measured = {x['name'] for x in run.prunings[0]['layers']}
+    measured = {layer.name for layer in run.decisions[0].layers}
     # A run may start with a pruned network.
     prune(backbone, [n for n in attentions if prefix + n not in measured])
     costs = [cost('before pruning')]
-    for pruning in run.prunings:
-        names = [
-            name[len(prefix) :] for name in pruning['pruned'] if name.startswith(prefix)
-        ]
-        prune(backbone, names, run.hook.get('keep_value', False))
-        costs.append(cost(f'after {pruning["unit"]} {pruning["window"][1]}'))
+    for decision in run.decisions:
+        names = [n[len(prefix) :] for n in decision.pruned if n.startswith(prefix)]
+        prune(backbone, names, decision.keep_value)
+        costs.append(cost(f'after {decision.unit} {decision.window[1]}'))
     return costs

@@ -1,4 +1,4 @@
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
 from mmengine.model import Sequential
 from torch import Tensor, nn
@@ -71,6 +71,18 @@ class LayerAttentionStage(Sequential):
         """list[LayerAttention]: The layer attentions of the blocks, in order;
         pruned ones too."""
         return [b.layer_attn for b in self if hasattr(b, 'layer_attn')]
+
+    def named_attentions(self) -> Dict[str, LayerAttention]:
+        """Layer attentions by name within the stage, pruned ones too.
+
+        Returns:
+            dict[str, LayerAttention]: In order, e.g. ``0.layer_attn``.
+        """
+        return {
+            f'{name}.layer_attn': block.layer_attn
+            for name, block in self.named_children()
+            if hasattr(block, 'layer_attn')
+        }
 
     def attach(self, index: int, attention: LayerAttention) -> None:
         """Give a block its layer attention.

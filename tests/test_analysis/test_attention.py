@@ -17,8 +17,8 @@ from mmela.analysis.attention import (
     effective_contributions,
     hook_settings,
 )
-from mmela.hooks import prune
 from mmela.layers import HookedAttentionStage, LayerAttentionStage
+from mmela.structure import prune
 from tests.helpers.toy import CHANNELS, ToyNetwork
 
 EPS = 1e-8

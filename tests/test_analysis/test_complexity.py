@@ -12,8 +12,8 @@ from mmela.analysis.complexity import (
     input_size,
     used_parameters,
 )
-from mmela.analysis.run import Run
-from mmela.hooks import prune
+from mmela.analysis.work_dir import Run
+from mmela.structure import prune
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmcv.ops', exc_type=ImportError)

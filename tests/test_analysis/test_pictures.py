@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmela.analysis.run import Run
+from mmela.analysis.work_dir import Run
 from tests.test_analysis.test_attention_plots import measurement, stage
 from tests.test_analysis.test_report import make_work_dir, write_log
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmela.analysis.plots import _spread, policy_curve, threshold_divergence
 from PIL import Image
 from scipy.stats import beta
 
 from mmela.analysis import make_report, summarize
-from mmela.analysis.plots import _spread, policy_curve, threshold_divergence
-from mmela.analysis.run import Run
+from mmela.analysis.work_dir import Run
 from mmela.pruning import PRUNING_POLICIES
 from tests.helpers.toy import toy_config, train
 

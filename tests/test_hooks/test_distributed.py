@@ -1,6 +1,5 @@
 """Real runs of two processes over gloo."""
 
-import json
 import os
 import socket
 from pathlib import Path
@@ -10,11 +9,9 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-from mmela.hooks import named_layer_attentions
+from tests.helpers.runs import HOOK, POLICY, decisions, divergences, states
 from tests.helpers.toy import toy_config, train
 
-POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.9)
-HOOK = dict(windows=[(1, 1), (3, 3)], policy=POLICY)
 LONG = dict(windows=[(1, 3)], policy=POLICY)
 
 
@@ -130,10 +127,7 @@ def work(rank, root, port):
         )
         torch.save(
             dict(
-                state={
-                    key: int(a.attention_state)
-                    for key, a in named_layer_attentions(runner.model).items()
-                },
+                state={key: int(s) for key, s in states(runner.model).items()},
                 weights=runner.model.module.state_dict(),
                 moments=len(runner.optim_wrapper.optimizer.state),
                 trained=sum(p.requires_grad for p in runner.model.parameters()),
@@ -158,15 +152,6 @@ def ranks(root, name):
     return [torch.load(root / name / f'rank{rank}.pt') for rank in range(2)]
 
 
-def prunings(work_dir):
-    with open(f'{work_dir}/pruning.json') as file:
-        return json.load(file)['prunings']
-
-
-def kl_values(pruning):
-    return [x['kl'] for x in pruning['layers'] if x['kl'] is not None]
-
-
 @pytest.mark.parametrize('name', list(runs('')))
 def test_ranks_agree(root, name):
     """All ranks hold the same masks and weights and go on training."""
@@ -185,11 +170,11 @@ def test_same_as_one_process(root, tmp_path, name):
     """Two ranks with half the batch each train the same network."""
     runner = train(runs('')[name](tmp_path))
     found, _ = ranks(root, name)
-    pairs = list(zip(prunings(root / name), prunings(tmp_path)))
-    assert len(pairs) == len(prunings(tmp_path))
+    pairs = list(zip(decisions(root / name), decisions(tmp_path)))
+    assert len(pairs) == len(decisions(tmp_path))
     for two, one in pairs:
-        assert two['pruned'] == one['pruned']
-        assert kl_values(two) == pytest.approx(kl_values(one), rel=1e-4)
+        assert two.pruned == one.pruned
+        assert divergences(two) == pytest.approx(divergences(one), rel=1e-4)
     for key, value in runner.model.state_dict().items():
         torch.testing.assert_close(found['weights'][key], value, rtol=1e-4, atol=1e-6)
 
@@ -197,8 +182,8 @@ def test_same_as_one_process(root, tmp_path, name):
 def test_uneven_ranks_do_not_bias_the_mean(root, tmp_path):
     """All samples count the same: as one process that sees all at once."""
     train(uneven(tmp_path, batch_size=11))
-    (two,), (one,) = prunings(root / 'uneven'), prunings(tmp_path)
-    assert kl_values(two) == pytest.approx(kl_values(one), rel=1e-5)
+    (two,), (one,) = decisions(root / 'uneven'), decisions(tmp_path)
+    assert divergences(two) == pytest.approx(divergences(one), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -212,8 +197,8 @@ def test_uneven_ranks_do_not_bias_the_mean(root, tmp_path):
     ],
 )
 def test_resume_ends_as_uninterrupted(root, resumed, original):
-    for two, one in zip(prunings(root / resumed), prunings(root / original)):
-        assert two['pruned'] == one['pruned']
+    for two, one in zip(decisions(root / resumed), decisions(root / original)):
+        assert two.pruned == one.pruned
     found, expected = ranks(root, resumed)[0], ranks(root, original)[0]
     assert found['state'] == expected['state']
     for key, value in expected['weights'].items():

@@ -7,29 +7,24 @@ import torch
 from mmengine.hooks import EMAHook
 from mmengine.registry import HOOKS
 
-from mmela.hooks import LayerAttentionPruningHook, named_layer_attentions
-from mmela.hooks.layer_attention_pruning_hook import format_speeds
+from mmela.hooks import LayerAttentionPruningHook
 from mmela.layers import AttentionState
+from mmela.pruning import PruningReport
+from mmela.structure import layer_attentions
+from tests.helpers.runs import (
+    HOOK,
+    POLICY,
+    decisions,
+    divergences,
+    padded_kl,
+    pruned,
+    states,
+)
 from tests.helpers.toy import toy_config, train
-
-POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.9)
-HOOK = dict(windows=[(1, 1), (3, 3)], policy=POLICY)
-
-
-def states(model):
-    return {
-        name: attention.attention_state
-        for name, attention in named_layer_attentions(model).items()
-    }
-
-
-def pruned(model):
-    return [n for n, s in states(model).items() if s != AttentionState.ACTIVE]
 
 
 def report(runner):
-    with open(f'{runner.work_dir}/pruning.json') as file:
-        return json.load(file)
+    return PruningReport.read(f'{runner.work_dir}/pruning.json')
 
 
 @pytest.fixture(scope='module')
@@ -40,52 +35,50 @@ def run(tmp_path_factory):
 
 
 def test_prunes_in_both_windows(run):
-    first, second = report(run)['prunings']
-    assert first['window'] == [1, 1] and second['window'] == [3, 3]
-    assert first['pruned'] and second['pruned']
+    first, second = decisions(run.work_dir)
+    assert first.window == (1, 1) and second.window == (3, 3)
+    assert first.pruned and second.pruned
     # 12 samples in batches of 4
-    assert first['iteration'] == 3 and second['iteration'] == 9
-    assert len(first['layers']) == 8
-    assert [layer['name'] for layer in second['layers']] == first['active']
-    assert sorted(pruned(run.model)) == sorted(first['pruned'] + second['pruned'])
+    assert first.iteration == 3 and second.iteration == 9
+    assert len(first.layers) == 8
+    assert tuple(layer.name for layer in second.layers) == first.active
+    assert sorted(pruned(run.model)) == sorted(first.pruned + second.pruned)
 
 
 def test_report_says_why(run):
-    layers = report(run)['prunings'][0]['layers']
-    for layer in layers:
-        is_first = layer['name'].endswith('.0.layer_attn')
-        assert (layer['kl'] is None) == is_first
-        assert layer['stage'] in ('layer1', 'layer2')
-        assert layer['skip'] == (layer['mapped'] is not None and layer['mapped'] < 0.9)
-        assert layer['reason']
+    for layer in decisions(run.work_dir)[0].layers:
+        is_first = layer.name.endswith('.0.layer_attn')
+        assert (layer.divergence is None) == is_first
+        assert layer.stage in ('layer1', 'layer2')
+        assert layer.pruned == (layer.mapped is not None and layer.mapped < 0.9)
+        assert layer.reason
 
 
 def test_decision_is_that_of_the_policy_on_the_measured_kl(run):
     """The definition of EBQM by hand, on the KL values in the report."""
-    for pruning in report(run)['prunings']:
-        kl = [x['kl'] for x in pruning['layers'] if x['kl'] is not None]
-        kl = torch.tensor(kl, dtype=torch.double)
-        selected = kl[kl <= kl.quantile(0.5)]
+    for decision in decisions(run.work_dir):
+        kl = torch.tensor(divergences(decision), dtype=torch.double)
+        quantile = kl.quantile(0.5)
+        selected = kl[kl <= quantile]
         low, high = selected.min(), selected.max()
         x = (kl - low) / (high - low)
         cdf = 1 - (1 - x) ** 6 - 6 * x * (1 - x) ** 5
         skip = (x <= 1) & (cdf < 0.9)
-        assert skip.tolist() == [
-            layer['skip'] for layer in pruning['layers'] if layer['kl'] is not None
-        ]
+        measured = [x for x in decision.layers if x.divergence is not None]
+        assert skip.tolist() == [layer.pruned for layer in measured]
+        for layer in measured:
+            assert layer.quantile == pytest.approx(float(quantile))
 
 
 def test_kl_is_the_mean_over_the_window(tmp_path):
     """Against scores taken with other means, at a learning rate of 0."""
-    from tests.test_hooks.test_kl_meter import padded_kl
-
     runner = train(
         toy_config(
             tmp_path, dict(windows=[(2, 3)], policy=POLICY), lr=0.0, batch_size=12
         )
     )
-    (first,) = report(runner)['prunings']
-    for attention in named_layer_attentions(runner.model).values():
+    (first,) = decisions(runner.work_dir)
+    for attention in layer_attentions(runner.model).values():
         attention.attention_state = AttentionState.ACTIVE
     seen = {'layer1': [], 'layer2': []}
     for name in seen:
@@ -97,7 +90,7 @@ def test_kl_is_the_mean_over_the_window(tmp_path):
         probs = [s.double().softmax(-1).numpy() for s in scores[0]]
         expected.append(None)
         expected += [padded_kl(p, q).mean() for p, q in zip(probs, probs[1:])]
-    found = [layer['kl'] for layer in first['layers']]
+    found = [layer.divergence for layer in first.layers]
     assert [v is None for v in found] == [v is None for v in expected]
     found = [v for v in found if v is not None]
     expected = [v for v in expected if v is not None]
@@ -108,7 +101,7 @@ def test_nothing_is_measured_outside_the_windows(tmp_path):
     runner = train(
         toy_config(tmp_path, dict(windows=[(2, 2)], policy=POLICY), epochs=3)
     )
-    assert len(report(runner)['prunings']) == 1
+    assert len(decisions(runner.work_dir)) == 1
     assert runner.model.layer1.observer is None
 
 
@@ -123,7 +116,7 @@ def test_pruned_parameters_no_longer_change(run):
             assert torch.equal(after[key], final[key]), key
         elif key.endswith('conv.weight'):
             assert not torch.equal(after[key], final[key]), prefix
-    attentions = named_layer_attentions(run.model)
+    attentions = layer_attentions(run.model)
     for name in names:
         for param in attentions[name].parameters():
             assert param.grad is None
@@ -170,16 +163,16 @@ def test_load_from_takes_the_structure_but_no_history(run, tmp_path):
             load_from=f'{run.work_dir}/epoch_1.pth',
         )
     )
-    prunings = report(run)['prunings']
-    assert pruned(runner.model) == prunings[0]['pruned']
-    assert [p['pruned'] for p in report(runner)['prunings']] == [[]]
+    prunings = decisions(run.work_dir)
+    assert pruned(runner.model) == list(prunings[0].pruned)
+    assert [p.pruned for p in decisions(runner.work_dir)] == [()]
 
 
 def test_earlier_report_is_kept(run, tmp_path):
     path = tmp_path / 'pruning.json'
     path.write_text('{"earlier": 1}')
     train(toy_config(tmp_path, HOOK))
-    assert 'prunings' in json.loads(path.read_text())
+    assert decisions(tmp_path)
     (backup,) = tmp_path.glob('pruning_*.json')
     assert json.loads(backup.read_text()) == {'earlier': 1}
 
@@ -189,23 +182,23 @@ def test_scalars_reach_the_visualizer(run):
     with open(path) as file:
         scalars = [json.loads(line) for line in file]
     active = [s for s in scalars if 'layer_attention/active' in s]
-    prunings = report(run)['prunings']
+    prunings = decisions(run.work_dir)
     assert [s['layer_attention/active'] for s in active] == [8] + [
-        len(p['active']) for p in prunings
+        len(p.active) for p in prunings
     ]
     assert active[0]['step'] == 0
-    layer = prunings[0]['layers'][1]
-    assert active[1][f'layer_attention/kl/{layer["name"]}'] == pytest.approx(
-        layer['kl']
+    layer = prunings[0].layers[1]
+    assert active[1][f'layer_attention/kl/{layer.name}'] == pytest.approx(
+        layer.divergence
     )
     # Before, between and after the two prunings
     speeds = [s for s in scalars if 'layer_attention/step_time' in s]
     assert [s['step'] for s in speeds] == [
-        *(p['iteration'] for p in prunings),
+        *(p.iteration for p in prunings),
         run.iter,
     ]
     times = run.message_hub.get_scalar('train/time').data[0]
-    first = prunings[0]['iteration']
+    first = prunings[0].iteration
     assert speeds[0]['layer_attention/step_time'] == pytest.approx(
         np.median(times[:first])
     )
@@ -217,23 +210,17 @@ def test_divergences_are_logged_during_a_window(tmp_path, reduction):
     run = train(toy_config(tmp_path, hook))
     with open(f'{run._log_dir}/vis_data/scalars.json') as file:
         scalars = [json.loads(line) for line in file]
-    (pruning,) = report(run)['prunings']
-    layer = pruning['layers'][1]
-    key = f'layer_attention/kl/{layer["name"]}'
+    (pruning,) = decisions(run.work_dir)
+    layer = pruning.layers[1]
+    key = f'layer_attention/kl/{layer.name}'
     values = {s['step']: s[key] for s in scalars if key in s}
     # Epochs 2 and 3 of 3 iterations each
     assert list(values) == [4, 6, 8, 9]
-    assert values[9] == pytest.approx(layer['kl'])
+    assert values[9] == pytest.approx(layer.divergence)
     assert len(set(values.values())) > 2
     hook['log_interval'] = -1
     with pytest.raises(ValueError, match='log_interval=-1'):
         train(toy_config(tmp_path, hook))
-
-
-def test_format_speeds():
-    lines = format_speeds([(8, 0.5, 100), (6, 0.4, 50)]).splitlines()
-    cells = [[c.strip() for c in line.split('|')[1:-1]] for line in lines]
-    assert cells[2:] == [['8', '0.5', '+0.0 %', '100'], ['6', '0.4', '-20.0 %', '50']]
 
 
 def test_ema_model_has_the_same_structure_at_once(tmp_path):
@@ -260,7 +247,7 @@ def test_keep_value(tmp_path):
     for name in reversed(list(states(runner.model))):
         if name.endswith('.3.layer_attn'):
             kept = False  # the last of a stage
-        if name in report(runner)['prunings'][-1]['active']:
+        if name in decisions(runner.work_dir)[-1].active:
             expected[name], kept = AttentionState.ACTIVE, True
         else:
             expected[name] = (
@@ -286,11 +273,11 @@ def test_iteration_windows(tmp_path):
             ),
         )
     )
-    (record,) = report(runner)['prunings']
-    assert record['iteration'] == 4 and record['unit'] == 'iteration'
+    (record,) = decisions(runner.work_dir)
+    assert record.iteration == 4 and record.unit == 'iteration'
     saved = torch.load(tmp_path / 'iter_3.pth')['layer_attention_pruning']
     # Two iterations, the window's first and second, of 4 samples and 2 heads
-    assert saved['window']['sums']['layer1'][-1] == 2 * 4 * 2
+    assert saved['window']['sums']['sums']['layer1'][-1] == 2 * 4 * 2
 
 
 def test_kl_that_is_not_finite_is_an_error(tmp_path):

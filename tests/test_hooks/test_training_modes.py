@@ -2,26 +2,13 @@
 
 import pytest
 import torch
-from mmengine.model import is_model_wrapper
 from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import FlexibleRunner
 from torch import nn
 
-from mmela.hooks import named_layer_attentions
 from mmela.layers import AttentionState
+from tests.helpers.runs import HOOK, states
 from tests.helpers.toy import toy_config, train
-
-POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.9)
-HOOK = dict(windows=[(1, 1), (3, 3)], policy=POLICY)
-
-
-def states(model):
-    if is_model_wrapper(model):
-        model = model.module
-    return {
-        name: attention.attention_state
-        for name, attention in named_layer_attentions(model).items()
-    }
 
 
 @pytest.fixture(scope='module')

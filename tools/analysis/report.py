@@ -11,6 +11,8 @@ Example:
 import argparse
 
 from mmela.analysis import make_report, summarize
+from mmela.engine.tables import printable
+from mmela.utils.toolbox import one_line
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -32,7 +34,7 @@ def main(argv=None) -> None:
         report = make_report(args.work_dir, args.out)
         print(summarize(args.work_dir, report))
     except (OSError, ValueError) as error:
-        raise SystemExit(f'error: {error}')
+        raise SystemExit(f'error: {printable(one_line(error))}') from error
 
 
 if __name__ == '__main__':

@@ -48,11 +48,8 @@ from common import (
 from mmengine.utils import ProgressBar
 from networks import Contestant, add_network_options, complete_options
 
-from mmela.hooks import (
-    LayerAttentionPruningHook,
-    NetworkKLMeter,
-    layer_attention_stages,
-)
+from mmela.hooks import LayerAttentionPruningHook, NetworkKLMeter
+from mmela.structure import attention_stages
 
 WINDOW = (1, 1)
 TOOLBOXES = ('mmdet', 'mmpretrain')
@@ -99,14 +96,17 @@ def make_steps(contestant: Contestant, work_dir: str) -> Dict[str, Callable[[], 
         logger=logging.getLogger('hook_overhead'),
         visualizer=SimpleNamespace(add_scalars=lambda *args, **kwargs: None),
         message_hub=SimpleNamespace(log_scalars={}),
+        optim_wrapper=SimpleNamespace(optimizer=contestant.optimizer),
     )
 
     def with_hook(epoch: int) -> Callable[[], None]:
         hook = LayerAttentionPruningHook(windows=[WINDOW])
         hook.before_train(runner)
+        runner.epoch = epoch
+        hook.before_train_epoch(runner)
+        runner.epoch = 0
 
         def step() -> None:
-            runner.epoch = epoch
             hook.before_train_iter(runner, 0)
             contestant.step()
             hook.after_train_iter(runner, 0)
@@ -133,7 +133,7 @@ def measuring_times(
     Returns:
         list[float]: Seconds per step.
     """
-    stages = layer_attention_stages(contestant.model)
+    stages = attention_stages(contestant.model)
     scores = {}
     for name, stage in stages.items():
         stage.observer = partial(scores.__setitem__, name)

@@ -19,8 +19,9 @@ from mmengine.config import Config
 from torch import Tensor, nn
 from traffic import model_traffic
 
-from mmela.hooks import named_layer_attentions, prune
 from mmela.ops import BACKENDS
+from mmela.pruning import PruningDecision, PruningReport
+from mmela.structure import layer_attentions, prune
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -175,12 +176,17 @@ def read_mask(path: str) -> List[str]:
     """
     try:
         content = json.loads(Path(path).read_text())
-        if isinstance(content, dict) and 'prunings' in content:
-            if content.get('hook', {}).get('keep_value'):
-                raise ValueError('keep_value=True is not supported')
-            content = sum((p['pruned'] for p in content['prunings']), [])
-        elif isinstance(content, dict):
-            content = content['pruned']
+        if isinstance(content, dict) and 'hook' in content:
+            decisions = PruningReport.read(path).decisions
+        elif isinstance(content, dict) and 'format' in content:
+            decisions = [PruningDecision.from_dict(content)]
+        else:  # of version 0.1, or a list
+            decisions = []
+            content = content['pruned'] if isinstance(content, dict) else content
+        if any(decision.keep_value for decision in decisions):
+            raise ValueError('keep_value=True is not supported')
+        if decisions:
+            content = [name for decision in decisions for name in decision.pruned]
         if not isinstance(content, list) or not all(
             isinstance(name, str) for name in content
         ):
@@ -279,7 +285,7 @@ def prune_network(variant: str, model: nn.Module, args: argparse.Namespace) -> N
     """Prune the attentions of ``ela`` that the options name."""
     if variant.split(':')[0] != 'ela':
         return
-    names = list(named_layer_attentions(model))
+    names = list(layer_attentions(model))
     prune(
         model,
         half_mask(names) if args.prune is None else find_attentions(args.prune, names),
@@ -475,7 +481,7 @@ class Contestant:
             ``peak_bytes``; ``resident_bytes``, the part of it that is there
             before the step; ``traffic``, see :class:`traffic.Traffic`.
         """
-        attentions = named_layer_attentions(self.model)
+        attentions = layer_attentions(self.model)
         params = list(self.model.parameters())
         result = dict(
             parameters=sum(p.numel() for p in params),

@@ -7,9 +7,10 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmela.hooks import NetworkKLMeter, decide, layer_attention_stages, prune
+from mmela.hooks import NetworkKLMeter
 from mmela.layers import AttentionState, HookedAttentionStage, LayerAttention
 from mmela.pruning import FixedCount
+from mmela.structure import attention_stages, prune
 from mmela.utils.slim import slim_config, slim_state_dict
 
 ATTENTIONS = {
@@ -291,19 +292,18 @@ def test_measure_prune_and_slim(backbone):
     model = build('mmpretrain', backbone, ATTENTIONS['MRLABase'])
     model.eval()  # which returns None for a ResNet
     whole = torch.nn.ModuleDict(dict(backbone=model))
-    stages = layer_attention_stages(whole)
+    stages = attention_stages(whole)
     meter = NetworkKLMeter(stages, 'mean_kl', 1e-8)
     meter.attach()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         model(x)
     meter.detach()
-    kl = meter.compute()
-    assert {k: len(v) for k, v in kl.items()} == {
-        k: len(s.attentions) for k, s in stages.items()
-    }
-    rows = decide(stages, kl, FixedCount(count=2))
-    pruned = [row['name'] for row in rows if row['skip']]
+    decision = meter.decide(FixedCount(count=2))
+    assert [(x.name, x.stage) for x in decision.layers] == [
+        (f'{k}.{n}', k) for k, s in stages.items() for n in s.named_attentions()
+    ]
+    pruned = decision.pruned
     assert len(pruned) == 2
     prune(whole, pruned)
     with torch.no_grad():

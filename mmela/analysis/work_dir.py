@@ -1,3 +1,5 @@
+"""What a work directory holds of a run."""
+
 import ast
 import json
 import pickle
@@ -12,6 +14,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.utils import digit_version
 
 from ..layers import AttentionState
+from ..pruning import PruningDecision, PruningReport
 
 # In a state dict, but nothing that is trained
 _STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
@@ -83,7 +86,7 @@ class Run:
             by iteration in an iteration-based run.
         hook (dict | None): Arguments of the pruning hook, from
             ``pruning.json``; None without one.
-        prunings (list[dict]): Decisions of the pruning hook.
+        decisions (tuple[PruningDecision]): Decisions of the pruning hook.
         config_name (str): Name of the dumped config; empty without one.
         config (str): The dumped config.
         notes (list[str]): What a reader should know about the files.
@@ -117,7 +120,7 @@ class Run:
         if not self.training and not self.metrics:
             raise FileNotFoundError(f'{logs[-1]} holds no training loss and no metric')
         self._read_config()
-        self._read_prunings()
+        self._read_decisions()
 
     # -- logs --------------------------------------------------------------
 
@@ -252,19 +255,14 @@ class Run:
         if not configs:
             self.notes.append('There is no dumped config in the directory.')
 
-    def _read_prunings(self) -> None:
+    def _read_decisions(self) -> None:
         path = self.work_dir / 'pruning.json'
         self.hook: Optional[dict] = None
-        self.prunings: List[dict] = []
+        self.decisions: Tuple[PruningDecision, ...] = ()
         if not path.exists():
             return
-        try:
-            report = json.loads(path.read_text(encoding='utf-8'))
-            self.hook, self.prunings = report['hook'], report['prunings']
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path} is no report of the pruning hook: {error!r}'
-            ) from error
+        report = PruningReport.read(path)
+        self.hook, self.decisions = report.hook, report.decisions
         if self.config and 'LayerAttentionPruningHook' not in self.config:
             self.notes.append(
                 'The config names no LayerAttentionPruningHook: pruning.json '
@@ -296,7 +294,7 @@ class Run:
     @property
     def total_attentions(self) -> Optional[int]:
         """int | None: Active attentions before the first pruning."""
-        return len(self.prunings[0]['layers']) if self.prunings else None
+        return len(self.decisions[0].layers) if self.decisions else None
 
     def step_times(self) -> List[StepTime]:
         """Measure the training speed between the prunings.
@@ -305,10 +303,10 @@ class Run:
             list[StepTime]: From the start to the first pruning, from there to
             the next, and so on to the end.
         """
-        bounds = [0] + [p['iteration'] for p in self.prunings]
+        bounds = [0] + [decision.iteration for decision in self.decisions]
         bounds.append(max([*self.training, *bounds]))
         active = [self.total_attentions]
-        active += [len(p['active']) for p in self.prunings]
+        active += [len(decision.active) for decision in self.decisions]
         times = []
         for start, end, number in zip(bounds, bounds[1:], active):
             records = [

@@ -4,7 +4,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
-from mmela.utils.data_root import DataRootRunner, set_data_root
+from mmela.engine.data_root import DataRootRunner, set_data_root
 
 TEXT = """
 data_root = 'data/here/'
