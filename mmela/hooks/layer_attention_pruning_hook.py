@@ -111,7 +111,13 @@ class LayerAttentionPruningHook(Hook):
             reduction=reduction,
             eps=eps,
         )
-        json.dumps(self.settings)  # better now than when a window ends
+        try:
+            json.dumps(self.settings)
+        except TypeError as error:  # better now than when a window ends
+            raise ValueError(
+                f'policy={self.settings["policy"]} cannot be written to pruning.json: '
+                f'its attributes must be plain values ({error})'
+            ) from error
         self.history: List[PruningDecision] = []
         self._open: Optional[Measurement] = None
         self._loaded: Optional[dict] = None  # of a checkpoint

@@ -41,3 +41,8 @@ def padded_kl(p, q, eps=1e-8):
     head, rest = np.split(q, [p.shape[-1]], axis=-1)
     kl = entropy(p, head, axis=-1) - np.log(head.sum(-1))
     return kl + (eps * np.log(eps / rest)).sum(-1)
+
+
+def log_of(runner):
+    """What a run has logged."""
+    return ''.join(p.read_text() for p in Path(runner._log_dir).glob('*.log'))

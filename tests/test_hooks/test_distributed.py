@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from tests.helpers.runs import HOOK, POLICY, decisions, divergences, states
 from tests.helpers.toy import toy_config, train
@@ -77,6 +80,28 @@ def flexible(work_dir, model_wrapper_cfg, **kwargs):
     )
 
 
+@HOOKS.register_module()
+class CommunicationHook(Hook):
+    """Registers a communication hook that counts its calls in each epoch."""
+
+    def before_train(self, runner):
+        self.calls = [0] * runner.max_epochs
+        runner.model.register_comm_hook(self, CommunicationHook.reduce)
+
+    def before_train_epoch(self, runner):
+        self.epoch = runner.epoch
+
+    def reduce(self, bucket):
+        self.calls[self.epoch] += 1
+        return allreduce_hook(None, bucket)
+
+
+def communication_hook(work_dir, **kwargs):
+    cfg = whole(work_dir, **kwargs)
+    cfg.custom_hooks.append(dict(type='CommunicationHook'))
+    return cfg
+
+
 def resume(make, checkpoint):
 
     def made(work_dir, **kwargs):
@@ -93,6 +118,7 @@ def runs(root):
         keep_value=keep_value,
         iterations=iterations,
         flexible=flexible,
+        communication_hook=communication_hook,
         fine_tuned=fine_tuned,
         in_window=in_window,
         whole_resumed=resume(whole, f'{root}/whole/epoch_2.pth'),
@@ -128,6 +154,9 @@ def work(rank, root, port):
         torch.save(
             dict(
                 state={key: int(s) for key, s in states(runner.model).items()},
+                calls=[
+                    h.calls for h in runner.hooks if isinstance(h, CommunicationHook)
+                ],
                 weights=runner.model.module.state_dict(),
                 moments=len(runner.optim_wrapper.optimizer.state),
                 trained=sum(p.requires_grad for p in runner.model.parameters()),
@@ -191,6 +220,7 @@ def test_uneven_ranks_do_not_bias_the_mean(root, tmp_path):
     [
         ('whole_resumed', 'whole'),
         ('flexible', 'whole'),
+        ('communication_hook', 'whole'),
         ('in_window_resumed', 'in_window'),
         ('one_to_two', 'in_window'),
         ('iterations_resumed', 'iterations'),
@@ -203,6 +233,13 @@ def test_resume_ends_as_uninterrupted(root, resumed, original):
     assert found['state'] == expected['state']
     for key, value in expected['weights'].items():
         torch.testing.assert_close(found['weights'][key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_communication_hooks_survive(root):
+    """One reduction or more in each of the 3 iterations of all epochs."""
+    for rank in ranks(root, 'communication_hook'):
+        (calls,) = rank['calls']
+        assert min(calls) >= 3
 
 
 def test_fine_tuning_keeps_the_structure(root):

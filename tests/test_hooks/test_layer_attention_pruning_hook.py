@@ -1,26 +1,29 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from mmengine.hooks import EMAHook
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, MODELS
 
 from mmela.hooks import LayerAttentionPruningHook
 from mmela.layers import AttentionState
-from mmela.pruning import PruningReport
+from mmela.pruning import PRUNING_POLICIES, FixedCount, PruningReport
 from mmela.structure import layer_attentions
 from tests.helpers.runs import (
     HOOK,
     POLICY,
     decisions,
     divergences,
+    log_of,
     padded_kl,
     pruned,
     states,
 )
-from tests.helpers.toy import toy_config, train
+from tests.helpers.toy import ToyNetwork, toy_config, train
 
 
 def report(runner):
@@ -286,6 +289,71 @@ def test_kl_that_is_not_finite_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r'layer[12]\.\d\.layer_attn'):
         train(cfg)
     assert not (tmp_path / 'pruning.json').exists()
+
+
+@MODELS.register_module()
+class HalfUsedNetwork(ToyNetwork):
+    """Its second stage never runs."""
+
+    def forward(self, inputs, target, mode='tensor'):
+        out = self.head(self.layer1(inputs).mean((2, 3)))[:, 0]
+        return dict(loss=F.mse_loss(out, target))
+
+
+def test_stage_that_never_runs_is_kept(tmp_path):
+    cfg = toy_config(tmp_path, HOOK)
+    cfg.model.type = 'HalfUsedNetwork'
+    runner = train(cfg)
+    assert 'layer2 has not run in window (1, 1)' in log_of(runner)
+    assert 'diverged' not in log_of(runner)
+    assert pruned(runner.model)
+    assert all(name.startswith('layer1') for name in pruned(runner.model))
+    unmeasured = [x for x in decisions(tmp_path)[0].layers if x.divergence is None]
+    assert [x.name for x in unmeasured] == [
+        'layer1.0.layer_attn',
+        *(f'layer2.{i}.layer_attn' for i in range(4)),
+    ]
+
+
+@PRUNING_POLICIES.register_module()
+class Wordy(FixedCount):
+    """Gives reasons that a terminal could take for markup."""
+
+    def __call__(self, *args):
+        return tuple(replace(x, reason='[/0.1, 0.2]') for x in super().__call__(*args))
+
+
+def test_reason_with_markup(tmp_path):
+    policy = dict(type='Wordy', count=1)
+    runner = train(toy_config(tmp_path, dict(HOOK, policy=policy), log_level='INFO'))
+    assert len(pruned(runner.model)) == 2
+    assert log_of(runner).count('[/0.1, 0.2]') == 14  # all but one, the second time
+    assert decisions(tmp_path)[0].layers[0].reason == '[/0.1, 0.2]'
+
+
+def test_report_is_written_before_the_log(tmp_path, monkeypatch):
+    """Whatever a user's visualizer or terminal does with it."""
+
+    def fail(self, runner, decision):
+        raise RuntimeError('no terminal')
+
+    monkeypatch.setattr(LayerAttentionPruningHook, '_log', fail)
+    with pytest.raises(RuntimeError, match='no terminal'):
+        train(toy_config(tmp_path, HOOK))
+    assert decisions(tmp_path)[0].pruned
+
+
+def test_policy_whose_config_cannot_be_kept(tmp_path):
+    """Said before training, not as the first window ends."""
+
+    @PRUNING_POLICIES.register_module(force=True)
+    class Opaque(FixedCount):
+        def __init__(self, **kwargs):
+            super().__init__(count=1, **kwargs)
+            self.secret = object()
+
+    with pytest.raises(ValueError, match="policy.*'Opaque'.*plain values"):
+        LayerAttentionPruningHook([(1, 1)], policy=dict(type='Opaque'))
 
 
 @pytest.mark.parametrize(

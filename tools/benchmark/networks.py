@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from traffic import model_traffic
 
 from mmela.ops import BACKENDS
-from mmela.pruning import PruningDecision, PruningReport
+from mmela.pruning import PruningReport
 from mmela.structure import layer_attentions, prune
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,15 +178,11 @@ def read_mask(path: str) -> List[str]:
         content = json.loads(Path(path).read_text())
         if isinstance(content, dict) and 'hook' in content:
             decisions = PruningReport.read(path).decisions
-        elif isinstance(content, dict) and 'format' in content:
-            decisions = [PruningDecision.from_dict(content)]
-        else:  # of version 0.1, or a list
-            decisions = []
-            content = content['pruned'] if isinstance(content, dict) else content
-        if any(decision.keep_value for decision in decisions):
-            raise ValueError('keep_value=True is not supported')
-        if decisions:
+            if any(decision.keep_value for decision in decisions):
+                raise ValueError('keep_value=True is not supported')
             content = [name for decision in decisions for name in decision.pruned]
+        elif isinstance(content, dict):
+            content = content['pruned']
         if not isinstance(content, list) or not all(
             isinstance(name, str) for name in content
         ):

@@ -124,7 +124,7 @@ def main(argv=None) -> None:
     meta = checkpoint.get('meta', {})
     torch.save(dict(meta=meta, state_dict=model.to('cpu').state_dict()), out)
     report = out.with_suffix('.json')
-    content = dict(format=FORMAT, **decision.to_dict())
+    content = dict(format=FORMAT, pruned=decision.pruned, **decision.to_dict())
     report.write_text(json.dumps(content, indent=2))
     print(
         f'{len(decision.layers)} -> {len(decision.active)} active attentions, '

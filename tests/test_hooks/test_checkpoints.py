@@ -1,0 +1,181 @@
+"""Windows go on from a checkpoint saved at any time, by whomever.
+
+With a learning rate of 0 the divergences depend on the data alone: those of a
+resumed run are those of a whole one only if each batch was measured once.
+"""
+
+import pytest
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from tests.helpers.runs import HOOK, POLICY, decisions, divergences, log_of, states
+from tests.helpers.toy import toy_config, train
+
+LONG = dict(windows=[(1, 3)], policy=POLICY)
+STEPS = dict(windows=[(2, 5)], policy=POLICY, by_epoch=False)
+BY_ITER = dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1))
+
+
+@HOOKS.register_module()
+class Saver(Hook):
+    """Saves as a user's own hook does."""
+
+    def __init__(self, at, when='after_train_iter', order='LOW', **kwargs):
+        self.priority = order
+        self.at, self.kwargs = at, kwargs
+        setattr(self, when, self.save)
+
+    def save(self, runner, *args, **kwargs):
+        if runner.iter == self.at:
+            runner.save_checkpoint(runner.work_dir, 'mine.pth', **self.kwargs)
+
+
+def still(work_dir, hook, saver=None, iterations=False, **kwargs):
+    """Config of a run in which no weight changes, of 3 iterations an epoch."""
+    if iterations:
+        kwargs.update(
+            train_cfg=dict(by_epoch=False, max_iters=7), default_hooks=BY_ITER
+        )
+    cfg = toy_config(work_dir, hook, lr=0.0, norm_eval=True, **kwargs)
+    if saver:
+        cfg.custom_hooks.append(dict(type='Saver', **saver))
+    return cfg
+
+
+def resume(cfg, path):
+    return train(cfg, load_from=str(path), resume=True)
+
+
+def assert_same_decisions(found, expected):
+    found, expected = decisions(found), decisions(expected)
+    assert [d.window for d in found] == [d.window for d in expected]
+    for one, other in zip(found, expected):
+        assert one.pruned == other.pruned
+        assert divergences(one) == pytest.approx(divergences(other), rel=1e-9)
+
+
+@pytest.mark.parametrize('epoch', [1, 2, 3])
+@pytest.mark.parametrize('hook', [HOOK, LONG])
+def test_resumed_by_the_runners_method(tmp_path, hook, epoch):
+    """History and an open window, without ``resume=True`` in the config."""
+    whole = train(toy_config(tmp_path / 'whole', hook))
+    runner = Runner.from_cfg(toy_config(tmp_path / 'resumed', hook))
+    runner.resume(f'{whole.work_dir}/epoch_{epoch}.pth')
+    runner.train()
+    assert states(runner.model) == states(whole.model)
+    assert decisions(runner.work_dir) == decisions(whole.work_dir)
+
+
+@pytest.mark.parametrize('order', ['VERY_HIGH', 'LOW'])
+@pytest.mark.parametrize('by_epoch', [True, False])
+@pytest.mark.parametrize('at', [0, 1, 3, 4, 5])
+def test_users_checkpoint_in_an_iteration_window(tmp_path, at, by_epoch, order):
+    """``by_epoch=True``, the default, resumes one iteration earlier."""
+    saver = dict(at=at, by_epoch=by_epoch, order=order)
+    train(still(tmp_path / 'whole', STEPS, saver, iterations=True))
+    resume(
+        still(tmp_path / 'resumed', STEPS, iterations=True),
+        tmp_path / 'whole' / 'mine.pth',
+    )
+    assert_same_decisions(tmp_path / 'resumed', tmp_path / 'whole')
+
+
+@pytest.mark.parametrize('iteration', [1, 2, 4, 5, 8])
+def test_epochs_resumed_from_an_iteration(tmp_path, iteration):
+    """mmengine does the epoch again: it is measured once all the same."""
+    whole = train(still(tmp_path / 'whole', LONG, default_hooks=BY_ITER))
+    assert 'start of its epoch' in log_of(whole)
+    resume(
+        still(tmp_path / 'resumed', LONG), tmp_path / 'whole' / f'iter_{iteration}.pth'
+    )
+    assert_same_decisions(tmp_path / 'resumed', tmp_path / 'whole')
+
+
+@pytest.mark.parametrize('epoch', [1, 2, 3])
+def test_users_checkpoint_after_an_epoch(tmp_path, epoch):
+    """At the end of the window, even before the hook has decided."""
+    saver = dict(at=3 * epoch, when='after_train_epoch', order='VERY_HIGH')
+    train(still(tmp_path / 'whole', LONG, saver))
+    resume(still(tmp_path / 'resumed', LONG), tmp_path / 'whole' / 'mine.pth')
+    assert_same_decisions(tmp_path / 'resumed', tmp_path / 'whole')
+
+
+def test_best_checkpoint_between_epochs(tmp_path):
+    """Saved by validation, when the epoch counts as done."""
+    cfg = still(tmp_path / 'whole', LONG)
+    validation = dict(
+        val_dataloader=dict(
+            cfg.train_dataloader, sampler=dict(type='DefaultSampler', shuffle=False)
+        ),
+        val_cfg=dict(),
+        val_evaluator=dict(type='ToyMetric'),
+        default_hooks=dict(
+            checkpoint=dict(type='CheckpointHook', save_best='mean', rule='greater')
+        ),
+    )
+    train(cfg, **validation)
+    (best,) = (tmp_path / 'whole').glob('best_mean_epoch_1.pth')
+    resume(still(tmp_path / 'resumed', LONG), best)
+    assert_same_decisions(tmp_path / 'resumed', tmp_path / 'whole')
+
+
+def test_sums_of_another_point_are_dropped(tmp_path):
+    """As where a user gives the checkpoint a count of their own."""
+    saver = dict(at=3, by_epoch=False, meta=dict(iter=2))
+    train(still(tmp_path / 'whole', STEPS, saver, iterations=True))
+    runner = resume(
+        still(tmp_path / 'resumed', STEPS, iterations=True),
+        tmp_path / 'whole' / 'mine.pth',
+    )
+    assert 'stand after iteration 4 and the run after 2: they are dropped' in log_of(
+        runner
+    )
+    assert 'measured from 3 on' in log_of(runner)
+
+
+@pytest.mark.parametrize(
+    'change, match',
+    [
+        (dict(head_dim=2), 'head_dim=4.*head_dim=2'),
+        (dict(hook=dict(LONG, eps=1e-6)), 'eps=1e-08.*eps=1e-06'),
+        (dict(hook=dict(LONG, reduction='mean_distribution')), 'reduction=mean_kl'),
+    ],
+)
+def test_a_window_is_not_resumed_with_other_settings(tmp_path, change, match):
+    train(toy_config(tmp_path / 'whole', LONG))
+    cfg = toy_config(tmp_path / 'resumed', **dict(dict(hook=LONG), **change))
+    with pytest.raises(ValueError, match=match):
+        resume(cfg, tmp_path / 'whole' / 'epoch_2.pth')
+    # Outside of the window they may change.
+    hook = dict(windows=[(4, 4)], policy=POLICY, eps=1e-6)
+    resume(toy_config(tmp_path / 'later', hook), tmp_path / 'whole' / 'epoch_3.pth')
+    assert [d.eps for d in decisions(tmp_path / 'later')] == [1e-8, 1e-6]
+
+
+def test_another_policy_after_a_resume(tmp_path):
+    """Each decision keeps the policy that took it."""
+    train(toy_config(tmp_path / 'whole', HOOK))
+    hook = dict(HOOK, policy=dict(type='FixedCount', count=1))
+    resume(toy_config(tmp_path / 'resumed', hook), tmp_path / 'whole' / 'epoch_2.pth')
+    first, second = decisions(tmp_path / 'resumed')
+    assert first == decisions(tmp_path / 'whole')[0]
+    assert first.policy['type'] == 'EBQM' and second.policy['type'] == 'FixedCount'
+    assert len(second.pruned) == 1
+
+
+def test_only_checkpoint_warns(tmp_path):
+    hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1))
+    runner = train(toy_config(tmp_path, HOOK, default_hooks=hooks))
+    assert 'max_keep_ckpts=1: mmengine removes' in log_of(runner)
+
+
+@pytest.mark.parametrize('windows, rest', [([(1, 1)], True), ([(1, 1), (4, 4)], False)])
+def test_past_windows_warn(tmp_path, windows, rest):
+    train(toy_config(tmp_path / 'plain'))
+    hook = dict(HOOK, windows=windows)
+    runner = resume(
+        toy_config(tmp_path / 'resumed', hook), tmp_path / 'plain' / 'epoch_2.pth'
+    )
+    assert 'Windows [(1, 1)] are past without a decision' in log_of(runner)
+    assert ('no window is left' in log_of(runner)) == rest
