@@ -1,12 +1,11 @@
-"""Finds, names and prunes the layer attentions of a model."""
+"""The layer attentions of a model: where they are, and pruning them."""
 
 from typing import Dict, Iterable, Sequence
 
 from mmengine.model import is_model_wrapper
 from torch import nn
 
-from .layers import AttentionState, LayerAttention
-from .layers import LayerAttentionStage as AttentionStage
+from .layers import AttentionStage, AttentionState, LayerAttention
 
 
 def attention_stages(model: nn.Module) -> Dict[str, AttentionStage]:
@@ -29,7 +28,7 @@ def attention_stages(model: nn.Module) -> Dict[str, AttentionStage]:
 
 
 def layer_attentions(model: nn.Module) -> Dict[str, LayerAttention]:
-    """Layer attentions of a model.
+    """Layer attentions of a model, pruned ones too.
 
     Args:
         model (nn.Module): A model, wrapped for distributed training or not.
@@ -39,7 +38,7 @@ def layer_attentions(model: nn.Module) -> Dict[str, LayerAttention]:
         e.g. ``backbone.layer1.0.layer_attn``.
     """
     return {
-        f'{stage_name}.{name}': attention
+        f'{stage_name}.{name}' if stage_name else name: attention
         for stage_name, stage in attention_stages(model).items()
         for name, attention in stage.named_attentions().items()
     }

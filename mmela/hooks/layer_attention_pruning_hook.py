@@ -20,7 +20,7 @@ from .windows import Window, check_run, check_windows
 CHECKPOINT_KEY = 'layer_attention_pruning'
 
 
-@HOOKS.register_module(force=True)  # instead of its placeholder
+@HOOKS.register_module()
 class LayerAttentionPruningHook(Hook):
     """Prune redundant layer attentions while a network trains (ELA).
 

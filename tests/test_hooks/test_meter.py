@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mmela.hooks import KLMeter, NetworkKLMeter
-from mmela.layers import AttentionState, LayerAttentionStage
+from mmela.layers import AttentionState, SequentialAttentionStage
 from mmela.pruning import EBQM
 from tests.helpers.runs import padded_kl
 from tests.helpers.toy import CHANNELS, ResidualBlock
@@ -10,7 +10,7 @@ from tests.helpers.toy import CHANNELS, ResidualBlock
 
 def make_stage(states=(0, 0, 0), head_dim=4):
     torch.manual_seed(0)
-    stage = LayerAttentionStage(
+    stage = SequentialAttentionStage(
         *[ResidualBlock(dict(type='MRLABase', head_dim=head_dim)) for _ in states]
     )
     for attention, state in zip(stage.attentions, states):

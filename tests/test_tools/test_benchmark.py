@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmela.layers import AttentionState, LayerAttentionStage, MRLABase, MRLALight
+from mmela.layers import AttentionState, MRLABase, MRLALight, SequentialAttentionStage
 from mmela.pruning import LayerDecision, PruningDecision
 from mmela.structure import layer_attentions
 from tests.helpers.work_dirs import write_decisions
@@ -92,7 +92,7 @@ def options(bench, *args):
 
 def stage_of(cls, depth, channels=8, **kwargs):
     torch.manual_seed(0)
-    stage = LayerAttentionStage(*(nn.Identity() for _ in range(depth)))
+    stage = SequentialAttentionStage(*(nn.Identity() for _ in range(depth)))
     for i in range(depth):
         stage.attach(i, cls(channels, head_dim=4, **kwargs))
     return stage

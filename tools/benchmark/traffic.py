@@ -124,7 +124,7 @@ def retrievals(stage: nn.Module) -> Iterator[Tuple[LayerAttention, List[tuple]]]
     """What the active attentions of a stage retrieve from.
 
     Args:
-        stage (LayerAttentionStage): A stage.
+        stage (AttentionStage): A stage.
 
     Yields:
         tuple[LayerAttention, list[tuple[int, int, int]]]: An active attention
