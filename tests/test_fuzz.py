@@ -7,9 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmela.convert.slim import slim_state_dict
 from mmela.hooks import named_layer_attentions, prune
 from mmela.layers import AttentionState
-from mmela.utils.slim import slim_state_dict
 from tests.helpers.toy import toy_config, train
 
 pytest.importorskip('mmdet')

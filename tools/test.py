@@ -12,7 +12,7 @@ Example:
 
 import sys
 
-from mmela.utils.toolbox import run_tool
+from mmela.command_line import run_tool
 
 if __name__ == '__main__':
     run_tool('test.py', sys.argv[1:], __doc__, files=('checkpoint',))

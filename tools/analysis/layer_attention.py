@@ -34,8 +34,8 @@ from mmela.analysis.inputs import (
     validation_loader,
 )
 from mmela.analysis.plots import draw
+from mmela.command_line import one_line
 from mmela.hooks import format_decisions, layer_attention_stages
-from mmela.utils.toolbox import one_line
 
 
 def parse_args(argv=None) -> argparse.Namespace:

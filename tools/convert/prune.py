@@ -22,6 +22,8 @@ from mmengine.runner import Runner
 from mmengine.utils import track_iter_progress
 
 import mmela  # noqa: F401
+from mmela.command_line import one_line
+from mmela.convert.networks import load_fitting, open_network
 from mmela.hooks import (
     NetworkKLMeter,
     decide,
@@ -30,7 +32,6 @@ from mmela.hooks import (
     prune,
 )
 from mmela.pruning import PRUNING_POLICIES
-from mmela.utils.toolbox import load_fitting, one_line, open_network
 
 
 def parse_args(argv=None) -> argparse.Namespace:

@@ -19,7 +19,7 @@ from pickle import UnpicklingError
 import torch
 
 import mmela  # noqa: F401  (allows the classes in mmengine's checkpoints)
-from mmela.utils.published import (
+from mmela.convert.published import (
     ARCHS,
     TARGETS,
     convert_published,

@@ -15,8 +15,9 @@ import torch
 from mmengine.registry import MODELS
 
 import mmela  # noqa: F401
-from mmela.utils.slim import slim_config, slim_state_dict
-from mmela.utils.toolbox import load_fitting, one_line, open_network
+from mmela.command_line import one_line
+from mmela.convert.networks import load_fitting, open_network
+from mmela.convert.slim import slim_config, slim_state_dict
 
 
 def parse_args(argv=None) -> argparse.Namespace:

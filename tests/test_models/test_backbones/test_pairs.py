@@ -7,10 +7,10 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from mmela.convert.slim import slim_config, slim_state_dict
 from mmela.hooks import NetworkKLMeter, decide, layer_attention_stages, prune
 from mmela.layers import AttentionState, HookedAttentionStage, LayerAttention
 from mmela.pruning import FixedCount
-from mmela.utils.slim import slim_config, slim_state_dict
 
 ATTENTIONS = {
     'MLA': dict(type='MLA'),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmela.utils.published import (
+from mmela.convert.published import (
     convert_published,
     detect_arch,
     map_published_keys,
