@@ -71,6 +71,13 @@ def run_tool(
 
 
 def one_line(error: Exception) -> str:
-    """What an exception says, for the one line of a command-line tool."""
+    """What an exception says, for the one line of a command-line tool.
+
+    Control characters, which a name in a file may bring along and a terminal
+    would obey, are shown as escapes.
+    """
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return ' '.join(str(text).split())
+    return ''.join(
+        char if char.isprintable() else ascii(char)[1:-1]
+        for char in ' '.join(str(text).split())
+    )

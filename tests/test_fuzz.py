@@ -97,7 +97,7 @@ def test_backbone(config, batch, seed):
     assert pruned(again) == pruned(model)
     assert all(torch.equal(a, b) for a, b in zip(again(x), expected))
 
-    slim_state, blocks = slim_state_dict(state_dict)
+    slim_state, blocks = slim_state_dict(again)
     slim = MODELS.build(dict(cfg, attention_blocks=blocks['']))
     slim.eval()
     slim.load_state_dict(slim_state)

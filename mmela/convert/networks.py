@@ -1,30 +1,32 @@
-import pickle
 from pathlib import Path
-from typing import Tuple, Union
+from typing import Any, Dict, Sequence, Tuple, Union
 
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from torch import nn
+from torch import Tensor, nn
 
 from ..command_line import one_line
+from ..compat.checkpoints import load_checkpoint
 
 
 def open_network(
-    config: str, checkpoint: str, *outs: Path
-) -> Tuple[Config, dict, dict]:
+    config: Union[str, Path], checkpoint: Union[str, Path], *outs: Union[str, Path]
+) -> Tuple[Config, dict, Dict[str, Tensor]]:
     """Read a network's config and checkpoint for a command-line tool.
 
     The default scope becomes that of the config.
 
     Args:
-        config (str): Path of the config.
-        checkpoint (str): Path of the checkpoint, or of a bare state dict.
-        *outs (Path): Files that the tool will write.
+        config (str | Path): Path of the config.
+        checkpoint (str | Path): Path of the checkpoint or of a bare state
+            dict, of torch or of safetensors.
+        *outs (str | Path): Files that the tool will write.
 
     Returns:
-        tuple[Config, dict, dict]: The config, the checkpoint on the CPU, and
-        the state dict in it.
+        tuple[Config, dict, dict[str, Tensor]]: The config, what the checkpoint
+        tells about its training (``meta``, maybe empty), and the state dict on
+        the CPU.
 
     Raises:
         SystemExit: With one clear line if an input is missing or is not what
@@ -38,39 +40,66 @@ def open_network(
             raise SystemExit(f'error: {path} exists already')
     try:
         cfg = Config.fromfile(config)
+        has_model = isinstance(cfg.get('model'), dict)
+        init_default_scope(cfg.get('default_scope', 'mmengine'))
     except Exception as error:  # a config is code: it may raise anything
-        raise SystemExit(f'error: {config} cannot be read: {one_line(error)}')
-    if not isinstance(cfg.get('model'), dict):
+        line = f'error: {config} cannot be read: {one_line(error)}'
+        raise SystemExit(line) from error
+    if not has_model:
         raise SystemExit(f'error: {config} has no model')
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
     try:
-        content = torch.load(checkpoint, map_location='cpu', weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        LookupError,
-        AttributeError,
-    ):
-        raise SystemExit(
-            f'error: {checkpoint} is no checkpoint, is damaged, '
-            'or holds objects that may run code'
-        )
-    state_dict = (
-        content.get('state_dict', content) if isinstance(content, dict) else None
-    )
-    if not isinstance(state_dict, dict) or not any(
-        torch.is_tensor(value) for value in state_dict.values()
-    ):
-        raise SystemExit(f'error: {checkpoint} holds no state dict')
-    return cfg, content, state_dict
+        meta, state_dict = read_state_dict(checkpoint)
+    except (ImportError, OSError, ValueError) as error:
+        raise SystemExit(f'error: {one_line(error)}') from error
+    return cfg, meta, state_dict
+
+
+def read_state_dict(
+    checkpoint: Union[str, Path], names: Sequence[str] = ('state_dict',)
+) -> Tuple[dict, Dict[str, Tensor]]:
+    """Read the state dict in a checkpoint.
+
+    Args:
+        checkpoint (str | Path): Path of the checkpoint or of a bare state
+            dict, of torch or of safetensors.
+        names (Sequence[str]): Names under which the checkpoint may hold it.
+            Defaults to ``('state_dict', )``.
+
+    Returns:
+        tuple[dict, dict[str, Tensor]]: What the checkpoint tells about its
+        training (``meta``, maybe empty), and the state dict on the CPU.
+
+    Raises:
+        ImportError: If safetensors is needed and not installed.
+        OSError: If the file cannot be opened.
+        ValueError: If it is no checkpoint, is damaged, holds what could run
+            code, or holds no state dict.
+    """
+    content = load_checkpoint(checkpoint)
+    meta, state_dict = {}, content
+    if _is_dict(content):
+        meta = content.get('meta')
+        for name in names:
+            if _is_dict(content.get(name)):
+                state_dict = content[name]
+                break
+    if not _is_dict(state_dict) or not any(map(torch.is_tensor, state_dict.values())):
+        raise ValueError(f'{checkpoint} holds no state dict')
+    for key in state_dict:
+        if not isinstance(key, str):
+            raise ValueError(f'{checkpoint} is damaged: {key!r:.99} is no name')
+    return meta if _is_dict(meta) else {}, state_dict
+
+
+def _is_dict(value: Any) -> bool:
+    """Whether this is a dict that no file has given other methods."""
+    attributes = getattr(value, '__dict__', {})
+    return isinstance(value, dict) and not set(attributes) - {'_metadata'}
 
 
 def load_fitting(
     module: nn.Module,
-    state_dict: dict,
+    state_dict: Dict[str, Tensor],
     config: Union[str, Path],
     checkpoint: Union[str, Path],
 ) -> None:
@@ -78,7 +107,7 @@ def load_fitting(
 
     Args:
         module (nn.Module): The network or a part of it.
-        state_dict (dict): Its state dict.
+        state_dict (dict[str, Tensor]): Its state dict.
         config (str | Path): Where the network is from, for the message.
         checkpoint (str | Path): Where the state dict is from.
 
@@ -87,7 +116,7 @@ def load_fitting(
     """
     try:
         missing, unexpected = module.load_state_dict(state_dict, strict=False)
-    except RuntimeError as error:  # other shapes
+    except Exception as error:  # other shapes; a damaged file may raise anything
         reason = str(error).strip().split('\n')[-1].strip()
         raise ValueError(f'{checkpoint} does not fit {config}: {reason}') from error
     faults = [

@@ -1,67 +1,53 @@
 import copy
-import re
-from typing import Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 from mmengine.config import Config, ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..hooks import LayerAttentionPruningHook, named_layer_attentions
 from ..layers import AttentionState
 
-# Stages of a ResNet are named from 1, hooked stages numbered from 0.
-_STATE_KEY = re.compile(
-    r'(?P<prefix>.*?)(?:layer(?P<named>\d+)|layer_attn_stages\.(?P<stage>\d+))'
-    r'\.(?P<block>\d+)\.layer_attn\.state'
-)
+AttentionBlocks = Dict[str, List[List[int]]]
 
 
-def slim_state_dict(
-    state_dict: Dict[str, Tensor],
-) -> Tuple[Dict[str, Tensor], Dict[str, List[List[int]]]]:
-    """Leave pruned attentions out of a state dict.
+def slim_state_dict(model: nn.Module) -> Tuple[Dict[str, Tensor], AttentionBlocks]:
+    """State dict of a network without its pruned attentions.
 
     An attention that keeps its value for later ones stays.
 
     Args:
-        state_dict (dict[str, Tensor]): State dict of a network with layer
-            attentions.
+        model (nn.Module): A network with layer attentions.
 
     Returns:
-        tuple: The state dict without the keys of pruned attentions, and the
-        blocks that still have an attention: for each backbone, by the prefix
-        of its keys such as ``backbone.``, a list of block indices per stage.
+        tuple[dict[str, Tensor], dict[str, list[list[int]]]]: The state dict
+        without the keys of pruned attentions, and the blocks that still have
+        an attention: for each backbone, by its name in the network such as
+        ``backbone``, a list of block indices per stage.
 
     Raises:
-        ValueError: If there is no layer attention in the state dict.
+        ValueError: If there is no layer attention in the network.
     """
-    blocks: Dict[str, Dict[int, List[int]]] = {}
-    pruned = []
-    for key, value in state_dict.items():
-        match = _STATE_KEY.fullmatch(key)
-        if match is None:
-            continue
-        stages = blocks.setdefault(match['prefix'], {})
-        stage = int(match['stage'] or int(match['named']) - 1)
-        active = stages.setdefault(stage, [])
-        if AttentionState(int(value)) == AttentionState.PRUNED:
-            pruned.append(key[: -len('state')])
-        else:
-            active.append(int(match['block']))
-    if not blocks:
-        raise ValueError(
-            'the state dict has no layer attention: no key ends with .layer_attn.state'
-        )
-    slim = {
+    attentions = named_layer_attentions(model)
+    if not attentions:
+        raise ValueError('the network has no layer attention')
+    pruned = tuple(
+        f'{name}.'
+        for name, attention in attentions.items()
+        if attention.attention_state == AttentionState.PRUNED
+    )
+    state_dict = {
         key: value
-        for key, value in state_dict.items()
-        if not key.startswith(tuple(pruned))
+        for key, value in model.state_dict().items()
+        if not key.startswith(pruned)
     }
-    return slim, {
-        prefix: [sorted(stages.get(i, [])) for i in range(max(stages) + 1)]
-        for prefix, stages in blocks.items()
+    return state_dict, {
+        name: module.remaining_attention_blocks()
+        for name, module in model.named_modules()
+        if hasattr(module, 'remaining_attention_blocks')
     }
 
 
-def slim_config(cfg: Config, blocks: Dict[str, List[List[int]]]) -> Config:
+def slim_config(cfg: Config, blocks: AttentionBlocks) -> Config:
     """Config that builds a network without its pruned attentions.
 
     The pruning hook is left out, as its work is done.
@@ -75,26 +61,31 @@ def slim_config(cfg: Config, blocks: Dict[str, List[List[int]]]) -> Config:
         Config: A changed copy.
 
     Raises:
-        ValueError: If the config has no backbone where the keys say.
+        ValueError: If the config has no backbone where the network has one.
     """
     cfg = copy.deepcopy(cfg)
-    for prefix, stages in blocks.items():
+    for name, stages in blocks.items():
         node = cfg.model
-        for name in prefix.split('.')[:-1]:
-            node = node.get(name) if isinstance(node, ConfigDict) else None
+        for part in name.split('.'):
+            node = node.get(part) if isinstance(node, ConfigDict) else None
         if not isinstance(node, ConfigDict) or 'type' not in node:
             raise ValueError(
-                f'the checkpoint has layer attentions under {prefix!r}, but '
-                'the config has no backbone there'
+                f'the network has a backbone {name}, but its config has none there'
             )
-        if 'depth' in node:
-            # Trailing stages may have no attention, and so no key.
-            depth = node.get('num_stages', 4)
-            stages = (stages + [[]] * depth)[:depth]
         node['attention_blocks'] = stages
     cfg['custom_hooks'] = [
-        hook
-        for hook in cfg.get('custom_hooks', [])
-        if hook['type'] != 'LayerAttentionPruningHook'
+        hook for hook in cfg.get('custom_hooks') or [] if not _is_pruning_hook(hook)
     ]
+    for name, hook in (cfg.get('default_hooks') or {}).items():
+        if _is_pruning_hook(hook):
+            cfg['default_hooks'][name] = None
     return cfg
+
+
+def _is_pruning_hook(hook: Any) -> bool:
+    """Whether this is the config of a pruning hook, by name or by class."""
+    kind = hook.get('type') if isinstance(hook, dict) else None
+    if isinstance(kind, type):
+        return issubclass(kind, LayerAttentionPruningHook)
+    name = LayerAttentionPruningHook.__name__
+    return isinstance(kind, str) and kind.split('.')[-1] == name

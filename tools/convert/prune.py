@@ -94,7 +94,7 @@ def main(argv=None) -> None:
         policy = PRUNING_POLICIES.build(dict(args.policy, _scope_='mmela'))
     except (KeyError, TypeError, ValueError) as error:
         raise SystemExit(f'error: --policy: {error}')
-    cfg, checkpoint, state_dict = open_network(args.config, args.checkpoint, args.out)
+    cfg, meta, state_dict = open_network(args.config, args.checkpoint, args.out)
     cfg.merge_from_dict(args.cfg_options)
     try:
         model = MODELS.build(cfg.model)
@@ -116,7 +116,6 @@ def main(argv=None) -> None:
 
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    meta = checkpoint.get('meta', {})
     torch.save(dict(meta=meta, state_dict=model.to('cpu').state_dict()), out)
     report = out.with_suffix('.json')
     report.write_text(json.dumps(dict(layers=layers, pruned=names), indent=2))

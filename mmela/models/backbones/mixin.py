@@ -67,6 +67,26 @@ class LayerAttentionArguments:
                 if isinstance(module, LayerAttention):
                     module.attention_state = AttentionState.ACTIVE
 
+    def remaining_attention_blocks(self) -> List[List[int]]:
+        """For each stage, the blocks whose attention is not pruned.
+
+        Returns:
+            list[list[int]]: What ``attention_blocks`` is in the same network
+            without its pruned attentions.
+        """
+        return [
+            [
+                int(name)
+                for name, block in stage.named_children()
+                if hasattr(block, 'layer_attn')
+                and block.layer_attn.attention_state != AttentionState.PRUNED
+            ]
+            for stage in self._stages()
+        ]
+
+    def _stages(self) -> Sequence[LayerAttentionStage]:
+        raise NotImplementedError
+
     def _check_attention_blocks(self, num_stages: int) -> None:
         if (
             self.attention_blocks is not None
@@ -119,7 +139,9 @@ class LayerAttentionArguments:
             if shared_drop_path:
                 kwargs['drop_path'] = _drop_path(stage.blocks[index])
             crossing = {}
-            if index == blocks[0] and before is not None and self._crosses_stages():
+            # Not into a later block: where the first one is without attention,
+            # as after pruning it, nothing is taken over.
+            if index == 0 and before is not None and self._crosses_stages():
                 crossing = dict(previous_channels=channels[1], stride=stride)
             attention = MODELS.build(
                 {**kwargs, **self.layer_attention, 'channels': channels[0], **crossing}
@@ -157,6 +179,9 @@ class LayerAttentionMixin(LayerAttentionArguments):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._check_attention_blocks(len(self.res_layers))
+
+    def _stages(self) -> Sequence[LayerAttentionStage]:
+        return [getattr(self, name) for name in self.res_layers]
 
     def make_res_layer(self, **kwargs) -> LayerAttentionStage:
         """Build the blocks of a stage and attach their layer attentions."""
@@ -214,6 +239,9 @@ class HookedLayerAttentionMixin(LayerAttentionArguments):
         self._check_attention_blocks(len(stages))
         for stage in stages:
             stage.freeze_with_blocks()
+
+    def _stages(self) -> Sequence[LayerAttentionStage]:
+        return self.layer_attn_stages
 
     def train(self, mode: bool = True):
         """Set the mode; the attentions of frozen blocks stay in eval mode."""

@@ -309,7 +309,7 @@ def test_measure_prune_and_slim(backbone):
     with torch.no_grad():
         expected = model(x)
 
-    state, blocks = slim_state_dict(whole.state_dict())
+    state, blocks = slim_state_dict(whole)
     kwargs = copy.deepcopy(MMPRETRAIN[backbone])
     cfg = Config(dict(model=dict(backbone=dict(type=backbone, **kwargs))))
     cfg.model.backbone.layer_attention = dict(
