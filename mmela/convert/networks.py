@@ -85,9 +85,11 @@ def read_state_dict(
                 break
     if not _is_dict(state_dict) or not any(map(torch.is_tensor, state_dict.values())):
         raise ValueError(f'{checkpoint} holds no state dict')
-    for key in state_dict:
+    for key, value in state_dict.items():
         if not isinstance(key, str):
             raise ValueError(f'{checkpoint} is damaged: {key!r:.99} is no name')
+        if torch.is_tensor(value) and not _is_plain(value):
+            raise ValueError(f'{checkpoint}: {key} is no tensor of plain numbers')
     return meta if _is_dict(meta) else {}, state_dict
 
 
@@ -95,6 +97,12 @@ def _is_dict(value: Any) -> bool:
     """Whether this is a dict that no file has given other methods."""
     attributes = getattr(value, '__dict__', {})
     return isinstance(value, dict) and not set(attributes) - {'_metadata'}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is such as networks have: dense, real and here."""
+    odd = tensor.is_quantized or tensor.is_complex() or tensor.is_nested
+    return tensor.layout == torch.strided and tensor.device.type == 'cpu' and not odd
 
 
 def load_fitting(

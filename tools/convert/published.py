@@ -77,11 +77,14 @@ def main(argv=None) -> None:
         raise SystemExit(f'error: {args.dst} exists already')
     try:
         _, state_dict = read_state_dict(args.src, names=('state_dict', 'model'))
+    except (ImportError, OSError, ValueError) as error:
+        raise SystemExit(f'error: {one_line(error)}') from error
+    try:
         state_dict = strip_module(state_dict)
         keys = map_published_keys(state_dict, args.arch, args.target)
         converted, dropped = convert_published(state_dict, keys.arch, args.target)
         backbone = published_backbone(converted, keys.arch)
-    except (ImportError, OSError, ValueError) as error:
+    except ValueError as error:
         raise SystemExit(f'error: {args.src}: {one_line(error)}') from error
     out = Path(args.dst)
     out.parent.mkdir(parents=True, exist_ok=True)
