@@ -24,7 +24,7 @@ from mmela.analysis import make_report, summarize
 from mmela.analysis.attention import hook_settings, measure_attention, save_measurement
 from mmela.analysis.inputs import load_network, validation_loader
 from mmela.analysis.work_dir import Run
-from mmela.utils.toolbox import one_line
+from mmela.command_line import one_line
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'demo' / 'faster-rcnn_r50-narrow_ela_fpn_shapes.py'

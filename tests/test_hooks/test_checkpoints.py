@@ -21,25 +21,24 @@ BY_ITER = dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1
 class Saver(Hook):
     """Saves as a user's own hook does."""
 
-    def __init__(self, at, when='after_train_iter', order='LOW', **kwargs):
+    def __init__(self, name, at, when='after_train_iter', order='LOW', **kwargs):
         self.priority = order
-        self.at, self.kwargs = at, kwargs
+        self.name, self.at, self.kwargs = name, at, kwargs
         setattr(self, when, self.save)
 
     def save(self, runner, *args, **kwargs):
         if runner.iter == self.at:
-            runner.save_checkpoint(runner.work_dir, 'mine.pth', **self.kwargs)
+            runner.save_checkpoint(runner.work_dir, f'{self.name}.pth', **self.kwargs)
 
 
-def still(work_dir, hook, saver=None, iterations=False, **kwargs):
+def still(work_dir, hook, savers=(), iterations=False, **kwargs):
     """Config of a run in which no weight changes, of 3 iterations an epoch."""
     if iterations:
         kwargs.update(
             train_cfg=dict(by_epoch=False, max_iters=7), default_hooks=BY_ITER
         )
     cfg = toy_config(work_dir, hook, lr=0.0, norm_eval=True, **kwargs)
-    if saver:
-        cfg.custom_hooks.append(dict(type='Saver', **saver))
+    cfg.custom_hooks += [dict(type='Saver', **saver) for saver in savers]
     return cfg
 
 
@@ -55,8 +54,7 @@ def assert_same_decisions(found, expected):
         assert divergences(one) == pytest.approx(divergences(other), rel=1e-9)
 
 
-@pytest.mark.parametrize('epoch', [1, 2, 3])
-@pytest.mark.parametrize('hook', [HOOK, LONG])
+@pytest.mark.parametrize('hook, epoch', [(HOOK, 1), (LONG, 2)])
 def test_resumed_by_the_runners_method(tmp_path, hook, epoch):
     """History and an open window, without ``resume=True`` in the config."""
     whole = train(toy_config(tmp_path / 'whole', hook))
@@ -67,71 +65,69 @@ def test_resumed_by_the_runners_method(tmp_path, hook, epoch):
     assert decisions(runner.work_dir) == decisions(whole.work_dir)
 
 
-@pytest.mark.parametrize('order', ['VERY_HIGH', 'LOW'])
-@pytest.mark.parametrize('by_epoch', [True, False])
-@pytest.mark.parametrize('at', [0, 1, 3, 4, 5])
-def test_users_checkpoint_in_an_iteration_window(tmp_path, at, by_epoch, order):
-    """``by_epoch=True``, the default, resumes one iteration earlier."""
-    saver = dict(at=at, by_epoch=by_epoch, order=order)
-    train(still(tmp_path / 'whole', STEPS, saver, iterations=True))
-    resume(
-        still(tmp_path / 'resumed', STEPS, iterations=True),
-        tmp_path / 'whole' / 'mine.pth',
-    )
-    assert_same_decisions(tmp_path / 'resumed', tmp_path / 'whole')
+# Name, arguments of save_checkpoint and when. ``by_epoch=True``, the default,
+# resumes one iteration earlier.
+IN_WINDOW = [
+    dict(name=f'{at}_{by_epoch}_{order}', at=at, by_epoch=by_epoch, order=order)
+    for at in (1, 3, 4)
+    for by_epoch in (True, False)
+    for order in ('VERY_HIGH', 'LOW')
+]
 
 
-@pytest.mark.parametrize('iteration', [1, 2, 4, 5, 8])
-def test_epochs_resumed_from_an_iteration(tmp_path, iteration):
-    """mmengine does the epoch again: it is measured once all the same."""
-    whole = train(still(tmp_path / 'whole', LONG, default_hooks=BY_ITER))
-    assert 'start of its epoch' in log_of(whole)
-    resume(
-        still(tmp_path / 'resumed', LONG), tmp_path / 'whole' / f'iter_{iteration}.pth'
-    )
-    assert_same_decisions(tmp_path / 'resumed', tmp_path / 'whole')
+@pytest.fixture(scope='module')
+def steps(tmp_path_factory):
+    work_dir = tmp_path_factory.mktemp('steps')
+    own_count = dict(name='count', at=3, by_epoch=False, meta=dict(iter=2))
+    train(still(work_dir, STEPS, [*IN_WINDOW, own_count], iterations=True))
+    return work_dir
 
 
-@pytest.mark.parametrize('epoch', [1, 2, 3])
-def test_users_checkpoint_after_an_epoch(tmp_path, epoch):
-    """At the end of the window, even before the hook has decided."""
-    saver = dict(at=3 * epoch, when='after_train_epoch', order='VERY_HIGH')
-    train(still(tmp_path / 'whole', LONG, saver))
-    resume(still(tmp_path / 'resumed', LONG), tmp_path / 'whole' / 'mine.pth')
-    assert_same_decisions(tmp_path / 'resumed', tmp_path / 'whole')
+@pytest.mark.parametrize('name', [saver['name'] for saver in IN_WINDOW])
+def test_users_checkpoint_in_an_iteration_window(steps, tmp_path, name):
+    resume(still(tmp_path, STEPS, iterations=True), steps / f'{name}.pth')
+    assert_same_decisions(tmp_path, steps)
 
 
-def test_best_checkpoint_between_epochs(tmp_path):
-    """Saved by validation, when the epoch counts as done."""
-    cfg = still(tmp_path / 'whole', LONG)
-    validation = dict(
-        val_dataloader=dict(
-            cfg.train_dataloader, sampler=dict(type='DefaultSampler', shuffle=False)
-        ),
-        val_cfg=dict(),
-        val_evaluator=dict(type='ToyMetric'),
-        default_hooks=dict(
-            checkpoint=dict(type='CheckpointHook', save_best='mean', rule='greater')
-        ),
-    )
-    train(cfg, **validation)
-    (best,) = (tmp_path / 'whole').glob('best_mean_epoch_1.pth')
-    resume(still(tmp_path / 'resumed', LONG), best)
-    assert_same_decisions(tmp_path / 'resumed', tmp_path / 'whole')
-
-
-def test_sums_of_another_point_are_dropped(tmp_path):
+def test_sums_of_another_point_are_dropped(steps, tmp_path):
     """As where a user gives the checkpoint a count of their own."""
-    saver = dict(at=3, by_epoch=False, meta=dict(iter=2))
-    train(still(tmp_path / 'whole', STEPS, saver, iterations=True))
-    runner = resume(
-        still(tmp_path / 'resumed', STEPS, iterations=True),
-        tmp_path / 'whole' / 'mine.pth',
-    )
+    runner = resume(still(tmp_path, STEPS, iterations=True), steps / 'count.pth')
     assert 'stand after iteration 4 and the run after 2: they are dropped' in log_of(
         runner
     )
     assert 'measured from 3 on' in log_of(runner)
+
+
+@pytest.fixture(scope='module')
+def epochs(tmp_path_factory):
+    work_dir = tmp_path_factory.mktemp('epochs')
+    savers = [
+        dict(name=f'user_{n}', at=3 * n, when='after_train_epoch', order='VERY_HIGH')
+        for n in (2, 3)
+    ]
+    cfg = still(work_dir, LONG, savers, default_hooks=BY_ITER)
+    shown = dict(cfg.train_dataloader, sampler=dict(type='DefaultSampler'))
+    best = dict(type='CheckpointHook', save_best='mean', rule='greater')
+    cfg.custom_hooks.append(best)
+    runner = train(
+        cfg, val_dataloader=shown, val_cfg={}, val_evaluator=dict(type='ToyMetric')
+    )
+    assert 'start of its epoch' in log_of(runner)
+    (path,) = work_dir.glob('best_mean_epoch_1.pth')
+    path.rename(work_dir / 'best.pth')
+    return work_dir
+
+
+@pytest.mark.parametrize(
+    'name',
+    # mmengine does the epoch of an iteration again: it is measured once all
+    # the same. A user's hook may save at the end of the window, but before it
+    # is decided. Validation saves the best between epochs.
+    ['iter_1', 'iter_2', 'iter_5', 'iter_9', 'user_2', 'user_3', 'best'],
+)
+def test_window_of_epochs_goes_on(epochs, tmp_path, name):
+    resume(still(tmp_path, LONG), epochs / f'{name}.pth')
+    assert_same_decisions(tmp_path, epochs)
 
 
 @pytest.mark.parametrize(

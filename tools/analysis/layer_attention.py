@@ -34,10 +34,10 @@ from mmela.analysis.inputs import (
     load_network,
     validation_loader,
 )
+from mmela.command_line import one_line
 from mmela.engine.tables import decision_table
 from mmela.pruning import PruningDecision
 from mmela.structure import attention_stages
-from mmela.utils.toolbox import one_line
 
 
 def parse_args(argv=None) -> argparse.Namespace:

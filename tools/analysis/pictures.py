@@ -19,8 +19,8 @@ from mmela.analysis.decision_plots import kl_plot
 from mmela.analysis.drawing import Plot, draw
 from mmela.analysis.report import read_analyses
 from mmela.analysis.work_dir import short_name
+from mmela.command_line import one_line
 from mmela.pruning import PruningReport
-from mmela.utils.toolbox import one_line
 
 
 def parse_args(argv=None) -> argparse.Namespace:

@@ -11,8 +11,8 @@ Example:
 import argparse
 
 from mmela.analysis import make_report, summarize
+from mmela.command_line import one_line
 from mmela.engine.tables import printable
-from mmela.utils.toolbox import one_line
 
 
 def parse_args(argv=None) -> argparse.Namespace:

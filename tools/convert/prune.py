@@ -22,12 +22,13 @@ from mmengine.runner import Runner
 from mmengine.utils import track_iter_progress
 
 import mmela  # noqa: F401
+from mmela.command_line import one_line
+from mmela.convert.networks import load_fitting, open_network
 from mmela.engine.tables import decision_table
 from mmela.hooks import NetworkKLMeter
 from mmela.pruning import PruningDecision, PruningPolicy, build_policy
 from mmela.pruning.record import FORMAT
 from mmela.structure import attention_stages, prune
-from mmela.utils.toolbox import load_fitting, one_line, open_network
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -96,7 +97,7 @@ def main(argv=None) -> None:
         policy = build_policy(args.policy)
     except ValueError as error:
         raise SystemExit(f'error: --policy: {error}') from error
-    cfg, checkpoint, state_dict = open_network(args.config, args.checkpoint, args.out)
+    cfg, meta, state_dict = open_network(args.config, args.checkpoint, args.out)
     cfg.merge_from_dict(args.cfg_options)
     try:
         model = MODELS.build(cfg.model)
@@ -121,7 +122,6 @@ def main(argv=None) -> None:
 
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    meta = checkpoint.get('meta', {})
     torch.save(dict(meta=meta, state_dict=model.to('cpu').state_dict()), out)
     report = out.with_suffix('.json')
     content = dict(format=FORMAT, pruned=decision.pruned, **decision.to_dict())
