@@ -2,22 +2,25 @@
 
 import ast
 import json
-import pickle
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from mmengine.hooks import CheckpointHook
-from mmengine.utils import digit_version
 
+from ..command_line import one_line
+from ..convert.networks import read_state_dict
 from ..layers import AttentionState
 from ..pruning import PruningDecision, PruningReport
 
 # In a state dict, but nothing that is trained
 _STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
+# What the report calculates with, and what of it counts
+_NUMBERS = ('loss', 'time', 'data_time', 'epoch', 'iter')
+_COUNTS = ('epoch', 'iter')
 _NO_METRICS = ('time', 'data_time', 'step', 'epoch', 'iter', 'memory')
 
 
@@ -129,7 +132,7 @@ class Run:
         training, metrics = {}, {}
         for record in _read_lines(log):
             step = record.get('step')
-            if not isinstance(step, int) or any(
+            if not _is_number(step, count=True) or any(
                 k.startswith('layer_attention/') for k in record
             ):
                 continue
@@ -146,7 +149,7 @@ class Run:
                 k: v
                 for k, v in record.items()
                 if k not in _NO_METRICS
-                and isinstance(v, (int, float))
+                and _is_number(v)
                 and ('/' in k or 'time' in record)
             }
             if values:
@@ -193,7 +196,7 @@ class Run:
         key = 'max_epochs' if self.unit == 'epoch' else 'max_iters'
         try:
             statements = ast.parse(self.config).body
-        except (SyntaxError, ValueError):
+        except (MemoryError, RecursionError, SyntaxError, ValueError):
             return None
         for statement in statements:
             if (
@@ -275,7 +278,7 @@ class Run:
         pointer = self.work_dir / 'last_checkpoint'
         if not pointer.exists():
             return None
-        path = Path(pointer.read_text(encoding='utf-8').strip())
+        path = Path(pointer.read_text(encoding='utf-8', errors='replace').strip())
         # The directory may have been moved.
         found = [p for p in (self.work_dir / path.name, path) if p.exists()]
         return found[0] if found and path.name else None
@@ -336,26 +339,12 @@ class Run:
         if path is None:
             self.notes.append('There is no checkpoint to count parameters in.')
             return None
-        options = dict(map_location='cpu', weights_only=True)
-        if digit_version(torch.__version__) >= digit_version('2.1'):
-            options['mmap'] = True  # optimizer states stay on the disk
         try:
-            checkpoint = torch.load(str(path), **options)
-            state = checkpoint.get('state_dict', checkpoint)
-            return _count_parameters(state)
-        except (
-            pickle.UnpicklingError,
-            RuntimeError,
-            OSError,
-            EOFError,
-            KeyError,
-            AttributeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            reason = str(error).split('\n')[0].rstrip('. ')
+            return _count_parameters(read_state_dict(path)[1])
+        except (ImportError, OSError, TypeError, ValueError) as error:
             self.notes.append(
-                f'Parameters are not counted: {path.name} cannot be read ({reason}).'
+                f'Parameters are not counted: {path.name} cannot be read '
+                f'({one_line(error)}).'
             )
             return None
 
@@ -399,7 +388,10 @@ def _plain_key(key: str) -> str:
 
 
 def _read_lines(log: Path) -> List[dict]:
-    lines = log.read_text(encoding='utf-8').splitlines()
+    try:
+        lines = log.read_text(encoding='utf-8').splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{log} is no text: {error}') from error
     records = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -408,12 +400,25 @@ def _read_lines(log: Path) -> List[dict]:
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError('no object')
-        except ValueError as error:
+        except (RecursionError, ValueError) as error:
             if number == len(lines):
                 break  # the run was killed while it wrote
             raise ValueError(f'{log}, line {number}, is no JSON object') from error
+        for key, value in record.items():
+            name = _plain_key(key)
+            if name in _NUMBERS and not _is_number(value, name in _COUNTS):
+                raise ValueError(
+                    f'{log}, line {number}, has {key}={value!r:.99}, which is no number'
+                )
         records.append(record)
     return records
+
+
+def _is_number(value: Any, count: bool = False) -> bool:
+    """Whether a value of a log is a number of a size to calculate with."""
+    if isinstance(value, float):
+        return not count
+    return type(value) is int and abs(value) < 2**53
 
 
 def short_name(name: str) -> str:

@@ -71,10 +71,11 @@ class LayerAttentionPruningHook(Hook):
     Raises:
         TypeError: If a window is not a pair of integers.
         ValueError: If a window starts before 1, is reversed, overlaps another
-            or ends after the training; if an argument of the policy is out of
-            range; or if the loop or the model does not fit. All of these come
-            before the first iteration. Also if a measured KL divergence is NaN
-            or infinite; nothing is pruned then.
+            or ends after the training; if the policy or another argument is
+            unknown or out of range; if the loop, the model or a follower does
+            not fit; or if a checkpoint holds a window that was measured
+            otherwise. All of these come before the first iteration. Also if a
+            measured KL divergence is NaN or infinite; nothing is pruned then.
     """
 
     # Before the hooks that log (BELOW_NORMAL) and save (VERY_LOW)

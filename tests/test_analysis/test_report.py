@@ -416,6 +416,55 @@ def test_unreadable_checkpoint_and_foreign_decisions(tmp_path):
         make_report(tmp_path)
 
 
+LOG = '20260102_030405/vis_data/scalars.json'
+MAPS = 'layer_attention/epoch_2/layer_attention.json'
+
+
+@pytest.mark.parametrize(
+    'file, old, new',
+    [
+        (LOG, '"loss": 4.0', '"loss": "low"'),
+        (LOG, '"loss": 4.0', '"loss": [4.0]'),
+        (LOG, '"time": 0.5', '"time": null'),
+        (LOG, '"time": 0.5', f'"time": {10**400}'),
+        (LOG, '"epoch": 1', '"epoch": {}'),
+        (LOG, '"epoch": 1', '"epoch": 1.5'),
+        (LOG, '"loss"', '\udcff"loss"'),
+        (LOG, '{"loss"', '[' * 100_000 + '{"loss"'),
+        ('pruning.json', '"iteration": 20', '"iteration": -1e400'),
+        ('pruning.json', '"hook"', '"hooks"'),
+        (MAPS, '"states"', '"state"'),
+        (MAPS, '"active"', '{}'),
+        (MAPS, '"mean": 0.9', '"mean": "much"'),
+        (MAPS, '"mean": [[', '"mean": [[3], ['),
+        (MAPS, '"histogram": [', '"histogram": ["a", '),
+        (MAPS, '"blocks"', '"block"'),
+        (MAPS, '"heads": 2', '"heads": "two"'),
+        (MAPS, '"divergence": null', '"divergence": "null"'),
+        (MAPS, '"layers"', '"layer"'),
+        (MAPS, '"checkpoint"', '"check"'),
+    ],
+)
+def test_malformed_files_are_one_line(tmp_path, file, old, new):
+    """The file is named; no traceback, whatever stands in it."""
+    make_work_dir(tmp_path)
+    write_measurement(
+        tmp_path, 2, {'backbone.layer1': stage(['active', 'pruned', 'active'])}
+    )
+    path = tmp_path / file
+    text = path.read_text()
+    assert old in text
+    path.write_bytes(text.replace(old, new, 1).encode('utf-8', 'surrogateescape'))
+    main = runpy.run_path(str(TOOL))['main']
+    try:
+        main([str(tmp_path)])
+    except SystemExit as error:
+        assert error.code.startswith('error: ') and str(path) in error.code
+        assert '\n' not in error.code and len(error.code) < 600
+    else:  # what nothing reads does no harm
+        assert old == '"heads": 2'
+
+
 def test_value_only_keeps_its_parameters(tmp_path):
     write_log(tmp_path, '20260102_030405', [1])
     state = {}

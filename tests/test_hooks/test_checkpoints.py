@@ -5,6 +5,7 @@ resumed run are those of a whole one only if each batch was measured once.
 """
 
 import pytest
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -23,7 +24,8 @@ class Saver(Hook):
 
     def __init__(self, name, at, when='after_train_iter', order='LOW', **kwargs):
         self.priority = order
-        self.name, self.at, self.kwargs = name, at, kwargs
+        self.name, self.at = name, at
+        self.kwargs = Config(kwargs).to_dict()
         setattr(self, when, self.save)
 
     def save(self, runner, *args, **kwargs):
@@ -38,6 +40,8 @@ def still(work_dir, hook, savers=(), iterations=False, **kwargs):
             train_cfg=dict(by_epoch=False, max_iters=7), default_hooks=BY_ITER
         )
     cfg = toy_config(work_dir, hook, lr=0.0, norm_eval=True, **kwargs)
+    if iterations:
+        cfg.train_dataloader.sampler.type = 'InfiniteSampler'
     cfg.custom_hooks += [dict(type='Saver', **saver) for saver in savers]
     return cfg
 
@@ -141,7 +145,8 @@ def test_window_of_epochs_goes_on(epochs, tmp_path, name):
 def test_a_window_is_not_resumed_with_other_settings(tmp_path, change, match):
     train(toy_config(tmp_path / 'whole', LONG))
     cfg = toy_config(tmp_path / 'resumed', **dict(dict(hook=LONG), **change))
-    with pytest.raises(ValueError, match=match):
+    # Another head size is refused as the network is loaded.
+    with pytest.raises((ValueError, RuntimeError), match=match):
         resume(cfg, tmp_path / 'whole' / 'epoch_2.pth')
     # Outside of the window they may change.
     hook = dict(windows=[(4, 4)], policy=POLICY, eps=1e-6)

@@ -12,7 +12,6 @@ import argparse
 
 from mmela.analysis import make_report, summarize
 from mmela.command_line import one_line
-from mmela.engine.tables import printable
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -34,7 +33,7 @@ def main(argv=None) -> None:
         report = make_report(args.work_dir, args.out)
         print(summarize(args.work_dir, report))
     except (OSError, ValueError) as error:
-        raise SystemExit(f'error: {printable(one_line(error))}') from error
+        raise SystemExit(f'error: {one_line(error)}') from error
 
 
 if __name__ == '__main__':
