@@ -79,7 +79,10 @@ def _fill_in(cfg: Config) -> List[str]:
             continue
         dataset.ann_file = train.ann_file
         dataset.data_prefix = train.data_prefix
-        cfg[f'{split}_evaluator'].ann_file = instead
+        evaluators = cfg[f'{split}_evaluator']
+        for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+            if osp.normpath(evaluator.get('ann_file', '')) == osp.normpath(lacking):
+                evaluator.ann_file = instead
         warnings.append(
             f'There is no {lacking}: the {split} metrics are of the training images.'
         )

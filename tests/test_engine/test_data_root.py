@@ -91,7 +91,6 @@ def test_a_more_specific_option_wins(cfg):
 def test_training_images_for_lacking_validation_images(cfg, tmp_path):
     root = make(tmp_path, 'train')
     cfg.data_root = root
-    cfg.test_evaluator = cfg.val_evaluator
     warnings = set_data_root(cfg)
     assert len(warnings) == 2
     assert roots(cfg) == [f'{root}/'] * 3
@@ -100,7 +99,9 @@ def test_training_images_for_lacking_validation_images(cfg, tmp_path):
         dataset = cfg[f'{split}_dataloader'].dataset
         assert dataset.ann_file == 'annotations/train.json'
         assert dataset.data_prefix == dict(img='train/')
-        assert cfg[f'{split}_evaluator'].ann_file == f'{root}/annotations/train.json'
+    used = f'{root}/annotations/train.json'
+    assert cfg.val_evaluator.ann_file == cfg.test_evaluator[0].ann_file == used
+    assert cfg.test_evaluator[1].ann_file == 'data/here_too/val.json'
 
 
 @pytest.mark.parametrize('splits', [(), ('val',), ('train', 'val')])
