@@ -16,7 +16,6 @@ from torch import nn
 
 from ...layers import HookedAttentionStage, TokenAttentionStage
 from .mixin import HookedLayerAttentionMixin, LayerAttentionMixin
-from .resnet_cifar import BottleneckResNet_CIFAR
 
 
 @MODELS.register_module()
@@ -88,28 +87,6 @@ class ELARegNet(LayerAttentionMixin, RegNet):
             to ``dict(type='MRLABase')``.
         **kwargs: All further arguments of ``mmpretrain.models.RegNet`` and of
             :class:`LayerAttentionMixin`.
-    """
-
-
-@MODELS.register_module()
-class ELAResNet_CIFAR(LayerAttentionMixin, BottleneckResNet_CIFAR):
-    """:class:`BottleneckResNet_CIFAR` with a layer attention after each block.
-
-    Args:
-        depth (int): 9n + 2 for n blocks per stage, e.g. 20, 56 or 110.
-        layer_attention (dict): Config of the layer attention, see
-            :class:`mmela.layers.MRLABase`. Defaults to
-            ``dict(type='MRLABase')``; the papers have ``head_dim=16`` here.
-        **kwargs: All further arguments of :class:`BottleneckResNet_CIFAR` and
-            of :class:`LayerAttentionMixin`.
-
-    Example:
-        >>> import torch
-        >>> from mmpretrain.registry import MODELS
-        >>> import mmela
-        >>> net = MODELS.build(dict(type='ELAResNet_CIFAR', depth=20))
-        >>> [tuple(x.shape) for x in net(torch.rand(1, 3, 32, 32))]
-        [(1, 256, 8, 8)]
     """
 
 

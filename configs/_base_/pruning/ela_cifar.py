@@ -1,6 +1,4 @@
-# MRLA-base, pruned as in the ELA paper, section 4.1. The paper gives no gamma.
-_base_ = './resnet-mrla-base_cifar.py'
-
+# Pruning as in the ELA paper, section 4.1. The paper gives no gamma.
 custom_hooks = [
     dict(
         type='LayerAttentionPruningHook',

@@ -1,7 +1,0 @@
-_base_ = './resnet_cifar.py'
-
-model = dict(
-    backbone=dict(
-        type='ELAResNet_CIFAR', layer_attention=dict(type='KCLA', head_dim=16)
-    )
-)

@@ -1,5 +1,0 @@
-_base_ = './resnet_cifar.py'
-
-model = dict(
-    backbone=dict(type='ELAResNet_CIFAR', layer_attention=dict(type='MLA', head_dim=16))
-)
