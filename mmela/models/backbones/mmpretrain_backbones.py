@@ -16,6 +16,11 @@ from torch import nn
 
 from ...layers import HookedAttentionStage, TokenAttentionStage
 from .mixin import HookedLayerAttentionMixin, LayerAttentionMixin
+from .resnet_cifar import (  # noqa: F401  registers them
+    BottleneckResNet_CIFAR,
+    ELABottleneckResNet_CIFAR,
+    ELAResNet_CIFAR,
+)
 
 
 @MODELS.register_module()
