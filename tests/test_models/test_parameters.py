@@ -140,6 +140,29 @@ def test_a_config_that_inherits(config_dir, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    'name, row',
+    [
+        (f'resnet{dash}_{data}', f'{folder}/{net}{dash}_{batch}_{dataset}')
+        for dash in ('', '-mla', '-mrla-base', '-mrla-light', '-kcla', '-ela')
+        for data, folder, net, batch, dataset in (
+            ('cifar', 'cifar', 'resnet20', '1xb128', 'cifar10'),
+            ('in1k', 'imagenet', 'resnet50', '8xb32', 'in1k'),
+        )
+    ],
+)
+def test_models_that_older_configs_inherit(name, row):
+    """They name what takes their place, and are still what the rows have."""
+    pytest.importorskip('mmpretrain')
+    configs = ROOT / 'configs'
+    with pytest.warns(DeprecationWarning, match='Please use .*(cifar|in1k|resnet50)'):
+        old = Config.fromfile(configs / '_base_' / 'models' / f'{name}.py')
+    new = Config.fromfile(configs / f'{row}.py')
+    assert old.model == new.model
+    assert old.get('custom_hooks') == new.get('custom_hooks')
+    assert old.get('custom_imports') == new.get('custom_imports')
+
+
 @pytest.mark.parametrize('folder', ZOO['DETECTORS'])
 def test_what_is_frozen_is_pretrained(folder):
     """Else a stem and a stage of random weights would stay random."""

@@ -1,0 +1,4 @@
+_base_ = ['./resnet20_cifar.py', '../attentions/kcla_cifar.py']
+_deprecation_ = dict(expected='../attentions/kcla_cifar.py')
+
+model = dict(backbone=_base_.backbone)

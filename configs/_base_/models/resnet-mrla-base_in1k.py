@@ -1,0 +1,4 @@
+_base_ = ['mmpretrain::_base_/models/resnet50.py', '../attentions/mrla-base_in1k.py']
+_deprecation_ = dict(expected='../attentions/mrla-base_in1k.py')
+
+model = dict(backbone=_base_.backbone)

@@ -1,0 +1,4 @@
+_base_ = ['./resnet20_cifar.py', '../attentions/mrla-light_cifar.py']
+_deprecation_ = dict(expected='../attentions/mrla-light_cifar.py')
+
+model = dict(backbone=_base_.backbone)

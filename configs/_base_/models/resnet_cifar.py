@@ -1,0 +1,2 @@
+_base_ = './resnet20_cifar.py'
+_deprecation_ = dict(expected='./resnet20_cifar.py')
