@@ -22,14 +22,9 @@ from mmengine.runner import Runner
 from mmengine.utils import track_iter_progress
 
 import mmela  # noqa: F401
-from mmela.hooks import (
-    NetworkKLMeter,
-    decide,
-    format_decisions,
-    layer_attention_stages,
-    prune,
-)
+from mmela.hooks import NetworkKLMeter, decide, format_decisions
 from mmela.pruning import PRUNING_POLICIES
+from mmela.structure import attention_stages, prune
 from mmela.utils.toolbox import load_fitting, one_line, open_network
 
 
@@ -72,7 +67,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 @torch.no_grad()
 def measure(model, dataloader, batches: int, reduction: str) -> dict:
     """KL divergences of a model's stages over some batches of data."""
-    stages = layer_attention_stages(model)
+    stages = attention_stages(model)
     meter = NetworkKLMeter(stages, reduction, eps=1e-8)
     meter.attach()
     model.eval()
@@ -97,7 +92,7 @@ def main(argv=None) -> None:
     cfg.merge_from_dict(args.cfg_options)
     try:
         model = MODELS.build(cfg.model)
-        stages = layer_attention_stages(model)
+        stages = attention_stages(model)
         if not any(a.prunable for s in stages.values() for a in s.attentions):
             raise ValueError(f'{args.config} has no prunable layer attention')
         load_fitting(model, state_dict, args.config, args.checkpoint)
