@@ -43,6 +43,8 @@ the papers' alone: what was trained here is in [results](results).
 - FLOPs are billions of multiply-adds for one image of the given size, by
   `mmengine.analysis.FlopAnalyzer`, which counts no elementwise operation. The
   papers do not name their counters.
+- Detectors start from a plain ResNet (`zero_init`), whose frozen stage 1 then
+  has no MRLA; the FLOPs are without it.
 - A note follows where the parameters deviate by more than 0.01 M, or 0.1 M
   where the paper prints one decimal.
 """
