@@ -1,6 +1,7 @@
 """Efficient layer attention for OpenMMLab toolboxes."""
 
-from .utils.compat import allow_checkpoint_classes, check_versions
+from .compat.checkpoints import allow_checkpoint_classes
+from .compat.versions import check_versions
 from .version import __version__
 
 check_versions()

@@ -7,9 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmela.convert.slim import slim_state_dict
 from mmela.layers import AttentionState
 from mmela.structure import layer_attentions, prune
-from mmela.utils.slim import slim_state_dict
 from tests.helpers.toy import toy_config, train
 
 pytest.importorskip('mmdet')
@@ -97,7 +97,7 @@ def test_backbone(config, batch, seed):
     assert pruned(again) == pruned(model)
     assert all(torch.equal(a, b) for a, b in zip(again(x), expected))
 
-    slim_state, blocks = slim_state_dict(state_dict)
+    slim_state, blocks = slim_state_dict(again)
     slim = MODELS.build(dict(cfg, attention_blocks=blocks['']))
     slim.eval()
     slim.load_state_dict(slim_state)

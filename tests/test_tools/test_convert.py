@@ -148,7 +148,7 @@ def test_errors_are_one_line(network, tmp_path):
     torch.save(dict(state_dict=dict(x=torch.zeros(1))), plain)
     for name, args, match in [
         ('slim', (config, 'nowhere.pth', 'out.pth'), 'no file nowhere.pth'),
-        ('slim', (config, plain, 'out.pth'), 'has no layer attention'),
+        ('slim', (config, plain, 'out.pth'), 'plain.pth does not fit'),
         ('slim', (config, checkpoint, checkpoint), 'exists already'),
         ('export', (config, plain, 'out.onnx'), 'has no backbone'),
         ('export', (config, checkpoint, 'out.xyz'), 'must end with .onnx'),

@@ -34,9 +34,9 @@ from mmela.analysis.inputs import (
     validation_loader,
 )
 from mmela.analysis.plots import draw
+from mmela.command_line import one_line
 from mmela.hooks import format_decisions
 from mmela.structure import attention_stages
-from mmela.utils.toolbox import one_line
 
 
 def parse_args(argv=None) -> argparse.Namespace:

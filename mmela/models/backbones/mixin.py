@@ -96,6 +96,25 @@ class LayerAttentionArguments:
                 if isinstance(module, LayerAttention):
                     module.attention_state = AttentionState.ACTIVE
 
+    def remaining_attention_blocks(self) -> List[List[int]]:
+        """For each stage, the blocks whose attention is not pruned.
+
+        Returns:
+            list[list[int]]: What ``attention_blocks`` is in the same network
+            without its pruned attentions.
+        """
+        return [
+            [
+                int(name.split('.')[0])
+                for name, attention in stage.named_attentions().items()
+                if attention.attention_state != AttentionState.PRUNED
+            ]
+            for stage in self._stages()
+        ]
+
+    def _stages(self) -> Sequence[AttentionStage]:
+        raise NotImplementedError
+
     def _check_attention_blocks(self, num_stages: int) -> None:
         if (
             self.attention_blocks is not None
@@ -201,6 +220,9 @@ class LayerAttentionMixin(LayerAttentionArguments):
         super().__init__(*args, **kwargs)
         self._check_attention_blocks(len(self.res_layers))
 
+    def _stages(self) -> Sequence[AttentionStage]:
+        return [getattr(self, name) for name in self.res_layers]
+
     def make_res_layer(self, **kwargs) -> SequentialAttentionStage:
         """Build the blocks of a stage and attach their layer attentions."""
         stage = SequentialAttentionStage(*super().make_res_layer(**kwargs))
@@ -260,6 +282,9 @@ class HookedLayerAttentionMixin(LayerAttentionArguments):
             self.layer_attn_stages.append(stage)
             before = stage, channels
         self._check_attention_blocks(len(self.layer_attn_stages))
+
+    def _stages(self) -> Sequence[AttentionStage]:
+        return self.layer_attn_stages
 
     def train(self, mode: bool = True):
         """Set the mode; the attentions of frozen blocks stay in eval mode."""

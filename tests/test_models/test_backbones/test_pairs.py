@@ -7,11 +7,11 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from mmela.convert.slim import slim_config, slim_state_dict
 from mmela.hooks import NetworkKLMeter, decide
 from mmela.layers import AttentionState, HookedAttentionStage, LayerAttention
 from mmela.pruning import FixedCount
 from mmela.structure import attention_stages, prune
-from mmela.utils.slim import slim_config, slim_state_dict
 
 ATTENTIONS = {
     'MLA': dict(type='MLA'),
@@ -308,7 +308,7 @@ def test_measure_prune_and_slim(backbone):
     with torch.no_grad():
         expected = model(x)
 
-    state, blocks = slim_state_dict(whole.state_dict())
+    state, blocks = slim_state_dict(whole)
     kwargs = copy.deepcopy(MMPRETRAIN[backbone])
     cfg = Config(dict(model=dict(backbone=dict(type=backbone, **kwargs))))
     cfg.model.backbone.layer_attention = dict(
