@@ -4,8 +4,9 @@ from typing import Any, Dict, List, Tuple
 from mmengine.config import Config, ConfigDict
 from torch import Tensor, nn
 
-from ..hooks import LayerAttentionPruningHook, named_layer_attentions
+from ..hooks import LayerAttentionPruningHook
 from ..layers import AttentionState
+from ..structure import layer_attentions
 
 AttentionBlocks = Dict[str, List[List[int]]]
 
@@ -27,7 +28,7 @@ def slim_state_dict(model: nn.Module) -> Tuple[Dict[str, Tensor], AttentionBlock
     Raises:
         ValueError: If there is no layer attention in the network.
     """
-    attentions = named_layer_attentions(model)
+    attentions = layer_attentions(model)
     if not attentions:
         raise ValueError('the network has no layer attention')
     pruned = tuple(

@@ -24,14 +24,9 @@ from mmengine.utils import track_iter_progress
 import mmela  # noqa: F401
 from mmela.command_line import one_line
 from mmela.convert.networks import load_fitting, open_network
-from mmela.hooks import (
-    NetworkKLMeter,
-    decide,
-    format_decisions,
-    layer_attention_stages,
-    prune,
-)
+from mmela.hooks import NetworkKLMeter, decide, format_decisions
 from mmela.pruning import PRUNING_POLICIES
+from mmela.structure import attention_stages, prune
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -73,7 +68,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 @torch.no_grad()
 def measure(model, dataloader, batches: int, reduction: str) -> dict:
     """KL divergences of a model's stages over some batches of data."""
-    stages = layer_attention_stages(model)
+    stages = attention_stages(model)
     meter = NetworkKLMeter(stages, reduction, eps=1e-8)
     meter.attach()
     model.eval()
@@ -98,7 +93,7 @@ def main(argv=None) -> None:
     cfg.merge_from_dict(args.cfg_options)
     try:
         model = MODELS.build(cfg.model)
-        stages = layer_attention_stages(model)
+        stages = attention_stages(model)
         if not any(a.prunable for s in stages.values() for a in s.attentions):
             raise ValueError(f'{args.config} has no prunable layer attention')
         load_fitting(model, state_dict, args.config, args.checkpoint)

@@ -8,9 +8,10 @@ import torch
 from mmengine.config import Config
 
 from mmela.convert.slim import slim_config, slim_state_dict
-from mmela.hooks import NetworkKLMeter, decide, layer_attention_stages, prune
+from mmela.hooks import NetworkKLMeter, decide
 from mmela.layers import AttentionState, HookedAttentionStage, LayerAttention
 from mmela.pruning import FixedCount
+from mmela.structure import attention_stages, prune
 
 ATTENTIONS = {
     'MLA': dict(type='MLA'),
@@ -291,7 +292,7 @@ def test_measure_prune_and_slim(backbone):
     model = build('mmpretrain', backbone, ATTENTIONS['MRLABase'])
     model.eval()  # which returns None for a ResNet
     whole = torch.nn.ModuleDict(dict(backbone=model))
-    stages = layer_attention_stages(whole)
+    stages = attention_stages(whole)
     meter = NetworkKLMeter(stages, 'mean_kl', 1e-8)
     meter.attach()
     x = torch.randn(2, 3, 64, 64)
