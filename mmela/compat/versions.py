@@ -27,7 +27,7 @@ def check_versions(supported: Optional[Dict[str, Tuple[str, str]]] = None) -> No
         ImportError: If a package is missing or its version is not supported.
     """
     for name, (first, last) in (supported or SUPPORTED).items():
-        if find_spec(name) is None:
+        if not is_installed(name):
             if name in _REQUIRED:
                 raise ImportError(
                     f'mmela needs {name} >= {first}, < {last}, which is not installed'
@@ -39,6 +39,21 @@ def check_versions(supported: Optional[Dict[str, Tuple[str, str]]] = None) -> No
                 f'mmela needs {name} >= {first}, < {last}, but '
                 f'{name} {version} is installed'
             )
+
+
+def is_installed(name: str) -> bool:
+    """Whether a package can be imported.
+
+    Args:
+        name (str): Import name.
+
+    Returns:
+        bool: False also for a mere folder of that name on the path, such as a
+        clone of a toolbox's repository, which Python takes for a package
+        without content.
+    """
+    spec = find_spec(name)
+    return spec is not None and spec.origin is not None
 
 
 def find_version(name: str) -> str:
@@ -54,7 +69,7 @@ def find_version(name: str) -> str:
         str: The version.
     """
     if name not in sys.modules:
-        path = Path(find_spec(name).origin or '').with_name('version.py')
+        path = Path(find_spec(name).origin).with_name('version.py')
         if path.is_file():
             version = runpy.run_path(str(path)).get('__version__')
             if isinstance(version, str):

@@ -81,7 +81,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def build_stage(variant: str, blocks: int, args: argparse.Namespace) -> AttentionStage:
+def build_stage(variant: str, blocks: int, args: argparse.Namespace) -> SequentialAttentionStage:
     """A stage whose blocks are nothing but their layer attention.
 
     Args:

@@ -109,11 +109,10 @@ class LayerAttentionArguments:
                 for name, attention in stage.named_attentions().items()
                 if attention.attention_state != AttentionState.PRUNED
             ]
-            for stage in self._attention_stages()
+            for stage in self._stages()
         ]
 
-    def _attention_stages(self) -> Sequence[AttentionStage]:
-        """The stages, those without attention too."""
+    def _stages(self) -> Sequence[AttentionStage]:
         raise NotImplementedError
 
     def _check_attention_blocks(self, num_stages: int) -> None:
@@ -221,7 +220,7 @@ class LayerAttentionMixin(LayerAttentionArguments):
         super().__init__(*args, **kwargs)
         self._check_attention_blocks(len(self.res_layers))
 
-    def _attention_stages(self) -> Sequence[AttentionStage]:
+    def _stages(self) -> Sequence[AttentionStage]:
         return [getattr(self, name) for name in self.res_layers]
 
     def make_res_layer(self, **kwargs) -> SequentialAttentionStage:
@@ -284,7 +283,7 @@ class HookedLayerAttentionMixin(LayerAttentionArguments):
             before = stage, channels
         self._check_attention_blocks(len(self.layer_attn_stages))
 
-    def _attention_stages(self) -> Sequence[AttentionStage]:
+    def _stages(self) -> Sequence[AttentionStage]:
         return self.layer_attn_stages
 
     def train(self, mode: bool = True):
