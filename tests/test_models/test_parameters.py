@@ -62,7 +62,7 @@ def test_parameters(folder, row, uninitialized):
     assert ZOO['parameters_agree'](row, count) == ('note' not in row)
 
 
-# method.md's rows: parameters in millions with the printed decimals
+# The papers' tables: parameters in millions with the printed decimals
 METHOD = {
     'resnet20_1xb128_cifar100': '0.24',
     'resnet56_1xb128_cifar100': '0.61',

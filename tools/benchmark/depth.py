@@ -81,7 +81,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def build_stage(variant: str, blocks: int, args: argparse.Namespace) -> SequentialAttentionStage:
+def build_stage(
+    variant: str, blocks: int, args: argparse.Namespace
+) -> SequentialAttentionStage:
     """A stage whose blocks are nothing but their layer attention.
 
     Args:
