@@ -7,8 +7,10 @@ from .version import __version__
 
 check_versions()
 
+from .compat.operators import provide_operators  # noqa: E402
 from .registry import register  # noqa: E402
 
+provide_operators()
 allow_checkpoint_classes()
 register()
 

@@ -66,7 +66,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
     # The compiled one compares in float32: an IoU of exactly 0.6 is not above.
     threshold = float(np.float32(iou_threshold))
-    return torchvision.ops.nms(boxes, scores.to(boxes), threshold)
+    # Equal scores are in the order that torch's sort gives them, as there.
+    scores, order = scores.to(boxes).sort(descending=True)
+    return order[torchvision.ops.nms(boxes[order], scores, threshold)]
 
 
 def softnms(
@@ -95,30 +97,33 @@ def softnms(
     Returns:
         Tensor: Indices of the boxes kept of shape (K,), int64.
     """
-    rows = torch.cat([boxes, scores[:, None]], 1).float().numpy().copy()
-    order = np.arange(len(rows))
+    # Rows x1, y1, x2, y2, score; a column is a box.
+    table = torch.cat([boxes, scores[:, None]], 1).float().t().contiguous().numpy()
+    order = np.arange(len(boxes))
     start = 0
-    while start < len(rows):
-        best = start + rows[start:, 4].argmax()
-        for array in (rows, order):
-            array[[start, best]] = array[[best, start]]
+    while start < len(order):
+        best = start + table[4, start:].argmax()
+        for array in (table, order):
+            array[..., [start, best]] = array[..., [best, start]]
         start += 1
-        rest = rows[start:]
-        iou = _iou(rows[start - 1], rest, offset)
+        rest = table[:, start:]
+        iou = _iou(table[:, start - 1], rest, offset)
         if method == 2:
-            rest[:, 4] *= np.exp(-(iou * iou) / sigma)
+            # numpy's float32 exp is less exact than the compiled one.
+            decay = np.exp((-(iou * iou) / sigma).astype(np.float64))
+            rest[4] *= decay.astype(np.float32)
         else:
-            rest[:, 4] *= np.where(iou >= iou_threshold, method * (1 - iou), 1)
-        # The last boxes take the places of those dropped, as in the compiled
-        # loop: the order decides between equal scores.
-        kept = ~(rest[:, 4] < min_score)
-        end = start + kept.sum()
+            rest[4] *= np.where(iou >= iou_threshold, method * (1 - iou), 1)
+        # Equal scores stay in the order of the compiled loop, where the last
+        # box takes the place of one that is dropped.
+        kept = rest[4] >= min_score
+        end = start + np.count_nonzero(kept)
         gaps = start + np.flatnonzero(~kept[: end - start])
         last = end + np.flatnonzero(kept[end - start :])[::-1]
-        for array in (rows, order):
-            array[gaps] = array[last]
-        rows, order = rows[:end], order[:end]
-    dets[: len(rows)] = torch.from_numpy(rows)
+        for array in (table, order):
+            array[..., gaps] = array[..., last]
+        table, order = table[:, :end], order[:end]
+    dets[: len(order)] = torch.from_numpy(table.T)
     return torch.from_numpy(order)
 
 
@@ -133,25 +138,29 @@ def nms_match(dets: Tensor, iou_threshold: float) -> List[List[int]]:
         list[list[int]]: For each box kept, best first, its index and those of
         the boxes that went for it.
     """
-    rows = dets.float().numpy()
+    table = dets.float().t().contiguous().numpy()
     rest = dets[:, 4].sort(descending=True)[1].numpy()
     groups = []
     while len(rest):
         best, rest = rest[0], rest[1:]
-        same = _iou(rows[best], rows[rest]) >= iou_threshold
+        same = _iou(table[:, best], table[:, rest]) >= iou_threshold
         groups.append([int(best), *rest[same].tolist()])
         rest = rest[~same]
     return groups
 
 
 def _iou(box: np.ndarray, boxes: np.ndarray, offset: int = 0) -> np.ndarray:
-    """IoU of a box (>= 4,) with boxes (N, >= 4), of shape (N,)."""
-    sides = np.minimum(box[2:4], boxes[:, 2:4]) - np.maximum(box[:2], boxes[:, :2])
-    shared = np.maximum(sides + offset, 0).prod(1)
-    areas = (boxes[:, 2:4] - boxes[:, :2] + offset).prod(1)
-    area = (box[2:4] - box[:2] + offset).prod()
-    with np.errstate(divide='ignore', invalid='ignore'):  # boxes without area
-        return shared / (area + areas - shared)
+    """IoU of a box (>= 4,) with boxes (>= 4, N), of shape (N,)."""
+    width = np.minimum(box[2], boxes[2]) - np.maximum(box[0], boxes[0]) + offset
+    height = np.minimum(box[3], boxes[3]) - np.maximum(box[1], boxes[1]) + offset
+    shared = np.maximum(width, 0) * np.maximum(height, 0)
+    first, areas = (
+        (corners[2] - corners[0] + offset) * (corners[3] - corners[1] + offset)
+        for corners in (box, boxes)
+    )
+    union = first + areas - shared
+    # Boxes without area overlap nothing: 0 / 0 is 0.
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union != 0)
 
 
 def roi_align_forward(
