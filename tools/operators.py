@@ -24,7 +24,7 @@ def main() -> None:
     try:
         path = write_operators() if action == 'write' else remove_operators()
     except (ImportError, OSError) as error:
-        raise SystemExit(f'error: {error}')
+        raise SystemExit(f'error: {error}') from error
     print(f'{"wrote" if action == "write" else "removed"} {path}')
 
 
