@@ -4,6 +4,7 @@ import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec
 from importlib.util import find_spec, spec_from_file_location
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Optional
 
@@ -20,6 +21,9 @@ class _OperatorFinder(MetaPathFinder):
 
     def find_spec(self, fullname, path=None, target=None) -> Optional[ModuleSpec]:
         if fullname == _EXTENSION:
+            # A worker that is a new process (Windows, macOS) needs operators
+            # when it unpickles its data set; this it unpickles before.
+            current_process()._config[__name__] = provide_operators
             return spec_from_file_location(fullname, _SOURCE)
         return None
 
