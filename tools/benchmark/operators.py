@@ -181,6 +181,8 @@ def _convolution(random: Random) -> Tuple[dict, Dict[str, Tensor]]:
     like = torch.nn.functional.conv2d(features, weight, groups=groups, **step)
     points = deform_groups * kernel[0] * kernel[1]
     offset = random.normal(images, 2 * points, *like.shape[2:], dtype=dtype) * 2
+    # Between pixels: the gradient jumps on one, where rounding decides.
+    offset = (offset * 10).round() / 10 + 0.05
     mask = random.uniform(images, points, *like.shape[2:], dtype=dtype)
     bias = random.normal(channels, dtype=dtype)
     step.update(groups=groups, deform_groups=deform_groups)
