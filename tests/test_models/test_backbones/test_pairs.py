@@ -8,7 +8,7 @@ import torch
 from mmengine.config import Config
 
 from mmela.convert.slim import slim_config, slim_state_dict
-from mmela.hooks import NetworkKLMeter, decide
+from mmela.hooks import NetworkKLMeter
 from mmela.layers import AttentionState, HookedAttentionStage, LayerAttention
 from mmela.pruning import FixedCount
 from mmela.structure import attention_stages, prune
@@ -297,12 +297,11 @@ def test_measure_prune_and_slim(backbone):
     with torch.no_grad():
         model(x)
     meter.detach()
-    kl = meter.compute()
-    assert {k: len(v) for k, v in kl.items()} == {
-        k: len(s.attentions) for k, s in stages.items()
-    }
-    rows = decide(stages, kl, FixedCount(count=2))
-    pruned = [row['name'] for row in rows if row['skip']]
+    decision = meter.decide(FixedCount(count=2))
+    assert [(x.name, x.stage) for x in decision.layers] == [
+        (f'{k}.{n}', k) for k, s in stages.items() for n in s.named_attentions()
+    ]
+    pruned = decision.pruned
     assert len(pruned) == 2
     prune(whole, pruned)
     with torch.no_grad():

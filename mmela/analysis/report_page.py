@@ -2,7 +2,16 @@
 
 from jinja2 import Environment, StrictUndefined
 
-from .run import short_name
+from .work_dir import short_name
+
+
+def as_call(cfg: dict) -> str:
+    """Write a config as a call, ``EBQM(gamma=0.5, mu=0.2)``."""
+    arguments = ', '.join(
+        f'{k}={v!r}' for k, v in cfg.items() if k != 'type' and v is not None
+    )
+    return f'{cfg.get("type")}({arguments})'
+
 
 _SOURCE = """\
 {% macro picture(pair, alt) -%}
@@ -78,8 +87,8 @@ summary { cursor: pointer; }
 {{- run.checkpoint.name if run.checkpoint else 'none' }}</dd>
 {% if run.best_checkpoint %}<dt>Best checkpoint</dt><dd>
 {{- run.best_checkpoint.name }}</dd>{% endif %}
-{% if run.prunings %}<dt>Attentions</dt><dd>
-{{- run.prunings[-1].active|length }} of {{ run.total_attentions }}
+{% if run.decisions %}<dt>Attentions</dt><dd>
+{{- run.decisions[-1].active|length }} of {{ run.total_attentions }}
 active</dd>{% endif %}
 {% if parameters %}<dt>Parameters</dt><dd>
 {{- '{:,}'.format(parameters.total - parameters.pruned) }} in use</dd>
@@ -130,27 +139,27 @@ of a size that the data do not have.{% endif %}</p>
 {% if run.hook is none %}
 <p>Nothing was pruned in this run: there is no pruning.json.</p>
 {% else %}
-<p>Policy: <code>{{ policy }}</code>. Windows:
+<p>Windows:
 {% for first, last in run.hook.windows %}{{ first }} to {{ last }}
 {{- ', ' if not loop.last }}{% else %}none{% endfor %}
- ({{ 'epochs' if run.hook.by_epoch else 'iterations' }}). Reduction:
-{{ run.hook.reduction }}; eps {{ run.hook.eps }}; a pruned attention is
-{{ 'skipped, but its key and value stay' if run.hook.keep_value
-   else 'removed whole' }}.</p>
-{% if not run.prunings %}<p>No window has ended: nothing is decided
+ ({{ 'epochs' if run.hook.by_epoch else 'iterations' }}). Policy at the end:
+<code>{{ run.hook.policy|call }}</code>.</p>
+{% if not run.decisions %}<p>No window has ended: nothing is decided
 yet.</p>{% endif %}
 {% endif %}
 {% if timeline_picture %}<figure>
 {{ picture(timeline_picture, 'Active attentions over time') }}
 <figcaption>Active attentions; windows of measurement are shaded.</figcaption>
 </figure>{% endif %}
-{% for pruning, bars, curve, before, after in prunings %}
-<h3>After {{ pruning.unit }} {{ pruning.window[1] }}:
-{{ pruning.layers|length }} → {{ pruning.active|length }} active
+{% for decision, bars, curve, before, after in decisions %}
+<h3>After {{ decision.unit }} {{ decision.window[1] }}:
+{{ decision.layers|length }} → {{ decision.active|length }} active
 attentions</h3>
-<p>Decided after iteration {{ pruning.iteration }}
-{%- if pruning.layers and pruning.layers[0].threshold is not none %}, with a
-threshold of {{ '%g'|format(pruning.layers[0].threshold) }}{% endif %}.
+<p>Decided after iteration {{ decision.iteration }} by
+<code>{{ decision.policy|call }}</code>. Reduction: {{ decision.reduction }};
+eps {{ decision.eps }}; a pruned attention is
+{{ 'skipped, but its key and value stay' if decision.keep_value
+   else 'removed whole' }}.
 {% if before.seconds and after.seconds %}Median step time:
 {{ '%.4g'|format(before.seconds) }} s before ({{ before.count }} logged
 values), {{ '%.4g'|format(after.seconds) }} s after ({{ after.count }} logged
@@ -169,15 +178,15 @@ shown.</figcaption></figure>{% endif %}</div>
 <tr><th>layer attention</th><th class="number">KL</th>
 <th class="number">normalised</th><th class="number">mapped</th>
 <th>decision</th></tr>
-{% for layer in pruning.layers %}
-<tr{% if layer.skip %} class="pruned"{% endif %}>
-<td>{{ '✕ ' if layer.skip }}{{ layer.name|short }}</td>
-{{ cell(layer.kl, '4g') }}{{ cell(layer.normalized, '4g') }}
+{% for layer in decision.layers %}
+<tr{% if layer.pruned %} class="pruned"{% endif %}>
+<td>{{ '✕ ' if layer.pruned }}{{ layer.name|short }}</td>
+{{ cell(layer.divergence, '4g') }}{{ cell(layer.normalized, '4g') }}
 {{ cell(layer.mapped, '4g') }}<td>{{ layer.reason }}</td></tr>
 {% endfor %}
 </table></div>
 {% endfor %}
-{% if run.prunings %}<p class="soft">pruning.json holds all numbers in full
+{% if run.decisions %}<p class="soft">pruning.json holds all numbers in full
 precision.</p>{% endif %}
 {% if maps %}
 <h2>Attention maps, before and after</h2>
@@ -211,12 +220,12 @@ precision.</p>{% endif %}
 <h2>Cost</h2>
 {% if steps %}
 <div class="box" tabindex="0" role="region" aria-label="Step time"><table>
-<tr><th>iterations</th>{% if run.prunings %}
+<tr><th>iterations</th>{% if run.decisions %}
 <th class="number">active attentions</th>{% endif %}
 <th class="number">step time (s)</th><th class="number">of it data (s)</th>
 <th class="number">logged values</th></tr>
 {% for step in steps %}<tr><td>{{ step.first }} to {{ step.last }}</td>
-{% if run.prunings %}<td class="number">{{ step.active }}</td>{% endif %}
+{% if run.decisions %}<td class="number">{{ step.active }}</td>{% endif %}
 {{ cell(step.seconds, '4g') }}{{ cell(step.data_seconds, '4g') }}
 <td class="number">{{ step.count }}</td></tr>
 {% endfor %}
@@ -276,4 +285,5 @@ _ENVIRONMENT = Environment(
     autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
 _ENVIRONMENT.filters['short'] = short_name
+_ENVIRONMENT.filters['call'] = as_call
 TEMPLATE = _ENVIRONMENT.from_string(_SOURCE)

@@ -1,20 +1,26 @@
+"""What a work directory holds of a run."""
+
 import ast
 import json
-import pickle
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from mmengine.hooks import CheckpointHook
-from mmengine.utils import digit_version
 
+from ..command_line import one_line
+from ..convert.networks import read_state_dict
 from ..layers import AttentionState
+from ..pruning import PruningDecision, PruningReport
 
 # In a state dict, but nothing that is trained
 _STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
+# What the report calculates with, and what of it counts
+_NUMBERS = ('loss', 'time', 'data_time', 'epoch', 'iter')
+_COUNTS = ('epoch', 'iter')
 _NO_METRICS = ('time', 'data_time', 'step', 'epoch', 'iter', 'memory')
 
 
@@ -83,7 +89,7 @@ class Run:
             by iteration in an iteration-based run.
         hook (dict | None): Arguments of the pruning hook, from
             ``pruning.json``; None without one.
-        prunings (list[dict]): Decisions of the pruning hook.
+        decisions (tuple[PruningDecision]): Decisions of the pruning hook.
         config_name (str): Name of the dumped config; empty without one.
         config (str): The dumped config.
         notes (list[str]): What a reader should know about the files.
@@ -117,7 +123,7 @@ class Run:
         if not self.training and not self.metrics:
             raise FileNotFoundError(f'{logs[-1]} holds no training loss and no metric')
         self._read_config()
-        self._read_prunings()
+        self._read_decisions()
 
     # -- logs --------------------------------------------------------------
 
@@ -126,7 +132,7 @@ class Run:
         training, metrics = {}, {}
         for record in _read_lines(log):
             step = record.get('step')
-            if not isinstance(step, int) or any(
+            if not _is_number(step, count=True) or any(
                 k.startswith('layer_attention/') for k in record
             ):
                 continue
@@ -143,7 +149,7 @@ class Run:
                 k: v
                 for k, v in record.items()
                 if k not in _NO_METRICS
-                and isinstance(v, (int, float))
+                and _is_number(v)
                 and ('/' in k or 'time' in record)
             }
             if values:
@@ -190,7 +196,7 @@ class Run:
         key = 'max_epochs' if self.unit == 'epoch' else 'max_iters'
         try:
             statements = ast.parse(self.config).body
-        except (SyntaxError, ValueError):
+        except (MemoryError, RecursionError, SyntaxError, ValueError):
             return None
         for statement in statements:
             if (
@@ -252,19 +258,14 @@ class Run:
         if not configs:
             self.notes.append('There is no dumped config in the directory.')
 
-    def _read_prunings(self) -> None:
+    def _read_decisions(self) -> None:
         path = self.work_dir / 'pruning.json'
         self.hook: Optional[dict] = None
-        self.prunings: List[dict] = []
+        self.decisions: Tuple[PruningDecision, ...] = ()
         if not path.exists():
             return
-        try:
-            report = json.loads(path.read_text(encoding='utf-8'))
-            self.hook, self.prunings = report['hook'], report['prunings']
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path} is no report of the pruning hook: {error!r}'
-            ) from error
+        report = PruningReport.read(path)
+        self.hook, self.decisions = report.hook, report.decisions
         if self.config and 'LayerAttentionPruningHook' not in self.config:
             self.notes.append(
                 'The config names no LayerAttentionPruningHook: pruning.json '
@@ -277,7 +278,7 @@ class Run:
         pointer = self.work_dir / 'last_checkpoint'
         if not pointer.exists():
             return None
-        path = Path(pointer.read_text(encoding='utf-8').strip())
+        path = Path(pointer.read_text(encoding='utf-8', errors='replace').strip())
         # The directory may have been moved.
         found = [p for p in (self.work_dir / path.name, path) if p.exists()]
         return found[0] if found and path.name else None
@@ -296,7 +297,7 @@ class Run:
     @property
     def total_attentions(self) -> Optional[int]:
         """int | None: Active attentions before the first pruning."""
-        return len(self.prunings[0]['layers']) if self.prunings else None
+        return len(self.decisions[0].layers) if self.decisions else None
 
     def step_times(self) -> List[StepTime]:
         """Measure the training speed between the prunings.
@@ -305,10 +306,10 @@ class Run:
             list[StepTime]: From the start to the first pruning, from there to
             the next, and so on to the end.
         """
-        bounds = [0] + [p['iteration'] for p in self.prunings]
+        bounds = [0] + [decision.iteration for decision in self.decisions]
         bounds.append(max([*self.training, *bounds]))
         active = [self.total_attentions]
-        active += [len(p['active']) for p in self.prunings]
+        active += [len(decision.active) for decision in self.decisions]
         times = []
         for start, end, number in zip(bounds, bounds[1:], active):
             records = [
@@ -338,26 +339,12 @@ class Run:
         if path is None:
             self.notes.append('There is no checkpoint to count parameters in.')
             return None
-        options = dict(map_location='cpu', weights_only=True)
-        if digit_version(torch.__version__) >= digit_version('2.1'):
-            options['mmap'] = True  # optimizer states stay on the disk
         try:
-            checkpoint = torch.load(str(path), **options)
-            state = checkpoint.get('state_dict', checkpoint)
-            return _count_parameters(state)
-        except (
-            pickle.UnpicklingError,
-            RuntimeError,
-            OSError,
-            EOFError,
-            KeyError,
-            AttributeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            reason = str(error).split('\n')[0].rstrip('. ')
+            return _count_parameters(read_state_dict(path)[1])
+        except (ImportError, OSError, TypeError, ValueError) as error:
             self.notes.append(
-                f'Parameters are not counted: {path.name} cannot be read ({reason}).'
+                f'Parameters are not counted: {path.name} cannot be read '
+                f'({one_line(error)}).'
             )
             return None
 
@@ -401,7 +388,10 @@ def _plain_key(key: str) -> str:
 
 
 def _read_lines(log: Path) -> List[dict]:
-    lines = log.read_text(encoding='utf-8').splitlines()
+    try:
+        lines = log.read_text(encoding='utf-8').splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{log} is no text: {error}') from error
     records = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -410,12 +400,25 @@ def _read_lines(log: Path) -> List[dict]:
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError('no object')
-        except ValueError as error:
+        except (RecursionError, ValueError) as error:
             if number == len(lines):
                 break  # the run was killed while it wrote
             raise ValueError(f'{log}, line {number}, is no JSON object') from error
+        for key, value in record.items():
+            name = _plain_key(key)
+            if name in _NUMBERS and not _is_number(value, name in _COUNTS):
+                raise ValueError(
+                    f'{log}, line {number}, has {key}={value!r:.99}, which is no number'
+                )
         records.append(record)
     return records
+
+
+def _is_number(value: Any, count: bool = False) -> bool:
+    """Whether a value of a log is a number of a size to calculate with."""
+    if isinstance(value, float):
+        return not count
+    return type(value) is int and abs(value) < 2**53
 
 
 def short_name(name: str) -> str:
