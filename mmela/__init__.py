@@ -1,10 +1,12 @@
 """Efficient layer attention for OpenMMLab toolboxes."""
 
 from .compat.checkpoints import allow_checkpoint_classes
+from .compat.operators import provide_operators
 from .compat.versions import check_versions
 from .version import __version__
 
 check_versions()
+provide_operators()
 allow_checkpoint_classes()
 
 from . import hooks, layers  # noqa: E402  (registration)

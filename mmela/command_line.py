@@ -2,7 +2,7 @@ import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import List, Tuple
+from typing import List, Tuple, Union
 
 from mmengine.config import Config
 
@@ -70,8 +70,8 @@ def run_tool(
     runpy.run_path(str(tool), run_name='__main__')
 
 
-def one_line(error: Exception) -> str:
-    """What an exception says, for the one line of a command-line tool.
+def one_line(error: Union[Exception, str]) -> str:
+    """What an exception or a text says, for one line of a command-line tool.
 
     Control characters, which a name in a file may bring along and a terminal
     would obey, are shown as escapes.

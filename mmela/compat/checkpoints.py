@@ -19,6 +19,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.utils import digit_version
 
+_LOADS_SAFELY = digit_version(torch.__version__) >= digit_version('2.6.0')
 # Kind and size of the numbers that a checkpoint may hold, as numpy writes them
 _TYPE_CODES = {
     *('b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8'),
@@ -46,21 +47,22 @@ def load_checkpoint(path: Union[str, Path]) -> Any:
     path = Path(path)
     with open(path, 'rb'):
         pass  # so that what goes wrong from here on is due to its content
-    try:
-        if path.suffix == '.safetensors':
+    is_safetensors = path.suffix == '.safetensors'
+    if is_safetensors:
+        try:
             from safetensors.torch import load_file
-
+        except ImportError as error:
+            raise ImportError(f'{path} needs `pip install safetensors`') from error
+    elif not _LOADS_SAFELY:
+        warnings.warn(
+            f'torch {torch.__version__} runs code that {path} may hold; from 2.6 on '
+            'it does not. Load only files that you trust, or use safetensors',
+            stacklevel=2,
+        )
+    try:
+        if is_safetensors:
             return load_file(str(path))
-        if not _LOADS_SAFELY:
-            warnings.warn(
-                f'torch {torch.__version__} runs code that {path} may hold; from '
-                '2.6 on it does not. Load only files that you trust, or use '
-                'safetensors',
-                stacklevel=2,
-            )
         return torch.load(path, map_location='cpu', weights_only=_LOADS_SAFELY)
-    except ImportError as error:
-        raise ImportError(f'{path} needs `pip install safetensors`') from error
     except Exception as error:  # bytes of a file may make a reader raise anything
         raise ValueError(f'{path} {_reason(error)}') from error
 
@@ -69,7 +71,7 @@ def _reason(error: Exception) -> str:
     """What is wrong with a file, as far as the exception says so."""
     words = str(error).split()
     if 'GLOBAL' in words[:-1]:
-        name = words[words.index('GLOBAL') + 1]
+        name = words[words.index('GLOBAL') + 1][:99]
         return f'holds {name}, which could run code and is not allowed'
     if isinstance(error, UnpicklingError):
         return 'is no checkpoint, is damaged, or holds what could run code'
@@ -101,12 +103,10 @@ class SavedDtype:
         return self
 
     def __setstate__(self, state: tuple) -> None:
-        order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
-        if order not in ('<', '>', '|') or state != (
-            *(3, order, None, None, None, -1, -1, 0),
-        ):
+        # Version, byte order, nothing that only other types have, no flags
+        if state not in [(3, order, None, None, None, -1, -1, 0) for order in '<>|']:
             raise UnpicklingError('a numpy type in the checkpoint is damaged')
-        self.dtype = self.dtype.newbyteorder(order)
+        self.dtype = self.dtype.newbyteorder(state[1])
 
 
 def _dtype(saved: Any) -> np.dtype:
@@ -240,6 +240,3 @@ def allow_checkpoint_classes() -> None:
         names.append((_reconstruct, f'numpy.{core}.multiarray._reconstruct'))
         names.append((_scalar, f'numpy.{core}.multiarray.scalar'))
     torch.serialization.add_safe_globals([*standins, *names])
-
-
-_LOADS_SAFELY = digit_version(torch.__version__) >= digit_version('2.6.0')

@@ -35,16 +35,6 @@ _SCALES = 'layer_attn.scales'
 _CROSS_STAGE = 'layer_attn.cross_stage.'
 _DETECTOR_PARTS = ('neck.', 'rpn_head.', 'roi_head.', 'bbox_head.', 'mask_head.')
 
-_UNUSED_CROSS_STAGE = (
-    'the published forward pass never reads it: the first stage has no stage before it'
-)
-_UNUSED_FINAL_NORM = 'the published forward pass never reads it'
-_FIXED_SCALES = (
-    'fixed scales of the heads, which KCLA computes; their values were checked'
-)
-_NO_CLASSIFIER = 'classifier, which the target has not'
-_NOT_BACKBONE = 'part of the detector, not of its backbone'
-
 
 class KeyMap(NamedTuple):
     """Where the keys of a published checkpoint go.
@@ -99,8 +89,8 @@ def convert_published(
         if not torch.is_tensor(value):
             raise ValueError(f'{key} is no tensor but {type(value).__name__}')
     keys = map_published_keys(state_dict, arch, target)
-    for key, reason in keys.dropped.items():
-        if reason == _FIXED_SCALES:
+    for key in keys.dropped:
+        if key.endswith('.norm_d'):
             _check_scales(key, state_dict[key])
     converted = {}
     for old, new in keys.mapped.items():
@@ -214,14 +204,13 @@ def map_published_keys(
         else:
             unknown.append(key)
     if unknown:
+        hint = ''
         # Published for block 11 of stage 3 of ResNet-101
-        within = any('.u_Wk.' in key for key in unknown) and arch == 'kcla'
-        hint = (
-            ' (mmela starts the running mean of KCLA anew only between '
-            'stages, not within one)'
-            if within
-            else ''
-        )
+        if arch == 'kcla' and any('.u_Wk.' in key for key in unknown):
+            hint = (
+                ' (mmela starts the running mean of KCLA anew only between '
+                'stages, not within one)'
+            )
         raise ValueError(
             f'arch={arch!r} has no place for {len(unknown)} '
             f'keys{hint}: {", ".join(unknown)}'
@@ -254,8 +243,8 @@ def published_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
         arch (str): One of :data:`ARCHS`.
 
     Returns:
-        dict: Config of an ``ELAResNet`` or ``ELAResNet_CIFAR``. Its ``depth``
-        is None where no standard network has as many blocks.
+        dict: Config of an ``ELAResNet`` or ``ELABottleneckResNet_CIFAR``. Its
+        ``depth`` is None where no standard network has as many blocks.
 
     Raises:
         ValueError: If a tensor that tells the sizes has another shape.
@@ -280,7 +269,8 @@ def published_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
         heads = _shape(tensors, 'layer1.0.layer_attn.head_attention.weight', 2)[0]
         channels = _shape(tensors, 'layer1.0.layer_attn.norm.weight', 1)[0]
         head_dim = channels // heads
-    cfg = dict(type='ELAResNet_CIFAR' if cifar else 'ELAResNet', depth=depth)
+    name = 'ELABottleneckResNet_CIFAR' if cifar else 'ELAResNet'
+    cfg = dict(type=name, depth=depth)
     default = 16 if cifar else 64
     if stem_width != default:
         cfg['stem_channels'] = stem_width
@@ -353,10 +343,13 @@ def _place(
 ) -> Tuple[Optional[str], Optional[str]]:
     """New key, or why the published one is dropped; neither if it is unknown."""
     if detector and key.startswith(_DETECTOR_PARTS):
-        return (key, None) if target == 'detector' else (None, _NOT_BACKBONE)
+        if target == 'detector':
+            return key, None
+        return None, 'part of the detector, not of its backbone'
     if not detector and key in ('fc.weight', 'fc.bias'):
-        keeps = target == 'classifier'
-        return (f'head.{key}', None) if keeps else (None, _NO_CLASSIFIER)
+        if target == 'classifier':
+            return f'head.{key}', None
+        return None, 'classifier, which the target has not'
     if detector and not key.startswith('backbone.'):
         return None, None
     name = key[len('backbone.') :] if detector else key
@@ -372,7 +365,7 @@ def _place_in_backbone(
     if name in stem:
         return stem[name], None
     if name.startswith('finalbn.'):
-        return None, _UNUSED_FINAL_NORM
+        return None, 'the published forward pass never reads it'
     match = _BLOCK_KEY.fullmatch(name)
     if match is None:
         return None, None
@@ -383,10 +376,15 @@ def _place_in_backbone(
     if new is None:
         return None, None
     if new == _SCALES:
-        return None, _FIXED_SCALES
+        return None, (
+            'fixed scales of the heads, which KCLA computes; their values were checked'
+        )
     if new.startswith(_CROSS_STAGE):
         if stage == 1 and block == 0:
-            return None, _UNUSED_CROSS_STAGE
+            return None, (
+                'the published forward pass never reads it: the first stage has no '
+                'stage before it'
+            )
         if block > 0:
             return None, None
     return f'layer{stage}.{block}.{new}', None

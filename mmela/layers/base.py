@@ -107,7 +107,7 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
         # The state travels in the checkpoint as a buffer; the forward pass
         # reads `_state`, so that it never waits for the device.
         self.register_buffer('state', torch.tensor(0, dtype=torch.uint8))
-        self._seen = self._writes()
+        self._seen = self._state_version()
 
     @abstractmethod
     def forward(self, x: Tensor, memory: StageMemory) -> Tensor:
@@ -137,7 +137,7 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
     def attention_state(self) -> AttentionState:
         """AttentionState: What is left of the attention."""
         if not self.training and not is_compiling():
-            if self._writes() != self._seen:
+            if self._state_version() != self._seen:
                 # Somebody wrote to the buffer: an averaged copy of the network
                 self.attention_state = AttentionState(int(self.state))
         return self._state
@@ -146,10 +146,10 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
     def attention_state(self, state: AttentionState) -> None:
         self._state = AttentionState(state)
         self.state.fill_(int(self._state))
-        self._seen = self._writes()
+        self._seen = self._state_version()
         self._sync_requires_grad()
 
-    def _writes(self) -> int:
+    def _state_version(self) -> int:
         """Changes whenever the buffer is written to; costs no synchronization."""
         return 0 if self.state.is_inference() else self.state._version
 

@@ -180,14 +180,10 @@ class KCLA(QKVLayerAttention):
 
     def _take_over(self, memory: Memory) -> None:
         """Start the stage with the mean of the stage before."""
-        before, memory.before = memory.before, None
-        # No mean: all attentions there are pruned
-        if (
-            hasattr(self, 'cross_stage')
-            and before is not None
-            and before.mean is not None
-        ):
-            memory.mean, key = self.cross_stage(before.mean)
+        # None too where all attentions there are pruned, or there is none
+        mean, memory.before = getattr(memory.before, 'mean', None), None
+        if hasattr(self, 'cross_stage') and mean is not None:
+            memory.mean, key = self.cross_stage(mean)
             memory.mass = self._weigh(self.heads(key).norm(dim=-1))
 
     def signature(self) -> str:

@@ -61,6 +61,11 @@ INTEGERS = [0, 1, 2, 3, 4, 7, 8, 63, 255, 1000, 2**31 - 1, -1, -8, -(2**31)]
 STATISTICS = ['min', 'max', 'current', 'mean', '__init__', '__class__', '_x', 'update']
 
 
+def random_bytes(rng: random.Random, count: int) -> bytes:
+    """So many bytes; before Python 3.9, ``randbytes`` is missing."""
+    return bytes(rng.getrandbits(8) for _ in range(count))
+
+
 class Writer:
     """Writes one random pickle, protocol 2, for torch's restricted reader.
 
@@ -113,7 +118,7 @@ class Writer:
         if choice == 1:
             return self.text(rng.choice(CODES + STATISTICS + ['<', '>', '|', '=']))
         if choice == 2:
-            return self.raw(rng.randbytes(rng.choice(INTEGERS[:10])))
+            return self.raw(random_bytes(rng, rng.choice(INTEGERS[:10])))
         if choice == 3:
             return b'G' + struct.pack('>d', rng.choice([0.0, 1.5, 1e300, float('nan')]))
         if choice == 4 and self.chaos:
@@ -171,7 +176,7 @@ class Writer:
         size = int(''.join(filter(str.isdigit, code)) or 8)
         if self.rng.random() < self.chaos:
             size += 1
-        return self.raw(self.rng.randbytes(size * count))
+        return self.raw(random_bytes(self.rng, size * count))
 
     def scalar(self, depth: int) -> bytes:
         code = self.rng.choice(CODES[:12])
@@ -278,7 +283,7 @@ def damage(rng: random.Random, content: bytes) -> bytes:
         length = rng.randrange(1, 12)
         choice = rng.randrange(4)
         if choice == 0:
-            content[place : place + 1] = rng.randbytes(1)
+            content[place : place + 1] = random_bytes(rng, 1)
         elif choice == 1:
             del content[place : place + length]
         elif choice == 2:

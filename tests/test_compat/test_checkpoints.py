@@ -55,6 +55,7 @@ def array_state(shape, dtype_pickle, raw):
     return write.tuple(write.integer(1), shape, dtype_pickle, b'\x89', write.raw(raw))
 
 
+@needs_safe_loading
 @pytest.mark.parametrize(
     'array',
     [
@@ -78,6 +79,7 @@ def test_arrays_come_back(array):
     assert type(pickle.loads(pickle.dumps(loaded, 2))) is np.ndarray
 
 
+@needs_safe_loading
 def test_log_history_loads_safely():
     """What mmengine puts into each of its checkpoints."""
     buffer = HistoryBuffer()
@@ -95,6 +97,7 @@ def test_log_history_loads_safely():
     assert load(saved(HistoryBuffer())).data[0].shape == (0,)
 
 
+@needs_safe_loading
 @pytest.mark.parametrize('core', ['core', '_core'])
 def test_files_of_both_versions_of_numpy(core):
     module = f'numpy.{core}.multiarray'

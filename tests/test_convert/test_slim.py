@@ -8,8 +8,9 @@ import torch
 from mmengine.config import Config, ConfigDict
 
 from mmela.convert.slim import slim_config, slim_state_dict
-from mmela.hooks import LayerAttentionPruningHook, prune
+from mmela.hooks import LayerAttentionPruningHook
 from mmela.layers import AttentionState
+from mmela.structure import prune
 
 TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'convert' / 'slim.py'
 

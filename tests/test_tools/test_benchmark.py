@@ -384,7 +384,7 @@ def test_without_memory_for_a_variant(bench, monkeypatch):
     prepare = bench.networks.Contestant.prepare
 
     def fail(self, warmup):
-        if type(self.model.backbone).__name__ == 'ELAResNet_CIFAR':
+        if type(self.model.backbone).__name__ == 'ELABottleneckResNet_CIFAR':
             raise torch.cuda.OutOfMemoryError
         return prepare(self, warmup)
 

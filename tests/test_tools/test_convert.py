@@ -18,7 +18,7 @@ pytest.importorskip('mmcv.ops', exc_type=ImportError)
 from mmdet.registry import MODELS  # noqa: E402
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools' / 'convert'
-PRUNED = ['backbone.layer1.1.layer_attn', 'backbone.layer3.2.layer_attn']
+PRUNED = ['backbone.layer2.1.layer_attn', 'backbone.layer3.2.layer_attn']
 
 
 def tool(name, *args):
@@ -55,8 +55,8 @@ def test_slim(network, tmp_path):
     saved = torch.load(tmp_path / 'slim.pth')
     assert slim_cfg.custom_hooks == []
     assert slim_cfg.model.backbone.attention_blocks == [
-        [0, 2],
-        [0, 1, 2, 3],
+        [],
+        [0, 2, 3],
         [0, 1, 3, 4, 5],
         [0, 1, 2],
     ]
@@ -73,13 +73,13 @@ def test_slim(network, tmp_path):
 
 def test_slim_keeps_values_that_are_seen(network, tmp_path):
     config, checkpoint, model = network
-    prune(model, ['backbone.layer2.1.layer_attn'], keep_value=True)
+    prune(model, ['backbone.layer2.2.layer_attn'], keep_value=True)
     torch.save(dict(state_dict=model.state_dict()), checkpoint)
     tool('slim', config, checkpoint, tmp_path / 'slim.pth')
     slim = MODELS.build(Config.fromfile(tmp_path / 'slim.py').model)
     slim.load_state_dict(torch.load(tmp_path / 'slim.pth')['state_dict'])
     assert (
-        slim.backbone.layer2[1].layer_attn.attention_state == AttentionState.VALUE_ONLY
+        slim.backbone.layer2[2].layer_attn.attention_state == AttentionState.VALUE_ONLY
     )
 
 

@@ -299,8 +299,7 @@ def _classifier(attention: Optional[dict], args: argparse.Namespace) -> nn.Modul
         depth = CIFAR[args.net]
     backbone = dict(type=plain, depth=depth)
     if attention is not None:
-        name = 'ELAResNet' if args.net in IMAGENET else 'ELAResNet_CIFAR'
-        backbone.update(type=name, layer_attention=attention)
+        backbone.update(type=f'ELA{plain}', layer_attention=attention)
     return MODELS.build(
         dict(
             type='ImageClassifier',

@@ -61,7 +61,7 @@ def main(argv=None) -> None:
         TypeError,
         ValueError,
     ) as error:
-        raise SystemExit(f'error: {one_line(error)}')
+        raise SystemExit(f'error: {one_line(error)}') from error
     print(args.out)
 
 

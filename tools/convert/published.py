@@ -56,9 +56,8 @@ def format_table(mapped: dict, dropped: dict) -> str:
     """Table of the keys, in which a row stands for all blocks."""
 
     def pattern(key):
-        return re.sub(
-            r'(layer|stages\.)\d+\.(layers\.|attention\.)?\d+\.', r'\1*.\2*.', key
-        )
+        blocks = r'(layer|stages\.)\d+\.(layers\.|attention\.)?\d+\.'
+        return re.sub(blocks, r'\1*.\2*.', one_line(key))
 
     rows = Counter((pattern(old), '-> ' + pattern(new)) for old, new in mapped.items())
     rows.update((pattern(old), 'dropped: ' + why) for old, why in dropped.items())

@@ -21,6 +21,7 @@ import mmela  # noqa: F401
 from mmela.command_line import one_line
 from mmela.convert.networks import load_fitting, open_network
 from mmela.convert.slim import slim_config, slim_state_dict
+from mmela.structure import layer_attentions
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -77,6 +78,8 @@ def main(argv=None) -> None:
     cfg, meta, state_dict = open_network(args.config, args.checkpoint, out, out_config)
     try:
         model = build(cfg)
+        if not layer_attentions(model):
+            raise ValueError(f'{args.config} has no layer attention')
         load_fitting(model, state_dict, args.config, args.checkpoint)
         slim_state, blocks = slim_state_dict(model)
         slim_cfg = slim_config(cfg, blocks)

@@ -73,7 +73,7 @@ def unpack(archive: Path, out: Path, per_class: Optional[int] = None) -> str:
         with tarfile.open(archive) as tar:
             members = [m for m in tar if m.isfile() or m.isdir()]
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f'{archive} cannot be read: {error}')
+        raise ValueError(f'{archive} cannot be read: {error}') from error
 
     folder = members[0].name.split('/')[0] if members else ''
     if folder in OFFICIAL:
@@ -152,7 +152,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     try:
         summary = unpack(args.archive, args.out, args.per_class)
     except (FileExistsError, ValueError) as error:
-        raise SystemExit(f'error: {error}')
+        raise SystemExit(f'error: {error}') from error
     print(f'{args.out}: {summary}')
 
 

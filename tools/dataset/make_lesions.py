@@ -439,7 +439,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     try:
         train, val = command(**args)
     except (OSError, ValueError) as error:
-        raise SystemExit(f'error: {error}')
+        raise SystemExit(f'error: {error}') from error
     print(f'{args["out_dir"]}: {train} training and {val} validation images')
 
 

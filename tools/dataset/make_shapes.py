@@ -479,7 +479,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     try:
         rendered = make_shapes(**vars(args))
     except (OSError, ValueError) as error:
-        raise SystemExit(f'error: {error}')
+        raise SystemExit(f'error: {error}') from error
     print(
         f'{args.out_dir}: {args.train} training and {args.val} validation '
         f'images {"rendered" if rendered else "are there already"}'

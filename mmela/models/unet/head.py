@@ -45,7 +45,7 @@ class UNetHead(BaseDecodeHead):
         self,
         in_channels: Sequence[int] = (16, 32, 64, 128, 128),
         decoder_channels: Sequence[int] = (64, 32, 16, 16),
-        norm_cfg: dict = dict(type='BN'),
+        norm_cfg: dict = dict(type='BN'),  # noqa: B006
         init_cfg: Optional[dict] = None,
         **kwargs,
     ) -> None:

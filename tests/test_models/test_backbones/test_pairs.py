@@ -33,7 +33,8 @@ MMPRETRAIN = {
         NARROW, stem_channels=8, base_width=4, scales=4, out_indices=(1,)
     ),
     'ELARegNet': dict(arch=REGNET, head_dim=8),
-    'ELAResNet_CIFAR': dict(
+    'ELAResNet_CIFAR': dict(NARROW, stem_channels=8),
+    'ELABottleneckResNet_CIFAR': dict(
         depth=29, base_channels=8, stem_channels=8, head_dim=8, out_indices=(0, 2)
     ),
     'ELAEfficientNet': dict(
@@ -186,10 +187,7 @@ def test_keys_of_the_toolbox_backbone(scope, backbone):
     )
     kwargs.pop('head_dim')
     kwargs.pop('layers_per_stage', None)
-    name = backbone[3:]
-    if name == 'ResNet_CIFAR':
-        name = 'BottleneckResNet_CIFAR'
-    plain = registry(scope).build(dict(type=name, **kwargs))
+    plain = registry(scope).build(dict(type=backbone[len('ELA') :], **kwargs))
     own = {k for k in model.state_dict() if 'layer_attn' not in k}
     assert own == set(plain.state_dict())
 
