@@ -144,17 +144,13 @@ def test_image_of_a_classifier(classifier, tmp_path):
 def test_blocks(classifier):
     assert cam.last_blocks(classifier) == [f'layer{i}.1' for i in range(1, 5)]
     block = classifier.backbone.layer1[0]
-    layers = [
-        cam.target_layer(classifier, 'backbone.layer1.0'),
-        block,
-        block.layer_attn,
-    ]
+    handed_on = cam.target_layer(classifier, 'backbone.layer1.0')
     seen = []
-    for part in (layer, block, block.layer_attn):
-        part.register_forward_hook(lambda module, args, out: seen.append(out))
+    for layer in (handed_on, block, block.layer_attn):
+        layer.register_forward_hook(lambda module, args, out: seen.append(out))
     classifier(torch.randn(1, 3, 40, 56))
-    output, retrieved, handed_on = seen
-    assert torch.equal(handed_on, output + retrieved) and retrieved.any()
+    output, retrieved, found = seen
+    assert torch.equal(found, output + retrieved) and retrieved.any()
     assert cam.channel_count(classifier, 'layer1.0') == 8
     assert cam.channel_count(classifier, 'layer4.1') == 64
 
