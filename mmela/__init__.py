@@ -2,14 +2,17 @@
 
 from importlib import import_module
 
+from .compat.forks import keep_loading_safe, warn_of_mixtures
 from .utils.compat import allow_checkpoint_classes, check_versions
 from .version import __version__
 
 check_versions()
+warn_of_mixtures()
 
 from .registry import register  # noqa: E402
 
 allow_checkpoint_classes()
+keep_loading_safe()
 register()
 
 __all__ = ['__version__']

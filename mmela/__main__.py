@@ -6,14 +6,12 @@ Each command hands its arguments to the tool of ``tools/`` that it stands for.
 import ast
 import runpy
 import sys
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
-from typing import List, Optional
+from typing import List
 
 import click
 
-from .version import DISTRIBUTIONS
+from .version import DISTRIBUTIONS, __version__
 
 PACKAGE = Path(__file__).resolve().parent
 TOOLS = {
@@ -87,7 +85,7 @@ class Tool(click.Command):
 
 
 @click.group(context_settings=dict(help_option_names=['-h', '--help']))
-@click.version_option(package_name='mmela')
+@click.version_option(__version__, prog_name='mmela')
 def main() -> None:
     """Layer attention with pruning, for OpenMMLab's toolboxes.
 
@@ -101,36 +99,27 @@ for _name, _tool in TOOLS.items():
 
 @main.command()
 def env() -> None:
-    """Versions, operators in use, GPU: what to put into a bug report."""
+    """Versions, operators in use, GPU: for a bug report."""
     from mmengine.utils.dl_utils import collect_env
 
-    rows = {'mmela': f'{_version("mmela")} ({PACKAGE})', **collect_env()}
-    rows.update((name, _versions(name)) for name in DISTRIBUTIONS)
-    rows['Operators of mmcv'] = _operators()
+    from .compat.forks import distributions
+
+    rows = {'mmela': f'{__version__}, {PACKAGE}', **collect_env()}
+    for name in DISTRIBUTIONS:
+        found = ', '.join(f'{d} {v}' for d, v in distributions(name).items())
+        rows[name] = found or 'no distribution'
+    rows['operators of mmcv'] = _operators()
     for name, value in rows.items():
         click.echo(f'{name}: {value}')
 
 
-def _version(distribution: str) -> Optional[str]:
-    try:
-        return version(distribution)
-    except ModuleNotFoundError:
-        return None
-
-
-def _versions(name: str) -> str:
-    found = {d: _version(d) for d in DISTRIBUTIONS[name]}
-    text = ', '.join(f'{d} {v}' for d, v in found.items() if v)
-    return text or ('unknown version' if find_spec(name) else 'not installed')
-
-
 def _operators() -> str:
     try:
-        from mmcv import ops  # noqa: F401
+        import mmcv.ops  # noqa: F401
     except ImportError as error:
         return f'none ({error})'
-    file = getattr(sys.modules.get('mmcv._ext'), '__file__', None)
-    return f'compiled, {file}' if file else "torchvision's"
+    file = Path(getattr(sys.modules['mmcv._ext'], '__file__', None) or '')
+    return f"torchvision's, {file}" if file.suffix == '.py' else f'compiled, {file}'
 
 
 if __name__ == '__main__':

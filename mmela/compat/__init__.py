@@ -1,0 +1,1 @@
+"""Versions of other packages, their checkpoints and their operators."""
