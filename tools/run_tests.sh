@@ -10,7 +10,7 @@ python=$(bash "$root/tools/setup.sh")
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 parallel=()
 if "$python" -c 'import xdist' 2>/dev/null; then
-  parallel=(-n auto --dist worksteal)
+  parallel=(-n auto --dist loadgroup)  # groups: see tests/conftest.py
 fi
 cd "$root"  # pyproject.toml names tests/ for when no path is given
 exec "$python" -m pytest -q -rs --durations=10 \

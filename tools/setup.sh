@@ -53,10 +53,9 @@ step() {  # step TEXT COMMAND...
 
 # Print lines about an interpreter: a fingerprint of all that decides what
 # .venv holds, which of the modules named are missing, where mmela is, and
-# whether mmcv was compiled for the pinned torch. (A last line stands there as
-# $() drops empty ones at the end.) It imports nothing, so it takes no time;
-# run from / so that the checkout is not found merely for being the current
-# directory.
+# whether mmcv was compiled for the pinned torch. It imports nothing, so it takes
+# no time; run from / so that the checkout is not found merely for being the
+# current directory.
 look() {  # look PYTHON MODULE...
   (cd / && "$1" - "$root" "${@:2}") <<'PY'
 import hashlib, importlib.util, os, pathlib, sys
@@ -72,11 +71,10 @@ spec = importlib.util.find_spec('mmela')
 where = list(spec.submodule_search_locations)[:1] if spec else []
 print(os.path.realpath(where[0]) if where else '')
 pins = (root / 'requirements' / 'setup.txt').read_text('utf-8').split()
-found = {d.metadata['Name']: d.version.split('+')[0] for d in distributions()}
-fits = [n for n in ('torch', 'mmcv', 'mmcv-lite')
-        if f'{n}=={found.get(n)}' in pins or f'{n}-lite=={found.get(n)}' in pins]
-print('compiled' if fits == ['torch', 'mmcv'] else 'lite')
-print('end')
+found = [f"{d.metadata['Name']}=={d.version}".partition('+')[0]
+         for d in distributions()]
+print('compiled' if any(x.startswith('mmcv==') for x in found) and
+      any(x.startswith('torch==') and x in pins for x in found) else 'lite')
 PY
 }
 
@@ -122,6 +120,8 @@ use_as_is() {  # use_as_is REASON
 
 # --- 3: .venv ---------------------------------------------------------------
 
+free_mb() { df -Pk "$1" | awk 'NR == 2 {print int($4 / 1000)}'; }
+
 find_base() {  # the interpreter that .venv is made with
   local name seen=''
   # The pinned torch has wheels for 3.10 to 3.14.
@@ -138,7 +138,6 @@ find_base() {  # the interpreter that .venv is made with
 }
 
 make_venv() {
-  local free
   if version_ok "$python" 10 && "$python" -m pip --version >/dev/null 2>&1
   then
     say "reusing $venv"
@@ -148,14 +147,12 @@ make_venv() {
   if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
     die "$venv is there but is no virtual environment; move it away"
   fi
-  free=$(df -Pk "$root" | awk 'NR == 2 {print int($4 / 1000000)}')
-  [ "$free" -ge 6 ] || die "6 GB are needed in $root, $free GB are free there"
+  [ "$(free_mb "$root")" -ge 6000 ] ||
+    die "6000 MB are needed in $root, $(free_mb "$root") MB are free there"
   find_base
   "$base" -c 'import ensurepip, venv' 2>/dev/null ||
     die "$base has no venv module; install it (Debian: python3-venv)"
-  "$base" -m venv --clear "$venv" >"$root/.venv.log" 2>&1 ||
-    die "$base cannot make $venv: $(tail -n 1 "$root/.venv.log")"
-  rm "$root/.venv.log"
+  "$base" -m venv --clear "$venv"
 }
 
 # What uv is to know of pip's settings, which it does not read.
@@ -198,35 +195,31 @@ logged() {  # run with the output in the log, and seen where a person looks on
 install() {  # install ARGUMENT...: as of `pip install`
   if [ -n "$uv" ]; then
     if logged "$uv" pip install --python "$python" "$@"; then return; fi
-    grep -Eqi 'No space left|os error 28' "$log" ||
-      say "uv did not succeed: trying pip"
+    [ "$(free_mb "$venv")" -ge 200 ] || explain
+    say "uv did not succeed: trying pip"
   fi
   logged "$python" -m pip install --no-compile "$@" || explain
 }
 
 explain() {  # say in one line what the log shows
-  local seen what=''
-  # The last that pip said, which tried last
-  seen=$(tail -n 60 "$log" 2>/dev/null || true)
+  local seen what
+  seen=$(tail -n 60 "$log")
   case $seen in
     *'No space left'* | *'os error 28'*) what="the disk is full" ;;
-    *'407 '* | *ProxyError* | *'tunnel'*)
-      what="the proxy ${HTTPS_PROXY:-${https_proxy:-}} refuses or is not there (HTTPS_PROXY)" ;;
-    *CERTIFICATE_VERIFY* | *SSLError* | *SSLCertVerification*)
-      what="the registry's certificate is not trusted (PIP_CERT names a file of yours)" ;;
-    *IncompleteRead* | *'ConnectionReset'* | *'do not match the hashes'* | \
-    *'THESE PACKAGES DO NOT MATCH'* | *'Bad magic'* | *BadZipFile* | *'Read timed out'*)
+    *'407 '* | *ProxyError* | *tunnel*)
+      what="no way through the proxy ${HTTPS_PROXY:-${https_proxy:-}}" ;;
+    *CERTIFICATE_VERIFY* | *SSLError*)
+      what="the registry's certificate is not trusted (PIP_CERT)" ;;
+    *IncompleteRead* | *ConnectionReset* | *' is invalid.'* | *BadZipFile* | \
+    *'DO NOT MATCH THE HASHES'* | *'Read timed out'*)
       what="a download broke off" ;;
-    *'NewConnectionError'* | *'NameResolutionError'* | *'Name or service'* | \
-    *'name resolution'* | *'Network is unreachable'* | *'Connection refused'* | \
-    *'ConnectTimeout'*)
-      what="no connection to the package registry (behind a proxy: set HTTPS_PROXY)" ;;
-    *'No matching distribution'* | *'ResolutionImpossible'* | *'No solution'*)
-      what="the registry has no fitting release: $(grep -i 'no matching dist\|no solution' <<<"$seen" | tail -n 1)" ;;
-    *) what=$(grep -i 'error' <<<"$seen" | tail -n 1) || what=$(tail -n 1 <<<"$seen") ;;
+    *NewConnectionError* | *NameResolutionError* | *ConnectTimeout*)
+      what="no connection to the package registry (a proxy: HTTPS_PROXY)" ;;
+    *) what=$(grep -i error <<<"$seen" | tail -n 1) || true ;;
   esac
-  die "${current}: $what; see $log. Mend it and run the same command again:" \
-    "it goes on with what it has"
+  [ "$(free_mb "$venv")" -ge 200 ] || what="the disk is full"
+  die "${current%% (*}: ${what:-it failed}; details in $log." \
+    "The same command again goes on from there"
 }
 
 install_all() {
@@ -236,9 +229,7 @@ install_all() {
     grep -v '^mmcv-lite' "$requirements/setup.txt" >"$venv/setup.txt"
   else
     cp "$requirements/setup.txt" "$venv/setup.txt"
-    if [ -n "$(compgen -G "$venv/lib/python*/site-packages/mmcv-[0-9]*")" ]; then
-      logged "$python" -m pip uninstall -y mmcv
-    fi
+    logged "$python" -m pip uninstall -y mmcv
   fi
   install -r "$venv/setup.txt" -r "$requirements/build.txt" \
     -r "$requirements/tests.txt" -r "$requirements/lint.txt"
@@ -266,8 +257,8 @@ import matplotlib.pyplot, mmcv.ops, mmdet.apis, mmdet.utils, mmengine.runner
 import mmpretrain.apis, pytest, scipy.stats, torch, torchvision
 mmdet.utils.register_all_modules(init_default_scope=False)
 PY
-  ) || die "the packages do not load: $(tail -n 1 "$log"); see $log." \
-    "bash tools/setup.sh --force installs all anew"
+  ) || die "the packages do not load: $(tail -n 1 "$log"); details in $log." \
+    "If they were damaged, remove $venv and run the same command again"
 }
 
 is_set_up() {
