@@ -1,27 +1,18 @@
 """Efficient layer attention for OpenMMLab toolboxes."""
 
-from importlib import import_module
-
+from .compat.checkpoints import allow_checkpoint_classes
 from .compat.forks import keep_loading_safe, warn_of_mixtures
-from .utils.compat import allow_checkpoint_classes, check_versions
+from .compat.versions import check_versions
 from .version import __version__
 
 check_versions()
 warn_of_mixtures()
-
-from .registry import register  # noqa: E402
-
 allow_checkpoint_classes()
 keep_loading_safe()
-register()
 
-__all__ = ['__version__']
+from . import hooks, layers  # noqa: E402  (registration)
+from .registry import LAYER_ATTENTIONS, register_backbones  # noqa: E402
 
-_SUBMODULES = ('analysis', 'hooks', 'layers', 'models', 'ops', 'pruning')
+register_backbones()
 
-
-def __getattr__(name: str):
-    # Not before: together they take a second.
-    if name in _SUBMODULES:
-        return import_module(f'{__name__}.{name}')
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+__all__ = ['LAYER_ATTENTIONS', '__version__', 'hooks', 'layers', 'register_backbones']

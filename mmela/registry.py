@@ -1,85 +1,63 @@
-"""Registration of mmela's modules, none of which is imported for it.
+"""Registries of mmela, and how the toolboxes get its backbones."""
 
-``import mmela`` goes beside ``import mmdet`` in every process of a training,
-so it must cost next to nothing. Models of mmengine and of the toolboxes take
-seconds to import, and are when a registry is first asked for one.
-"""
-
-import sys
 from importlib import import_module
-from typing import Any
+from typing import Union
 
-from mmengine.registry import HOOKS, MODELS, Registry
+from mmengine.registry import MODELS, Registry
+
+LAYER_ATTENTIONS = Registry('layer attention', parent=MODELS, scope='mmela')
+"""Registry: Layer attentions, a child of mmengine's ``MODELS``: ``dict(type='MRLABase')``
+within ``layer_attention``, ``dict(type='mmela.MRLABase')`` anywhere else."""
+
+
+def find_layer_attention(type: Union[str, type]) -> type:
+    """Class of a layer attention.
+
+    Args:
+        type (str | type): Its registered name, or the class itself.
+
+    Returns:
+        type: The class.
+
+    Raises:
+        KeyError: If there is none of that name.
+    """
+    found = LAYER_ATTENTIONS.get(type) if isinstance(type, str) else type
+    if found is None:
+        names = ', '.join(sorted(LAYER_ATTENTIONS.module_dict))
+        raise KeyError(f'there is no layer attention {type!r}; allowed are {names}')
+    return found
+
 
 TOOLBOXES = ('mmdet', 'mmpretrain', 'mmseg')
-LAYERS = ('KCLA', 'MLA', 'MRLABase', 'MRLALight')
 
 
-def register() -> None:
-    """Register the layer attentions, the hook and the backbones."""
-    for name in LAYERS:
-        _register_lazily(MODELS, name, 'mmela.layers')
-    _register_lazily(HOOKS, 'LayerAttentionPruningHook', 'mmela.hooks')
+def register_backbones() -> None:
+    """Give the backbones to the toolboxes that are imported, or will be.
+
+    ``import mmela`` calls this. A toolbox that is imported later gets them as
+    well, as soon as its registry is asked for a model.
+    """
     for toolbox in TOOLBOXES:
         # A toolbox's registry announces itself to the root registry.
         if toolbox in MODELS.children:
-            add_backbones(MODELS.children[toolbox])
-    _announce_to(MODELS)
+            _add_backbones(MODELS.children[toolbox])
+    if '_add_child' in vars(MODELS):
+        return  # announced already
+
+    def add_child(registry: Registry) -> None:
+        type(MODELS)._add_child(MODELS, registry)
+        if registry.scope in TOOLBOXES:
+            _add_backbones(registry)
+
+    MODELS._add_child = add_child
 
 
-def add_backbones(registry: Registry) -> None:
-    """Have a toolbox register the backbones for its scope.
-
-    They inherit from the toolbox's models, and so join their import.
-
-    Args:
-        registry (Registry): ``MODELS`` of the toolbox.
-    """
+def _add_backbones(registry: Registry) -> None:
+    """Have a toolbox's registry import what belongs to its scope."""
     location = f'mmela.models.backbones.{registry.scope}_backbones'
     if registry._imported:
         import_module(location)
     elif location not in registry._locations:
+        # They inherit from the toolbox's models, and so join their import.
         registry._locations.append(location)
-
-
-class Placeholder:
-    """Stands for a class in a registry until the class is asked for.
-
-    Args:
-        name (str): Name of the class.
-        module (str): Module that has it, and registers it when imported.
-    """
-
-    def __init__(self, name: str, module: str) -> None:
-        self.__name__ = name
-        self.__module__ = module
-
-    def load(self) -> type:
-        """Import the class, which takes the place of this."""
-        return getattr(import_module(self.__module__), self.__name__)
-
-    def __call__(self, *args, **kwargs) -> Any:
-        return self.load()(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith('__'):
-            raise AttributeError(name)
-        return getattr(self.load(), name)
-
-
-def _register_lazily(registry: Registry, name: str, module: str) -> None:
-    if module in sys.modules:
-        return  # the class itself is registered
-    registry.register_module(name=name, module=Placeholder(name, module), force=True)
-
-
-def _announce_to(root: Registry) -> None:
-    """Add the backbones to the registries of toolboxes imported later."""
-    add_child = root._add_child
-
-    def announce(registry: Registry) -> None:
-        add_child(registry)
-        if registry.scope in TOOLBOXES:
-            add_backbones(registry)
-
-    root._add_child = announce

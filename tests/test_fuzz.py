@@ -7,9 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmela.hooks import named_layer_attentions, prune
+from mmela.convert.slim import slim_state_dict
 from mmela.layers import AttentionState
-from mmela.utils.slim import slim_state_dict
+from mmela.structure import layer_attentions, prune
 from tests.helpers.toy import toy_config, train
 
 pytest.importorskip('mmdet')
@@ -65,7 +65,7 @@ def backbones(draw):
 def pruned(model):
     return {
         name
-        for name, attention in named_layer_attentions(model).items()
+        for name, attention in layer_attentions(model).items()
         if attention.attention_state == AttentionState.PRUNED
     }
 
@@ -76,7 +76,7 @@ def test_backbone(config, batch, seed):
     cfg, steps = config
     torch.manual_seed(seed)
     model = MODELS.build(cfg)
-    for attention in named_layer_attentions(model).values():
+    for attention in layer_attentions(model).values():
         torch.nn.init.normal_(attention.norm.weight)
     x = torch.randn(batch, 3, 33, 41)
     before = set()
@@ -97,7 +97,7 @@ def test_backbone(config, batch, seed):
     assert pruned(again) == pruned(model)
     assert all(torch.equal(a, b) for a, b in zip(again(x), expected))
 
-    slim_state, blocks = slim_state_dict(state_dict)
+    slim_state, blocks = slim_state_dict(again)
     slim = MODELS.build(dict(cfg, attention_blocks=blocks['']))
     slim.eval()
     slim.load_state_dict(slim_state)
@@ -154,12 +154,12 @@ def test_run(tmp_path_factory, windows, policy, keep_value, reduction):
     with open(work_dir / 'pruning.json') as file:
         prunings = json.load(file)['prunings']
     assert [tuple(p['window']) for p in prunings] == windows
-    active = list(named_layer_attentions(runner.model))
+    active = list(layer_attentions(runner.model))
     for pruning in prunings:
         assert [layer['name'] for layer in pruning['layers']] == active
         active = [name for name in active if name not in pruning['pruned']]
         assert pruning['active'] == active
         assert {'layer1.0.layer_attn', 'layer2.0.layer_attn'} <= set(active)
     assert active == [
-        name for name, a in named_layer_attentions(runner.model).items() if a.active
+        name for name, a in layer_attentions(runner.model).items() if a.active
     ]

@@ -11,8 +11,22 @@ Example:
 """
 
 import sys
+from pathlib import Path
 
-from mmela.utils.toolbox import run_tool
+from mmela.command_line import one_line, run_tool
+from mmela.convert.networks import read_state_dict
+
+
+def check(arguments) -> None:
+    """Refuse a checkpoint that cannot be read, before the network is built."""
+    checkpoint = Path(arguments[1] if len(arguments) > 1 else '')
+    if checkpoint.is_file():
+        try:
+            read_state_dict(checkpoint)
+        except (ImportError, OSError, ValueError) as error:
+            raise SystemExit(f'error: {one_line(error)}') from error
+
 
 if __name__ == '__main__':
+    check(sys.argv[1:])
     run_tool('test.py', sys.argv[1:], __doc__, files=('checkpoint',))

@@ -13,7 +13,7 @@ Example:
 
 import sys
 
-from mmela.utils.toolbox import run_tool
+from mmela.command_line import run_tool
 
 if __name__ == '__main__':
     run_tool('train.py', sys.argv[1:], __doc__)

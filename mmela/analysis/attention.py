@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..hooks import NetworkKLMeter, decide, layer_attention_stages
+from ..hooks import NetworkKLMeter, decide
 from ..hooks.kl_meter import REDUCTIONS
 from ..layers import (
+    AttentionStage,
     AttentionState,
     HookedAttentionStage,
     LayerAttention,
-    LayerAttentionStage,
 )
 from ..pruning import PRUNING_POLICIES
+from ..structure import attention_stages
 
 BINS = 20
 
@@ -53,7 +54,7 @@ class StageRecorder:
     """Statistics of one stage over the forward passes inside a ``with``.
 
     Args:
-        stage (LayerAttentionStage): The stage.
+        stage (AttentionStage): The stage.
         meter (callable, optional): Gets the scores too, as an observer of the
             stage does. Defaults to None.
 
@@ -72,7 +73,7 @@ class StageRecorder:
             alone, is left out (MRLA, figure 2b).
     """
 
-    def __init__(self, stage: LayerAttentionStage, meter=None) -> None:
+    def __init__(self, stage: AttentionStage, meter=None) -> None:
         self.stage = stage
         self.meter = meter
         self.maps: List[RunningMean] = []
@@ -165,12 +166,12 @@ class StageRecorder:
 
 
 def stage_blocks(
-    stage: LayerAttentionStage,
+    stage: AttentionStage,
 ) -> List[Tuple[nn.Module, Optional[LayerAttention]]]:
     """Blocks of a stage and their attentions.
 
     Args:
-        stage (LayerAttentionStage): A stage of any kind.
+        stage (AttentionStage): A stage of any kind.
 
     Returns:
         list[tuple[nn.Module, LayerAttention | None]]: In order.
@@ -214,7 +215,7 @@ def run_backbone(model: nn.Module, batch: dict) -> None:
         batch (dict): What its data loader yields.
     """
     if hasattr(model, 'backbone') and all(
-        name.startswith('backbone.') for name in layer_attention_stages(model)
+        name.startswith('backbone.') for name in attention_stages(model)
     ):
         inputs = model.data_preprocessor(batch, False)['inputs']
         if isinstance(inputs, Tensor):
@@ -292,7 +293,7 @@ def measure_attention(
         ValueError: If the model has no layer attention, there is no image, or
             the policy, the reduction or ``eps`` is unknown or out of range.
     """
-    stages = layer_attention_stages(model)
+    stages = attention_stages(model)
     if not stages:
         raise ValueError('the network has no layer attention')
     policy = dict(policy or dict(type='EBQM'))
@@ -431,7 +432,7 @@ def _maps(means: List[RunningMean], states: List[str]) -> Optional[dict]:
     return dict(mean=maps[0], heads=maps[1:])
 
 
-def _contributions(stage: LayerAttentionStage) -> Optional[dict]:
+def _contributions(stage: AttentionStage) -> Optional[dict]:
     """Of a recurrence with ``lambda_o``, see effective_contributions."""
     found = [
         (index, attention)

@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ..hooks import layer_attention_stages
 from ..layers import HookedAttentionStage, TokenAttentionStage
+from ..structure import attention_stages
 from .attention import measure_attention, stage_blocks
 
 try:
@@ -210,7 +210,7 @@ def target_layers(model: nn.Module) -> Dict[str, nn.Module]:
     if layers:
         return layers
     names = {module: name for name, module in backbone.named_modules()}
-    for stage in layer_attention_stages(backbone).values():
+    for stage in attention_stages(backbone).values():
         if isinstance(stage, HookedAttentionStage) and not isinstance(
             stage, TokenAttentionStage
         ):
@@ -382,7 +382,7 @@ class ImageCAM:
             attention before, or that it is pruned.
         """
         model = self.models[index]
-        stages = layer_attention_stages(model)
+        stages = attention_stages(model)
         if not stages:
             return {}
         names = {module: name for name, module in model.named_modules()}

@@ -8,8 +8,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn, no_grad, zeros
 
-from ..hooks import named_layer_attentions, prune
 from ..layers import AttentionState
+from ..structure import layer_attentions, prune
 from .run import Run
 
 
@@ -93,7 +93,7 @@ def used_parameters(backbone: nn.Module) -> int:
     """Parameters of a network without those of attentions pruned whole."""
     unused = sum(
         param.numel()
-        for attention in named_layer_attentions(backbone).values()
+        for attention in layer_attentions(backbone).values()
         if attention.attention_state == AttentionState.PRUNED
         for param in attention.parameters()
     )
@@ -132,7 +132,7 @@ def backbone_complexity(
 
 def _phases(run: Run, backbone: nn.Module, size: Tuple[int, int]) -> List[Complexity]:
     prefix = 'backbone.'
-    attentions = named_layer_attentions(backbone)
+    attentions = layer_attentions(backbone)
 
     def cost(label: str) -> Complexity:
         return Complexity(

@@ -1,4 +1,4 @@
-from .functional import decide, layer_attention_stages, named_layer_attentions, prune
+from .decide import decide
 from .kl_meter import KLMeter, NetworkKLMeter
 from .layer_attention_pruning_hook import LayerAttentionPruningHook, format_decisions
 
@@ -8,7 +8,4 @@ __all__ = [
     'NetworkKLMeter',
     'decide',
     'format_decisions',
-    'layer_attention_stages',
-    'named_layer_attentions',
-    'prune',
 ]

@@ -3,7 +3,7 @@ from typing import Dict, List, Optional
 import torch
 from torch import Tensor
 
-from ..layers import AttentionState, LayerAttentionStage
+from ..layers import AttentionStage, AttentionState
 from ..pruning import attention_kl, safe_log
 
 REDUCTIONS = ('mean_kl', 'mean_distribution')
@@ -12,12 +12,12 @@ REDUCTIONS = ('mean_kl', 'mean_distribution')
 class KLMeter:
     """Accumulates the redundancy of a stage's attentions over many batches.
 
-    It is the observer of a :class:`~mmela.layers.LayerAttentionStage`. The
+    It is the observer of a :class:`~mmela.layers.AttentionStage`. The
     sums stay on the device in double precision; only :meth:`compute` waits for
     them.
 
     Args:
-        stage (LayerAttentionStage): The stage to measure. Its active
+        stage (AttentionStage): The stage to measure. Its active
             attentions must stay the same for the life of the meter.
         reduction (str): ``'mean_kl'`` takes the KL divergence per sample and
             head and then its mean; ``'mean_distribution'`` takes the KL
@@ -28,7 +28,7 @@ class KLMeter:
     """
 
     def __init__(
-        self, stage: LayerAttentionStage, reduction: str = 'mean_kl', eps: float = 1e-8
+        self, stage: AttentionStage, reduction: str = 'mean_kl', eps: float = 1e-8
     ) -> None:
         self.reduction = reduction
         self.eps = eps
@@ -92,13 +92,13 @@ class NetworkKLMeter:
     """A :class:`KLMeter` for each stage of a network.
 
     Args:
-        stages (dict[str, LayerAttentionStage]): The stages by name.
+        stages (dict[str, AttentionStage]): The stages by name.
         reduction (str): See :class:`KLMeter`.
         eps (float): See :class:`KLMeter`.
     """
 
     def __init__(
-        self, stages: Dict[str, LayerAttentionStage], reduction: str, eps: float
+        self, stages: Dict[str, AttentionStage], reduction: str, eps: float
     ) -> None:
         self.stages = stages
         self.meters = {

@@ -21,19 +21,14 @@ from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
 
 from ..pruning import PRUNING_POLICIES
-from .functional import (
-    active_names,
-    decide,
-    layer_attention_stages,
-    named_layer_attentions,
-    prune,
-)
+from ..structure import attention_stages, layer_attentions, prune
+from .decide import decide
 from .kl_meter import REDUCTIONS, NetworkKLMeter
 
 CHECKPOINT_KEY = 'layer_attention_pruning'
 
 
-@HOOKS.register_module(force=True)  # instead of its placeholder
+@HOOKS.register_module()
 class LayerAttentionPruningHook(Hook):
     """Prune redundant layer attentions while a network trains (ELA).
 
@@ -168,8 +163,8 @@ class LayerAttentionPruningHook(Hook):
                 'MMDistributedDataParallel instead'
             )
 
-        self._stages = layer_attention_stages(runner.model)
-        self._attentions = named_layer_attentions(runner.model)
+        self._stages = attention_stages(runner.model)
+        self._attentions = layer_attentions(runner.model)
         types = sorted({type(a).__name__ for a in self._attentions.values()})
         if not any(a.prunable for a in self._attentions.values()):
             found = ', '.join(types) if types else 'none'
@@ -404,7 +399,11 @@ class LayerAttentionPruningHook(Hook):
         """Write what the open window has measured so far."""
         scalars = {}
         for stage, values in self._meter.compute().items():
-            names = active_names(stage, self._stages[stage])
+            names = [
+                f'{stage}.{n}'
+                for n, a in self._stages[stage].named_attentions().items()
+                if a.active
+            ]
             scalars.update(
                 {
                     f'layer_attention/kl/{name}': value

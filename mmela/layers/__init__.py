@@ -1,22 +1,28 @@
-from .base import AttentionState, LayerAttention, LayerMemory
-from .hooked_stage import HookedAttentionStage, TokenAttentionStage
+from .base import AttentionState, LayerAttention, QKVLayerAttention, StageMemory
 from .kcla import KCLA
 from .mla import MLA
 from .mrla_base import MRLABase
 from .mrla_light import MRLALight
-from .qkv import QKVLayerAttention
-from .stage import LayerAttentionStage
+from .stages import (
+    AttentionStage,
+    HookedAttentionStage,
+    SequentialAttentionStage,
+    TokenAttentionStage,
+    forward_pass,
+)
 
 __all__ = [
+    'KCLA',
+    'MLA',
+    'AttentionStage',
     'AttentionState',
     'HookedAttentionStage',
-    'KCLA',
     'LayerAttention',
-    'LayerAttentionStage',
-    'LayerMemory',
-    'MLA',
     'MRLABase',
     'MRLALight',
     'QKVLayerAttention',
+    'SequentialAttentionStage',
+    'StageMemory',
     'TokenAttentionStage',
+    'forward_pass',
 ]

@@ -1,13 +1,19 @@
+"""What all layer attentions share: their state, heads and initialization."""
+
 import math
 from abc import ABCMeta, abstractmethod
+from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
+from mmcv.cnn import build_activation_layer, build_norm_layer
+from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..ops.layer_weighted_sum import Value
+from ..ops import is_compiling
 
 
 class AttentionState(IntEnum):
@@ -24,58 +30,41 @@ class AttentionState(IntEnum):
     """Removed whole: its block is a plain residual block."""
 
 
-class LayerMemory:
+@dataclass
+class StageMemory:
     """What the blocks of one stage share during one forward pass.
 
+    A layer attention adds what it needs in a ``Memory`` of its own.
+
     Attributes:
-        keys (list[Tensor]): Keys of the blocks so far, each (B, G, d).
-        values (list[Tensor | SharedValue]): Values of the blocks so far, each
-            (B, C, H, W).
         scores (list[Tensor]): Scaled scores before the softmax of each active
             attention so far, (B, G, t) with ``t`` the number of tokens that it
-            attends over.
-        identity (Tensor, optional): Identity input of the current block after
-            its downsample, (B, C, H, W), where its attention needs it.
-        output (Tensor, optional): ``O^(t-1)`` where attentions are recurrent,
-            (B, C, H, W): what the attention before retrieved, without norm.
-        inputs (list[Tensor]): Outputs of the blocks so far, each
-            (B, C, H, W), where later attentions transform them.
-        pooled (list[Tensor]): The same averaged over space, each (B, 1, C).
-        mean (Tensor, optional): Weighted mean of the block outputs so far,
-            (B, C, H, W), where attentions keep one.
-        mass (Tensor, optional): Sum of the weights in ``mean``, (B, G).
-        previous (LayerMemory, optional): Memory that the stage before has
-            ended with, where attention crosses stages.
+            attends over; empty where attentions weigh no layers.
     """
 
-    def __init__(self) -> None:
-        self.keys: List[Tensor] = []
-        self.values: List[Value] = []
-        self.scores: List[Tensor] = []
-        self.identity: Optional[Tensor] = None
-        self.output: Optional[Tensor] = None
-        self.inputs: List[Tensor] = []
-        self.pooled: List[Tensor] = []
-        self.mean: Optional[Tensor] = None
-        self.mass: Optional[Tensor] = None
-        self.previous: Optional['LayerMemory'] = None
+    scores: List[Tensor] = field(default_factory=list)
 
 
 class LayerAttention(BaseModule, metaclass=ABCMeta):
     """Layer attention of one residual block.
 
-    A subclass says in :meth:`retrieve` what the block gets from the earlier
-    blocks of its stage, and in :meth:`store` what a block leaves for the later
-    ones although it does not attend itself.
+    A subclass has the formula in :meth:`forward` and beside it, as ``Memory``,
+    what the blocks of a stage share for it. Its stage adds the result to the
+    output of the block and sees to what is pruned.
 
     Args:
         channels (int): Channels ``C`` of the block's output.
         head_dim (int): Channels ``d`` of one head. Defaults to 32.
+        drop_path (float): Probability of dropping the attention of a sample
+            in training. Defaults to 0.
         init_cfg (dict, optional): Initialization config. Defaults to None.
 
     Raises:
-        ValueError: If ``channels`` is no multiple of ``head_dim``.
+        ValueError: If ``channels`` is no multiple of ``head_dim`` or
+            ``drop_path`` is not in [0, 1).
     """
+
+    Memory = StageMemory
 
     prunable = False
     """bool: Whether the attention yields a distribution over layers, which is
@@ -85,17 +74,20 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
     """bool: Whether the stage shall hand over the identity input of the
     block, as ``memory.identity``."""
 
-    adds_in_place = False
-    """bool: Whether no backward pass needs what :meth:`retrieve` returns, so
-    that the block's output may be added to it in place."""
-
     crosses_stages = False
     """bool: Whether the first attention of a stage takes over the memory of
-    the stage before. Its constructor then takes ``previous_channels`` and
-    ``stride``."""
+    the stage before, as ``memory.before``. Its constructor then takes
+    ``previous_channels`` and ``stride``."""
+
+    used_by_value: Tuple[str, ...] = ()
+    """tuple[str]: Submodules that ``VALUE_ONLY`` still uses."""
 
     def __init__(
-        self, channels: int, head_dim: int = 32, init_cfg: Optional[dict] = None
+        self,
+        channels: int,
+        head_dim: int = 32,
+        drop_path: float = 0.0,
+        init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
         if head_dim < 1 or channels % head_dim:
@@ -104,34 +96,62 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
                 f'head_dim={head_dim} does not divide the {channels} channels '
                 f'of a block; allowed are {divisors}'
             )
+        if not 0 <= drop_path < 1:
+            raise ValueError(f'drop_path={drop_path} is not a probability in [0, 1)')
         self.channels = channels
         self.head_dim = head_dim
         self.num_heads = channels // head_dim
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self._state = AttentionState.ACTIVE
         self._disabled: List[str] = []
         # The state travels in the checkpoint as a buffer; the forward pass
         # reads `_state`, so that it never waits for the device.
         self.register_buffer('state', torch.tensor(0, dtype=torch.uint8))
+        self._seen = self._version()
+
+    @abstractmethod
+    def forward(self, x: Tensor, memory: StageMemory) -> Tensor:
+        """Extend the memory and attend over it.
+
+        Args:
+            x (Tensor): Output ``X^t`` of the residual block, (B, C, H, W).
+            memory (StageMemory): Memory of the stage, a ``Memory``.
+
+        Returns:
+            Tensor: What the block retrieves, (B, C, H, W). Its stage adds that
+            to ``x``, with stochastic depth.
+        """
+
+    def store(self, x: Tensor, memory: StageMemory) -> None:
+        """Extend the memory without attending over it (``VALUE_ONLY``)."""
+        raise NotImplementedError(f'{type(self).__name__} has no key and value to keep')
+
+    # -- what is left of it --------------------------------------------------
 
     @property
     def active(self) -> bool:
         """bool: Whether the attention is computed."""
-        return self._state == AttentionState.ACTIVE
+        return self.attention_state == AttentionState.ACTIVE
 
     @property
     def attention_state(self) -> AttentionState:
         """AttentionState: What is left of the attention."""
+        if not self.training and not is_compiling():
+            if self._version() != self._seen:
+                # Somebody wrote to the buffer: an averaged copy of the network
+                self.attention_state = AttentionState(int(self.state))
         return self._state
 
     @attention_state.setter
     def attention_state(self, state: AttentionState) -> None:
         self._state = AttentionState(state)
         self.state.fill_(int(self._state))
+        self._seen = self._version()
         self._sync_requires_grad()
 
-    def retained_parameters(self) -> List[str]:
-        """Names of the parameters that ``VALUE_ONLY`` still uses."""
-        return []
+    def _version(self) -> int:
+        """Changes whenever the buffer is written to; costs no synchronization."""
+        return 0 if self.state.is_inference() else self.state._version
 
     def _sync_requires_grad(self) -> None:
         """Take the parameters that the state leaves unused out of training.
@@ -139,70 +159,166 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
         Only what was disabled here is enabled again, so that a frozen stage
         stays frozen.
         """
-        unused = set()
-        if self._state != AttentionState.ACTIVE:
-            unused = set(dict(self.named_parameters()))
-            if self._state == AttentionState.VALUE_ONLY:
-                unused -= set(self.retained_parameters())
         for name, param in self.named_parameters():
-            if name in unused and param.requires_grad:
+            used = self._state == AttentionState.ACTIVE or (
+                self._state == AttentionState.VALUE_ONLY
+                and name.split('.')[0] in self.used_by_value
+            )
+            if not used and param.requires_grad:
                 param.requires_grad_(False)
                 param.grad = None
                 self._disabled.append(name)
-            elif name not in unused and name in self._disabled:
+            elif used and name in self._disabled:
                 param.requires_grad_(True)
                 self._disabled.remove(name)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    # -- checkpoints ---------------------------------------------------------
+
+    def signature(self) -> str:
+        """What tells attentions apart whose parameters look the same.
+
+        Returns:
+            str: Class and arguments; a checkpoint holds it beside the
+            parameters and does not load into an attention with another.
+        """
+        return f'{type(self).__name__}(head_dim={self.head_dim})'
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # A tensor, as files for tensors alone (safetensors) hold it too
+        destination[prefix + 'signature'] = torch.tensor(
+            list(self.signature().encode()), dtype=torch.uint8
+        )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        saved = state_dict.pop(prefix + 'signature', None)
+        if saved is not None:  # checkpoints of mmela 0.1 have none
+            text = bytes(saved.tolist()).decode(errors='replace')
+            if text != self.signature():
+                raise RuntimeError(
+                    f'the checkpoint holds {text!r} at {prefix[:-1]}, but the '
+                    f'network has {self.signature()!r} there'
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + 'state' in state_dict:
             self.attention_state = AttentionState(int(self.state))
 
     def extra_repr(self) -> str:
-        return (
-            f'channels={self.channels}, head_dim={self.head_dim}, '
-            f'state={self._state.name}'
+        return f'channels={self.channels}, {self.signature()}, {self._state.name}'
+
+
+class QKVLayerAttention(LayerAttention):
+    """A layer attention with the transforms of MRLA (section 4.1).
+
+    Query and key are 1-D convolutions over the channels of the pooled block
+    output ``X^t``, the value is a depth-wise 3x3 convolution of ``X^t``. A
+    subclass says in :meth:`forward` how they are put together.
+
+    Args:
+        channels (int): Channels ``C`` of the block's output.
+        head_dim (int): Channels ``d`` of one head; 32 for ImageNet and COCO
+            ResNets, 16 for transformers, 8 for EfficientNet (MRLA, section
+            5.1), 16 on CIFAR (KCLA, section V-A). Defaults to 32.
+        drop_path (float): Probability of dropping the attention of a sample
+            in training. Defaults to 0.
+        norm_cfg (dict, optional): Normalization of what is retrieved; None
+            for none. Defaults to ``dict(type='BN')``.
+        value_act_cfg (dict, optional): Activation of the value. Defaults to
+            None, which means none.
+        zero_init (bool): Start with a normalization weight of 0, so that the
+            block's output is at first that of the plain residual block. For
+            networks that start from the weights of a plain ResNet. Defaults to
+            False.
+        token_norm_cfg (dict, optional): Normalization of the tokens of a
+            transformer before they are attended over, which their stage asks
+            for (MRLA, algorithms 2 and 4). Defaults to None.
+        init_cfg (dict, optional): Initialization config. Defaults to None.
+
+    Raises:
+        ValueError: As :class:`LayerAttention` does, or if ``zero_init`` is set
+            without a normalization.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        head_dim: int = 32,
+        drop_path: float = 0.0,
+        norm_cfg: Optional[dict] = dict(type='BN'),  # noqa: B006
+        value_act_cfg: Optional[dict] = None,
+        zero_init: bool = False,
+        token_norm_cfg: Optional[dict] = None,
+        init_cfg: Optional[dict] = None,
+    ) -> None:
+        super().__init__(channels, head_dim, drop_path, init_cfg)
+        if zero_init and norm_cfg is None:
+            raise ValueError(
+                'zero_init=True sets the weight of the normalization to 0, but '
+                'norm_cfg=None has none'
+            )
+        self.zero_init = zero_init
+        self.query = channel_conv(channels)
+        self.key = channel_conv(channels)
+        self.value = nn.Conv2d(
+            channels, channels, 3, padding=1, groups=channels, bias=False
         )
+        self.value_act = (
+            build_activation_layer(value_act_cfg) if value_act_cfg else nn.Identity()
+        )
+        self.norm = build_norm_layer(norm_cfg, channels)[1] if norm_cfg else None
+        if token_norm_cfg:
+            self.pre_norm = build_norm_layer(token_norm_cfg, channels)[1]
+        self.reset_parameters()
 
-    def forward(self, x: Tensor, memory: LayerMemory) -> Tensor:
-        """Add to a block's output what it retrieves from earlier blocks.
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        self.query.reset_parameters()
+        self.key.reset_parameters()
+        # Published: Kaiming over the fan-out without regard to the groups; the
+        # norm corrects the scale. In a pre-trained detector the norm is often
+        # evaluated with its initial statistics and corrects nothing, so there
+        # the true fan of a depth-wise convolution counts. So it does where
+        # there is no norm.
+        fan_out = 9 if self.zero_init or self.norm is None else 9 * self.channels
+        nn.init.normal_(self.value.weight, std=math.sqrt(2 / fan_out))
+        if self.norm is not None:
+            nn.init.constant_(self.norm.weight, 0.0 if self.zero_init else 1.0)
+            nn.init.constant_(self.norm.bias, 0.0)
 
-        Args:
-            x (Tensor): Output ``X^t`` of the residual block, (B, C, H, W).
-            memory (LayerMemory): Memory of the stage, which this extends.
+    def init_weights(self) -> None:
+        """Initialize the weights, after those that a parent set by type."""
+        if self.init_cfg:
+            super().init_weights()
+        else:
+            self.reset_parameters()
+            self._is_init = True
 
-        Returns:
-            Tensor: (B, C, H, W).
-        """
-        if self._state == AttentionState.ACTIVE:
-            return self.attend(x, memory)
-        if self._state == AttentionState.VALUE_ONLY:
-            self.store(x, memory)
-        return x
+    def heads(self, y: Tensor) -> Tensor:
+        """(B, 1, C) to (B, G, d), in at least single precision."""
+        y = y.view(-1, self.num_heads, self.head_dim)
+        return y.to(torch.promote_types(y.dtype, torch.float32))
 
-    def attend(self, x: Tensor, memory: LayerMemory) -> Tensor:
-        """Extend the memory, attend over it and add the result to ``x``."""
-        out = self.retrieve(x, memory)
-        if self.adds_in_place and out.dtype == x.dtype:
-            # No new memory, which a CPU takes as long to get as to add
-            return out.add_(x)
-        return x + out
+    def per_channel(self, weight: Tensor, x: Tensor) -> Tensor:
+        """(B, G) to (B, C, 1, 1), in the dtype of ``x``."""
+        weight = weight.repeat_interleave(self.head_dim, dim=1)
+        return weight[..., None, None].to(x.dtype)
 
-    @abstractmethod
-    def retrieve(self, x: Tensor, memory: LayerMemory) -> Tensor:
-        """Extend the memory and attend over it.
+    def norm_relu(self, out: Tensor) -> Tensor:
+        """ReLU(norm(out)), (B, C, H, W); ``out`` where there is no norm."""
+        if self.norm is None:
+            return out
+        out = self.norm(out)
+        if not self.training:
+            return F.relu(out)
+        # ReLU with gradient 1 at 0: with zero_init all of `out` is 0, and the
+        # gradient 0 of F.relu there would keep it so for ever. No clamp_min,
+        # whose backward pass is five times as slow on a CPU.
+        return F.threshold(out, _just_below_zero(out.dtype), 0.0)
 
-        Args:
-            x (Tensor): Output ``X^t`` of the residual block, (B, C, H, W).
-            memory (LayerMemory): Memory of the stage, which this extends.
 
-        Returns:
-            Tensor: What is added to ``x``, (B, C, H, W).
-        """
-
-    def store(self, x: Tensor, memory: LayerMemory) -> None:
-        """Extend the memory without attending over it."""
-        raise NotImplementedError(f'{type(self).__name__} has no key and value to keep')
+def pool(x: Tensor) -> Tensor:
+    """Global average pooling, (B, C, H, W) to (B, 1, C)."""
+    return x.mean((2, 3)).unsqueeze(1)
 
 
 def channel_conv(channels: int) -> nn.Conv1d:
@@ -232,3 +348,10 @@ def eca_kernel_size(channels: int) -> int:
     """
     size = int(abs(math.log2(channels) + 1) / 2)
     return size if size % 2 else size + 1
+
+
+def _just_below_zero(dtype: torch.dtype) -> float:
+    """A negative number that ``dtype`` tells from 0 and no result reaches."""
+    if dtype == torch.float16:
+        return -(2.0**-24)  # its smallest normal number is not that small
+    return -torch.finfo(dtype).smallest_normal

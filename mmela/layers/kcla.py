@@ -1,20 +1,20 @@
 import math
+from dataclasses import dataclass
 from typing import Optional
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
-from mmengine.registry import MODELS
 from torch import Tensor
 
-from .base import LayerMemory, channel_conv
-from .qkv import QKVLayerAttention
+from ..registry import LAYER_ATTENTIONS
+from .base import QKVLayerAttention, StageMemory, channel_conv, pool
 
 HEAD_ATTENTIONS = ('linear', 'plain', 'none')
 
 
-@MODELS.register_module(force=True)  # instead of its placeholder
+@LAYER_ATTENTIONS.register_module()
 class KCLA(QKVLayerAttention):
     r"""Key-correlated layer attention (KCLA, sections IV, IV-A and IV-B).
 
@@ -63,14 +63,28 @@ class KCLA(QKVLayerAttention):
             the first attention of a stage, filled in by the backbone. Defaults
             to None, which means that nothing is taken over.
         stride (int): Stride between the stages. Defaults to 1.
-        **kwargs: ``norm_cfg``, ``value_act_cfg``, ``zero_init`` and
-            ``init_cfg``, see :class:`QKVLayerAttention`.
+        **kwargs: ``norm_cfg``, ``value_act_cfg``, ``zero_init``,
+            ``token_norm_cfg`` and ``init_cfg``, see :class:`QKVLayerAttention`.
 
     Raises:
         ValueError: If ``head_attention`` is unknown, ``temperature`` is not
             in (0, 1], ``previous_channels`` cannot be shared out among the
             heads, or as :class:`QKVLayerAttention` does.
     """
+
+    @dataclass
+    class Memory(StageMemory):
+        """The running mean over the blocks so far.
+
+        Attributes:
+            mean (Tensor, optional): :math:`u / z`, (B, C, H, W).
+            mass (Tensor, optional): :math:`z`, (B, G).
+            before (Memory, optional): What the stage before has ended with.
+        """
+
+        mean: Optional[Tensor] = None
+        mass: Optional[Tensor] = None
+        before: Optional['KCLA.Memory'] = None
 
     crosses_stages = True
 
@@ -98,6 +112,7 @@ class KCLA(QKVLayerAttention):
         super().__init__(channels, head_dim, drop_path, **kwargs)
         self.exp_norm = exp_norm
         self.recurrent = recurrent
+        self.temperature = temperature
         self.crosses_stages = cross_stage
         log_scale = math.log(temperature)
         self.register_buffer(
@@ -128,12 +143,11 @@ class KCLA(QKVLayerAttention):
         if hasattr(self, 'cross_stage'):
             self.cross_stage.reset_parameters()
 
-    def retrieve(self, x: Tensor, memory: LayerMemory) -> Tensor:
-        pooled = self._pool(x)
-        query = self._split(self.query(pooled))
-        key = self._split(self.key(pooled))
-        norm = key.norm(dim=-1)
-        token = self._value(x) if self.recurrent else x
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        pooled = pool(x)
+        query, key = self.heads(self.query(pooled)), self.heads(self.key(pooled))
+        norm = key.norm(dim=-1)  # (B, G)
+        token = self.value_act(self.value(x)) if self.recurrent else x
 
         self._take_over(memory)
         weight = self._weigh(norm)
@@ -141,7 +155,7 @@ class KCLA(QKVLayerAttention):
             memory.mean, memory.mass = token, weight
         else:
             memory.mass = memory.mass + weight
-            share = self._per_channel(weight / memory.mass, token)
+            share = self.per_channel(weight / memory.mass, token)
             memory.mean = torch.lerp(memory.mean.to(token.dtype), token, share)
 
         # From u / z to u / (z + 1e-3): a factor per head, which commutes with
@@ -154,31 +168,33 @@ class KCLA(QKVLayerAttention):
                 weight = self.head_attention.weight.to(scores.dtype)
                 scores = F.linear(scores, weight)
             gate = gate * scores.sigmoid()
-        out = memory.mean if self.recurrent else self._value(memory.mean)
-        return self._normalize(out * self._per_channel(gate, out))
+        out = memory.mean
+        if not self.recurrent:
+            out = self.value_act(self.value(out))
+        return self.norm_relu(out * self.per_channel(gate, out))
 
     def _weigh(self, norm: Tensor) -> Tensor:
         """Weight of a token by the norm of its key, (B, G) to (B, G)."""
         scaled = norm * self.scales.to(norm.dtype)
         return scaled.clamp_max(10).exp() if self.exp_norm else scaled
 
-    def _take_over(self, memory: LayerMemory) -> None:
+    def _take_over(self, memory: Memory) -> None:
         """Start the stage with the mean of the stage before."""
-        if not hasattr(self, 'cross_stage') or memory.previous is None:
-            return
-        mean = memory.previous.mean
-        if mean is None:  # all attentions there are pruned
-            return
-        mean, key = self.cross_stage(mean)
-        memory.mean = mean
-        memory.mass = self._weigh(self._split(key).norm(dim=-1))
-        memory.previous = None
+        before, memory.before = memory.before, None
+        # No mean: all attentions there are pruned
+        if (
+            hasattr(self, 'cross_stage')
+            and before is not None
+            and before.mean is not None
+        ):
+            memory.mean, key = self.cross_stage(before.mean)
+            memory.mass = self._weigh(self.heads(key).norm(dim=-1))
 
-    def extra_repr(self) -> str:
+    def signature(self) -> str:
         return (
-            f'{super().extra_repr()}, exp_norm={self.exp_norm}, '
-            f'head_attention={self.head_attention_type}, '
-            f'recurrent={self.recurrent}'
+            f'{super().signature()[:-1]}, temperature={self.temperature:g}, '
+            f'exp_norm={self.exp_norm}, head_attention={self.head_attention_type}, '
+            f'recurrent={self.recurrent})'
         )
 
 
@@ -237,4 +253,4 @@ class CrossStage(nn.Module):
             tuple[Tensor, Tensor]: The mean (B, C, H, W) and its key (B, 1, C).
         """
         mean = self.norm(self.reduce(mean))
-        return mean, self.key(QKVLayerAttention._pool(mean))
+        return mean, self.key(pool(mean))

@@ -1,13 +1,17 @@
+import math
+from dataclasses import dataclass, field
 from typing import List
 
-from mmengine.registry import MODELS
+import torch
 from torch import Tensor
 
-from .base import LayerMemory
+from ..ops import layer_weighted_sum
+from ..registry import LAYER_ATTENTIONS
+from .base import StageMemory, pool
 from .mrla_base import MRLABase
 
 
-@MODELS.register_module(force=True)  # instead of its placeholder
+@LAYER_ATTENTIONS.register_module()
 class MLA(MRLABase):
     r"""Multi-head layer attention, the quadratic original (MRLA, eq. 3 and 4).
 
@@ -35,15 +39,35 @@ class MLA(MRLABase):
         ValueError: As :class:`MRLABase` does.
     """
 
-    def retained_parameters(self) -> List[str]:
-        return []
+    @dataclass
+    class Memory(StageMemory):
+        """What block ``t`` sees of the blocks ``s`` before it.
 
-    def store(self, x: Tensor, memory: LayerMemory) -> None:
-        memory.inputs.append(x)
-        memory.pooled.append(self._pool(x))
+        Attributes:
+            inputs (list[Tensor]): Their outputs :math:`X^s`, each
+                (B, C, H, W).
+            pooled (list[Tensor]): The same averaged over space, each
+                (B, 1, C).
+        """
 
-    def retrieve(self, x: Tensor, memory: LayerMemory) -> Tensor:
+        inputs: List[Tensor] = field(default_factory=list)
+        pooled: List[Tensor] = field(default_factory=list)
+
+    used_by_value = ('pre_norm',)
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
         self.store(x, memory)
-        keys = [self._split(self.key(y)) for y in memory.pooled]
-        values = [self._value(y) for y in memory.inputs]
-        return self._attend(memory.pooled[-1], keys, values, memory)
+        query = self.heads(self.query(memory.pooled[-1])).unsqueeze(2)
+        keys = [self.heads(self.key(y)) for y in memory.pooled]
+        values = [self.value_act(self.value(y)) for y in memory.inputs]
+        # A product and a sum, not a matmul, which autocast would do in half
+        scores = (query * torch.stack(keys, dim=2)).sum(-1)  # (B, G, t)
+        scores = scores / math.sqrt(self.head_dim)
+        memory.scores.append(scores)
+        attn = scores.softmax(-1)
+        return self.norm_relu(layer_weighted_sum(attn, values, self.backend))
+
+    def store(self, x: Tensor, memory: Memory) -> None:
+        """Leave the output of the block in the memory."""
+        memory.inputs.append(x)
+        memory.pooled.append(pool(x))

@@ -1,16 +1,16 @@
 import math
+from dataclasses import dataclass, field
 from typing import List
 
 import torch
-from mmengine.registry import MODELS
 from torch import Tensor
 
-from ..ops import check_backend, layer_weighted_sum, share_value
-from .base import LayerMemory
-from .qkv import QKVLayerAttention
+from ..ops import check_backend, layer_weighted_sum
+from ..registry import LAYER_ATTENTIONS
+from .base import QKVLayerAttention, StageMemory, pool
 
 
-@MODELS.register_module(force=True)  # instead of its placeholder
+@LAYER_ATTENTIONS.register_module()
 class MRLABase(QKVLayerAttention):
     r"""MRLA-base: multi-head recurrent layer attention (MRLA, eq. 6 and 9).
 
@@ -31,14 +31,28 @@ class MRLABase(QKVLayerAttention):
         backend (str): How the sum is computed, see
             :func:`mmela.ops.layer_weighted_sum`. Defaults to ``'auto'``.
         **kwargs: ``drop_path``, ``norm_cfg``, ``value_act_cfg``,
-            ``zero_init`` and ``init_cfg``, see :class:`QKVLayerAttention`.
+            ``zero_init``, ``token_norm_cfg`` and ``init_cfg``, see
+            :class:`QKVLayerAttention`.
 
     Raises:
         ValueError: If there is no such ``backend``, or as
             :class:`QKVLayerAttention` does.
     """
 
+    @dataclass
+    class Memory(StageMemory):
+        """What block ``t`` sees of the blocks ``s`` before it.
+
+        Attributes:
+            keys (list[Tensor]): Their keys, each (B, G, d).
+            values (list[Tensor]): Their values, each (B, C, H, W).
+        """
+
+        keys: List[Tensor] = field(default_factory=list)
+        values: List[Tensor] = field(default_factory=list)
+
     prunable = True
+    used_by_value = ('key', 'value', 'pre_norm')
 
     def __init__(
         self, channels: int, head_dim: int = 32, backend: str = 'auto', **kwargs
@@ -47,38 +61,19 @@ class MRLABase(QKVLayerAttention):
         super().__init__(channels, head_dim, **kwargs)
         self.backend = backend
 
-    def retained_parameters(self) -> List[str]:
-        # Transformers normalize their tokens before they are stored.
-        norm = getattr(self, 'pre_norm', None)
-        names = [] if norm is None else dict(norm.named_parameters())
-        return ['key.weight', 'value.weight', *(f'pre_norm.{n}' for n in names)]
-
-    def store(self, x: Tensor, memory: LayerMemory) -> None:
-        self._store(x, memory)
-
-    def _store(self, x: Tensor, memory: LayerMemory) -> Tensor:
-        """Store key and value; returns the pooled input, (B, 1, C)."""
-        pooled, value = self._pool_and_value(x)
-        memory.keys.append(self._split(self.key(pooled)))
-        before = memory.values[-1] if memory.values else None
-        memory.values.append(share_value(value, before, self.backend))
-        return pooled
-
-    def retrieve(self, x: Tensor, memory: LayerMemory) -> Tensor:
-        pooled = self._store(x, memory)
-        return self._attend(pooled, memory.keys, memory.values, memory)
-
-    def _attend(
-        self,
-        pooled: Tensor,
-        keys: List[Tensor],
-        values: List[Tensor],
-        memory: LayerMemory,
-    ) -> Tensor:
-        query = self._split(self.query(pooled)).unsqueeze(2)
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        pooled = self.store(x, memory)
+        query = self.heads(self.query(pooled)).unsqueeze(2)  # (B, G, 1, d)
         # A product and a sum, not a matmul, which autocast would do in half
-        scores = (query * torch.stack(keys, dim=2)).sum(-1)
+        scores = (query * torch.stack(memory.keys, dim=2)).sum(-1)  # (B, G, t)
         scores = scores / math.sqrt(self.head_dim)
         memory.scores.append(scores)
-        attn = scores.softmax(-1).to(values[-1].dtype)
-        return self._normalize(layer_weighted_sum(attn, values, self.backend))
+        attn = scores.softmax(-1)
+        return self.norm_relu(layer_weighted_sum(attn, memory.values, self.backend))
+
+    def store(self, x: Tensor, memory: Memory) -> Tensor:
+        """Leave key and value in the memory; returns X pooled, (B, 1, C)."""
+        pooled = pool(x)
+        memory.keys.append(self.heads(self.key(pooled)))
+        memory.values.append(self.value_act(self.value(x)))
+        return pooled

@@ -1,16 +1,16 @@
 import math
+from dataclasses import dataclass
 from typing import Optional
 
 import torch
-import torch.nn as nn
-from mmengine.registry import MODELS
-from torch import Tensor
+from mmcv.cnn import build_norm_layer
+from torch import Tensor, nn
 
-from .base import LayerMemory
-from .qkv import QKVLayerAttention
+from ..registry import LAYER_ATTENTIONS
+from .base import QKVLayerAttention, StageMemory, pool
 
 
-@MODELS.register_module(force=True)  # instead of its placeholder
+@LAYER_ATTENTIONS.register_module()
 class MRLALight(QKVLayerAttention):
     r"""MRLA-light: layer attention at linear cost (MRLA, eq. 8 and 9).
 
@@ -37,12 +37,27 @@ class MRLALight(QKVLayerAttention):
             active attention before it in the stage, 0 for the first, as eq. 8
             has it. Defaults to ``'identity'``.
         **kwargs: ``drop_path``, ``norm_cfg``, ``value_act_cfg``,
-            ``zero_init`` and ``init_cfg``, see :class:`QKVLayerAttention`.
+            ``zero_init``, ``token_norm_cfg`` and ``init_cfg``, see
+            :class:`QKVLayerAttention`.
 
     Raises:
         ValueError: If ``previous`` is neither of the two, or as
             :class:`QKVLayerAttention` does.
     """
+
+    @dataclass
+    class Memory(StageMemory):
+        """What block ``t`` sees of what was before it.
+
+        Attributes:
+            identity (Tensor, optional): Identity input of the block, after
+                its downsample, (B, C, H, W); the stage puts it there.
+            output (Tensor, optional): :math:`O^{t-1}` of the active attention
+                before, (B, C, H, W).
+        """
+
+        identity: Optional[Tensor] = None
+        output: Optional[Tensor] = None
 
     def __init__(
         self, channels: int, head_dim: int = 32, previous: str = 'identity', **kwargs
@@ -55,6 +70,9 @@ class MRLALight(QKVLayerAttention):
         self.previous = previous
         self.needs_identity = previous == 'identity'
         self.lambda_o = nn.Parameter(torch.randn(channels))
+        if self.needs_identity and kwargs.get('token_norm_cfg'):
+            norm = build_norm_layer(kwargs['token_norm_cfg'], channels)[1]
+            self.identity_norm = norm
 
     def reset_parameters(self) -> None:
         """Draw the weights anew."""
@@ -62,37 +80,30 @@ class MRLALight(QKVLayerAttention):
         if hasattr(self, 'lambda_o'):  # not yet in the parent's constructor
             nn.init.normal_(self.lambda_o)
 
-    def retrieve(self, x: Tensor, memory: LayerMemory) -> Tensor:
-        pooled, value = self._pool_and_value(x)
-        query = self._split(self.query(pooled))
-        key = self._split(self.key(pooled))
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        pooled = pool(x)
+        query, key = self.heads(self.query(pooled)), self.heads(self.key(pooled))
         # A product and a sum, not a matmul, which autocast would do in half
-        scores = (query * key).sum(-1) / math.sqrt(self.head_dim)
-        gate = self._per_channel(scores.sigmoid(), value)
+        scores = (query * key).sum(-1) / math.sqrt(self.head_dim)  # (B, G)
+        value = self.value_act(self.value(x))
+        gate = self.per_channel(scores.sigmoid(), value)
 
         scale = self.lambda_o[:, None, None].to(value.dtype)
-        previous = self._previous(memory)
-        if previous is None:
+        previous = memory.identity if self.needs_identity else memory.output
+        if previous is not None:
+            out = torch.addcmul(gate * value, scale, previous.to(value.dtype))
+        elif self.needs_identity:
+            raise ValueError(
+                "MRLALight with previous='identity' needs the identity input of its "
+                'block in the memory; an AttentionStage puts it there'
+            )
+        else:
             # 0 instead of O^(t-1), but lambda stays part of the graph:
             # distributed training waits for the gradient of each parameter.
             out = (gate + 0 * scale) * value
-        else:
-            out = torch.addcmul(gate * value, scale, previous.to(value.dtype))
-        if self.previous == 'output':
+        if not self.needs_identity:
             memory.output = out
-        return self.drop_path(self.norm(out))
+        return out if self.norm is None else self.norm(out)
 
-    def _previous(self, memory: LayerMemory) -> Optional[Tensor]:
-        """What lambda is multiplied with, (B, C, H, W); None for zeros."""
-        if self.previous == 'output':
-            return memory.output
-        if memory.identity is None:
-            raise ValueError(
-                "MRLALight with previous='identity' needs the identity input "
-                'of its block in the memory; a LayerAttentionStage puts it '
-                'there'
-            )
-        return memory.identity
-
-    def extra_repr(self) -> str:
-        return f'{super().extra_repr()}, previous={self.previous}'
+    def signature(self) -> str:
+        return f'{super().signature()[:-1]}, previous={self.previous})'

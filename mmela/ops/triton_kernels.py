@@ -8,12 +8,16 @@ Importing this needs Triton. With the environment variable
 ``TRITON_INTERPRET=1`` the kernels run on a CPU, slowly, for tests.
 """
 
+import warnings
+from functools import lru_cache
 from typing import List, Optional, Sequence, Tuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from . import chunked
 
 # Elements per program. Not tuned: no measurement on a GPU stands behind it.
 BLOCK = 2048
@@ -112,22 +116,50 @@ def _backward_kernel(
             )
 
 
-def fits(values: Sequence[Tensor]) -> bool:
-    """Whether the kernels read these values as they are.
+@lru_cache(maxsize=None)
+def works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels agree with plain torch operations on a device.
+
+    They are tried once per device and data type on a small input; where they
+    fail, a warning says why.
 
     Args:
-        values (Sequence[Tensor]): Values of shape (B, C, H, W).
+        device (torch.device): Where the values are.
+        dtype (torch.dtype): Their data type.
 
     Returns:
-        bool: True if they are in half or single precision, aligned to 16
-        bytes, and all contiguous or all channels_last.
+        bool: True if forward and backward pass agree; also for double
+        precision, which the kernels refuse by an error of their own.
     """
-    form = _memory_format(values[0])
-    return (
-        values[0].dtype in (torch.float16, torch.bfloat16, torch.float32)
-        and all(v.is_contiguous(memory_format=form) for v in values)
-        and all(v.data_ptr() % 16 == 0 for v in values)
-    )
+    if dtype == torch.float64:
+        return True
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    attn, grad = random(2, 4, 3), random(2, 32, 5, 3)
+    values = [random(2, 32, 5, 3) for _ in range(3)]
+    needs = True, [True] * 3
+    half = torch.finfo(dtype).bits == 16
+    tolerance = dict(rtol=2e-2, atol=2e-2) if half else {}
+    try:
+        for form in (torch.contiguous_format, torch.channels_last):
+            inputs = [v.to(memory_format=form) for v in values]
+            got = forward(attn, inputs), *backward(grad, attn, inputs, *needs)
+            expected = (
+                chunked.forward(attn, inputs),
+                *chunked.backward(grad, attn, inputs, *needs),
+            )
+            torch.testing.assert_close(got, expected, **tolerance)
+    except Exception as error:  # a compiler and a driver may raise anything
+        warnings.warn(
+            f"backend='triton' does not work on {device} in {dtype}, 'autograd' takes "
+            f'its place: {str(error).strip().splitlines()[:1]}',
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def forward(attn: Tensor, values: Sequence[Tensor]) -> Tensor:
@@ -135,8 +167,8 @@ def forward(attn: Tensor, values: Sequence[Tensor]) -> Tensor:
 
     Args:
         attn (Tensor): (B, G, t).
-        values (Sequence[Tensor]): ``t`` values, (B, C, H, W). What does not
-            :func:`fit <fits>` is copied first.
+        values (Sequence[Tensor]): ``t`` values, (B, C, H, W). What is not
+            contiguous, channels_last or aligned to 16 bytes is copied first.
 
     Returns:
         Tensor: (B, C, H, W), with the data type and layout of the values.
@@ -158,7 +190,7 @@ def backward(
     needs_attn: bool,
     needs_values: Sequence[bool],
 ) -> Tuple[Optional[Tensor], List[Optional[Tensor]]]:
-    """Gradients of :func:`forward`; arguments as for ``lean.backward``.
+    """Gradients of :func:`forward`; arguments as for ``chunked.backward``.
 
     Args:
         grad (Tensor): Gradient of the output, (B, C, H, W).

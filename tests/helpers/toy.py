@@ -10,7 +10,8 @@ from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 from torch.utils.data import Dataset
 
-from mmela.layers import LayerAttentionStage
+from mmela.layers import SequentialAttentionStage
+from mmela.registry import find_layer_attention
 
 CHANNELS = 8
 
@@ -21,7 +22,9 @@ class ResidualBlock(nn.Module):
         self.conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(CHANNELS)
         if layer_attention:
-            self.layer_attn = MODELS.build(dict(layer_attention, channels=CHANNELS))
+            arguments = dict(layer_attention)
+            attention = find_layer_attention(arguments.pop('type'))
+            self.layer_attn = attention(CHANNELS, **arguments)
 
     def forward(self, x):
         return x + F.relu(self.norm(self.conv(x)))
@@ -37,7 +40,7 @@ class ToyNetwork(BaseModel):
         self.frozen_stages = frozen_stages
         for name in ('layer1', 'layer2'):
             blocks = [ResidualBlock(layer_attention) for _ in range(depth)]
-            setattr(self, name, LayerAttentionStage(*blocks))
+            setattr(self, name, SequentialAttentionStage(*blocks))
         self.head = nn.Linear(CHANNELS, 1)
 
     def train(self, mode=True):

@@ -7,7 +7,7 @@ before triton is imported.
 import pytest
 import torch
 
-from mmela.ops import lean, triton_kernels
+from mmela.ops import chunked, layer_weighted_sum, triton_kernels
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -40,17 +40,17 @@ FORMS = pytest.mark.parametrize(
     'dtype, tolerance',
     [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)],
 )
-def test_equals_lean(kernels, t, dtype, tolerance, form):
+def test_equals_chunked(kernels, t, dtype, tolerance, form):
     attn, values, grad = inputs(t, dtype, form)
     out = kernels.forward(attn, values)
     assert out.dtype == dtype and out.is_contiguous(memory_format=form)
     wide = [v.double() for v in values]
-    expected = lean.forward(attn.double(), wide)
+    expected = chunked.forward(attn.double(), wide)
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 
     needs = [True] * t
     results = kernels.backward(grad, attn, values, True, needs)
-    expected = lean.backward(grad.double(), attn.double(), wide, True, needs)
+    expected = chunked.backward(grad.double(), attn.double(), wide, True, needs)
     for result, e in zip([results[0], *results[1]], [expected[0], *expected[1]]):
         assert result.dtype == dtype
         torch.testing.assert_close(
@@ -61,7 +61,7 @@ def test_equals_lean(kernels, t, dtype, tolerance, form):
 @FORMS
 def test_only_wanted_gradients(kernels, form):
     attn, values, grad = inputs(3, torch.float32, form)
-    expected = lean.backward(grad, attn, values, True, [True] * 3)
+    expected = chunked.backward(grad, attn, values, True, [True] * 3)
     none, grads = kernels.backward(grad, attn, values, False, [True, False, True])
     assert none is None and grads[1] is None
     torch.testing.assert_close(grads[0], expected[1][0])
@@ -80,23 +80,32 @@ def test_what_the_kernels_do_not_read_is_copied(kernels):
     ]
     shifted = torch.empty(values[0].numel() + 1, device=DEVICE)[1:]
     mixed.append(shifted.view_as(values[0]).copy_(values[0]))
-    assert not kernels.fits(mixed)
-    assert not kernels.fits(mixed[3:]) and kernels.fits(values)
     attn = torch.cat([attn, attn[..., :1]], dim=-1)
-    torch.testing.assert_close(kernels.forward(attn, mixed), lean.forward(attn, mixed))
+    torch.testing.assert_close(
+        kernels.forward(attn, mixed), chunked.forward(attn, mixed)
+    )
 
 
 def test_double_precision_is_refused(kernels):
     attn, values, _ = inputs(1, torch.float64, torch.contiguous_format)
-    assert not kernels.fits(values)
     with pytest.raises(ValueError, match='float64.*float32'):
         kernels.forward(attn, values)
 
 
-@pytest.mark.skipif(DEVICE == 'cpu', reason='needs a GPU')
-def test_chosen_on_a_gpu():
-    from mmela.ops.layer_weighted_sum import _kernels
+def test_first_use_compares_with_plain_operations(monkeypatch):
+    triton_kernels.works.cache_clear()
+    assert triton_kernels.works(torch.device(DEVICE), torch.float32)
+    assert triton_kernels.works(torch.device(DEVICE), torch.bfloat16)
 
-    _, values, _ = inputs(2, torch.float16, torch.channels_last)
-    assert _kernels('auto', values).__name__.endswith('triton_kernels')
-    assert _kernels('auto', [v.double() for v in values]) is lean
+
+def test_kernels_that_fail_are_left_with_a_warning(monkeypatch):
+    triton_kernels.works.cache_clear()
+    right = triton_kernels.forward
+    monkeypatch.setattr(
+        triton_kernels, 'forward', lambda attn, values: right(attn, values) * 1.1
+    )
+    attn, values, _ = inputs(3, torch.float32, torch.contiguous_format)
+    with pytest.warns(UserWarning, match='does not work on .*torch.float32'):
+        out = layer_weighted_sum(attn, values, 'triton')
+    torch.testing.assert_close(out, chunked.forward(attn, values))
+    triton_kernels.works.cache_clear()

@@ -17,8 +17,8 @@ from mmela.analysis.attention import (
     effective_contributions,
     hook_settings,
 )
-from mmela.hooks import prune
-from mmela.layers import HookedAttentionStage, LayerAttentionStage
+from mmela.layers import HookedAttentionStage, SequentialAttentionStage
+from mmela.structure import prune
 from tests.helpers.toy import CHANNELS, ToyNetwork
 
 EPS = 1e-8
@@ -54,7 +54,7 @@ class Network(nn.Module):
 
     def __init__(self, *blocks):
         super().__init__()
-        self.layer1 = LayerAttentionStage(*blocks)
+        self.layer1 = SequentialAttentionStage(*blocks)
 
     def test_step(self, batch):
         return self.layer1(batch['inputs'])

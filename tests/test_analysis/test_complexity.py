@@ -13,7 +13,7 @@ from mmela.analysis.complexity import (
     used_parameters,
 )
 from mmela.analysis.run import Run
-from mmela.hooks import prune
+from mmela.structure import prune
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmcv.ops', exc_type=ImportError)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-from mmela.hooks import named_layer_attentions
+from mmela.structure import layer_attentions
 from tests.helpers.toy import toy_config, train
 
 POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.9)
@@ -132,7 +132,7 @@ def work(rank, root, port):
             dict(
                 state={
                     key: int(a.attention_state)
-                    for key, a in named_layer_attentions(runner.model).items()
+                    for key, a in layer_attentions(runner.model).items()
                 },
                 weights=runner.model.module.state_dict(),
                 moments=len(runner.optim_wrapper.optimizer.state),

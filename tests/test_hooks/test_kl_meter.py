@@ -4,13 +4,13 @@ import torch
 from scipy.stats import entropy
 
 from mmela.hooks import KLMeter
-from mmela.layers import AttentionState, LayerAttentionStage
+from mmela.layers import AttentionState, SequentialAttentionStage
 from tests.helpers.toy import CHANNELS, ResidualBlock
 
 
 def make_stage(states=(0, 0, 0)):
     torch.manual_seed(0)
-    stage = LayerAttentionStage(
+    stage = SequentialAttentionStage(
         *[ResidualBlock(dict(type='MRLABase', head_dim=4)) for _ in states]
     )
     for attention, state in zip(stage.attentions, states):

@@ -7,9 +7,10 @@ import torch
 from mmengine.hooks import EMAHook
 from mmengine.registry import HOOKS
 
-from mmela.hooks import LayerAttentionPruningHook, named_layer_attentions
+from mmela.hooks import LayerAttentionPruningHook
 from mmela.hooks.layer_attention_pruning_hook import format_speeds
 from mmela.layers import AttentionState
+from mmela.structure import layer_attentions
 from tests.helpers.toy import toy_config, train
 
 POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.9)
@@ -19,7 +20,7 @@ HOOK = dict(windows=[(1, 1), (3, 3)], policy=POLICY)
 def states(model):
     return {
         name: attention.attention_state
-        for name, attention in named_layer_attentions(model).items()
+        for name, attention in layer_attentions(model).items()
     }
 
 
@@ -85,7 +86,7 @@ def test_kl_is_the_mean_over_the_window(tmp_path):
         )
     )
     (first,) = report(runner)['prunings']
-    for attention in named_layer_attentions(runner.model).values():
+    for attention in layer_attentions(runner.model).values():
         attention.attention_state = AttentionState.ACTIVE
     seen = {'layer1': [], 'layer2': []}
     for name in seen:
@@ -123,7 +124,7 @@ def test_pruned_parameters_no_longer_change(run):
             assert torch.equal(after[key], final[key]), key
         elif key.endswith('conv.weight'):
             assert not torch.equal(after[key], final[key]), prefix
-    attentions = named_layer_attentions(run.model)
+    attentions = layer_attentions(run.model)
     for name in names:
         for param in attentions[name].parameters():
             assert param.grad is None

@@ -7,8 +7,8 @@ from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import FlexibleRunner
 from torch import nn
 
-from mmela.hooks import named_layer_attentions
 from mmela.layers import AttentionState
+from mmela.structure import layer_attentions
 from tests.helpers.toy import toy_config, train
 
 POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.9)
@@ -20,7 +20,7 @@ def states(model):
         model = model.module
     return {
         name: attention.attention_state
-        for name, attention in named_layer_attentions(model).items()
+        for name, attention in layer_attentions(model).items()
     }
 
 

@@ -1,6 +1,10 @@
-import pytest
+import copy
 
-from mmela.layers import AttentionState, MRLABase
+import pytest
+import torch
+from torch.optim.swa_utils import AveragedModel
+
+from mmela.layers import KCLA, MLA, AttentionState, MRLABase, MRLALight
 from mmela.layers.base import eca_kernel_size
 
 
@@ -52,3 +56,46 @@ def test_state_travels_in_state_dict(state):
     other.load_state_dict(attention.state_dict())
     assert other.attention_state is state
     assert trainable(other) == trainable(attention)
+
+
+@pytest.mark.parametrize(
+    'saved, network, message',
+    [
+        (MRLABase(16, head_dim=8), MLA(16, head_dim=8), r"'MRLABase\(.*'MLA\("),
+        (MRLABase(16, head_dim=8), MRLABase(16, head_dim=4), 'head_dim=8.*head_dim=4'),
+        (
+            MRLALight(16, head_dim=8),
+            MRLALight(16, head_dim=8, previous='output'),
+            'previous=identity.*previous=output',
+        ),
+        (KCLA(16, head_dim=8), KCLA(16, head_dim=8, temperature=1), 'temperature=0.7'),
+    ],
+)
+def test_checkpoint_of_another_attention_is_refused(saved, network, message):
+    """Although all keys and shapes are the same."""
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(RuntimeError, match=message):
+        network.load_state_dict(saved.state_dict())
+    with pytest.raises(RuntimeError, match=message):  # strict does not matter
+        network.load_state_dict(saved.state_dict(), strict=False)
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_averaged_copy_follows_the_buffer():
+    """torch averages buffers in place, of which no Python code is told."""
+    model = MRLABase(16, head_dim=8)
+    averaged = AveragedModel(model, use_buffers=True)
+    averaged.update_parameters(model)
+    model.attention_state = AttentionState.PRUNED
+    for _ in range(3):
+        averaged.update_parameters(model)
+    averaged.eval()
+    assert int(averaged.module.state) == int(averaged.module.attention_state)
+    averaged.module.state.fill_(2)
+    assert not averaged.module.active
+
+
+def test_state_in_inference_mode():
+    with torch.inference_mode():
+        attention = MRLABase(16, head_dim=8).eval()
+        assert attention.active

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmela.layers import MLA, AttentionState, LayerMemory
+from mmela.layers import MLA, AttentionStage, AttentionState
 
 C, D = 16, 4
 
@@ -50,8 +50,8 @@ def test_equals_naive_loops():
             nn.init.normal_(attention.query.weight, std=5)
             attention.attention_state = AttentionState(state)
         xs = [torch.randn(2, C, 6, 5) for _ in range(4)]
-        memory = LayerMemory()
-        outs = [a(x, memory) for a, x in zip(attentions, xs)]
+        memory, stage = MLA.Memory(), AttentionStage()
+        outs = [stage.attend(a, x, memory) for a, x in zip(attentions, xs)]
         for out, expected in zip(outs, naive(attentions, xs)):
             torch.testing.assert_close(out, expected)
 

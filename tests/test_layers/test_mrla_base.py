@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmela.layers import AttentionState, LayerMemory, MRLABase
+from mmela.layers import AttentionStage, AttentionState, MRLABase
 
 C, D = 16, 4
 
@@ -15,8 +15,8 @@ def make(n=3, **kwargs):
 
 
 def run(attentions, xs):
-    memory = LayerMemory()
-    return [a(x, memory) for a, x in zip(attentions, xs)], memory
+    memory, stage = MRLABase.Memory(), AttentionStage()
+    return [stage.attend(a, x, memory) for a, x in zip(attentions, xs)], memory
 
 
 def inputs(n=3, seed=1):
@@ -107,9 +107,9 @@ def test_gradients_equal_those_of_plain_code(states):
         for attention, state in zip(attentions, states):
             attention.attention_state = AttentionState(state)
         x = inputs(1)[0].requires_grad_()
-        memory, out = LayerMemory(), x
+        memory, stage, out = MRLABase.Memory(), AttentionStage(), x
         for attention in attentions:
-            out = attention(torch.tanh(out), memory)
+            out = stage.attend(attention, torch.tanh(out), memory)
         out.square().sum().backward()
         grads.append(
             [x.grad]
@@ -174,11 +174,11 @@ def test_drop_path_drops_samples_of_the_attention_alone():
     (attention,) = make(1, drop_path=0.5)
     x = torch.randn(64, C, 4, 4)
     torch.manual_seed(0)
-    out = attention(x, LayerMemory())
+    out = run([attention], [x])[0][0]
     dropped = (out == x).flatten(1).all(1)
     assert 16 < dropped.sum() < 48
     attention.eval()
-    assert not (attention(x, LayerMemory()) == x).flatten(1).all(1).any()
+    assert not (run([attention], [x])[0][0] == x).flatten(1).all(1).any()
 
 
 def test_bad_drop_path():

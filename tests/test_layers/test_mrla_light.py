@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmela.layers import AttentionState, LayerAttentionStage, LayerMemory, MRLALight
+from mmela.layers import AttentionState, MRLALight, SequentialAttentionStage
 
 C, D = 16, 4
 
@@ -25,7 +25,7 @@ class Block(nn.Module):
 
 def make_stage(n=3, **kwargs):
     torch.manual_seed(0)
-    stage = LayerAttentionStage(*[Block(1 + (i == 0)) for i in range(n)])
+    stage = SequentialAttentionStage(*[Block(1 + (i == 0)) for i in range(n)])
     for i in range(n):
         stage.attach(i, MRLALight(C, head_dim=D, **kwargs))
     return stage
@@ -54,7 +54,9 @@ def naive(stage, x, previous):
             out = out + attention.lambda_o[:, None, None] * before
         last = out
         norm = attention.norm
-        x = x + F.batch_norm(out, None, None, norm.weight, norm.bias, True)
+        if norm is not None:
+            out = F.batch_norm(out, None, None, norm.weight, norm.bias, True)
+        x = x + out
     return x
 
 
@@ -86,7 +88,21 @@ def test_downsample_runs_once():
     stage[0].downsample.register_forward_hook(lambda *a: calls.append(1))
     stage(torch.randn(2, C, 8, 8))
     assert len(calls) == 1
-    assert not hasattr(stage[0].downsample, 'kept')
+
+
+def test_without_norm_what_is_remembered_stays_as_it_is():
+    """The output of an attention is the memory of the next one."""
+    torch.manual_seed(0)
+    stage = make_stage(4, previous='output', norm_cfg=None)
+    x = torch.randn(2, C, 8, 8)
+    seen = []
+    for attention in stage.attentions:
+        attention.register_forward_hook(
+            lambda m, args, out: seen.append((out, out.clone()))
+        )
+    torch.testing.assert_close(stage(x), naive(stage, x, 'output'))
+    assert len(seen) == 4
+    assert all(torch.equal(out, copy) for out, copy in seen)
 
 
 def test_lambda_is_drawn_from_a_standard_normal():
@@ -104,11 +120,11 @@ def test_no_distribution_and_no_value_to_keep():
     assert not attention.prunable
     attention.attention_state = AttentionState.VALUE_ONLY
     with pytest.raises(NotImplementedError, match='MRLALight has no key'):
-        attention(torch.randn(1, C, 2, 2), LayerMemory())
+        attention.store(torch.randn(1, C, 2, 2), MRLALight.Memory())
 
 
 def test_errors():
     with pytest.raises(ValueError, match="previous='x' is unknown"):
         MRLALight(C, head_dim=D, previous='x')
     with pytest.raises(ValueError, match='needs the identity'):
-        MRLALight(C, head_dim=D)(torch.randn(1, C, 2, 2), LayerMemory())
+        MRLALight(C, head_dim=D)(torch.randn(1, C, 2, 2), MRLALight.Memory())

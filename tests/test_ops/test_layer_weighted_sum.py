@@ -3,8 +3,7 @@ import itertools
 import pytest
 import torch
 
-from mmela.ops import SharedValue, layer_weighted_sum, lean, share_value
-from mmela.ops.layer_weighted_sum import _custom_op
+from mmela.ops import chunked, layer_weighted_sum
 
 BACKENDS = ('reference', 'autograd', 'auto')
 DTYPES = {
@@ -68,7 +67,7 @@ def test_equals_einsum(backend, dtype, form, t):
 
 @pytest.mark.parametrize('chunk', [1, 181, 1 << 20])
 def test_gradcheck(chunk, monkeypatch):
-    monkeypatch.setattr(lean, 'CHUNK', chunk)  # one sample, uneven, all
+    monkeypatch.setattr(chunked, 'CHUNK', chunk)  # one sample, uneven, all
     attn, values = inputs(3, torch.float64)
     assert torch.autograd.gradcheck(
         lambda attn, *values: layer_weighted_sum(attn, values, 'autograd'),
@@ -144,16 +143,6 @@ def test_compiled_graph_is_whole(backend):
         torch.testing.assert_close(result, e)
 
 
-def test_custom_operator():
-    """Schema, fake implementation and autograd registration agree."""
-    if _custom_op is None:
-        pytest.skip('custom operators in Python came with torch 2.4')
-    attn, values = inputs(3)
-    attn.requires_grad_()
-    values[0].requires_grad_()
-    torch.library.opcheck(_custom_op, (attn, values, 'autograd'))
-
-
 def test_traced_graph_has_torch_operators_alone():
     attn, values = inputs(3)
     traced = torch.jit.trace(
@@ -163,103 +152,6 @@ def test_traced_graph_has_torch_operators_alone():
     assert all(kind.startswith(('aten::', 'prim::')) for kind in kinds)
     assert 'prim::PythonOp' not in kinds
     torch.testing.assert_close(traced(attn, *values), einsum(attn, values))
-
-
-def stage(values, attns, backend='auto', share=True):
-    """Sums over a growing number of values, as in the blocks of a stage."""
-    seen, outs = [], []
-    for t, value in enumerate(values):
-        before = seen[-1] if seen else None
-        seen.append(share_value(value, before, backend) if share else value)
-        outs.append(layer_weighted_sum(attns[t], seen, backend))
-    return outs
-
-
-def stage_inputs(t=4, dtype=torch.float64):
-    torch.manual_seed(0)
-    values = [
-        torch.randn(2, 4, 3, 2, dtype=dtype, requires_grad=True) for _ in range(t)
-    ]
-    attns = [torch.rand(2, 2, i + 1, dtype=dtype, requires_grad=True) for i in range(t)]
-    return values, attns
-
-
-def gradients(outs, leaves):
-    loss = sum((o.square() * (i + 1)).sum() for i, o in enumerate(outs))
-    return torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
-
-
-def test_shared_values_have_the_same_gradients():
-    values, attns = stage_inputs()
-    leaves = [*values, *attns]
-    chained = [v * 1 for v in values]
-    expected = gradients(stage(chained, attns, 'reference', share=False), leaves)
-    outs = stage(chained, attns)
-    for _ in range(2):  # also a second time through the same graph
-        for grad, e in zip(gradients(outs, leaves), expected):
-            torch.testing.assert_close(grad, e)
-
-
-@pytest.mark.parametrize('used', [(0,), (2,), (1, 3), (3,)])
-def test_shared_values_of_some_outputs(used):
-    values, attns = stage_inputs()
-    leaves = [*values, *attns]
-    expected = gradients(
-        [stage(values, attns, 'reference', False)[i] for i in used], leaves
-    )
-    grads = gradients([stage(values, attns)[i] for i in used], leaves)
-    for grad, e in zip(grads, expected):
-        assert (grad is None) == (e is None)
-        if e is not None:
-            torch.testing.assert_close(grad, e)
-
-
-def test_shared_values_of_frozen_blocks():
-    values, attns = stage_inputs()
-    for i in (0, 2):
-        values[i].requires_grad_(False)
-    leaves = [values[1], values[3], *attns]
-    expected = gradients(stage(values, attns, 'reference', False), leaves)
-    for grad, e in zip(gradients(stage(values, attns), leaves), expected):
-        torch.testing.assert_close(grad, e)
-
-
-def test_the_gradient_of_weights_alone_leaves_nothing_behind():
-    values, attns = stage_inputs()
-    outs = stage(values, attns)
-    expected = gradients(stage(values, attns, 'reference', False), values)
-    gradients(outs, attns)
-    for grad, e in zip(gradients(outs, values), expected):
-        torch.testing.assert_close(grad, e)
-
-
-def test_a_shared_value_gets_one_gradient():
-    """Not one per sum: what the sums leave behind are references."""
-    values, attns = stage_inputs()
-    calls = []
-    for value in values:
-        value.register_hook(lambda g: calls.append(g))
-    sum(o.sum() for o in stage(values, attns)).backward()
-    assert len(calls) == 4
-    shared = share_value(values[0])
-    assert isinstance(shared, SharedValue)
-    out = layer_weighted_sum(attns[0], [shared])
-    grad = torch.ones_like(out)
-    pointers = []
-    shared.token.register_hook(
-        lambda g: pointers.extend(entry[2].data_ptr() for entry in shared.ledger)
-    )
-    out.backward(grad)
-    assert pointers == [grad.data_ptr()] and not shared.ledger
-
-
-def test_nothing_is_shared_where_it_does_not_pay():
-    value = torch.randn(1, 2, 2, 2)
-    assert share_value(value) is value  # no gradient
-    value.requires_grad_()
-    assert share_value(value, backend='reference') is value
-    with torch.no_grad():
-        assert share_value(value) is value
 
 
 def test_bad_input():

@@ -14,10 +14,10 @@ from PIL import Image
 import mmela.analysis
 from mmela.analysis import make_report
 from mmela.analysis.inputs import evenly, find_images
-from mmela.hooks import prune
+from mmela.structure import prune
+from tests.helpers.toy import toy_config, train
 from tests.test_analysis.test_attention_plots import SMALL, measurement
 from tests.test_analysis.test_report import Page, check_offline
-from tests.helpers.toy import toy_config, train
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')

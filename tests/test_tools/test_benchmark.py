@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from mmela.hooks import named_layer_attentions
-from mmela.layers import AttentionState, LayerAttentionStage, MRLABase, MRLALight
+from mmela.layers import AttentionState, MRLABase, MRLALight, SequentialAttentionStage
+from mmela.structure import layer_attentions
 
 pytest.importorskip('mmpretrain')
 
@@ -89,7 +89,7 @@ def options(bench, *args):
 
 def stage_of(cls, depth, channels=8, **kwargs):
     torch.manual_seed(0)
-    stage = LayerAttentionStage(*(nn.Identity() for _ in range(depth)))
+    stage = SequentialAttentionStage(*(nn.Identity() for _ in range(depth)))
     for i in range(depth):
         stage.attach(i, cls(channels, head_dim=4, **kwargs))
     return stage
@@ -229,7 +229,7 @@ def pruned_in(bench, *args):
     bench.networks.prune_network('ela', model, args)
     return [
         name.split('.', 1)[1].rsplit('.', 1)[0]
-        for name, a in named_layer_attentions(model).items()
+        for name, a in layer_attentions(model).items()
         if a.attention_state == AttentionState.PRUNED
     ]
 
@@ -475,7 +475,7 @@ def test_detector(bench):
     contestant = bench.networks.Contestant('ela', args, CPU, weights={})
     assert contestant.batch['inputs'].shape == (1, 3, 64, 96)
     assert contestant.loss().item() > 0
-    half = [a.active for a in named_layer_attentions(contestant.model).values()]
+    half = [a.active for a in layer_attentions(contestant.model).values()]
     assert half == [
         *(True, False, True),
         *(True, False, True, False),

@@ -9,8 +9,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmela.hooks import named_layer_attentions, prune
 from mmela.layers import AttentionState
+from mmela.structure import layer_attentions, prune
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmcv.ops', exc_type=ImportError)
@@ -133,7 +133,7 @@ def test_prune_after_training(network, tmp_path, shapes):
     model.load_state_dict(state_dict)
     found = [
         name
-        for name, attention in named_layer_attentions(model).items()
+        for name, attention in layer_attentions(model).items()
         if not attention.active
     ]
     report = json.loads((tmp_path / 'pruned.json').read_text())
@@ -148,7 +148,7 @@ def test_errors_are_one_line(network, tmp_path):
     torch.save(dict(state_dict=dict(x=torch.zeros(1))), plain)
     for name, args, match in [
         ('slim', (config, 'nowhere.pth', 'out.pth'), 'no file nowhere.pth'),
-        ('slim', (config, plain, 'out.pth'), 'has no layer attention'),
+        ('slim', (config, plain, 'out.pth'), 'plain.pth does not fit'),
         ('slim', (config, checkpoint, checkpoint), 'exists already'),
         ('export', (config, plain, 'out.onnx'), 'has no backbone'),
         ('export', (config, checkpoint, 'out.xyz'), 'must end with .onnx'),

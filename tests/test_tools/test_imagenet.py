@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip('mmpretrain')
 
-from mmela.utils.toolbox import find_tool  # noqa: E402
+from mmela.command_line import find_tool  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 WNIDS = ('n01440764', 'n01443537', 'n01484850')

@@ -225,6 +225,81 @@ class TestReuse:
         assert not list(tmp_path.iterdir())
 
 
+class TestTwoAtOnce:
+    """Another process fills the folder while this one renders."""
+
+    @staticmethod
+    def beside(monkeypatch, path, **kwargs):
+        original = TOOL['_write_split']
+        globals_ = make_shapes.__globals__
+
+        def write_split(folder, split, *args):
+            original(folder, split, *args)
+            if split == 'val':
+                monkeypatch.setitem(globals_, '_write_split', original)
+                make_shapes(path, **kwargs)
+
+        monkeypatch.setitem(globals_, '_write_split', write_split)
+
+    @pytest.mark.parametrize('empty', [False, True])
+    def test_the_same(self, tmp_path, monkeypatch, empty):
+        path = tmp_path / 'shapes'
+        if empty:
+            path.mkdir()
+        self.beside(monkeypatch, path, **SMALL)
+        assert not make_shapes(path, **SMALL)
+        assert [p.name for p in tmp_path.iterdir()] == ['shapes']
+        assert not make_shapes(path, **SMALL)  # complete
+
+    def test_another(self, tmp_path, monkeypatch):
+        path = tmp_path / 'shapes'
+        self.beside(monkeypatch, path, **SMALL, seed=1)
+        with pytest.raises(FileExistsError, match='shapes has been written to while'):
+            make_shapes(path, **SMALL)
+        assert not make_shapes(path, **SMALL, seed=1)
+        assert [p.name for p in tmp_path.iterdir()] == ['shapes']
+
+    def test_what_was_there_comes_back(self, tmp_path, monkeypatch):
+        """Where the new data cannot take the place of the old."""
+        path = tmp_path / 'shapes'
+        make_shapes(path, **SMALL)
+        before = fingerprint(path)
+        rename = Path.rename
+        monkeypatch.setattr(
+            Path,
+            'rename',
+            lambda a, b: rename(a, '/') if a.name == 'new' else rename(a, b),
+        )
+        with pytest.raises(FileExistsError):
+            make_shapes(path, **SMALL, seed=1, force=True)
+        assert fingerprint(path) == before
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        '',
+        '[]',
+        '{"info": 1}',
+        '{"info": {"generator": "mmela make_shapes"}, "images": [1]}',
+        '{"info": {"generator": "mmela make_shapes"}, "images": []}',
+        '{"info": {"generator": "mmela make_shapes"}, "images": [{"file_name": 1}]}',
+        '[' * 100000,
+    ],
+    ids=['empty', 'list', 'number', 'image', 'no-version', 'name', 'deep'],
+)
+def test_broken_annotations_are_one_line(tmp_path, text):
+    path = ann_file(tmp_path / 'shapes')
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(
+        SystemExit, match='^error: .*shapes (exists|has shapes)'
+    ) as error:
+        main([str(tmp_path / 'shapes'), '--train', '2', '--val', '1', '--size', '64'])
+    assert '\n' not in str(error.value)
+    assert path.read_text() == text
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ('name', 'value', 'allowed'),

@@ -31,7 +31,7 @@ from mmela.analysis.inputs import (
     image_pipeline,
     load_network,
 )
-from mmela.utils.toolbox import one_line
+from mmela.command_line import one_line
 
 
 def parse_args(argv=None) -> argparse.Namespace:

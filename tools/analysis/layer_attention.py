@@ -34,8 +34,9 @@ from mmela.analysis.inputs import (
     validation_loader,
 )
 from mmela.analysis.plots import draw
-from mmela.hooks import format_decisions, layer_attention_stages
-from mmela.utils.toolbox import one_line
+from mmela.command_line import one_line
+from mmela.hooks import format_decisions
+from mmela.structure import attention_stages
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -90,7 +91,7 @@ def analyse(args: argparse.Namespace) -> Path:
     files = find_images(args.data) if args.data else None
     device = check_device(args.device)
     cfg, model = load_network(args.config, args.checkpoint, args.cfg_options, device)
-    if not layer_attention_stages(model):
+    if not attention_stages(model):
         raise ValueError(f'{args.config} has no layer attention')
     if files:
         files = [files[i] for i in evenly(len(files), args.num_images)]

@@ -44,7 +44,7 @@ from scipy.optimize import nnls
 from torch import nn
 from traffic import copy_bandwidth, model_traffic
 
-from mmela.layers import LayerAttentionStage
+from mmela.layers import SequentialAttentionStage
 
 # Share of the quadratic term from which growth is called quadratic
 QUADRATIC = 0.25
@@ -81,9 +81,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def build_stage(
-    variant: str, blocks: int, args: argparse.Namespace
-) -> LayerAttentionStage:
+def build_stage(variant: str, blocks: int, args: argparse.Namespace) -> SequentialAttentionStage:
     """A stage whose blocks are nothing but their layer attention.
 
     Args:
@@ -92,10 +90,10 @@ def build_stage(
         args (argparse.Namespace): Options.
 
     Returns:
-        LayerAttentionStage: The stage.
+        AttentionStage: The stage.
     """
     torch.manual_seed(0)
-    stage = LayerAttentionStage(*(nn.Identity() for _ in range(blocks)))
+    stage = SequentialAttentionStage(*(nn.Identity() for _ in range(blocks)))
     for index in range(blocks):
         attention = MODELS.build(
             dict(

@@ -48,11 +48,8 @@ from common import (
 from mmengine.utils import ProgressBar
 from networks import Contestant, add_network_options, complete_options
 
-from mmela.hooks import (
-    LayerAttentionPruningHook,
-    NetworkKLMeter,
-    layer_attention_stages,
-)
+from mmela.hooks import LayerAttentionPruningHook, NetworkKLMeter
+from mmela.structure import attention_stages
 
 WINDOW = (1, 1)
 TOOLBOXES = ('mmdet', 'mmpretrain')
@@ -133,7 +130,7 @@ def measuring_times(
     Returns:
         list[float]: Seconds per step.
     """
-    stages = layer_attention_stages(contestant.model)
+    stages = attention_stages(contestant.model)
     scores = {}
     for name, stage in stages.items():
         stage.observer = partial(scores.__setitem__, name)

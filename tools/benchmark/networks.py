@@ -19,8 +19,8 @@ from mmengine.config import Config
 from torch import Tensor, nn
 from traffic import model_traffic
 
-from mmela.hooks import named_layer_attentions, prune
 from mmela.ops import BACKENDS
+from mmela.structure import layer_attentions, prune
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -279,7 +279,7 @@ def prune_network(variant: str, model: nn.Module, args: argparse.Namespace) -> N
     """Prune the attentions of ``ela`` that the options name."""
     if variant.split(':')[0] != 'ela':
         return
-    names = list(named_layer_attentions(model))
+    names = list(layer_attentions(model))
     prune(
         model,
         half_mask(names) if args.prune is None else find_attentions(args.prune, names),
@@ -475,7 +475,7 @@ class Contestant:
             ``peak_bytes``; ``resident_bytes``, the part of it that is there
             before the step; ``traffic``, see :class:`traffic.Traffic`.
         """
-        attentions = named_layer_attentions(self.model)
+        attentions = layer_attentions(self.model)
         params = list(self.model.parameters())
         result = dict(
             parameters=sum(p.numel() for p in params),

@@ -11,13 +11,13 @@ import math
 
 import torch
 import torch.nn.functional as F
-from mmengine.registry import MODELS
 from torch import Tensor
 
-from mmela.layers import LayerMemory, MRLABase
+from mmela.layers import MRLABase
+from mmela.registry import LAYER_ATTENTIONS
 
 
-@MODELS.register_module()
+@LAYER_ATTENTIONS.register_module()
 class PublishedMRLABase(MRLABase):
     """MRLA-base with the concatenations of its published form.
 
@@ -25,12 +25,10 @@ class PublishedMRLABase(MRLABase):
     arguments it takes; ``backend`` means nothing to it.
     """
 
-    adds_in_place = False  # F.relu keeps its output
-
-    def _store(self, x: Tensor, memory: LayerMemory) -> Tensor:
-        """Put key and value behind those of the blocks so far."""
+    def forward(self, x: Tensor, memory: MRLABase.Memory) -> Tensor:
         batch, channels = x.shape[:2]
         pooled = F.adaptive_avg_pool2d(x, 1).view(batch, 1, channels)
+        query = self.query(pooled).view(batch, 1, self.num_heads, -1)
         key = self.key(pooled).view(batch, 1, self.num_heads, self.head_dim)
         value = self.value_act(self.value(x)).unsqueeze(1)
         # The tensors of the blocks so far: (B, t, G, d) and (B, t, C, H, W)
@@ -38,20 +36,11 @@ class PublishedMRLABase(MRLABase):
             key = torch.cat([memory.keys[0], key], dim=1)
             value = torch.cat([memory.values[0], value], dim=1)
         memory.keys[:], memory.values[:] = [key], [value]
-        return pooled
 
-    def retrieve(self, x: Tensor, memory: LayerMemory) -> Tensor:
-        batch = x.size(0)
-        pooled = self._store(x, memory)
-        query = self.query(pooled).view(batch, 1, self.num_heads, -1)
-        key, value = memory.keys[0], memory.values[0]
-
-        layers = value.size(1)
         scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1)
         scores = scores / math.sqrt(self.head_dim)  # (B, G, 1, t)
         memory.scores.append(scores.squeeze(2))
-        value = value.reshape(batch, layers, self.num_heads, -1)
+        value = value.reshape(batch, value.size(1), self.num_heads, -1)
         # (B, G, t, d * H * W): another copy
         out = scores.softmax(-1) @ value.transpose(1, 2).contiguous()
-        out = self.norm(out.reshape(x.shape))
-        return self.drop_path(F.relu(out))
+        return F.relu(self.norm(out.reshape(x.shape)))

@@ -51,8 +51,8 @@ from common import synchronize
 from published_form import PublishedMRLABase
 from torch import nn
 
-from mmela.hooks import layer_attention_stages
 from mmela.layers import KCLA, MLA, AttentionState, LayerAttention, MRLALight
+from mmela.structure import attention_stages
 
 
 @dataclass
@@ -124,7 +124,7 @@ def retrievals(stage: nn.Module) -> Iterator[Tuple[LayerAttention, List[tuple]]]
     """What the active attentions of a stage retrieve from.
 
     Args:
-        stage (LayerAttentionStage): A stage.
+        stage (AttentionStage): A stage.
 
     Yields:
         tuple[LayerAttention, list[tuple[int, int, int]]]: An active attention
@@ -169,7 +169,7 @@ def model_traffic(
         Traffic: The bytes; none for a network without layer attention.
     """
     sums: Dict[LayerAttention, List[tuple]] = {}
-    for stage in layer_attention_stages(model).values():
+    for stage in attention_stages(model).values():
         sums.update(retrievals(stage))
     total = Traffic()
 

@@ -11,8 +11,9 @@ import argparse
 from mmengine.registry import MODELS
 
 import mmela  # noqa: F401
-from mmela.utils.export import export_backbone
-from mmela.utils.toolbox import load_fitting, one_line, open_network
+from mmela.command_line import one_line
+from mmela.convert.export import export_backbone
+from mmela.convert.networks import load_fitting, open_network
 
 
 def parse_args(argv=None) -> argparse.Namespace:

@@ -22,15 +22,11 @@ from mmengine.runner import Runner
 from mmengine.utils import track_iter_progress
 
 import mmela  # noqa: F401
-from mmela.hooks import (
-    NetworkKLMeter,
-    decide,
-    format_decisions,
-    layer_attention_stages,
-    prune,
-)
+from mmela.command_line import one_line
+from mmela.convert.networks import load_fitting, open_network
+from mmela.hooks import NetworkKLMeter, decide, format_decisions
 from mmela.pruning import PRUNING_POLICIES
-from mmela.utils.toolbox import load_fitting, one_line, open_network
+from mmela.structure import attention_stages, prune
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -72,7 +68,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 @torch.no_grad()
 def measure(model, dataloader, batches: int, reduction: str) -> dict:
     """KL divergences of a model's stages over some batches of data."""
-    stages = layer_attention_stages(model)
+    stages = attention_stages(model)
     meter = NetworkKLMeter(stages, reduction, eps=1e-8)
     meter.attach()
     model.eval()
@@ -93,11 +89,11 @@ def main(argv=None) -> None:
         policy = PRUNING_POLICIES.build(dict(args.policy, _scope_='mmela'))
     except (KeyError, TypeError, ValueError) as error:
         raise SystemExit(f'error: --policy: {error}')
-    cfg, checkpoint, state_dict = open_network(args.config, args.checkpoint, args.out)
+    cfg, meta, state_dict = open_network(args.config, args.checkpoint, args.out)
     cfg.merge_from_dict(args.cfg_options)
     try:
         model = MODELS.build(cfg.model)
-        stages = layer_attention_stages(model)
+        stages = attention_stages(model)
         if not any(a.prunable for s in stages.values() for a in s.attentions):
             raise ValueError(f'{args.config} has no prunable layer attention')
         load_fitting(model, state_dict, args.config, args.checkpoint)
@@ -115,7 +111,6 @@ def main(argv=None) -> None:
 
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    meta = checkpoint.get('meta', {})
     torch.save(dict(meta=meta, state_dict=model.to('cpu').state_dict()), out)
     report = out.with_suffix('.json')
     report.write_text(json.dumps(dict(layers=layers, pruned=names), indent=2))

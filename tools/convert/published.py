@@ -14,12 +14,12 @@ import argparse
 import re
 from collections import Counter
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 
-import mmela  # noqa: F401  (allows the classes in mmengine's checkpoints)
-from mmela.utils.published import (
+from mmela.command_line import one_line
+from mmela.convert.networks import read_state_dict
+from mmela.convert.published import (
     ARCHS,
     TARGETS,
     convert_published,
@@ -52,27 +52,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load(path: str) -> dict:
-    """State dict of a checkpoint, whatever the training script wraps it in."""
-    try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
-    except (EOFError, OSError, RuntimeError, UnpicklingError):
-        raise SystemExit(
-            f'error: cannot read {path}: it is no checkpoint, or '
-            'holds objects that could run code when loaded'
-        )
-    for name in ('state_dict', 'model'):
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(torch.is_tensor(value) for value in content.values())
-    ):
-        raise SystemExit(f'error: {path} holds no state dict')
-    return content
-
-
 def format_table(mapped: dict, dropped: dict) -> str:
     """Table of the keys, in which a row stands for all blocks."""
 
@@ -96,13 +75,17 @@ def main(argv=None) -> None:
         raise SystemExit(f'error: no file {args.src}')
     if Path(args.dst).exists():
         raise SystemExit(f'error: {args.dst} exists already')
-    state_dict = strip_module(load(args.src))
     try:
+        _, state_dict = read_state_dict(args.src, names=('state_dict', 'model'))
+    except (ImportError, OSError, ValueError) as error:
+        raise SystemExit(f'error: {one_line(error)}') from error
+    try:
+        state_dict = strip_module(state_dict)
         keys = map_published_keys(state_dict, args.arch, args.target)
         converted, dropped = convert_published(state_dict, keys.arch, args.target)
+        backbone = published_backbone(converted, keys.arch)
     except ValueError as error:
-        raise SystemExit(f'error: {args.src}: {error}')
-    backbone = published_backbone(converted, keys.arch)
+        raise SystemExit(f'error: {args.src}: {one_line(error)}') from error
     out = Path(args.dst)
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.save(dict(meta=dict(backbone=backbone), state_dict=converted), out)

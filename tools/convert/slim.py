@@ -10,13 +10,17 @@ Example:
 
 import argparse
 from pathlib import Path
+from typing import Iterable
 
 import torch
+from mmengine.config import Config
 from mmengine.registry import MODELS
+from torch import nn
 
 import mmela  # noqa: F401
-from mmela.utils.slim import slim_config, slim_state_dict
-from mmela.utils.toolbox import load_fitting, one_line, open_network
+from mmela.command_line import one_line
+from mmela.convert.networks import load_fitting, open_network
+from mmela.convert.slim import slim_config, slim_state_dict
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -38,69 +42,61 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def build(cfg: Config) -> nn.Module:
+    """Build a network in evaluation mode; nothing is downloaded for it."""
+    model = MODELS.build(cfg.model)
+    model.eval()
+    return model
+
+
 @torch.no_grad()
-def difference(networks, size: int) -> float:
-    """Largest absolute difference of the outputs of two backbones.
+def difference(one: nn.Module, other: nn.Module, names: Iterable[str], size: int):
+    """Largest absolute difference of the outputs of two networks' backbones.
 
     Args:
-        networks (Sequence[tuple]): Of both, the config, its path, the state
-            dict and its path.
+        one (nn.Module): A network.
+        other (nn.Module): Another.
+        names (Iterable[str]): Names of their backbones.
         size (int): Height and width of the images in pixels.
 
-    Raises:
-        ValueError: If a state dict is of another network.
+    Returns:
+        float: The difference.
     """
-    outputs = []
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(2, 3, size, size, generator=generator)
-    for config, config_path, state, state_path in networks:
-        # Nothing is to be downloaded: the checkpoint follows.
-        backbone_cfg = dict(config.model.backbone, init_cfg=None)
-        backbone = MODELS.build(backbone_cfg)
-        prefix = 'backbone.'
-        load_fitting(
-            backbone,
-            {
-                key[len(prefix) :]: value
-                for key, value in state.items()
-                if key.startswith(prefix)
-            },
-            config_path,
-            state_path,
-        )
-        backbone.eval()
-        outputs.append(backbone(x))
-    return max(float((a - b).abs().max()) for a, b in zip(*outputs))
+    x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return max(
+        float((a - b).abs().max())
+        for name in names
+        for a, b in zip(*(m.get_submodule(name)(x) for m in (one, other)))
+    )
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
     out = Path(args.out)
     out_config = Path(args.out_config or out.with_suffix('.py'))
-    cfg, checkpoint, state_dict = open_network(
-        args.config, args.checkpoint, out, out_config
-    )
+    cfg, meta, state_dict = open_network(args.config, args.checkpoint, out, out_config)
     try:
-        slim_state, blocks = slim_state_dict(state_dict)
+        model = build(cfg)
+        load_fitting(model, state_dict, args.config, args.checkpoint)
+        slim_state, blocks = slim_state_dict(model)
         slim_cfg = slim_config(cfg, blocks)
-    except ValueError as error:
-        raise SystemExit(f'error: {args.checkpoint}: {error}')
-
-    try:
-        gap = difference(
-            [
-                (cfg, args.config, state_dict, args.checkpoint),
-                (slim_cfg, out_config, slim_state, out),
-            ],
-            args.size,
-        )
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise SystemExit(f'error: {one_line(error)}')
+        slim = build(slim_cfg)
+        load_fitting(slim, slim_state, out_config, out)
+        gap = difference(model, slim, blocks, args.size)
+    except (
+        ImportError,
+        KeyError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise SystemExit(f'error: {one_line(error)}') from error
     if gap != 0:
         raise SystemExit(f'error: the outputs differ by {gap}')
     meta = {
         key: value
-        for key, value in checkpoint.get('meta', {}).items()
+        for key, value in meta.items()
         if key in ('dataset_meta', 'epoch', 'iter')
     }
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -114,8 +110,8 @@ def main(argv=None) -> None:
         f'{after / 1e6:.3f} of {before / 1e6:.3f} M values; '
         'outputs differ by 0'
     )
-    for prefix, stages in blocks.items():
-        print(f'{out_config}: {prefix}attention_blocks={stages}')
+    for name, stages in blocks.items():
+        print(f'{out_config}: {name}.attention_blocks={stages}')
 
 
 if __name__ == '__main__':

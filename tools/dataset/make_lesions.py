@@ -227,9 +227,15 @@ def _write_all(
             image, mask = make()
             _write(new / 'images' / split / f'{name}.png', image)
             _write(new / 'masks' / split / f'{name}.png', mask)
-        if out_dir.is_dir():
-            out_dir.rmdir()
-        new.rename(out_dir)
+        try:
+            if out_dir.is_dir():
+                out_dir.rmdir()
+            new.rename(out_dir)
+        except OSError as error:
+            raise FileExistsError(
+                f'{out_dir} has been written to while the data set was made, by '
+                'another process it seems; what was made is not kept'
+            ) from error
 
 
 def _check(name: str, value: int, low: int, high: Optional[int] = None):

@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
@@ -332,7 +333,7 @@ def _found(folder: Path) -> Dict[str, Optional[dict]]:
                 for image in data['images']
             ):
                 infos[split] = info
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass  # not there, or not ours
     return infos
 
@@ -404,8 +405,8 @@ def make_shapes(
             )
         if not force:
             raise FileExistsError(
-                f'{out_dir} has shapes of version {ours[0]["version"]} with '
-                f'{ours[0]["parameters"]}, perhaps incomplete; asked for are '
+                f'{out_dir} has shapes of version {ours[0].get("version")!r} with '
+                f'{ours[0].get("parameters")}, perhaps incomplete; asked for are '
                 f'version {VERSION} with {parameters}. Use --force to replace '
                 'them, or another folder'
             )
@@ -417,11 +418,23 @@ def make_shapes(
         new = Path(temp) / 'new'
         _write_split(new, 'train', train, info)
         _write_split(new, 'val', val, info)
-        if occupied:
-            out_dir.rename(Path(temp) / 'old')
-        elif out_dir.is_dir():
-            out_dir.rmdir()
-        new.rename(out_dir)
+        old = Path(temp) / 'old'
+        try:
+            if occupied:
+                out_dir.rename(old)
+            elif out_dir.is_dir():
+                with suppress(FileNotFoundError):
+                    out_dir.rmdir()
+            new.rename(out_dir)
+        except OSError as error:
+            if _found(out_dir) == dict(train=info, val=info):
+                return False  # another process has rendered the same meanwhile
+            if old.exists() and not out_dir.exists():
+                old.rename(out_dir)
+            raise FileExistsError(
+                f'{out_dir} has been written to while the shapes were rendered, '
+                'by another process it seems; they are not kept'
+            ) from error
     return True
 
 

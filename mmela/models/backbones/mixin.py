@@ -1,15 +1,26 @@
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
-import torch.nn as nn
 from mmcv.cnn.bricks import DropPath
-from mmengine.registry import MODELS
+from mmengine.logging import print_log
+from torch import nn
 
 from ...layers import (
+    AttentionStage,
     AttentionState,
     HookedAttentionStage,
     LayerAttention,
-    LayerAttentionStage,
+    SequentialAttentionStage,
+    forward_pass,
 )
+from ...layers.stages import is_frozen
+from ...registry import find_layer_attention
+
+TOKEN_DEFAULTS = dict(
+    norm_cfg=None,
+    value_act_cfg=dict(type='GELU'),
+    token_norm_cfg=dict(type='LN', eps=1e-6),
+)
+"""dict: Defaults of the attentions of transformer layers."""
 
 
 class LayerAttentionArguments:
@@ -20,11 +31,14 @@ class LayerAttentionArguments:
         layer_attention (dict): Config of the layer attention: ``MLA``,
             ``MRLABase``, ``MRLALight`` or ``KCLA``. ``channels`` is filled in;
             so is ``norm_cfg`` with that of the backbone, made trainable, where
-            it is not given. Defaults to ``dict(type='MRLABase')``.
+            it is not given. With ``zero_init=True`` the blocks of stages that
+            the backbone freezes get none: it would stay zero. (But for
+            attentions whose memory crosses stages, which the next stage goes
+            on with.) Defaults to ``dict(type='MRLABase')``.
         attention_blocks (Sequence[Sequence[int]], optional): For each stage,
-            the indices of the blocks that have an attention, from 0. That is
-            how ``tools/convert/slim.py`` writes a pruned network down.
-            Defaults to None, which means all blocks.
+            the indices of the blocks that have an attention, from 0 and in
+            order. That is how ``tools/convert/slim.py`` writes a pruned
+            network down. Defaults to None, which means all blocks.
         reset_pruning (bool): Start with no attention pruned although the
             checkpoint of ``init_cfg`` is of a pruned network. A pruned
             attention then goes on with the weights that it had when it was
@@ -33,6 +47,7 @@ class LayerAttentionArguments:
         **kwargs: Keyword arguments of the backbone.
 
     Raises:
+        KeyError: If there is no layer attention of that ``type``.
         TypeError: If ``layer_attention`` is not a dict with a ``type``.
         ValueError: If ``head_dim`` does not divide the channels of a block, or
             ``attention_blocks`` does not fit the stages.
@@ -54,10 +69,24 @@ class LayerAttentionArguments:
                 f"as dict(type='MRLABase'), got {layer_attention}"
             )
         # The backbone's constructor builds its stages, which needs them.
-        self.layer_attention = layer_attention
+        self.layer_attention = dict(layer_attention)
         self.attention_blocks = attention_blocks
         self.reset_pruning = reset_pruning
+        self._attention_class = find_layer_attention(self.layer_attention.pop('type'))
+        self._stages_without: List[int] = []
         super().__init__(*args, **kwargs)
+        if self._stages_without:
+            print_log(
+                f'{type(self).__name__}: no layer attention in frozen stage(s) '
+                f'{", ".join(map(str, self._stages_without))}: with zero_init=True '
+                'it would never be trained and never change the output',
+                'current',
+            )
+
+    def forward(self, *args, **kwargs) -> Any:
+        """As that of the backbone."""
+        with forward_pass():
+            return super().forward(*args, **kwargs)
 
     def init_weights(self) -> None:
         """Initialize the weights, or load those of ``init_cfg``."""
@@ -66,6 +95,25 @@ class LayerAttentionArguments:
             for module in self.modules():
                 if isinstance(module, LayerAttention):
                     module.attention_state = AttentionState.ACTIVE
+
+    def remaining_attention_blocks(self) -> List[List[int]]:
+        """For each stage, the blocks whose attention is not pruned.
+
+        Returns:
+            list[list[int]]: What ``attention_blocks`` is in the same network
+            without its pruned attentions.
+        """
+        return [
+            [
+                int(name.split('.')[0])
+                for name, attention in stage.named_attentions().items()
+                if attention.attention_state != AttentionState.PRUNED
+            ]
+            for stage in self._stages()
+        ]
+
+    def _stages(self) -> Sequence[AttentionStage]:
+        raise NotImplementedError
 
     def _check_attention_blocks(self, num_stages: int) -> None:
         if (
@@ -78,62 +126,76 @@ class LayerAttentionArguments:
                 f'{num_stages}'
             )
 
-    def _blocks_with_attention(self, stage: int, depth: int) -> Sequence[int]:
-        """Indices of the blocks of a stage that have an attention."""
+    def _blocks_with_attention(
+        self, index: int, depth: int, frozen: bool
+    ) -> Sequence[int]:
+        """Indices of the blocks of a stage that have an attention.
+
+        Args:
+            index (int): Index of the stage.
+            depth (int): Number of its blocks.
+            frozen (bool): Whether the backbone does not train it.
+        """
         if self.attention_blocks is None:
+            zero = self.layer_attention.get('zero_init', False)
+            if frozen and zero and not self._crosses_stages():
+                self._stages_without.append(index + 1)
+                return ()
             return range(depth)
-        if stage >= len(self.attention_blocks):
+        if index >= len(self.attention_blocks):
             return ()  # reported when all stages are built
-        blocks = self.attention_blocks[stage]
-        if not set(blocks) <= set(range(depth)):
+        blocks = list(self.attention_blocks[index])
+        if blocks != sorted(set(blocks)) or not set(blocks) <= set(range(depth)):
             raise ValueError(
-                f'attention_blocks[{stage}]={blocks} names blocks that the '
-                f'stage does not have; allowed are 0 to {depth - 1}'
+                f'attention_blocks[{index}]={blocks} must name blocks of the stage '
+                f'once each and in order; allowed are 0 to {depth - 1}'
             )
         return blocks
 
+    def _crosses_stages(self) -> bool:
+        """Whether attentions take over the memory of the stage before."""
+        return self._attention_class.crosses_stages and self.layer_attention.get(
+            'cross_stage', True
+        )
+
     def _attach(
         self,
-        stage: LayerAttentionStage,
-        blocks: Sequence[int],
-        channels: Sequence[int],
-        before: Optional[LayerAttentionStage] = None,
-        stride: int = 1,
+        stage: AttentionStage,
+        index: int,
+        blocks: Sequence[nn.Module],
+        frozen: bool,
+        channels: int,
+        stride: int,
+        before: Optional[Tuple[AttentionStage, int]],
         shared_drop_path: bool = False,
-        **kwargs,
+        **defaults,
     ) -> None:
-        """Give blocks of a stage their attentions.
+        """Give the blocks of a stage their attentions.
 
         Args:
-            stage (LayerAttentionStage): The stage.
-            blocks (Sequence[int]): Indices of the blocks.
-            channels (Sequence[int]): Channels of this stage and of the one
-                before.
-            before (LayerAttentionStage, optional): The stage before.
-            stride (int): Stride between the two.
+            stage (AttentionStage): The stage.
+            index (int): Its index.
+            blocks (Sequence[nn.Module]): Its blocks.
+            frozen (bool): Whether the backbone does not train it.
+            channels (int): Channels of its blocks.
+            stride (int): Its stride against the stage before.
+            before (tuple[AttentionStage, int], optional): The stage before and
+                its channels.
             shared_drop_path (bool): Give an attention the stochastic depth of
-                its block, one of ``stage.blocks`` (MRLA, appendix B.1).
-            **kwargs: Defaults of the layer attention.
+                its block (MRLA, appendix B.1). Defaults to False.
+            **defaults: Defaults of the layer attention.
         """
-        for index in blocks:
+        named = self._blocks_with_attention(index, len(blocks), frozen)
+        for i in named:
             if shared_drop_path:
-                kwargs['drop_path'] = _drop_path(stage.blocks[index])
+                defaults['drop_path'] = _drop_path(blocks[i])
             crossing = {}
-            if index == blocks[0] and before is not None and self._crosses_stages():
-                crossing = dict(previous_channels=channels[1], stride=stride)
-            attention = MODELS.build(
-                {**kwargs, **self.layer_attention, 'channels': channels[0], **crossing}
-            )
-            stage.attach(index, attention)
-            if crossing and attention.crosses_stages:
-                stage.take_over_from(before)
-
-    def _crosses_stages(self) -> bool:
-        """Whether such attentions can take over another stage's memory."""
-        cls = self.layer_attention['type']
-        if isinstance(cls, str):
-            cls = MODELS.get(cls)
-        return getattr(cls, 'crosses_stages', False)
+            if i == 0 and before is not None and self._crosses_stages():
+                crossing = dict(previous_channels=before[1], stride=stride)
+                stage.take_over_from(before[0])
+            arguments = {**defaults, **self.layer_attention, **crossing}
+            stage.attach(i, self._attention_class(channels, **arguments))
+        stage.left_out = not named and index + 1 in self._stages_without
 
     def _attention_norm_cfg(self) -> dict:
         # Detectors with a frozen BN have requires_grad=False in norm_cfg. The
@@ -158,24 +220,28 @@ class LayerAttentionMixin(LayerAttentionArguments):
         super().__init__(*args, **kwargs)
         self._check_attention_blocks(len(self.res_layers))
 
-    def make_res_layer(self, **kwargs) -> LayerAttentionStage:
+    def _stages(self) -> Sequence[AttentionStage]:
+        return [getattr(self, name) for name in self.res_layers]
+
+    def make_res_layer(self, **kwargs) -> SequentialAttentionStage:
         """Build the blocks of a stage and attach their layer attentions."""
-        stage = LayerAttentionStage(*super().make_res_layer(**kwargs))
+        stage = SequentialAttentionStage(*super().make_res_layer(**kwargs))
         if 'out_channels' in kwargs:  # mmpretrain
             channels = kwargs['out_channels']
         else:  # mmdet
             channels = kwargs['planes'] * kwargs['block'].expansion
-        before = previous_channels = None
-        if self.res_layers:
-            before = getattr(self, self.res_layers[-1])
-            previous_channels = self._last_channels
-        blocks = self._blocks_with_attention(len(self.res_layers), len(stage))
+        index = len(self.res_layers)
+        before = None
+        if index:
+            before = getattr(self, self.res_layers[-1]), self._last_channels
         self._attach(
             stage,
-            blocks,
-            (channels, previous_channels),
-            before,
+            index,
+            stage,
+            index < self.frozen_stages,
+            channels,
             kwargs['stride'],
+            before,
             norm_cfg=self._attention_norm_cfg(),
         )
         self._last_channels = channels
@@ -195,25 +261,30 @@ class HookedLayerAttentionMixin(LayerAttentionArguments):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        stages, last = [], None
+        if hasattr(self, '_freeze_stages'):
+            self._freeze_stages()  # some freeze no sooner than in train()
+        self.layer_attn_stages = nn.ModuleList()
+        before = None
         for index, spec in enumerate(self.attention_stages()):
             stage, channels, stride, defaults = spec
-            blocks = self._blocks_with_attention(index, len(stage.blocks))
             self._attach(
                 stage,
-                blocks,
-                (channels, last),
-                stages[-1] if stages else None,
+                index,
+                stage.blocks,
+                all(map(is_frozen, stage.blocks)),
+                channels,
                 stride,
+                before,
                 shared_drop_path=True,
                 **defaults,
             )
-            stages.append(stage)
-            last = channels
-        self.layer_attn_stages = nn.ModuleList(stages)
-        self._check_attention_blocks(len(stages))
-        for stage in stages:
             stage.freeze_with_blocks()
+            self.layer_attn_stages.append(stage)
+            before = stage, channels
+        self._check_attention_blocks(len(self.layer_attn_stages))
+
+    def _stages(self) -> Sequence[AttentionStage]:
+        return self.layer_attn_stages
 
     def train(self, mode: bool = True):
         """Set the mode; the attentions of frozen blocks stay in eval mode."""

@@ -12,7 +12,7 @@ from mmdet.registry import MODELS
 from torch import Tensor
 
 from ...layers import TokenAttentionStage
-from .mixin import HookedLayerAttentionMixin, LayerAttentionMixin
+from .mixin import TOKEN_DEFAULTS, HookedLayerAttentionMixin, LayerAttentionMixin
 
 
 @MODELS.register_module()
@@ -96,8 +96,7 @@ class ELAPyramidVisionTransformerV2(
             self.layers, self.num_heads, self.strides
         ):
             stage = TokenAttentionStage(blocks, resolution=_second)
-            defaults = dict(norm_cfg=None, value_act_cfg=dict(type='GELU'))
-            stages.append((stage, self.embed_dims * heads, stride, defaults))
+            stages.append((stage, self.embed_dims * heads, stride, TOKEN_DEFAULTS))
         return stages
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:

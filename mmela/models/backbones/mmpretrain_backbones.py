@@ -15,7 +15,8 @@ from mmpretrain.registry import MODELS
 from torch import nn
 
 from ...layers import HookedAttentionStage, TokenAttentionStage
-from .mixin import HookedLayerAttentionMixin, LayerAttentionMixin
+from ...layers.stages import current_pass
+from .mixin import TOKEN_DEFAULTS, HookedLayerAttentionMixin, LayerAttentionMixin
 from .resnet_cifar import BottleneckResNet_CIFAR
 
 
@@ -184,31 +185,29 @@ class ELAVisionTransformer(HookedLayerAttentionMixin, VisionTransformer):
     def attention_stages(self):
         resolution = _PatchResolution(self.patch_embed)
         extra = self.num_extra_tokens if self.with_cls_token else 0
-        defaults = dict(norm_cfg=None, value_act_cfg=dict(type='GELU'))
         layers, size = list(self.layers), self.layers_per_stage
         return [
             (
                 TokenAttentionStage(layers[i : i + size], resolution, extra),
                 self.embed_dims,
                 1,
-                defaults,
+                TOKEN_DEFAULTS,
             )
             for i in range(0, len(layers), size)
         ]
 
 
 class _PatchResolution:
-    """Remembers height and width of the map of patches."""
+    """Height and width of the map of patches, as the patch embedding gives them."""
 
     def __init__(self, patch_embed: nn.Module) -> None:
-        self.size: Tuple[int, int] = (0, 0)
         patch_embed.register_forward_hook(self._remember)
 
     def _remember(self, module: nn.Module, args: tuple, output: tuple) -> None:
-        self.size = output[1]
+        current_pass()[self] = output[1]
 
     def __call__(self, args: tuple) -> Tuple[int, int]:
-        return self.size
+        return current_pass()[self]
 
 
 def _is_residual(block: nn.Module) -> bool:

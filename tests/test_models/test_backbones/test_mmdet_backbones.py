@@ -116,7 +116,9 @@ def test_zero_init_starts_as_the_resnet_it_loads(frozen_stages, norm_eval):
     ela = build(layer_attention=dict(zero_init=True), **common)
     ela.init_weights()
     keys = ela.load_state_dict(resnet.state_dict(), strict=False)
-    assert keys.missing_keys and not keys.unexpected_keys
+    # Frozen stages have no attention that would stay zero.
+    assert bool(keys.missing_keys) == (frozen_stages < 4)
+    assert not keys.unexpected_keys
     assert all('.layer_attn.' in key for key in keys.missing_keys)
     x = torch.randn(2, 3, 64, 64)
     for mode in (True, False):
@@ -124,6 +126,36 @@ def test_zero_init_starts_as_the_resnet_it_loads(frozen_stages, norm_eval):
         resnet.train(mode)
         for out, expected in zip(ela(x), resnet(x)):
             assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2])
+def test_zero_init_leaves_frozen_stages_alone(frozen_stages, caplog):
+    MMLogger.get_current_instance().setLevel(logging.INFO)
+    with caplog.at_level(logging.INFO, logger='mmengine'):
+        model = build(frozen_stages=frozen_stages, layer_attention=dict(zero_init=True))
+    frozen = max(frozen_stages, 0)
+    counts = [len(model.get_submodule(f'layer{i}').attentions) for i in range(1, 5)]
+    assert counts == [0] * frozen + [3, 4, 6, 3][frozen:]
+    # Said once, and only where it is so
+    said = [r for r in caplog.records if 'no layer attention in frozen' in r.message]
+    assert len(said) == (frozen > 0)
+    # Attentions of a frozen stage that start otherwise come from a checkpoint.
+    model = build(frozen_stages=frozen_stages)
+    assert len(model.layer1.attentions) == 3
+    # A memory that crosses stages is gone on with in the next one.
+    kcla = dict(type='KCLA', head_dim=8, zero_init=True)
+    assert len(build(frozen_stages=1, layer_attention=kcla).layer1.attentions) == 3
+    kcla['cross_stage'] = False
+    assert len(build(frozen_stages=1, layer_attention=kcla).layer1.attentions) == 0
+
+
+@pytest.mark.parametrize('blocks', [[1, 0], [0, 0], [0, 3], [-1]])
+def test_attention_blocks_in_order_and_once_each(blocks):
+    with pytest.raises(ValueError, match=r'attention_blocks\[1\].* 0 to 3') as error:
+        build(
+            attention_blocks=[[0], [*blocks, 7] if blocks == [0, 3] else blocks, [], []]
+        )
+    assert 'once each and in order' in str(error.value)
 
 
 def test_zero_init_false_differs_from_resnet():

@@ -129,6 +129,9 @@ def test_classifier_checkpoint_in_a_detector(tmp_path, config_dir, reset, messag
         reset_pruning=reset,
         init_cfg=dict(type='Pretrained', checkpoint=str(path), prefix='backbone.'),
     )
+    # The attentions of the frozen stage are those of the checkpoint.
+    assert cfg.model.backbone.frozen_stages == 1
+    cfg.model.backbone.layer_attention.zero_init = False
     cfg.model.neck.in_channels = [32, 64, 128, 256]
     detector = mmdet.build(cfg.model)
 

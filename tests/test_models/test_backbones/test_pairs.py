@@ -7,10 +7,11 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmela.hooks import NetworkKLMeter, decide, layer_attention_stages, prune
+from mmela.convert.slim import slim_config, slim_state_dict
+from mmela.hooks import NetworkKLMeter, decide
 from mmela.layers import AttentionState, HookedAttentionStage, LayerAttention
 from mmela.pruning import FixedCount
-from mmela.utils.slim import slim_config, slim_state_dict
+from mmela.structure import attention_stages, prune
 
 ATTENTIONS = {
     'MLA': dict(type='MLA'),
@@ -291,7 +292,7 @@ def test_measure_prune_and_slim(backbone):
     model = build('mmpretrain', backbone, ATTENTIONS['MRLABase'])
     model.eval()  # which returns None for a ResNet
     whole = torch.nn.ModuleDict(dict(backbone=model))
-    stages = layer_attention_stages(whole)
+    stages = attention_stages(whole)
     meter = NetworkKLMeter(stages, 'mean_kl', 1e-8)
     meter.attach()
     x = torch.randn(2, 3, 64, 64)
@@ -309,7 +310,7 @@ def test_measure_prune_and_slim(backbone):
     with torch.no_grad():
         expected = model(x)
 
-    state, blocks = slim_state_dict(whole.state_dict())
+    state, blocks = slim_state_dict(whole)
     kwargs = copy.deepcopy(MMPRETRAIN[backbone])
     cfg = Config(dict(model=dict(backbone=dict(type=backbone, **kwargs))))
     cfg.model.backbone.layer_attention = dict(

@@ -26,7 +26,7 @@ def forward(attn: Tensor, values: Sequence[Tensor]) -> Tensor:
         Tensor: (B, C, H, W), with the data type and layout of the values.
     """
     out = torch.empty_like(values[0])
-    weights = _per_channel(attn, values[0])
+    weights = per_channel(attn, values[0])
     wide = weights[0].dtype
     for part in _chunks(out):
         total = out[part]
@@ -61,7 +61,7 @@ def backward(
         and of each value, None where they are not wanted.
     """
     heads = attn.size(1)
-    weights = _per_channel(attn, grad)
+    weights = per_channel(attn, grad)
     wide = weights[0].dtype
     grad_attn = attn.new_empty(attn.shape) if needs_attn else None
     grad_values = [
@@ -84,7 +84,7 @@ def backward(
     return grad_attn, grad_values
 
 
-def _per_channel(attn: Tensor, value: Tensor) -> Tuple[Tensor, ...]:
+def per_channel(attn: Tensor, value: Tensor) -> Tuple[Tensor, ...]:
     """(B, G, t) to ``t`` tensors (B, C, 1, 1), in at least single precision.
 
     They are tiny beside one value.

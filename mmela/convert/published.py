@@ -7,7 +7,7 @@ KCLA: https://github.com/bgx666/KCLA (its CIFAR folder has MRLA too).
 import math
 import re
 from collections import Counter
-from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -22,16 +22,17 @@ _HEAD_DIM = dict(mrla_base=16, mrla_light=32)
 _CIFAR_HEAD_DIM = 16
 _DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 
-_NORM = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
-_OPTIONAL = 'num_batches_tracked'  # not in checkpoints of torch < 0.4.1
-
 # layer2.0.<leaf>, stages.1.0.<leaf>, and for KCLA on ImageNet and COCO
 # layer2.layers.0.<leaf of the block>, layer2.attention.0.<leaf of KCLA>
 _BLOCK_KEY = re.compile(
-    r'(?:layer(?P<layer>\d+)|stages\.(?P<stage>\d+))\.'
+    r'(?:layer(?P<layer>\d{1,2})|stages\.(?P<stage>\d{1,2}))\.'
     r'(?:(?P<part>layers|attention)\.)?'
-    r'(?P<block>\d+)\.(?P<leaf>.+)'
+    r'(?P<block>\d{1,3})\.(?P<leaf>.+)'
 )
+_NORM = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
+_OPTIONAL = 'num_batches_tracked'  # not in checkpoints of torch < 0.4.1
+_SCALES = 'layer_attn.scales'
+_CROSS_STAGE = 'layer_attn.cross_stage.'
 _DETECTOR_PARTS = ('neck.', 'rpn_head.', 'roi_head.', 'bbox_head.', 'mask_head.')
 
 _UNUSED_CROSS_STAGE = (
@@ -88,12 +89,15 @@ def convert_published(
         for which it was left out.
 
     Raises:
-        ValueError: If ``arch`` or ``target`` is unknown, a key has no place in
-            mmela's network, two keys have the same, a part of the network is
-            missing, or a fixed tensor has other values than the published
-            ones.
+        ValueError: If ``arch`` or ``target`` is unknown, a value is no tensor,
+            a key has no place in mmela's network, two keys have the same, a
+            part of the network is missing, or a fixed tensor has other values
+            than the published ones.
     """
     state_dict = strip_module(state_dict)
+    for key, value in state_dict.items():
+        if not torch.is_tensor(value):
+            raise ValueError(f'{key} is no tensor but {type(value).__name__}')
     keys = map_published_keys(state_dict, arch, target)
     for key, reason in keys.dropped.items():
         if reason == _FIXED_SCALES:
@@ -190,42 +194,25 @@ def map_published_keys(
         arch = detect_arch(state_dict)
     elif arch not in ARCHS:
         raise ValueError(f'arch={arch!r} is unknown; allowed are {", ".join(ARCHS)}')
-    prefix = 'backbone.'
-    detector = any(key.startswith(prefix) for key in state_dict)
+    detector = any(key.startswith('backbone.') for key in state_dict)
     if detector and target == 'classifier':
         raise ValueError(
             'the checkpoint is of a detector and has no '
             "classifier; allowed are target='detector' and "
             "target='backbone'"
         )
-    new_prefix = '' if target == 'backbone' else prefix
-    deep = any('conv1.0.' in key for key in state_dict)
-    stem = _stem_keys(deep, mmdet=target == 'detector')
-    leaves = {**_block_leaves(), **_attention_leaves(arch)}
+    stem = _stem_leaves(any('conv1.0.' in key for key in state_dict), target)
+    leaves = _block_leaves(arch)
 
     mapped, dropped, unknown = {}, {}, []
     for key in state_dict:
-        if not detector and key in ('fc.weight', 'fc.bias'):
-            if target == 'classifier':
-                mapped[key] = f'head.{key}'
-            else:
-                dropped[key] = _NO_CLASSIFIER
-        elif detector and key.startswith(_DETECTOR_PARTS):
-            if target == 'detector':
-                mapped[key] = key
-            else:
-                dropped[key] = _NOT_BACKBONE
-        elif detector and not key.startswith(prefix):
-            unknown.append(key)
+        new, reason = _place(key, detector, target, stem, leaves)
+        if new:
+            mapped[key] = new
+        elif reason:
+            dropped[key] = reason
         else:
-            name = key[len(prefix) :] if detector else key
-            new, reason = _place(name, stem, leaves)
-            if new:
-                mapped[key] = new_prefix + new
-            elif reason:
-                dropped[key] = reason
-            else:
-                unknown.append(key)
+            unknown.append(key)
     if unknown:
         # Published for block 11 of stage 3 of ResNet-101
         within = any('.u_Wk.' in key for key in unknown) and arch == 'kcla'
@@ -244,7 +231,7 @@ def map_published_keys(
         raise ValueError(
             f'arch={arch!r}: more than one key becomes each of {", ".join(twice)}'
         )
-    missing = _missing_keys(set(mapped.values()), arch, target)
+    missing = _missing_keys(set(mapped.values()), stem, leaves, target)
     if missing:
         raise ValueError(
             f'{len(missing)} keys are missing that '
@@ -269,6 +256,9 @@ def published_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
     Returns:
         dict: Config of an ``ELAResNet`` or ``ELAResNet_CIFAR``. Its ``depth``
         is None where no standard network has as many blocks.
+
+    Raises:
+        ValueError: If a tensor that tells the sizes has another shape.
     """
     prefix = 'backbone.' if 'backbone.layer1.0.conv1.weight' in converted else ''
     tensors = {
@@ -278,9 +268,8 @@ def published_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
     }
     blocks = tuple(len(indices) for indices in _blocks(tensors))
     deep = 'conv1.weight' not in tensors
-    cifar = not deep and tensors['conv1.weight'].shape[-1] == 3
-    width = tensors['layer1.0.conv1.weight'].shape[0]
-    stem_width = tensors['layer1.0.conv1.weight'].shape[1]
+    cifar = not deep and _shape(tensors, 'conv1.weight', 4)[-1] == 3
+    width, stem_width = _shape(tensors, 'layer1.0.conv1.weight', 4)[:2]
     if cifar:
         depth = 9 * blocks[0] + 2 if blocks == blocks[:1] * 3 else None
         head_dim = _CIFAR_HEAD_DIM
@@ -288,8 +277,8 @@ def published_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
         depth = _DEPTHS.get(blocks)
         head_dim = _HEAD_DIM.get(arch)
     if arch == 'kcla':
-        heads = len(tensors['layer1.0.layer_attn.head_attention.weight'])
-        channels = len(tensors['layer1.0.layer_attn.norm.weight'])
+        heads = _shape(tensors, 'layer1.0.layer_attn.head_attention.weight', 2)[0]
+        channels = _shape(tensors, 'layer1.0.layer_attn.norm.weight', 1)[0]
         head_dim = channels // heads
     cfg = dict(type='ELAResNet_CIFAR' if cifar else 'ELAResNet', depth=depth)
     default = 16 if cifar else 64
@@ -303,66 +292,83 @@ def published_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
     return cfg
 
 
-def _norm_leaves(old: str, new: str) -> Dict[str, str]:
-    return {f'{old}.{name}': f'{new}.{name}' for name in _NORM}
+def _shape(tensors: Dict[str, Tensor], key: str, dims: int) -> Sequence[int]:
+    """Shape of a tensor that must have so many dimensions, none of them empty."""
+    shape = tuple(tensors[key].shape)
+    if len(shape) != dims or 0 in shape:
+        raise ValueError(f'{key} has shape {shape} instead of {dims} dimensions')
+    return shape
 
 
-def _block_leaves() -> Dict[str, str]:
-    """New by published key within a residual block: they are the same."""
-    leaves = {}
-    for i in (1, 2, 3):
-        leaves[f'conv{i}.weight'] = f'conv{i}.weight'
-        leaves.update(_norm_leaves(f'bn{i}', f'bn{i}'))
-    leaves['downsample.0.weight'] = 'downsample.0.weight'
-    leaves.update(_norm_leaves('downsample.1', 'downsample.1'))
+def _leaves(convs: Dict[str, str], norms: Dict[str, str]) -> Dict[str, str]:
+    """New by published key of what convolutions and normalizations hold."""
+    leaves = {f'{old}.weight': f'{new}.weight' for old, new in convs.items()}
+    for old, new in norms.items():
+        leaves.update({f'{old}.{name}': f'{new}.{name}' for name in _NORM})
     return leaves
 
 
-def _attention_leaves(arch: str) -> Dict[str, str]:
-    """New by published key of an attention within its block."""
-    leaves = {}
-    # An older MRLA-light, in detectors too, is named `mla`.
-    layers, norm = dict(
-        mrla_base=(['mrla.mrla'], 'bn_mrla'),
-        mrla_light=(['mrla.mrla', 'mrla.mla'], 'bn_mrla'),
-        mla=(['mrla.mrla'], 'bn_mrla'),
-        kcla=(['kcla'], 'kcla.bn_attention'),
-    )[arch]
-    for layer in layers:
-        for old, new in (('Wq', 'query'), ('Wk', 'key'), ('Wv', 'value')):
-            leaves[f'{layer}.{old}.weight'] = f'layer_attn.{new}.weight'
-    leaves.update(_norm_leaves(norm, 'layer_attn.norm'))
-    if arch == 'mrla_light':
-        leaves['mrla.lambda_t'] = 'layer_attn.lambda_o'
-    if arch == 'kcla':
-        cross = 'layer_attn.cross_stage'
-        leaves['kcla.norm_d'] = 'layer_attn.scales'
-        leaves['kcla.head_att.weight'] = 'layer_attn.head_attention.weight'
-        leaves['kcla.adjust_channel.weight'] = f'{cross}.reduce.weight'
-        leaves['kcla.u_Wk.weight'] = f'{cross}.key.weight'
-        leaves.update(_norm_leaves('kcla.u_bn', f'{cross}.norm'))
-    return leaves
-
-
-def _stem_keys(deep: bool, mmdet: bool) -> Dict[str, str]:
+def _stem_leaves(deep: bool, target: str) -> Dict[str, str]:
     """New by published key of the stem."""
     if not deep:
-        return {'conv1.weight': 'conv1.weight', **_norm_leaves('bn1', 'bn1')}
-    keys = {}
-    pairs = ('conv1.0', 'conv1.1'), ('conv1.3', 'conv1.4'), ('conv1.6', 'bn1')
-    for i, (conv, norm) in enumerate(pairs):
-        # mmdet: conv, norm, ReLU three times; mmpretrain: three ConvModules
-        new_conv = f'stem.{3 * i}' if mmdet else f'stem.{i}.conv'
-        new_norm = f'stem.{3 * i + 1}' if mmdet else f'stem.{i}.bn'
-        keys[f'{conv}.weight'] = f'{new_conv}.weight'
-        keys.update(_norm_leaves(norm, new_norm))
-    return keys
+        return _leaves({'conv1': 'conv1'}, {'bn1': 'bn1'})
+    if target == 'detector':  # mmdet: conv, norm, ReLU three times
+        convs, norms = ('stem.0', 'stem.3', 'stem.6'), ('stem.1', 'stem.4', 'stem.7')
+    else:  # mmpretrain: three ConvModules
+        convs = tuple(f'stem.{i}.conv' for i in range(3))
+        norms = tuple(f'stem.{i}.bn' for i in range(3))
+    return _leaves(
+        dict(zip(('conv1.0', 'conv1.3', 'conv1.6'), convs)),
+        dict(zip(('conv1.1', 'conv1.4', 'bn1'), norms)),
+    )
+
+
+def _block_leaves(arch: str) -> Dict[str, str]:
+    """New by published key within a residual block and its attention."""
+    convs = {name: name for name in ('conv1', 'conv2', 'conv3', 'downsample.0')}
+    norms = {name: name for name in ('bn1', 'bn2', 'bn3', 'downsample.1')}
+    others = {}
+    if arch == 'kcla':
+        layers = ['kcla']
+        norms['kcla.bn_attention'] = 'layer_attn.norm'
+        norms['kcla.u_bn'] = f'{_CROSS_STAGE}norm'
+        convs['kcla.adjust_channel'] = f'{_CROSS_STAGE}reduce'
+        convs['kcla.u_Wk'] = f'{_CROSS_STAGE}key'
+        convs['kcla.head_att'] = 'layer_attn.head_attention'
+        others['kcla.norm_d'] = _SCALES
+    else:
+        layers = ['mrla.mrla']
+        norms['bn_mrla'] = 'layer_attn.norm'
+    if arch == 'mrla_light':
+        layers.append('mrla.mla')  # an older one, in detectors too
+        others['mrla.lambda_t'] = 'layer_attn.lambda_o'
+    for layer in layers:
+        for old, new in (('Wq', 'query'), ('Wk', 'key'), ('Wv', 'value')):
+            convs[f'{layer}.{old}'] = f'layer_attn.{new}'
+    return {**_leaves(convs, norms), **others}
 
 
 def _place(
+    key: str, detector: bool, target: str, stem: Dict[str, str], leaves: Dict[str, str]
+) -> Tuple[Optional[str], Optional[str]]:
+    """New key, or why the published one is dropped; neither if it is unknown."""
+    if detector and key.startswith(_DETECTOR_PARTS):
+        return (key, None) if target == 'detector' else (None, _NOT_BACKBONE)
+    if not detector and key in ('fc.weight', 'fc.bias'):
+        keeps = target == 'classifier'
+        return (f'head.{key}', None) if keeps else (None, _NO_CLASSIFIER)
+    if detector and not key.startswith('backbone.'):
+        return None, None
+    name = key[len('backbone.') :] if detector else key
+    new, reason = _place_in_backbone(name, stem, leaves)
+    if new and target != 'backbone':
+        new = f'backbone.{new}'
+    return new, reason
+
+
+def _place_in_backbone(
     name: str, stem: Dict[str, str], leaves: Dict[str, str]
 ) -> Tuple[Optional[str], Optional[str]]:
-    """New key of a backbone's key or why it is dropped; neither if unknown."""
     if name in stem:
         return stem[name], None
     if name.startswith('finalbn.'):
@@ -373,14 +379,12 @@ def _place(
     stage = int(match['layer'] or int(match['stage']) + 1)
     block = int(match['block'])
     leaf = match['leaf']
-    if match['part'] == 'attention':
-        leaf = f'kcla.{leaf}'
-    new = leaves.get(leaf)
+    new = leaves.get(f'kcla.{leaf}' if match['part'] == 'attention' else leaf)
     if new is None:
         return None, None
-    if new == 'layer_attn.scales':
+    if new == _SCALES:
         return None, _FIXED_SCALES
-    if '.cross_stage.' in new:
+    if new.startswith(_CROSS_STAGE):
         if stage == 1 and block == 0:
             return None, _UNUSED_CROSS_STAGE
         if block > 0:
@@ -399,30 +403,28 @@ def _blocks(keys: Iterable[str]) -> List[List[int]]:
     return [sorted(stages.get(stage, [])) for stage in range(1, count + 1)]
 
 
-def _missing_keys(found: set, arch: str, target: str) -> List[str]:
+def _missing_keys(
+    found: set, stem: Dict[str, str], leaves: Dict[str, str], target: str
+) -> List[str]:
     """Keys of a complete network that are not among the new ones."""
     prefix = '' if target == 'backbone' else 'backbone.'
     names = {key[len(prefix) :] for key in found if key.startswith(prefix)}
-    deep = any(name.startswith('stem.') for name in names)
-    needed = set(_stem_keys(deep, target == 'detector').values())
-    attention = set(_attention_leaves(arch).values()) - {'layer_attn.scales'}
-    stages = _blocks(names)
-    for stage, blocks in enumerate(stages, 1):
+    needed = set(stem.values())
+    for stage, blocks in enumerate(_blocks(names) or [[]], 1):
+        # At least one, so that a stage without any is reported
         for block in range(max(blocks, default=0) + 1):
             where = f'layer{stage}.{block}.'
-            downsample = any(name.startswith(where + 'downsample.') for name in names)
-            for leaf in _block_leaves().values():
-                if downsample or not leaf.startswith('downsample.'):
-                    needed.add(where + leaf)
-            cross = stage > 1 and block == 0
+            absent = [_SCALES]
+            if not any(name.startswith(f'{where}downsample.') for name in names):
+                absent.append('downsample.')
+            if stage == 1 or block > 0:
+                absent.append(_CROSS_STAGE)
             needed |= {
                 where + leaf
-                for leaf in attention
-                if cross or '.cross_stage.' not in leaf
+                for leaf in leaves.values()
+                if not leaf.startswith(tuple(absent))
             }
     needed = {prefix + name for name in needed}
-    if not stages:
-        needed.add(prefix + 'layer1.0.conv1.weight')
     if target == 'classifier':
         needed |= {'head.fc.weight', 'head.fc.bias'}
     return sorted(key for key in needed - found if not key.endswith(_OPTIONAL))

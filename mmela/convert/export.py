@@ -2,7 +2,11 @@ from pathlib import Path
 from typing import Optional, Sequence, Union
 
 import torch
+from mmengine.utils import digit_version
 from torch import nn
+
+# The first torch whose exporter takes what this module gives it
+_FIRST_WITH_DYNAMO = '2.6.0'
 
 
 class _Outputs(nn.Module):
@@ -25,7 +29,7 @@ def export_backbone(
     """Write a backbone as ONNX or TorchScript.
 
     Pruned attentions are not part of the result. Batch and image size are
-    free in it.
+    free in it. Before torch 2.6, ONNX is written by the TorchScript exporter.
 
     Args:
         backbone (nn.Module): A backbone with inputs (B, 3, H, W); set to eval
@@ -53,6 +57,13 @@ def export_backbone(
         return
     with torch.no_grad():
         names = [f'out{i}' for i in range(len(model(x)))]
+    options = dict(input_names=['x'], output_names=names, opset_version=opset)
+    if digit_version(torch.__version__) < digit_version(_FIRST_WITH_DYNAMO):
+        # There the exporter below is missing, or takes other arguments.
+        free = {0: 'batch', 2: 'height', 3: 'width'}
+        axes = {name: free for name in ('x', *names)}
+        torch.onnx.export(model, (x,), str(path), dynamic_axes=axes, **options)
+        return
     batch = torch.export.Dim('batch', min=1)
     height = torch.export.Dim('height', min=32)
     width = torch.export.Dim('width', min=32)
@@ -60,11 +71,9 @@ def export_backbone(
         model,
         (x,),
         str(path),
-        input_names=['x'],
-        output_names=names,
-        opset_version=opset,
         dynamic_shapes=dict(x={0: batch, 2: height, 3: width}),
         dynamo=True,
         external_data=False,
         verbose=False,
+        **options,
     )

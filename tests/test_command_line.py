@@ -1,6 +1,6 @@
 import pytest
 
-from mmela.utils.toolbox import find_tool, run_tool
+from mmela.command_line import find_tool, run_tool
 
 
 def test_finds_the_tool_of_the_configs_toolbox(config_dir):

@@ -1,0 +1,83 @@
+import runpy
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import List, Tuple
+
+from mmengine.config import Config
+
+
+def find_tool(config: str, name: str) -> Path:
+    """Find a tool of the toolbox that a config is written for.
+
+    Args:
+        config (str): Path of the config. Its ``default_scope`` names the
+            toolbox: ``mmdet``, ``mmpretrain`` or ``mmseg``.
+        name (str): File name of the tool, e.g. ``train.py``.
+
+    Returns:
+        Path: The tool in the toolbox's installation.
+
+    Raises:
+        FileNotFoundError: If there is no such config, or the toolbox ships no
+            such tool.
+        ValueError: If the config names no toolbox that is installed.
+    """
+    if not Path(config).is_file():
+        raise FileNotFoundError(f'no config at {config}')
+    scope = Config.fromfile(config).get('default_scope')
+    spec = find_spec(scope) if scope else None
+    if spec is None:
+        raise ValueError(
+            f'{config} has default_scope={scope!r}, which is no '
+            'installed toolbox: mmdet, mmpretrain or mmseg'
+        )
+    tool = Path(spec.origin).parent / '.mim' / 'tools' / name
+    if not tool.is_file():
+        raise FileNotFoundError(f'{scope} has no {tool}; install it with pip or mim')
+    return tool
+
+
+def run_tool(
+    name: str, argv: List[str], usage: str, files: Tuple[str, ...] = ()
+) -> None:
+    """Run a toolbox's tool in this process, for a config of that toolbox.
+
+    Args:
+        name (str): File name of the tool, e.g. ``train.py``.
+        argv (list[str]): Its command-line arguments; the config comes first.
+        usage (str): What to print where the config is missing.
+        files (tuple[str]): What the arguments after the config are, each a
+            file or an address. Defaults to none.
+
+    Raises:
+        SystemExit: With one clear line if the config, the tool or a file is
+            missing.
+    """
+    if not argv or argv[0] in ('-h', '--help'):
+        print(usage.strip())
+        raise SystemExit(0 if argv else 2)
+    try:
+        tool = find_tool(argv[0], name)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f'error: {error}')
+    for label, path in zip(files, argv[1:]):
+        if path.startswith('-'):
+            break
+        if '://' not in path and not Path(path).is_file():
+            raise SystemExit(f'error: no {label} at {path}')
+    sys.argv = [str(tool), *argv]
+    runpy.run_path(str(tool), run_name='__main__')
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, for the one line of a command-line tool.
+
+    Control characters, which a name in a file may bring along and a terminal
+    would obey, are shown as escapes.
+    """
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return ''.join(
+        char if char.isprintable() else ascii(char)[1:-1]
+        for char in ' '.join(str(text).split())
+    )

@@ -1,0 +1,77 @@
+import runpy
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Dict, Optional, Tuple
+
+from mmengine.utils import digit_version
+
+from ..version import SUPPORTED
+
+_REQUIRED = ('torch', 'mmengine', 'mmcv')
+
+
+def check_versions(supported: Optional[Dict[str, Tuple[str, str]]] = None) -> None:
+    """Check the versions of the packages that mmela works with.
+
+    The import name decides, whatever the distribution is called. Packages
+    that are not installed are passed over unless mmela cannot do without them.
+
+    Args:
+        supported (dict[str, tuple[str, str]], optional): First supported and
+            first unsupported version of each package. Defaults to
+            ``mmela.version.SUPPORTED``.
+
+    Raises:
+        ImportError: If a package is missing or its version is not supported.
+    """
+    for name, (first, last) in (supported or SUPPORTED).items():
+        if not is_installed(name):
+            if name in _REQUIRED:
+                raise ImportError(
+                    f'mmela needs {name} >= {first}, < {last}, which is not installed'
+                )
+            continue
+        version = find_version(name)
+        if not digit_version(first) <= digit_version(version) < digit_version(last):
+            raise ImportError(
+                f'mmela needs {name} >= {first}, < {last}, but '
+                f'{name} {version} is installed'
+            )
+
+
+def is_installed(name: str) -> bool:
+    """Whether a package can be imported.
+
+    Args:
+        name (str): Import name.
+
+    Returns:
+        bool: False also for a mere folder of that name on the path, such as a
+        clone of a toolbox's repository, which Python takes for a package
+        without content.
+    """
+    spec = find_spec(name)
+    return spec is not None and spec.origin is not None
+
+
+def find_version(name: str) -> str:
+    """Version of an installed package.
+
+    It is read from the package's ``version.py``, which all of OpenMMLab's
+    have, so that a toolbox is not imported to look at its version.
+
+    Args:
+        name (str): Import name.
+
+    Returns:
+        str: The version.
+    """
+    if name not in sys.modules:
+        path = Path(find_spec(name).origin).with_name('version.py')
+        if path.is_file():
+            version = runpy.run_path(str(path)).get('__version__')
+            if isinstance(version, str):
+                return version
+    return import_module(name).__version__

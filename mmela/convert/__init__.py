@@ -1,0 +1,1 @@
+"""Conversion of trained networks: published ones, slim ones, and export."""

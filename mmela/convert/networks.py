@@ -1,0 +1,139 @@
+from pathlib import Path
+from typing import Any, Dict, Sequence, Tuple, Union
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from torch import Tensor, nn
+
+from ..command_line import one_line
+from ..compat.checkpoints import load_checkpoint
+
+
+def open_network(
+    config: Union[str, Path], checkpoint: Union[str, Path], *outs: Union[str, Path]
+) -> Tuple[Config, dict, Dict[str, Tensor]]:
+    """Read a network's config and checkpoint for a command-line tool.
+
+    The default scope becomes that of the config.
+
+    Args:
+        config (str | Path): Path of the config.
+        checkpoint (str | Path): Path of the checkpoint or of a bare state
+            dict, of torch or of safetensors.
+        *outs (str | Path): Files that the tool will write.
+
+    Returns:
+        tuple[Config, dict, dict[str, Tensor]]: The config, what the checkpoint
+        tells about its training (``meta``, maybe empty), and the state dict on
+        the CPU.
+
+    Raises:
+        SystemExit: With one clear line if an input is missing or is not what
+            it should be, or an output exists already.
+    """
+    for path in (config, checkpoint):
+        if not Path(path).is_file():
+            raise SystemExit(f'error: no file {path}')
+    for path in outs:
+        if Path(path).exists():
+            raise SystemExit(f'error: {path} exists already')
+    try:
+        cfg = Config.fromfile(config)
+        has_model = isinstance(cfg.get('model'), dict)
+        init_default_scope(cfg.get('default_scope', 'mmengine'))
+    except Exception as error:  # a config is code: it may raise anything
+        line = f'error: {config} cannot be read: {one_line(error)}'
+        raise SystemExit(line) from error
+    if not has_model:
+        raise SystemExit(f'error: {config} has no model')
+    try:
+        meta, state_dict = read_state_dict(checkpoint)
+    except (ImportError, OSError, ValueError) as error:
+        raise SystemExit(f'error: {one_line(error)}') from error
+    return cfg, meta, state_dict
+
+
+def read_state_dict(
+    checkpoint: Union[str, Path], names: Sequence[str] = ('state_dict',)
+) -> Tuple[dict, Dict[str, Tensor]]:
+    """Read the state dict in a checkpoint.
+
+    Args:
+        checkpoint (str | Path): Path of the checkpoint or of a bare state
+            dict, of torch or of safetensors.
+        names (Sequence[str]): Names under which the checkpoint may hold it.
+            Defaults to ``('state_dict', )``.
+
+    Returns:
+        tuple[dict, dict[str, Tensor]]: What the checkpoint tells about its
+        training (``meta``, maybe empty), and the state dict on the CPU.
+
+    Raises:
+        ImportError: If safetensors is needed and not installed.
+        OSError: If the file cannot be opened.
+        ValueError: If it is no checkpoint, is damaged, holds what could run
+            code, or holds no state dict.
+    """
+    content = load_checkpoint(checkpoint)
+    meta, state_dict = {}, content
+    if _is_dict(content):
+        meta = content.get('meta')
+        for name in names:
+            if _is_dict(content.get(name)):
+                state_dict = content[name]
+                break
+    if not _is_dict(state_dict) or not any(map(torch.is_tensor, state_dict.values())):
+        raise ValueError(f'{checkpoint} holds no state dict')
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise ValueError(f'{checkpoint} is damaged: {key!r:.99} is no name')
+        if torch.is_tensor(value) and not _is_plain(value):
+            raise ValueError(f'{checkpoint}: {key} is no tensor of plain numbers')
+    return meta if _is_dict(meta) else {}, state_dict
+
+
+def _is_dict(value: Any) -> bool:
+    """Whether this is a dict that no file has given other methods."""
+    attributes = getattr(value, '__dict__', {})
+    return isinstance(value, dict) and not set(attributes) - {'_metadata'}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is such as networks have: dense, real and here."""
+    odd = tensor.is_quantized or tensor.is_complex() or tensor.is_nested
+    return tensor.layout == torch.strided and tensor.device.type == 'cpu' and not odd
+
+
+def load_fitting(
+    module: nn.Module,
+    state_dict: Dict[str, Tensor],
+    config: Union[str, Path],
+    checkpoint: Union[str, Path],
+) -> None:
+    """Load a state dict that must fit key by key.
+
+    Args:
+        module (nn.Module): The network or a part of it.
+        state_dict (dict[str, Tensor]): Its state dict.
+        config (str | Path): Where the network is from, for the message.
+        checkpoint (str | Path): Where the state dict is from.
+
+    Raises:
+        ValueError: If keys are missing or have no place, or shapes differ.
+    """
+    try:
+        missing, unexpected = module.load_state_dict(state_dict, strict=False)
+    except Exception as error:  # other shapes; a damaged file may raise anything
+        reason = str(error).strip().split('\n')[-1].strip()
+        raise ValueError(f'{checkpoint} does not fit {config}: {reason}') from error
+    faults = [
+        f'{len(keys)} {what} such as {keys[0]}'
+        for keys, what in (
+            (missing, 'keys are missing'),
+            (unexpected, 'keys have no place'),
+        )
+        if keys
+    ]
+    if faults:
+        raise ValueError(f'{checkpoint} does not fit {config}: {"; ".join(faults)}')

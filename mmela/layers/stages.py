@@ -1,0 +1,414 @@
+"""Stages: what runs the layer attentions of consecutive residual blocks.
+
+Where a backbone calls whole stages, a :class:`SequentialAttentionStage` takes
+the place of the stage. Where it loops over its blocks itself, a
+:class:`HookedAttentionStage` runs the attentions from forward hooks.
+"""
+
+import threading
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from mmengine.model import Sequential
+from torch import Tensor, nn
+
+from .base import AttentionState, LayerAttention, StageMemory
+
+
+class _Running(threading.local):
+    """What the forward passes of a thread have at hand.
+
+    Nothing of a pass is kept in modules, so that threads do not meet there and
+    an exception leaves nothing behind.
+    """
+
+    def __init__(self) -> None:
+        # Of each pass, the innermost last, what belongs to it, by module
+        self.passes: List[Dict[Any, Any]] = []
+        # Outputs asked for, by module
+        self.outputs: Dict[nn.Module, Optional[Tensor]] = {}
+
+
+_running = _Running()
+
+
+@contextmanager
+def forward_pass() -> Iterator[None]:
+    """Context of a forward pass of a network with several stages.
+
+    Backbones of mmela enter it by themselves. A network of one's own needs it
+    for hooked stages and for attentions that cross stages.
+    """
+    _running.passes.append({})
+    try:
+        yield
+    finally:
+        _running.passes.pop()
+
+
+def current_pass() -> Dict[Any, Any]:
+    """What belongs to the innermost :func:`forward_pass` of this thread.
+
+    Returns:
+        dict: Memories and the like, by the module that they are of; empty and
+        of no use where there is no pass.
+    """
+    return _running.passes[-1] if _running.passes else {}
+
+
+class AttentionStage(nn.Module):
+    """What the stages of all networks have in common.
+
+    Attributes:
+        observer (callable, optional): Called after each forward pass with the
+            scores of the active attentions, a list of (B, G, t) tensors
+            without gradient. Defaults to None, which costs nothing.
+        left_out (bool): Whether the blocks have no attention because they are
+            frozen and it would stay zero. Defaults to False.
+    """
+
+    observer: Optional[Callable[[List[Tensor]], None]] = None
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        # In a tuple, so that it does not become a submodule
+        self._before: Tuple['AttentionStage', ...] = ()
+        self._hands_over = False
+        self.left_out = False
+
+    def named_attentions(self) -> Dict[str, LayerAttention]:
+        """Layer attentions of the blocks.
+
+        Returns:
+            dict[str, LayerAttention]: By name within the stage, such as
+            ``0.layer_attn``, in the order of the forward pass; pruned ones
+            too.
+        """
+        return {
+            f'{name}.layer_attn': block.layer_attn
+            for name, block in self.named_children()
+            if hasattr(block, 'layer_attn')
+        }
+
+    @property
+    def attentions(self) -> List[LayerAttention]:
+        """list[LayerAttention]: The values of :meth:`named_attentions`."""
+        return list(self.named_attentions().values())
+
+    def take_over_from(self, stage: 'AttentionStage') -> None:
+        """Start with the memory that another stage has ended with.
+
+        Args:
+            stage (AttentionStage): The stage that runs before this one.
+        """
+        self._before = (stage,)
+        stage._hands_over = True
+
+    def attend(
+        self, attention: LayerAttention, output: Tensor, memory: StageMemory, *args
+    ) -> Tensor:
+        """Run the attention of a block as far as it is not pruned.
+
+        Args:
+            attention (LayerAttention): The attention.
+            output (Tensor): Output of the block, (B, C, H, W).
+            memory (StageMemory): Memory of the stage.
+            *args: Arguments of the block, where the stage needs them.
+
+        Returns:
+            Tensor: The output with what the attention retrieves.
+        """
+        if attention.attention_state == AttentionState.PRUNED:
+            return output
+        x, restore = self._to_map(attention, output, args)
+        if not attention.active:
+            attention.store(x, memory)
+            return output
+        return output + attention.drop_path(restore(attention(x, memory)))
+
+    def _to_map(
+        self, attention: LayerAttention, output: Tensor, args: tuple
+    ) -> Tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """What the attention sees, and how the result gets the form of the output."""
+        return output, lambda retrieved: retrieved
+
+    def _begin(self, x: Tensor) -> StageMemory:
+        """Memory of a new forward pass with the input ``x``."""
+        attentions = self.attentions
+        memory = attentions[0].Memory() if attentions else StageMemory()
+        if self._before:
+            memory.before = self._taken_over(x)
+        return memory
+
+    def _taken_over(self, x: Tensor) -> StageMemory:
+        memories = current_pass()
+        before = memories.pop(self._before[0], None)
+        tensors = [
+            t for t in vars(before or StageMemory()).values() if torch.is_tensor(t)
+        ]
+        lost = tensors and not any(t.requires_grad for t in tensors)
+        if before is None or x.requires_grad and lost:
+            what = 'is not there' if before is None else 'has no gradient'
+            raise RuntimeError(
+                'the layer attention of a stage takes over the memory of the stage '
+                f'before, which {what}. That is so where activation checkpointing '
+                'runs whole stages: use with_cp=True, which checkpoints blocks, or '
+                'cross_stage=False. Stages of a network of your own run within '
+                'mmela.layers.forward_pass().'
+            )
+        return before
+
+    def _end(self, memory: StageMemory) -> None:
+        """Pass on what a forward pass has left in its memory."""
+        if self.observer is not None:
+            self.observer([scores.detach() for scores in memory.scores])
+        if self._hands_over:
+            current_pass()[self] = memory
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Accept what older versions wrote of attentions that are left out."""
+        if self.left_out:
+            for key in [k for k in state_dict if k.startswith(prefix)]:
+                block, _, rest = key[len(prefix) :].partition('.layer_attn.')
+                if rest == 'norm.weight' and state_dict[key].any():
+                    raise RuntimeError(
+                        f'the checkpoint has a trained layer attention at {prefix}{block}'
+                        ', but the network has none there, as zero_init=True and the '
+                        'stage is frozen; set zero_init=False to use it'
+                    )
+                if rest:
+                    del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class SequentialAttentionStage(AttentionStage, Sequential):
+    """The residual blocks of one stage, each followed by its layer attention.
+
+    A block carries its attention as ``layer_attn``; a block without one is a
+    plain residual block.
+
+    Args:
+        *blocks (nn.Module): The blocks.
+    """
+
+    def attach(self, index: int, attention: LayerAttention) -> None:
+        """Give a block its layer attention.
+
+        Args:
+            index (int): Index of the block.
+            attention (LayerAttention): Its attention.
+        """
+        block = self[index]
+        block.layer_attn = attention
+        downsample = getattr(block, 'downsample', None)
+        if attention.needs_identity and downsample is not None:
+            downsample.register_forward_hook(_keep_output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the blocks in order.
+
+        Args:
+            x (Tensor): Input of the stage, (B, C_in, H_in, W_in).
+
+        Returns:
+            Tensor: Output of the last block, (B, C, H, W).
+        """
+        memory = self._begin(x)
+        for block in self:
+            attention = getattr(block, 'layer_attn', None)
+            if attention is None:
+                x = block(x)
+                continue
+            if attention.needs_identity and attention.active:
+                x, memory.identity = _run_with_identity(block, x)
+            else:
+                x = block(x)
+            x = self.attend(attention, x, memory)
+        self._end(memory)
+        return x
+
+
+class HookedAttentionStage(AttentionStage):
+    """Layer attentions of blocks that a backbone calls by itself.
+
+    For backbones whose forward pass loops over blocks that are not a
+    ``Sequential`` of one stage each, such as transformers. The blocks stay
+    where the backbone has them, with their keys; this module holds their
+    attentions as ``<block>.layer_attn`` and runs each from a forward hook.
+
+    Args:
+        blocks (Sequence[nn.Module]): The blocks of the stage, in order.
+
+    Attributes:
+        blocks (tuple[nn.Module]): The blocks.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        # In a tuple, so that they do not become submodules
+        self.blocks = tuple(blocks)
+        for index, block in enumerate(blocks):
+            block.register_forward_hook(_Hook(self, index))
+
+    def attach(self, index: int, attention: LayerAttention) -> None:
+        """Give a block its layer attention.
+
+        Args:
+            index (int): Index of the block.
+            attention (LayerAttention): Its attention.
+        """
+        self.add_module(str(index), nn.ModuleDict(dict(layer_attn=attention)))
+
+    def run(self, index: int, args: tuple, output: Tensor) -> Tensor:
+        """Run what follows a block.
+
+        Args:
+            index (int): Index of the block.
+            args (tuple): Its arguments; the first is its input.
+            output (Tensor): Its output.
+
+        Returns:
+            Tensor: The output with what its attention retrieves.
+
+        Raises:
+            RuntimeError: If there is no :func:`forward_pass`, or it began
+                after the first block.
+        """
+        memories = current_pass()
+        if index == 0:
+            memories[self] = self._begin(args[0])
+        if self not in current_pass():
+            raise RuntimeError(
+                f'block {index} of a stage with layer attention runs without the '
+                'blocks before it, or outside of its backbone; run it within '
+                'mmela.layers.forward_pass() from the first block on'
+            )
+        memory = memories[self]
+        slot = self._modules.get(str(index))
+        if slot is not None:
+            attention = slot.layer_attn
+            if attention.needs_identity and attention.active:
+                memory.identity = self._identity(attention, args)
+            output = self.attend(attention, output, memory, *args)
+        if index == len(self.blocks) - 1:
+            del memories[self]
+            self._end(memory)
+        return output
+
+    def _identity(self, attention: LayerAttention, args: tuple) -> Tensor:
+        """Identity input of a block that is called with ``args``."""
+        return args[0]
+
+    def freeze_with_blocks(self) -> None:
+        """Freeze the attentions of blocks that have no trainable parameter."""
+        for name, slot in self.named_children():
+            if is_frozen(self.blocks[int(name)]):
+                slot.eval().requires_grad_(False)
+
+
+class TokenAttentionStage(HookedAttentionStage):
+    """Layer attentions of transformer layers (MRLA, algorithms 2 and 4).
+
+    The patch tokens are normalized and attended over as a (B, C, H, W) map.
+    Class and distillation tokens stay apart: what is added to them is their
+    own normalized value. Attentions have their ``token_norm_cfg`` set.
+
+    Args:
+        blocks (Sequence[nn.Module]): The layers of the stage, in order; their
+            input and output are tokens, (B, L, C).
+        resolution (callable): Takes the arguments of a layer and returns
+            height and width of the map.
+        num_extra_tokens (int): Number of tokens that precede the patch tokens.
+            Defaults to 0.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        resolution: Callable[[tuple], Tuple[int, int]],
+        num_extra_tokens: int = 0,
+    ) -> None:
+        super().__init__(blocks)
+        self.resolution = resolution
+        self.num_extra_tokens = num_extra_tokens
+
+    def _to_map(self, attention, output, args):
+        tokens = attention.pre_norm(output)
+        extra = tokens[:, : self.num_extra_tokens]
+
+        def restore(retrieved: Tensor) -> Tensor:
+            # Joined before stochastic depth: one draw for all of a sample
+            return torch.cat([extra, retrieved.flatten(2).transpose(1, 2)], dim=1)
+
+        return self._patches(tokens, args), restore
+
+    def _identity(self, attention, args):
+        return self._patches(attention.identity_norm(args[0]), args)
+
+    def _patches(self, tokens: Tensor, args: tuple) -> Tensor:
+        """(B, L, C) to (B, C, H, W), without the extra tokens."""
+        patches = tokens[:, self.num_extra_tokens :].transpose(1, 2)
+        return patches.unflatten(2, tuple(self.resolution(args)))
+
+
+class _Hook:
+    """Forward hook of a block.
+
+    An object and no closure, so that a copy of the backbone has hooks that
+    point to its own stages.
+    """
+
+    def __init__(self, stage: HookedAttentionStage, index: int) -> None:
+        self.stage = stage
+        self.index = index
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return self.stage.run(self.index, args, output)
+
+
+def is_frozen(block: nn.Module) -> bool:
+    """Whether a block has no trainable parameter.
+
+    Args:
+        block (nn.Module): The block.
+
+    Returns:
+        bool: True if nothing in it is trained.
+    """
+    return not any(param.requires_grad for param in block.parameters())
+
+
+def _run_with_identity(block: nn.Module, x: Tensor) -> Tuple[Tensor, Tensor]:
+    """Run a residual block and get hold of its identity input.
+
+    Args:
+        block (nn.Module): A residual block of a toolbox.
+        x (Tensor): Its input, (B, C_in, H_in, W_in).
+
+    Returns:
+        tuple[Tensor, Tensor]: Its output and the identity that it adds, ``x``
+        after the downsample if it has one; each (B, C, H, W).
+    """
+    downsample = getattr(block, 'downsample', None)
+    if downsample is None:
+        return block(x), x
+    # The toolboxes' blocks return no identity. To compute it here as well
+    # would cost 9 % of a ResNet-50, so a hook keeps what the block computes.
+    _running.outputs[downsample] = None
+    try:
+        out = block(x)
+    finally:
+        identity = _running.outputs.pop(downsample)
+    if identity is None or out.requires_grad and not identity.requires_grad:
+        # No hook, or the block ran under reentrant checkpointing (`with_cp`),
+        # which computes without gradients at first. Only here it is computed
+        # once more.
+        identity = downsample(x)
+    return out, identity
+
+
+def _keep_output(module: nn.Module, args: tuple, output: Tensor) -> None:
+    """Forward hook: keep the output while this thread asks for it."""
+    if module in _running.outputs:
+        _running.outputs[module] = output

@@ -1,0 +1,45 @@
+"""Export on the range of torch that is supported."""
+
+import pytest
+import torch
+
+from mmela.convert.export import export_backbone
+
+
+class Backbone(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3, 2, 1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x, x.mean((2, 3))
+
+
+def test_onnx_of_an_older_torch(tmp_path, monkeypatch):
+    """Which knows neither `dynamo` nor `dynamic_shapes`."""
+    pytest.importorskip('onnx')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    export = torch.onnx.export
+
+    def export_as_before(model, args, f, input_names, output_names, **kwargs):
+        assert set(kwargs) == {'opset_version', 'dynamic_axes'}
+        options = dict(dynamo=False) if torch.__version__ >= '2.6' else {}
+        kwargs.update(input_names=input_names, output_names=output_names, **options)
+        return export(model, args, f, **kwargs)
+
+    monkeypatch.setattr(torch.onnx, 'export', export_as_before)
+    monkeypatch.setattr('mmela.convert.export._FIRST_WITH_DYNAMO', '99.0')
+    backbone = Backbone()
+    path = tmp_path / 'x.onnx'
+    export_backbone(backbone, path, (32, 32))
+    session = onnxruntime.InferenceSession(str(path))
+    for shape in [(2, 3, 32, 32), (1, 3, 40, 34)]:
+        x = torch.rand(shape)
+        for found, expected in zip(session.run(None, dict(x=x.numpy())), backbone(x)):
+            torch.testing.assert_close(torch.as_tensor(found), expected)
+
+
+def test_other_file_names_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r'must end with .onnx .* or .pt'):
+        export_backbone(Backbone(), tmp_path / 'x.pth')
