@@ -469,8 +469,8 @@ def _judge(
         )
     known = {layer.name: layer for layer in decision.layers}
     reasons = {
-        AttentionState.VALUE_ONLY: '✕ pruned, key and value stay',
-        AttentionState.PRUNED: '✕ pruned',
+        AttentionState.VALUE_ONLY: '✕ pruned before, key and value stay',
+        AttentionState.PRUNED: '✕ pruned before',
     }
     layers = []
     for stage_name, stage in meter.stages.items():
