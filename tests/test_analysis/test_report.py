@@ -375,7 +375,7 @@ def test_window_cannot_leave_the_work_directory(tmp_path):
     content['decisions'][0]['window'][1] = '/../../../outside/x'
     report.write_text(json.dumps(content))
     (tmp_path / 'outside').mkdir()
-    with pytest.raises(ValueError, match='pair of integers'):
+    with pytest.raises(ValueError, match='a bound of a window'):
         make_report(tmp_path / 'run')
     assert not list((tmp_path / 'outside').iterdir())
 
