@@ -1,12 +1,15 @@
 """Packaging of mmela.
 
-The OpenMMLab packages are not among the requirements: forks with the same
-import names must keep working, so ``import mmela`` checks what it finds.
+The OpenMMLab packages are not among the requirements, but in extras: forks
+with the same import names must keep working, so ``import mmela`` checks what it
+finds. docs/stacks.md says what an extra installs where a fork is.
 """
 
 import os
 import runpy
 import shutil
+import sysconfig
+from importlib.metadata import distributions
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -26,10 +29,60 @@ def requirements(name):
     return [line for line in lines if line]
 
 
-def supported(*names):
-    """Requirements that say what mmela/version.py supports."""
-    ranges = VERSION['SUPPORTED']
-    return ['{}>={},<{}'.format(name, *ranges[name]) for name in names]
+def providers(paths):
+    """Distributions by the import names of the toolboxes that they provide.
+
+    Args:
+        paths (Iterable[str]): Folders that packages are installed in.
+
+    Returns:
+        dict[str, set[str]]: Names of distributions.
+    """
+    found = {name: set() for name in VERSION['DISTRIBUTIONS']}
+    for distribution in distributions(path=list(dict.fromkeys(paths))):
+        text = distribution.read_text('top_level.txt')
+        if text is None:  # of another build tool than setuptools
+            text = '\n'.join(f.parts[0] for f in distribution.files or [])
+        for name in found.keys() & set(text.split()):
+            found[name].add(distribution.metadata['Name'])
+    return found
+
+
+def toolboxes(*names, fork=False, installed=None):
+    """Requirements for mmengine, mmcv and toolboxes, but for what is there.
+
+    The files of a fork must not be overwritten by the release it is a fork of,
+    nor the other way round. So nothing is required under an import name that
+    another distribution provides, and nothing at all where mmengine is another,
+    as each toolbox would bring its own.
+
+    Args:
+        *names (str): Import names of toolboxes.
+        fork (bool): Take the community's forks. Defaults to OpenMMLab's.
+        installed (dict[str, set[str]], optional): As of :func:`providers`.
+            Defaults to those of the environment that pip installs into, which
+            its isolated builds can see as well.
+
+    Returns:
+        list[str]: Requirements.
+    """
+    if installed is None:
+        installed = providers(sysconfig.get_path(p) for p in ('purelib', 'platlib'))
+    distribution = {
+        name: found[-1 if fork else 0]
+        for name, found in VERSION['DISTRIBUTIONS'].items()
+    }
+    taken = {name for name in distribution if installed[name] - {distribution[name]}}
+    if 'mmengine' in taken:
+        return []
+    ranges = dict(VERSION['SUPPORTED'])
+    if not fork:  # what mmdet 3.3.0 and mmsegmentation 1.2.2 accept
+        ranges['mmcv'] = (ranges['mmcv'][0], '2.2.0')
+    return [
+        '{}>={},<{}'.format(distribution[name], *ranges[name])
+        for name in ('mmengine', 'mmcv', *names)
+        if name not in taken
+    ]
 
 
 def remove(path):
@@ -91,15 +144,18 @@ class Develop(develop):
 
 
 if __name__ == '__main__':
+    torchvision = ['torchvision', 'setuptools<81']  # what mmengine imports of it
+    segmentation = ['ftfy', 'regex']  # missing among mmsegmentation's own
     extras = {
-        # Without mmcv: pip cannot build it unaided, see tools/setup.sh.
-        'mmdet': supported('mmengine', 'mmdet'),
-        'mmpretrain': supported('mmengine', 'mmpretrain'),
-        'mmseg': ['mmsegmentation>=1.0.0,<2.0.0', 'ftfy', 'regex'],
+        'mmdet': toolboxes('mmdet') + torchvision,
+        'mmpretrain': toolboxes('mmpretrain') + torchvision,
+        'mmseg': toolboxes('mmseg') + torchvision + segmentation,
         'cam': ['grad-cam>=1.5,<2'],
         'tests': requirements('tests'),
     }
     extras['all'] = sorted(set(sum(extras.values(), [])))
+    forks = toolboxes('mmdet', 'mmpretrain', 'mmseg', fork=True)
+    extras['onedl'] = forks + torchvision + segmentation
     setup(
         name='mmela',
         version=VERSION['__version__'],
@@ -112,8 +168,14 @@ if __name__ == '__main__':
         keywords='computer vision, object detection, layer attention, pruning',
         packages=find_packages(include=['mmela', 'mmela.*']),
         python_requires='>=3.8',
-        install_requires=['numpy', 'scipy', *supported('torch')],
+        install_requires=[
+            'click>=8,<9',
+            'numpy',
+            'scipy',
+            'torch>={},<{}'.format(*VERSION['SUPPORTED']['torch']),
+        ],
         extras_require=extras,
+        entry_points={'console_scripts': ['mmela = mmela.__main__:main']},
         cmdclass={'build_py': BuildPy, 'develop': Develop},
         zip_safe=False,
         classifiers=[

@@ -1,11 +1,16 @@
 """Efficient layer attention for OpenMMLab toolboxes."""
 
 from .compat.checkpoints import allow_checkpoint_classes
+from .compat.forks import keep_loading_safe, warn_of_mixtures
+from .compat.operators import provide_operators
 from .compat.versions import check_versions
 from .version import __version__
 
 check_versions()
+warn_of_mixtures()
+provide_operators()
 allow_checkpoint_classes()
+keep_loading_safe()
 
 from . import hooks, layers  # noqa: E402  (registration)
 from .registry import LAYER_ATTENTIONS, register_backbones  # noqa: E402

@@ -11,3 +11,14 @@ SUPPORTED = {
     'mmpretrain': ('1.0.0', '2.0.0'),
     'mmseg': ('1.0.0', '2.0.0'),
 }
+
+# Import name: the distributions that provide it, OpenMMLab's that is a wheel
+# first, the community's fork last. Two of them in one environment have
+# overwritten each other's files.
+DISTRIBUTIONS = {
+    'mmengine': ('mmengine', 'onedl-mmengine'),
+    'mmcv': ('mmcv-lite', 'mmcv', 'onedl-mmcv'),
+    'mmdet': ('mmdet', 'onedl-mmdetection'),
+    'mmpretrain': ('mmpretrain', 'onedl-mmpretrain'),
+    'mmseg': ('mmsegmentation', 'onedl-mmsegmentation'),
+}

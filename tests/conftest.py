@@ -13,6 +13,17 @@ settings.load_profile('mmela')
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Run tests that share a module's fixture in one process, to build it once."""
+    if not config.pluginmanager.hasplugin('xdist'):
+        return
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs.values()
+        if any(fixture.scope == 'module' for (*_, fixture) in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
 @pytest.fixture(scope='session', autouse=True)
 def toolbox_index_is_read_once():
     """mmengine parses a toolbox's whole index for each config it looks up."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import mmela  # noqa: F401  (its own checkpoints must load)
+from tests.helpers.runs import decisions
 
 mmdet = pytest.importorskip('mmdet')
 pytest.importorskip('mmcv.ops', exc_type=ImportError)
@@ -100,10 +101,9 @@ def active(path):
 
 def test_train_prunes(trained):
     cwd, out = trained
-    with open(cwd / 'work' / 'pruning.json') as file:
-        prunings = json.load(file)['prunings']
-    assert [p['window'] for p in prunings] == [[1, 1], [3, 3]]
-    pruned = {name + '.state' for p in prunings for name in p['pruned']}
+    found = decisions(cwd / 'work')
+    assert [d.window for d in found] == [(1, 1), (3, 3)]
+    pruned = {f'{name}.state' for d in found for name in d.pruned}
     assert pruned, 'nothing was pruned'
     states = active(cwd / 'work' / 'epoch_3.pth')
     assert len(states) == 16

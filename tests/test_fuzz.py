@@ -1,7 +1,5 @@
 """Invariants that hold for every config."""
 
-import json
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +14,8 @@ pytest.importorskip('mmdet')
 pytest.importorskip('mmcv.ops', exc_type=ImportError)
 
 from mmdet.registry import MODELS  # noqa: E402
+
+from tests.helpers.runs import decisions  # noqa: E402
 
 BLOCKS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3]}
 
@@ -151,14 +151,13 @@ def test_run(tmp_path_factory, windows, policy, keep_value, reduction):
             size=4,
         )
     )
-    with open(work_dir / 'pruning.json') as file:
-        prunings = json.load(file)['prunings']
-    assert [tuple(p['window']) for p in prunings] == windows
+    found = decisions(work_dir)
+    assert [decision.window for decision in found] == windows
     active = list(layer_attentions(runner.model))
-    for pruning in prunings:
-        assert [layer['name'] for layer in pruning['layers']] == active
-        active = [name for name in active if name not in pruning['pruned']]
-        assert pruning['active'] == active
+    for decision in found:
+        assert [layer.name for layer in decision.layers] == active
+        active = [name for name in active if name not in decision.pruned]
+        assert list(decision.active) == active
         assert {'layer1.0.layer_attn', 'layer2.0.layer_attn'} <= set(active)
     assert active == [
         name for name, a in layer_attentions(runner.model).items() if a.active

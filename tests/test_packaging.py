@@ -51,9 +51,9 @@ def pins(packaging):
 
 
 def test_pins_are_supported(packaging, pins):
-    distributions = {'mmseg': 'mmsegmentation'}
+    distributions = packaging['VERSION']['DISTRIBUTIONS']
     ranges = {
-        distributions.get(name, name): span
+        distributions.get(name, [name])[0]: span
         for name, span in packaging['VERSION']['SUPPORTED'].items()
     }
     assert set(ranges) <= set(pins)
@@ -68,8 +68,8 @@ def test_torchvision_matches_torch(pins):
     assert torch[0] == '2' and int(vision[1]) == int(torch[1]) + 15
 
 
-def test_setup_script_finds_the_mmcv_pin(pins):
-    script = (ROOT / 'tools' / 'setup.sh').read_text('utf-8')
+def test_compiled_mmcv_is_the_pinned_one(pins):
+    script = (ROOT / 'tools' / 'compile_mmcv.sh').read_text('utf-8')
     expression = re.search(r"mmcv=\$\(sed -n '([^']+)'", script).group(1)
     seen = subprocess.run(
         ['sed', '-n', expression, str(ROOT / 'requirements' / 'setup.txt')],
@@ -77,7 +77,76 @@ def test_setup_script_finds_the_mmcv_pin(pins):
         text=True,
         check=True,
     )
-    assert seen.stdout.split() == [pins['mmcv']]
+    assert seen.stdout.split() == [pins['mmcv-lite']]
+
+
+def test_lint_has_one_version(packaging):
+    (ruff,) = [x for x in packaging['requirements']('lint') if 'ruff' in x]
+    hooks = yaml.safe_load((ROOT / '.pre-commit-config.yaml').read_text('utf-8'))
+    revisions = {repo['repo']: repo['rev'] for repo in hooks['repos']}
+    revision = revisions['https://github.com/astral-sh/ruff-pre-commit']
+    assert ruff == f'ruff=={revision[1:]}'
+
+
+class TestToolboxes:
+    """What an extra installs, by what is installed already."""
+
+    def requirements(self, packaging, *installed, **kwargs):
+        found = {name: set() for name in packaging['VERSION']['DISTRIBUTIONS']}
+        for name, distribution in installed:
+            found[name].add(distribution)
+        toolboxes = packaging['toolboxes']('mmdet', installed=found, **kwargs)
+        return [Requirement(x).name for x in toolboxes]
+
+    def test_nothing_there(self, packaging):
+        names = ['mmengine', 'mmcv-lite', 'mmdet']
+        assert self.requirements(packaging) == names
+        names = ['onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection']
+        assert self.requirements(packaging, fork=True) == names
+
+    def test_releases_there(self, packaging):
+        """They stay required, so that pip raises what is too old."""
+        installed = [('mmengine', 'mmengine'), ('mmdet', 'mmdet')]
+        names = ['mmengine', 'mmcv-lite', 'mmdet']
+        assert self.requirements(packaging, *installed) == names
+
+    def test_compiled_mmcv_there(self, packaging):
+        names = ['mmengine', 'mmdet']
+        assert self.requirements(packaging, ('mmcv', 'mmcv')) == names
+
+    def test_toolbox_of_another_there(self, packaging):
+        """In whatever name, also one that nobody has thought of."""
+        names = ['mmengine', 'mmcv-lite']
+        assert self.requirements(packaging, ('mmdet', 'my-mmdet')) == names
+
+    def test_fork_of_the_base_there(self, packaging):
+        """mmcv-lite and mmdet would bring mmengine."""
+        fork = ('mmengine', 'onedl-mmengine')
+        assert self.requirements(packaging, fork) == []
+        names = ['onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection']
+        assert self.requirements(packaging, fork, fork=True) == names
+        base = ('mmengine', 'mmengine')
+        assert self.requirements(packaging, base, fork=True) == []
+
+    def test_providers_are_found(self, packaging, tmp_path):
+        def install(name, top_level=None, files=()):
+            folder = tmp_path / f'{name}-1.0.dist-info'
+            folder.mkdir()
+            (folder / 'METADATA').write_text(
+                f'Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n'
+            )
+            if top_level:
+                (folder / 'top_level.txt').write_text(top_level)
+            (folder / 'RECORD').write_text(''.join(f'{f},,\n' for f in files))
+
+        install('onedl-mmengine', files=['mmengine/__init__.py', 'README'])
+        install('mmcv', top_level='mmcv\n')  # no files: an editable install
+        install('other', top_level='mmdetection\n')
+        found = packaging['providers']([str(tmp_path)] * 2)
+        assert {k: v for k, v in found.items() if v} == {
+            'mmengine': {'onedl-mmengine'},
+            'mmcv': {'mmcv'},
+        }
 
 
 @needs_bash
@@ -138,6 +207,180 @@ class TestSetupScript:
         assert done.returncode == 0, done.stderr
         assert done.stdout == sys.executable + '\n'
         assert 'as it is' in done.stderr and 'installing' not in done.stderr
+
+
+# A stand-in for Python: `pip` does and says what $SCENE has, one word a call.
+PYTHON = r"""#!/usr/bin/env bash
+echo "$*" >>"$SCENE.calls"
+case "$*" in
+  '-c import sys; sys.exit'*)
+    minor=${2##*(3, }; [ "${PYTHON_MINOR:-11}" -ge "${minor%))}" ] ;;
+  -V) echo "Python 3.${PYTHON_MINOR:-11}.0" ;;
+  '-m venv --clear '*)
+    mkdir -p "$4/bin"; touch "$4/pyvenv.cfg"; cp "$0" "$4/bin/python" ;;
+  '-m pip config list') echo "global.index-url='https://mirror.example/simple'" ;;
+  "- $ROOT"*) printf '%s\n' fingerprint '' "$ROOT/mmela" lite ;;
+  '-m pip install uv'*) false ;;
+  '-m pip install'*)
+    read -r trouble <"$SCENE"; sed -i 1d "$SCENE"
+    case $trouble in
+      '') ;;
+      kill) kill -9 $PPID ;;
+      *) printf '%s\n' "$trouble" >&2; false ;;
+    esac ;;
+esac
+"""
+
+
+@needs_bash
+class TestSetup:
+    """tools/setup.sh from nothing, and its way on from trouble."""
+
+    @pytest.fixture
+    def checkout(self, tmp_path):
+        checkout = tmp_path / 'ein Ordner für mmela'
+        shutil.copytree(ROOT / 'requirements', checkout / 'requirements')
+        (checkout / 'tools').mkdir()
+        shutil.copy(ROOT / 'tools' / 'setup.sh', checkout / 'tools')
+        # All that is to be found: no other Python
+        tools = 'awk bash cat cp df dirname flock grep head mkdir rm sed tail touch tr'
+        (tmp_path / 'bin').mkdir()
+        for name in filter(shutil.which, tools.split()):
+            (tmp_path / 'bin' / name).symlink_to(shutil.which(name))
+        self.add(checkout, 'python3', PYTHON)
+        return checkout
+
+    def add(self, checkout, name, script):
+        """Add a command, or put it in the place of one."""
+        path = checkout.parent / 'bin' / name
+        path.unlink(missing_ok=True)
+        path.write_text(script)
+        path.chmod(0o755)
+
+    def run(self, checkout, *troubles, **env):
+        """Run the set-up; pip has these troubles, one a call, and then none."""
+        scene = checkout.parent / 'scene'
+        scene.write_text(''.join(f'{x}\n' for x in troubles) + '\n' * 9)
+        env.update(PATH=str(checkout.parent / 'bin'), LC_ALL='C')
+        env.update(SCENE=str(scene), ROOT=str(checkout))
+        return bash(checkout / 'tools' / 'setup.sh', cwd=checkout.parent, **env)
+
+    def check_set_up(self, checkout, **env):
+        done = self.run(checkout, **env)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f'{checkout}/.venv/bin/python\n'
+        assert 'error' not in done.stderr
+
+    def check_error(self, done, *words):
+        """One line, the last, that names what is wrong."""
+        assert done.returncode != 0 and done.stdout == ''
+        lines = done.stderr.splitlines()
+        errors = [line for line in lines if 'error' in line]
+        assert errors == lines[-1:], done.stderr
+        for word in words:
+            assert word in errors[0]
+
+    def test_from_nothing_and_again(self, checkout):
+        self.check_set_up(checkout)
+        calls = (checkout.parent / 'scene.calls').read_text()
+        assert '-m venv --clear' in calls
+        assert f'-e {checkout}' in calls
+        (checkout.parent / 'scene.calls').unlink()
+        self.check_set_up(checkout)
+        assert 'pip' not in (checkout.parent / 'scene.calls').read_text()
+
+    # What pip 26 said, each brought about for real
+    @pytest.mark.parametrize(
+        'trouble, words',
+        [
+            ('[Errno 28] No space left on device', 'the disk is full'),
+            (
+                "broken by 'NewConnectionError('<pip._vendor.urllib3.connection."
+                'HTTPSConnection object at 0x7f>: Failed to establish a new '
+                "connection: [Errno -2] Name or service not known')': /simple/",
+                'no connection to the package registry',
+            ),
+            (
+                "broken by 'ProxyError('Cannot connect to proxy.', "
+                "NewConnectionError('Connection refused'))': /simple/torch/",
+                'no way through the proxy http://localhost:9',
+            ),
+            (
+                "SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY"
+                "_FAILED] certificate verify failed'))",
+                'certificate is not trusted',
+            ),
+            ("ERROR: Wheel 'torch' located at /x is invalid.", 'download broke off'),
+            (
+                'ERROR: No matching distribution found for torch==2.12.0',
+                'No matching distribution found for torch==2.12.0',
+            ),
+        ],
+    )
+    def test_trouble_and_on(self, checkout, trouble, words):
+        proxy = 'http://localhost:9'
+        done = self.run(checkout, trouble, HTTPS_PROXY=proxy, MMELA_INSTALLER='pip')
+        self.check_error(done, 'torch, mmdet', words, 'setup.log')
+        assert not (checkout / '.venv' / '.mmela-setup').exists()
+        self.check_set_up(checkout, MMELA_INSTALLER='pip')
+
+    def test_killed_and_on(self, checkout):
+        assert self.run(checkout, 'kill', MMELA_INSTALLER='pip').returncode != 0
+        assert not (checkout / '.venv' / '.mmela-setup').exists()
+        self.check_set_up(checkout, MMELA_INSTALLER='pip')
+
+    @pytest.mark.parametrize('works', [True, False])
+    def test_uv(self, checkout, works):
+        """It is used where it works, knows pip's settings, and pip takes over."""
+        log = 'echo "uv $UV_DEFAULT_INDEX $*" >>"$SCENE.calls"'
+        self.add(checkout, 'uv', f'#!/bin/sh\n{log}\nexit {0 if works else 2}\n')
+        self.check_set_up(checkout)
+        calls = (checkout.parent / 'scene.calls').read_text().splitlines()
+        by_uv = [x for x in calls if x.startswith('uv ')]
+        by_pip = [x for x in calls if x.startswith('-m pip install')]
+        python = f'{checkout}/.venv/bin/python'
+        start = f'uv https://mirror.example/simple pip install --python {python} '
+        assert len(by_uv) == 2 and all(x.startswith(start) for x in by_uv)
+        assert len(by_pip) == (0 if works else 2)
+
+    @pytest.mark.parametrize('minor', [9, 15])
+    def test_python_too_old_or_new(self, checkout, minor):
+        done = self.run(checkout, PYTHON_MINOR=str(minor))
+        found = f'python3 is Python 3.{minor}.0'
+        self.check_error(done, 'no Python 3.10 to 3.14', found, 'MMELA_PYTHON')
+        assert not (checkout / '.venv').exists()
+
+    def test_small_disk(self, checkout):
+        self.add(checkout, 'df', '#!/bin/sh\necho\necho none 9 9 4200000 9 /\n')
+        done = self.run(checkout)
+        self.check_error(done, '6000 MB are needed', str(checkout), '4200 MB are free')
+        assert not (checkout / '.venv').exists()
+
+    def test_half_an_environment(self, checkout, tmp_path):
+        """An active one that lacks mmcv is left alone."""
+        conda = tmp_path / 'conda'
+        (conda / 'bin').mkdir(parents=True)
+        python = conda / 'bin' / 'python'
+        python.write_text(
+            PYTHON.replace("fingerprint ''", 'fingerprint "mmengine mmcv"')
+        )
+        python.chmod(0o755)
+        before = sorted(conda.rglob('*'))
+        done = self.run(checkout, CONDA_PREFIX=str(conda))
+        assert done.returncode == 0, done.stderr
+        assert 'lacks mmengine mmcv: left alone' in done.stderr
+        assert done.stdout == f'{checkout}/.venv/bin/python\n'
+        assert sorted(conda.rglob('*')) == before
+
+    def test_something_else_in_the_way(self, checkout):
+        (checkout / '.venv').mkdir()
+        (checkout / '.venv' / 'thesis.txt').touch()
+        self.check_error(self.run(checkout), 'is no virtual environment')
+        assert (checkout / '.venv' / 'thesis.txt').exists()
+
+    def test_unknown_operators(self, checkout):
+        done = self.run(checkout, MMELA_MMCV='full')
+        self.check_error(done, "'full'", 'lite or compiled')
 
 
 @needs_bash

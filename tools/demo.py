@@ -23,7 +23,8 @@ from mmengine.registry import RUNNERS
 from mmela.analysis import make_report, summarize
 from mmela.analysis.attention import hook_settings, measure_attention, save_measurement
 from mmela.analysis.inputs import load_network, validation_loader
-from mmela.analysis.run import Run
+from mmela.analysis.work_dir import Run
+from mmela.command_line import one_line
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'demo' / 'faster-rcnn_r50-narrow_ela_fpn_shapes.py'
@@ -70,16 +71,16 @@ def checkpoints_to_measure(run: Run) -> List[Path]:
     if final is None:
         return []
     found = [final]
-    if run.prunings:
-        last = run.prunings[-1]
-        start = 'epoch_' if last['unit'] == 'epoch' else 'iter_'
+    if run.decisions:
+        last = run.decisions[-1]
+        start = 'epoch_' if last.unit == 'epoch' else 'iter_'
         numbers = [
             int(path.stem[len(start) :])
             for path in run.work_dir.glob(f'{start}*.pth')
             if path.stem[len(start) :].isdigit()
         ]
         # The hook prunes before the checkpoint of its epoch is written.
-        before = [n for n in numbers if n < last['window'][1]]
+        before = [n for n in numbers if n < last.window[1]]
         if before:
             found.insert(0, run.work_dir / f'{start}{max(before)}.pth')
     return found
@@ -132,7 +133,11 @@ def main(argv=None) -> None:
         )
     cfg.work_dir = str(args.work_dir)
     cfg.resume = args.resume
-    RUNNERS.build(cfg).train()
+    try:
+        runner = RUNNERS.build(cfg)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f'error: {one_line(error)}') from error
+    runner.train()
 
     try:
         measure(cfg.work_dir)

@@ -11,8 +11,10 @@
 #   3. .venv in this checkout, made or reused, with requirements/setup.txt.
 # In 1 and 2 nothing is installed but mmela itself, and that only if missing.
 #
-# mmcv is compiled once per torch, Python and CPU/CUDA; the wheel is kept in
-# ${XDG_CACHE_HOME:-$HOME/.cache}/mmela/wheels.
+# .venv is made of wheels alone, by uv where there is a wheel of it and by pip
+# where not (MMELA_INSTALLER=pip: by pip in any case). MMELA_MMCV=compiled
+# gives it mmcv with operators of its own, see tools/compile_mmcv.sh;
+# MMELA_MMCV=lite takes them out again; unset, they stay as they are.
 #
 # shellcheck disable=SC2329  # step calls functions by name
 set -euo pipefail
@@ -21,8 +23,8 @@ exec 3>&1 1>&2  # stdout carries the result and nothing else
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
 stamp=$venv/.mmela-setup
+log=$venv/setup.log
 current=''  # the step that is running
-scratch=''  # where mmcv is being compiled
 told=no     # whether an error has been explained
 
 say() { printf 'mmela setup: %s\n' "$*"; }
@@ -30,7 +32,6 @@ die() { say "error: $*"; told=yes; exit 1; }
 
 on_exit() {
   local status=$?
-  [ -z "$scratch" ] || rm -rf "$scratch"
   if [ "$status" -ne 0 ] && [ "$told" = no ]; then
     say "error: stopped at: ${current:-the checks before any step};" \
       "run the same command again to go on from there"
@@ -50,14 +51,15 @@ step() {  # step TEXT COMMAND...
   current=''
 }
 
-# Print three lines about an interpreter: a fingerprint of all that decides
-# what .venv holds, which of the modules named are missing, where mmela is.
-# (A last line stands there as $() drops empty ones at the end.) It imports
-# nothing, so it takes no time; run from / so that the checkout is not found
-# merely for being the current directory.
+# Print lines about an interpreter: a fingerprint of all that decides what
+# .venv holds, which of the modules named are missing, where mmela is, and
+# whether mmcv was compiled for the pinned torch. It imports nothing, so it takes
+# no time; run from / so that the checkout is not found merely for being the
+# current directory.
 look() {  # look PYTHON MODULE...
   (cd / && "$1" - "$root" "${@:2}") <<'PY'
 import hashlib, importlib.util, os, pathlib, sys
+from importlib.metadata import distributions
 root = pathlib.Path(sys.argv[1])
 files = [root / 'setup.py', root / 'mmela' / 'version.py',
          root / 'tools' / 'setup.sh', *root.glob('requirements/*.txt')]
@@ -68,15 +70,19 @@ print(*[m for m in sys.argv[2:] if importlib.util.find_spec(m) is None])
 spec = importlib.util.find_spec('mmela')
 where = list(spec.submodule_search_locations)[:1] if spec else []
 print(os.path.realpath(where[0]) if where else '')
-print('end')
+pins = (root / 'requirements' / 'setup.txt').read_text('utf-8').split()
+found = [f"{d.metadata['Name']}=={d.version}".partition('+')[0]
+         for d in distributions()]
+print('compiled' if any(x.startswith('mmcv==') for x in found) and
+      any(x.startswith('torch==') and x in pins for x in found) else 'lite')
 PY
 }
 
 survey() {  # survey PYTHON MODULE...: look, into variables
   local seen
   seen=$(look "$@") || die "$1 does not run"
-  { IFS= read -r fingerprint; IFS= read -r missing; IFS= read -r where; } \
-    <<<"$seen"
+  { IFS= read -r fingerprint; IFS= read -r missing; IFS= read -r where
+    IFS= read -r operators; } <<<"$seen"
 }
 
 version_ok() {  # version_ok PYTHON MINOR: is it Python 3.MINOR or newer?
@@ -101,7 +107,7 @@ install_mmela() {
 
 use_as_is() {  # use_as_is REASON
   say "using $python as it is ($1)"
-  survey "$python" torch mmengine mmcv numpy scipy
+  survey "$python" torch mmengine mmcv numpy scipy click
   [ -z "$missing" ] || die "$python lacks: $missing"
   if [ -z "$where" ]; then
     step "installing mmela into it (pip install --no-deps -e .)" install_mmela
@@ -114,18 +120,21 @@ use_as_is() {  # use_as_is REASON
 
 # --- 3: .venv ---------------------------------------------------------------
 
+free_mb() { df -Pk "$1" | awk 'NR == 2 {print int($4 / 1000)}'; }
+
 find_base() {  # the interpreter that .venv is made with
-  local name
+  local name seen=''
   # The pinned torch has wheels for 3.10 to 3.14.
   for name in python3 python python3.{13,12,11,10,14}; do
-    if command -v "$name" >/dev/null && version_ok "$name" 10 &&
-      ! version_ok "$name" 15; then
+    command -v "$name" >/dev/null || continue
+    if version_ok "$name" 10 && ! version_ok "$name" 15; then
       base=$name
       return
     fi
+    seen+=" $name is $("$name" -V 2>&1 | head -n 1);"
   done
-  die "no Python 3.10 to 3.14 found, which the pinned torch needs" \
-    "(an environment of your own with Python >= 3.8: see MMELA_PYTHON)"
+  die "no Python 3.10 to 3.14 found, which the pinned torch needs;${seen:-}" \
+    "an environment of your own may have Python 3.8 or newer: MMELA_PYTHON"
 }
 
 make_venv() {
@@ -138,141 +147,101 @@ make_venv() {
   if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
     die "$venv is there but is no virtual environment; move it away"
   fi
+  [ "$(free_mb "$root")" -ge 6000 ] ||
+    die "6000 MB are needed in $root, $(free_mb "$root") MB are free there"
   find_base
   "$base" -c 'import ensurepip, venv' 2>/dev/null ||
     die "$base has no venv module; install it (Debian: python3-venv)"
   "$base" -m venv --clear "$venv"
 }
 
-pip() { "$python" -m pip "$@"; }
-
-install_torch() {
-  pip install --no-compile -c "$root/requirements/setup.txt" torch torchvision
-}
-
-# Say what to compile mmcv for: sets variant, and for CUDA the environment.
-choose_variant() {
-  local torch_cuda=$1 release='' home why='' include
-  variant=cpu
-  command -v nvidia-smi >/dev/null || return 0
-  nvidia-smi -L 2>/dev/null | grep '^GPU' >/dev/null || return 0
-  home=${CUDA_HOME:-}
-  if [ -z "$home" ] && [ -x /usr/local/cuda/bin/nvcc ]; then
-    home=/usr/local/cuda
-  elif [ -z "$home" ] && command -v nvcc >/dev/null; then
-    home=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
-  fi
-  if [ -x "$home/bin/nvcc" ]; then
-    release=$("$home/bin/nvcc" --version |
-      sed -n 's/.*release \([0-9]*\).*/\1/p')
-  fi
-  if [ -z "$torch_cuda" ]; then
-    why='this torch is a CPU build'
-  elif [ -z "$release" ]; then
-    why='there is no nvcc'
-  elif [ "$release" != "${torch_cuda%%.*}" ]; then
-    why="nvcc is CUDA $release, torch is CUDA $torch_cuda"
-  fi
-  if [ -n "$why" ]; then
-    say "WARNING: a GPU is here but $why: mmcv's own operators (RoIAlign and" \
-      "others) will run on the CPU only"
-    return 0
-  fi
-  if [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then
-    TORCH_CUDA_ARCH_LIST=$(nvidia-smi --query-gpu=compute_cap \
-      --format=csv,noheader | sort -u | paste -sd';' -) ||
-      TORCH_CUDA_ARCH_LIST=''  # an old driver: torch asks the GPU itself
-  fi
-  export CUDA_HOME=$home TORCH_CUDA_ARCH_LIST
-  variant=cuda${torch_cuda}-sm${TORCH_CUDA_ARCH_LIST//[^0-9a-zA-Z.+]/_}
-  if [ ! -e "$home/include/cusparse.h" ]; then
-    # A toolkit without the library headers: torch's own packages have them.
-    for include in "$site"/nvidia/*/include; do
-      [ ! -d "$include" ] || export CPATH=$include${CPATH:+:$CPATH}
-    done
-  fi
-}
-
-# Set wheel_dir, where the mmcv wheel for this torch and Python belongs.
-locate_wheel() {
-  local seen tag torch_cuda
-  seen=$("$python" - <<'PY'
-import os, runpy, sysconfig
-site = sysconfig.get_path('platlib')
-torch = runpy.run_path(os.path.join(site, 'torch', 'version.py'))
-print(site)
-print('torch' + torch['__version__'] + '-' + sysconfig.get_config_var('SOABI'))
-print(torch['cuda'] or '')
-print('end')
-PY
-)
-  { IFS= read -r site; IFS= read -r tag; IFS= read -r torch_cuda; } <<<"$seen"
-  choose_variant "$torch_cuda"
-  wheel_dir=$cache/wheels/$tag-$variant
-}
-
-find_wheel() {
-  local file
-  wheel=''
-  for file in "$wheel_dir/mmcv-$mmcv"-*.whl; do
-    if [ -f "$file" ]; then wheel=$file; fi
-  done
-}
-
-build_mmcv() {
-  local header memory jobs cxx
-  read -r cxx _ <<<"${CXX:-c++}"
-  command -v "$cxx" >/dev/null ||
-    die "no C++ compiler ($cxx) to build mmcv with (Debian: g++)"
-  header=$("$python" -c \
-    'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
-  [ -e "$header" ] ||
-    die "no $header to build mmcv with (Debian: python3-dev)"
-
-  # A job of this compilation takes up to 2.5 GB.
-  if [ -z "${MAX_JOBS:-}" ] && [ -r /proc/meminfo ]; then
-    memory=$(awk '/^MemAvailable/ {print int($2 / 2500000)}' /proc/meminfo)
-    jobs=$(getconf _NPROCESSORS_ONLN)
-    [ "$memory" -ge "$jobs" ] || jobs=$memory
-    [ "$jobs" -ge 1 ] || jobs=1
-    export MAX_JOBS=$jobs
-  fi
-  rm -rf "$cache"/wheels/.build.*  # of runs that were killed
-  mkdir -p "$cache/wheels"
-  scratch=$(mktemp -d "$cache/wheels/.build.XXXXXX")
-  (
-    export MMCV_WITH_OPS=1 TMPDIR=$scratch PATH=$venv/bin:$PATH
-    if [ "$variant" = cpu ]; then
-      # Without nvcc, a GPU in sight would make mmcv's setup.py fail.
-      export FORCE_CUDA=0 CUDA_VISIBLE_DEVICES=''
-    else
-      export FORCE_CUDA=1
+# What uv is to know of pip's settings, which it does not read.
+uv_settings() {
+  local settings name of_pip value
+  settings=$("$python" -m pip config list)
+  while read -r name of_pip; do
+    value=PIP_$(tr 'a-z-' 'A-Z_' <<<"$of_pip")
+    value=${!value:-$(sed -n "s/^[^=]*\.$of_pip='\(.*\)'\$/\1/p" \
+      <<<"$settings" | tail -n 1)}
+    value=${value//'\n'/ }
+    if [ -n "$value" ] && [ -z "${!name:-}" ]; then
+      export "$name=${value# }"
     fi
-    # No pip cache: its key knows nothing of torch. Not quiet: pip says once
-    # a minute that it is still at it.
-    PIP_QUIET=0 "$python" -m pip wheel \
-      --no-deps --no-build-isolation --no-cache-dir \
-      --no-binary mmcv -w "$scratch/out" "mmcv==$mmcv"
-  )
-  # A move within one file system: the cache never holds half a wheel.
-  mkdir -p "$wheel_dir"
-  mv -f "$scratch"/out/mmcv-*.whl "$wheel_dir/"
-  rm -rf "$scratch"
-  scratch=''
+  done <<'END'
+UV_DEFAULT_INDEX index-url
+UV_INDEX extra-index-url
+UV_FIND_LINKS find-links
+UV_INSECURE_HOST trusted-host
+SSL_CERT_FILE cert
+HTTPS_PROXY proxy
+END
+  # As pip does: the best version of all indexes.
+  export UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match}
 }
 
-# By force, as another build of the same version counts as installed for pip.
-install_mmcv() {
-  pip install --no-compile --no-deps --force-reinstall "$wheel"
+find_uv() {
+  uv=$venv/bin/uv
+  [ ! -x "$uv" ] || return 0
+  uv=$(command -v uv) && return
+  "$python" -m pip install 'uv>=0.5' >>"$log" 2>&1 || true
+  uv=$venv/bin/uv
+  [ -x "$uv" ] || { uv=''; say "no uv for this machine: pip is used"; }
 }
 
-install_rest() {
-  pip install --no-compile -r "$root/requirements/setup.txt" \
-    -r "$root/requirements/build.txt" -r "$root/requirements/tests.txt"
+logged() {  # run with the output in the log, and seen where a person looks on
+  if [ -t 2 ]; then "$@" 2>&1 | tee -a "$log"; else "$@" >>"$log" 2>&1; fi
 }
 
-install_editable() {
-  pip install --no-deps --no-build-isolation --use-pep517 -e "$root"
+install() {  # install ARGUMENT...: as of `pip install`
+  if [ -n "$uv" ]; then
+    if logged "$uv" pip install --python "$python" "$@"; then return; fi
+    [ "$(free_mb "$venv")" -ge 200 ] || explain
+    say "uv did not succeed: trying pip"
+  fi
+  logged "$python" -m pip install --no-compile "$@" || explain
+}
+
+explain() {  # say in one line what the log shows
+  local seen what
+  seen=$(tail -n 60 "$log")
+  case $seen in
+    *'No space left'* | *'os error 28'*) what="the disk is full" ;;
+    *'407 '* | *ProxyError* | *tunnel*)
+      what="no way through the proxy ${HTTPS_PROXY:-${https_proxy:-}}" ;;
+    *CERTIFICATE_VERIFY* | *SSLError*)
+      what="the registry's certificate is not trusted (PIP_CERT)" ;;
+    *IncompleteRead* | *ConnectionReset* | *' is invalid.'* | *BadZipFile* | \
+    *'DO NOT MATCH THE HASHES'* | *'Read timed out'*)
+      what="a download broke off" ;;
+    *NewConnectionError* | *NameResolutionError* | *ConnectTimeout*)
+      what="no connection to the package registry (a proxy: HTTPS_PROXY)" ;;
+    *) what=$(grep -i error <<<"$seen" | tail -n 1) || true ;;
+  esac
+  [ "$(free_mb "$venv")" -ge 200 ] || what="the disk is full"
+  die "${current%% (*}: ${what:-it failed}; details in $log." \
+    "The same command again goes on from there"
+}
+
+install_all() {
+  local requirements=$root/requirements
+  if [ "$operators" = compiled ]; then
+    # Both have the files of mmcv: there is only ever one of them.
+    grep -v '^mmcv-lite' "$requirements/setup.txt" >"$venv/setup.txt"
+  else
+    cp "$requirements/setup.txt" "$venv/setup.txt"
+    logged "$python" -m pip uninstall -y mmcv
+  fi
+  install -r "$venv/setup.txt" -r "$requirements/build.txt" \
+    -r "$requirements/tests.txt" -r "$requirements/lint.txt"
+}
+
+compile_mmcv() {
+  local wheel
+  wheel=$(bash "$root/tools/compile_mmcv.sh" "$python") ||
+    { told=yes; exit 1; }  # it has said why
+  logged "$python" -m pip uninstall -y mmcv-lite mmcv
+  # By force, as another build of the same version counts as installed.
+  install --no-deps --force-reinstall "$wheel"
 }
 
 # Bytecode is written here, for what is in use, whatever the user's settings:
@@ -282,54 +251,48 @@ try_imports() {
   (
     cd /
     unset PYTHONDONTWRITEBYTECODE
-    "$python" - <<'PY'
+    logged "$python" - <<'PY'
+import mmela
 import matplotlib.pyplot, mmcv.ops, mmdet.apis, mmdet.utils, mmengine.runner
 import mmpretrain.apis, pytest, scipy.stats, torch, torchvision
 mmdet.utils.register_all_modules(init_default_scope=False)
 PY
-  ) || die "the packages do not load; if mmcv is to blame, remove $wheel_dir"
+  ) || die "the packages do not load: $(tail -n 1 "$log"); details in $log." \
+    "If they were damaged, remove $venv and run the same command again"
 }
 
 is_set_up() {
   [ "$force" = no ] && [ -r "$stamp" ] && version_ok "$python" 10 || return 1
   survey "$python" torch torchvision mmengine mmcv mmdet mmpretrain pytest
   [ -z "$missing" ] && [ "$where" = "$root/mmela" ] &&
+    [ "${MMELA_MMCV:-$operators}" = "$operators" ] &&
     [ "$fingerprint" = "$(cat "$stamp")" ]
 }
 
 take_lock() {
-  mkdir -p "$cache"
   command -v flock >/dev/null || return 0
-  exec 9>"$cache/lock"
+  exec 9>"$root/.venv.lock"
   flock -n 9 && return 0
   say "waiting for another set-up to end"
   flock 9 || say "no locks on this file system; going on without"
 }
 
 set_up_venv() {
-  local all=$SECONDS cpus
-  say "setting up $venv; the first time takes some minutes and 6 GB"
+  local all=$SECONDS
+  say "setting up $venv; the first time takes one or two minutes and 6 GB"
+  # Another place to install to, set for something else
+  unset PYTHONHOME PIP_TARGET PIP_PREFIX PIP_USER
+  export PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+  export PIP_ROOT_USER_ACTION=ignore
   step "virtual environment" make_venv
   rm -f "$stamp"
-  export PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0
-  export PIP_ROOT_USER_ACTION=ignore
-  [ -t 2 ] || export PIP_QUIET=1  # progress bars are for people
-  step "build tools" pip install -r "$root/requirements/build.txt"
-  step "torch and torchvision (a large download)" install_torch
-
-  mmcv=$(sed -n 's/^mmcv==\([^ ]*\).*/\1/p' "$root/requirements/setup.txt")
-  locate_wheel
-  find_wheel
-  if [ -z "$wheel" ]; then
-    cpus=$(getconf _NPROCESSORS_ONLN)
-    say "mmcv is compiled now, once; that takes about 7 minutes on 2 cores" \
-      "for the CPU, longer for CUDA; here are $cpus cores"
-    step "compiling mmcv $mmcv for $variant" build_mmcv
-    find_wheel
-  fi
-  step "mmcv from $wheel" install_mmcv
-  step "mmdet, mmpretrain and the rest" install_rest
-  step "mmela, editable" install_editable
+  : >"$log"
+  survey "$python"
+  operators=${MMELA_MMCV:-$operators}
+  [ "${MMELA_INSTALLER:-uv}" = pip ] || { uv_settings; find_uv; }
+  step "torch, mmdet, mmpretrain and the rest (the first time a download of 2.6 GB)" install_all
+  [ "$operators" = lite ] || step "mmcv with its operators" compile_mmcv
+  step "mmela, editable" install --no-deps --no-build-isolation -e "$root"
   step "trying the imports" try_imports
 
   survey "$python" torch
@@ -341,10 +304,15 @@ set_up_venv() {
 # --- which one --------------------------------------------------------------
 
 force=no
+uv=''
 case ${1:-} in
   '') ;;
   --force) force=yes ;;
   *) die "unknown argument '$1' (there is only --force)" ;;
+esac
+case ${MMELA_MMCV:-lite} in
+  lite | compiled) ;;
+  *) die "MMELA_MMCV is '$MMELA_MMCV'; it can be lite or compiled" ;;
 esac
 
 if [ -n "${MMELA_PYTHON:-}" ]; then
@@ -369,7 +337,6 @@ if [ -n "$active" ] && [ ! "$active" -ef "$venv" ] &&
 fi
 
 python=$venv/bin/python
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/mmela
 if ! is_set_up; then
   take_lock
   is_set_up || set_up_venv  # another run may have done it meanwhile

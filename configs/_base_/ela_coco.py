@@ -1,9 +1,3 @@
-# Pruning as in the ELA paper, section 4.2. The paper gives no gamma.
+# For configs that bring their own ELAResNet.
+_base_ = './pruning/ela_coco.py'
 custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
-custom_hooks = [
-    dict(
-        type='LayerAttentionPruningHook',
-        windows=[(1, 1), (7, 7)],
-        policy=dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.2),
-    )
-]

@@ -1,3 +1,1 @@
-_base_ = './resnet20-ela_1xb128_cifar10.py'
-
-model = dict(backbone=dict(depth=110))
+_base_ = ['./resnet110-mrla-base_1xb128_cifar10.py', '../_base_/pruning/ela_cifar.py']

@@ -1,3 +1,3 @@
-_base_ = './resnet20-kcla_1xb128_cifar100.py'
+_base_ = ['./resnet110_1xb128_cifar100.py', '../_base_/attentions/kcla_cifar.py']
 
-model = dict(backbone=dict(depth=110))
+model = dict(backbone=_base_.backbone)

@@ -1,3 +1,3 @@
-_base_ = './resnet20-mrla-base_1xb128_cifar100.py'
+_base_ = ['./resnet110_1xb128_cifar100.py', '../_base_/attentions/mrla-base_cifar.py']
 
-model = dict(backbone=dict(depth=110))
+model = dict(backbone=_base_.backbone)

@@ -1,3 +1,6 @@
-_base_ = './resnet20_1xb128_cifar10.py'
-
-model = dict(backbone=dict(depth=110))
+_base_ = [
+    '../_base_/models/resnet110_cifar.py',
+    '../_base_/datasets/cifar10_bs128.py',
+    '../_base_/schedules/cifar_180e.py',
+    'mmpretrain::_base_/default_runtime.py',
+]

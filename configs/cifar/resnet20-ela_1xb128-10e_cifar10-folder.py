@@ -1,14 +1,6 @@
 _base_ = [
-    '../_base_/models/resnet-ela_cifar.py',
-    '../_base_/datasets/cifar10-folder_bs128.py',
-    '../_base_/schedules/cifar_10e.py',
-    'mmpretrain::_base_/default_runtime.py',
+    './resnet20-mrla-base_1xb128-10e_cifar10-folder.py',
+    '../_base_/pruning/ela_cifar.py',
 ]
 
-custom_hooks = [
-    dict(
-        type='LayerAttentionPruningHook',
-        windows=[(1, 2), (5, 5)],
-        policy=dict(type='EBQM', gamma=0.5, alpha=5, beta=1, mu=0.3),
-    )
-]
+custom_hooks = [dict(_base_.custom_hooks[0], windows=[(1, 2), (5, 5)])]

@@ -1,6 +1,1 @@
-_base_ = [
-    '../_base_/models/resnet-ela_cifar.py',
-    '../_base_/datasets/cifar10_bs128.py',
-    '../_base_/schedules/cifar_180e.py',
-    'mmpretrain::_base_/default_runtime.py',
-]
+_base_ = ['./resnet20-mrla-base_1xb128_cifar10.py', '../_base_/pruning/ela_cifar.py']

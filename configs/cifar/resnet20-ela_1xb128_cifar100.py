@@ -1,8 +1,1 @@
-_base_ = [
-    '../_base_/models/resnet-ela_cifar.py',
-    '../_base_/datasets/cifar100_bs128.py',
-    '../_base_/schedules/cifar_180e.py',
-    'mmpretrain::_base_/default_runtime.py',
-]
-
-model = dict(head=dict(num_classes=100))
+_base_ = ['./resnet20-mrla-base_1xb128_cifar100.py', '../_base_/pruning/ela_cifar.py']

@@ -1,8 +1,3 @@
-_base_ = [
-    '../_base_/models/resnet-mla_cifar.py',
-    '../_base_/datasets/cifar100_bs128.py',
-    '../_base_/schedules/cifar_180e.py',
-    'mmpretrain::_base_/default_runtime.py',
-]
+_base_ = ['./resnet20_1xb128_cifar100.py', '../_base_/attentions/mla_cifar.py']
 
-model = dict(head=dict(num_classes=100))
+model = dict(backbone=_base_.backbone)

@@ -1,6 +1,6 @@
 _base_ = [
-    '../_base_/models/resnet-mrla-base_cifar.py',
-    '../_base_/datasets/cifar10-folder_bs128.py',
-    '../_base_/schedules/cifar_10e.py',
-    'mmpretrain::_base_/default_runtime.py',
+    './resnet20_1xb128-10e_cifar10-folder.py',
+    '../_base_/attentions/mrla-base_cifar.py',
 ]
+
+model = dict(backbone=_base_.backbone)

@@ -1,3 +1,1 @@
-_base_ = './resnet20-ela_1xb128_cifar10.py'
-
-model = dict(backbone=dict(depth=56))
+_base_ = ['./resnet56-mrla-base_1xb128_cifar10.py', '../_base_/pruning/ela_cifar.py']

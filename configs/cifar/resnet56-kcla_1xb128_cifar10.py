@@ -1,3 +1,3 @@
-_base_ = './resnet20-kcla_1xb128_cifar10.py'
+_base_ = ['./resnet56_1xb128_cifar10.py', '../_base_/attentions/kcla_cifar.py']
 
-model = dict(backbone=dict(depth=56))
+model = dict(backbone=_base_.backbone)

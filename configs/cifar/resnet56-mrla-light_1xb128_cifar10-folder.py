@@ -1,3 +1,6 @@
-_base_ = './resnet20-mrla-light_1xb128_cifar10-folder.py'
+_base_ = [
+    './resnet56_1xb128_cifar10-folder.py',
+    '../_base_/attentions/mrla-light_cifar.py',
+]
 
-model = dict(backbone=dict(depth=56))
+model = dict(backbone=_base_.backbone)

@@ -1,3 +1,6 @@
-_base_ = './resnet20_1xb128_cifar10-folder.py'
-
-model = dict(backbone=dict(depth=56))
+_base_ = [
+    '../_base_/models/resnet56_cifar.py',
+    '../_base_/datasets/cifar10-folder_bs128.py',
+    '../_base_/schedules/cifar_180e.py',
+    'mmpretrain::_base_/default_runtime.py',
+]

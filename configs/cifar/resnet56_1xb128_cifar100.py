@@ -1,3 +1,8 @@
-_base_ = './resnet20_1xb128_cifar100.py'
+_base_ = [
+    '../_base_/models/resnet56_cifar.py',
+    '../_base_/datasets/cifar100_bs128.py',
+    '../_base_/schedules/cifar_180e.py',
+    'mmpretrain::_base_/default_runtime.py',
+]
 
-model = dict(backbone=dict(depth=56))
+model = dict(head=dict(num_classes=_base_.data_preprocessor.num_classes))

@@ -1,8 +1,4 @@
-_base_ = './faster-rcnn_r50_ela_fpn_1x_coco.py'
-
-model = dict(
-    backbone=dict(
-        depth=101,
-        init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet101'),
-    )
-)
+_base_ = [
+    './faster-rcnn_r101_mrla-base_fpn_1x_coco.py',
+    '../_base_/pruning/ela_coco.py',
+]

@@ -1,8 +1,3 @@
-_base_ = './deit-small_8xb128_in1k.py'
-custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
+_base_ = ['./deit-small_8xb128_in1k.py', '../_base_/attentions/mrla-light_deit.py']
 
-model = dict(
-    backbone=dict(
-        type='ELAVisionTransformer', layer_attention=dict(type='MRLALight', head_dim=16)
-    )
-)
+model = dict(backbone=_base_.backbone)

@@ -1,8 +1,6 @@
-_base_ = './efficientnet-b0_8xb96_in1k.py'
-custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
+_base_ = [
+    './efficientnet-b0_8xb96_in1k.py',
+    '../_base_/attentions/mrla-light_efficientnet.py',
+]
 
-model = dict(
-    backbone=dict(
-        type='ELAEfficientNet', layer_attention=dict(type='MRLALight', head_dim=8)
-    )
-)
+model = dict(backbone=_base_.backbone)

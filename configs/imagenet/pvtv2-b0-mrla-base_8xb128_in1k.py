@@ -1,7 +1,3 @@
-_base_ = './pvtv2-b0_8xb128_in1k.py'
+_base_ = ['./pvtv2-b0_8xb128_in1k.py', '../_base_/attentions/mrla-base_pvtv2.py']
 
-model = dict(
-    backbone=dict(
-        layer_attention=dict(type='MRLABase', head_dim=16), attention_blocks=None
-    )
-)
+model = dict(backbone=_base_.backbone)

@@ -1,3 +1,1 @@
-_base_ = './resnet50-ela_8xb32_in1k.py'
-
-model = dict(backbone=dict(depth=101))
+_base_ = ['./resnet101-mrla-base_8xb32_in1k.py', '../_base_/pruning/ela_in1k.py']

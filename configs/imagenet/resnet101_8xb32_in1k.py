@@ -1,3 +1,7 @@
-_base_ = './resnet50_8xb32_in1k.py'
-
-model = dict(backbone=dict(depth=101))
+# A plain ResNet, for comparison under the same schedule.
+_base_ = [
+    'mmpretrain::_base_/models/resnet101.py',
+    'mmpretrain::_base_/datasets/imagenet_bs32.py',
+    '../_base_/schedules/imagenet_100e.py',
+    'mmpretrain::_base_/default_runtime.py',
+]

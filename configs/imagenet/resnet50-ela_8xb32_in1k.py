@@ -1,6 +1,1 @@
-_base_ = [
-    '../_base_/models/resnet-ela_in1k.py',
-    'mmpretrain::_base_/datasets/imagenet_bs32.py',
-    '../_base_/schedules/imagenet_100e.py',
-    'mmpretrain::_base_/default_runtime.py',
-]
+_base_ = ['./resnet50-mrla-base_8xb32_in1k.py', '../_base_/pruning/ela_in1k.py']

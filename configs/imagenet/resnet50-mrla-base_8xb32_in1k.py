@@ -1,6 +1,3 @@
-_base_ = [
-    '../_base_/models/resnet-mrla-base_in1k.py',
-    'mmpretrain::_base_/datasets/imagenet_bs32.py',
-    '../_base_/schedules/imagenet_100e.py',
-    'mmpretrain::_base_/default_runtime.py',
-]
+_base_ = ['./resnet50_8xb32_in1k.py', '../_base_/attentions/mrla-base_in1k.py']
+
+model = dict(backbone=_base_.backbone)

@@ -1,4 +1,7 @@
 # SE in every block, for comparison under the same schedule.
-_base_ = './resnet101_8xb32_in1k.py'
-
-model = dict(backbone=dict(type='SEResNet'))
+_base_ = [
+    'mmpretrain::_base_/models/seresnet101.py',
+    'mmpretrain::_base_/datasets/imagenet_bs32.py',
+    '../_base_/schedules/imagenet_100e.py',
+    'mmpretrain::_base_/default_runtime.py',
+]

@@ -1,8 +1,6 @@
-_base_ = './mask-rcnn_r50_nl_fpn_1x_coco.py'
+_base_ = [
+    'mmdet::mask_rcnn/mask-rcnn_r101_fpn_1x_coco.py',
+    '../_base_/attentions/nl_coco.py',
+]
 
-model = dict(
-    backbone=dict(
-        depth=101,
-        init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet101'),
-    )
-)
+model = dict(backbone=_base_.backbone)

@@ -1,3 +1,6 @@
-_base_ = './mask-rcnn_r50_se_fpn_1x_coco.py'
+_base_ = [
+    'mmdet::mask_rcnn/mask-rcnn_r101_fpn_1x_coco.py',
+    '../_base_/attentions/se_r101_coco.py',
+]
 
-model = dict(backbone=dict(depth=101))
+model = dict(backbone=_base_.backbone)

@@ -1,3 +1,6 @@
-_base_ = './retinanet_r50_se_fpn_1x_coco.py'
+_base_ = [
+    'mmdet::retinanet/retinanet_r101_fpn_1x_coco.py',
+    '../_base_/attentions/se_r101_coco.py',
+]
 
-model = dict(backbone=dict(depth=101))
+model = dict(backbone=_base_.backbone)

@@ -1,10 +1,6 @@
-_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
-custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
+_base_ = [
+    'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+    '../_base_/attentions/mrla-light_coco.py',
+]
 
-# zero_init: the checkpoint is that of a plain ResNet
-model = dict(
-    backbone=dict(
-        type='ELAResNet',
-        layer_attention=dict(type='MRLALight', head_dim=32, zero_init=True),
-    )
-)
+model = dict(backbone=_base_.backbone)

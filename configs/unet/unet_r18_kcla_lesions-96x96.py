@@ -3,19 +3,8 @@
 _base_ = ['unet_r18_kcla_kvasir-256x256.py']
 data_root = 'data/lesions'
 # The images are rendered at this size.
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations'),
-    dict(type='RandomFlip', prob=0.5, direction='horizontal'),
-    dict(type='RandomFlip', prob=0.5, direction='vertical'),
-    dict(type='RandomRotate', prob=0.5, degree=180.0, pad_val=0, seg_pad_val=0),
-    dict(type='PackSegInputs'),
-]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs'),
-]
+train_pipeline = [step for step in _base_.train_pipeline if step['type'] != 'Resize']
+test_pipeline = [step for step in _base_.test_pipeline if step['type'] != 'Resize']
 train_dataloader = dict(
     num_workers=1, dataset=dict(data_root=data_root, pipeline=train_pipeline)
 )

@@ -1,6 +1,6 @@
-_base_ = ['unet_r18_plain_kvasir-256x256.py']
-model = dict(
-    backbone=dict(
-        type='ELAUNetResNet', layer_attention=dict(type='MRLALight', head_dim=16)
-    )
-)
+_base_ = [
+    './unet_r18_plain_kvasir-256x256.py',
+    '../_base_/attentions/mrla-light_unet.py',
+]
+
+model = dict(backbone=_base_.backbone)

@@ -1,6 +1,7 @@
 """What the layer attentions of a network do on images."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Dict, Iterable, List, Optional, Sequence, Tuple, Union
@@ -9,16 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..hooks import NetworkKLMeter, decide
-from ..hooks.kl_meter import REDUCTIONS
-from ..layers import (
-    AttentionStage,
-    AttentionState,
-    HookedAttentionStage,
-    LayerAttention,
-)
-from ..pruning import PRUNING_POLICIES
-from ..structure import attention_stages
+from ..hooks.meter import NetworkKLMeter, check_measurement
+from ..layers import AttentionState, HookedAttentionStage, LayerAttention
+from ..pruning import LayerDecision, PruningPolicy, build_policy
+from ..structure import AttentionStage, attention_stages
 
 BINS = 20
 
@@ -285,8 +280,9 @@ def measure_attention(
           does not apply.
         - ``histogram`` (list[int] | None): See
           :attr:`StageRecorder.histogram`, over all stages.
-        - ``decision`` (dict | None): The ``policy``, and for each attention in
-          ``layers`` its divergence and what the policy would decide now.
+        - ``decision`` (dict | None): What the policy would decide now, as of
+          :meth:`~mmela.pruning.PruningDecision.to_dict`; what is pruned
+          already is among its layers, without a divergence.
         - ``left_out`` (list[str]): What does not apply and why.
 
     Raises:
@@ -296,14 +292,8 @@ def measure_attention(
     stages = attention_stages(model)
     if not stages:
         raise ValueError('the network has no layer attention')
-    policy = dict(policy or dict(type='EBQM'))
-    try:
-        # The scope keeps mmengine from looking among the toolbox's own.
-        judge = PRUNING_POLICIES.build(dict(policy, _scope_='mmela'))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f'policy {policy}: {error}') from error
-    if reduction not in REDUCTIONS or not 0 < eps < 1:
-        raise ValueError(f'reduction={reduction!r} or eps={eps} is not allowed')
+    judge = build_policy(policy)
+    check_measurement(reduction, eps)
     distributions = {
         name: stage
         for name, stage in stages.items()
@@ -337,9 +327,7 @@ def measure_attention(
         left_out=[],
     )
     if distributions:
-        result['decision'] = _judge(
-            distributions, meter, judge, policy, reduction, eps, result['left_out']
-        )
+        result['decision'] = _judge(meter, judge, result['left_out'])
     result['left_out'] += _left_out(result['stages'])
     return result
 
@@ -364,7 +352,7 @@ def save_measurement(
         dict: What was written.
     """
     content = dict(
-        format=1,
+        format=2,
         config=Path(config).name,
         checkpoint=Path(checkpoint).name,
         data=data,
@@ -455,51 +443,34 @@ def _contributions(stage: AttentionStage) -> Optional[dict]:
 
 
 def _judge(
-    stages,
-    meter: NetworkKLMeter,
-    judge,
-    policy: dict,
-    reduction: str,
-    eps: float,
-    left_out: List[str],
+    meter: NetworkKLMeter, policy: PruningPolicy, left_out: List[str]
 ) -> Optional[dict]:
-    """Divergences of all attentions and what the policy makes of them."""
+    """What the policy makes of the divergences, and what is pruned already."""
     try:
-        layers = decide(stages, meter.compute(), judge)
+        decision = meter.decide(policy)
     except ValueError as error:
         left_out.append(f'KL divergence and policy: {error}')
         return None
-    if all(layer['mapped'] is None for layer in layers):
+    if all(layer.mapped is None for layer in decision.layers):
         left_out.append(
             'curve of the policy: it maps no divergence, which '
             'takes at least two different ones up to the quantile '
             'and a policy with a mapping'
         )
-    rows = {layer['name']: layer for layer in layers}
-    notes = {
+    known = {layer.name: layer for layer in decision.layers}
+    reasons = {
         AttentionState.VALUE_ONLY: '✕ pruned, key and value stay',
         AttentionState.PRUNED: '✕ pruned',
     }
-    result = []
-    for stage_name, stage in stages.items():
-        for name, block in stage.named_children():
-            if not hasattr(block, 'layer_attn'):
-                continue
-            name = f'{stage_name}.{name}.layer_attn'
-            state = block.layer_attn.attention_state
-            row = rows.get(name) or dict(
-                name=name,
-                stage=stage_name,
-                kl=None,
-                normalized=None,
-                mapped=None,
-                threshold=None,
-                skip=False,
-                reason='pruned before',
-                note=notes.get(state),
+    layers = []
+    for stage_name, stage in meter.stages.items():
+        for name, attention in stage.named_attentions().items():
+            name = f'{stage_name}.{name}'
+            gone = reasons.get(attention.attention_state, '')
+            layers.append(
+                known.get(name) or LayerDecision(name, stage_name, reason=gone)
             )
-            result.append(dict(row, state=state.name.lower()))
-    return dict(policy=policy, reduction=reduction, eps=eps, layers=result)
+    return replace(decision, layers=tuple(layers)).to_dict()
 
 
 def _left_out(stages: Dict[str, dict]) -> List[str]:

@@ -12,8 +12,10 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from .plots import MARKERS, WIDTH, Plot, Theme, _legend_above, kl_plot, mapping_plot
-from .run import short_name
+from ..pruning import PruningDecision
+from .decision_plots import kl_plot, mapping_plot
+from .drawing import MARKERS, WIDTH, Plot, Theme, legend_above
+from .work_dir import short_name
 
 # Blue to yellow, of evenly growing lightness: also without colour vision
 COLOURS = 'cividis'
@@ -29,7 +31,7 @@ class Picture(NamedTuple):
         title (str): What it shows.
         caption (str): How to read it, one or two sentences.
         plot (Callable[[Figure, Theme], None]): For
-            :func:`mmela.analysis.plots.draw`.
+            :func:`mmela.analysis.drawing.draw`.
         detail (bool): Whether it is one for a closer look, which a report
             leaves out. Defaults to False.
         stage (str): Name of the stage of which it is the map; empty for other
@@ -76,23 +78,23 @@ def attention_pictures(result: dict) -> Iterator[Picture]:
                 heads_plot(stage),
                 True,
             )
-    decision = result['decision']
-    if decision and any(x['state'] == 'active' for x in decision['layers']):
+    if result['decision'] and any('active' in s['states'] for s in stages.values()):
+        decision = PruningDecision.from_dict(result['decision'])
         yield Picture(
             'kl',
             'KL divergence of adjacent active attentions',
             'How much the weights of an attention differ from those of the '
             'active one before it in its stage. Hatched: what the policy '
             'would prune now; ✕ alone: what is pruned already.',
-            kl_plot(dict(layers=decision['layers']), decision['policy'], NOW),
+            kl_plot(decision, NOW),
         )
-        if any(x['mapped'] is not None for x in decision['layers']):
+        if any(layer.mapped is not None for layer in decision.layers):
             yield Picture(
                 'policy',
                 'What the policy makes of the divergences',
                 'Below the threshold is redundant. What is above the quantile '
                 'is not mapped and not shown.',
-                mapping_plot(decision, decision['policy'], NOW),
+                mapping_plot(decision, NOW),
             )
     if any(stage['features'] for stage in stages.values()):
         yield Picture(
@@ -179,7 +181,7 @@ def map_plot(stage: dict) -> Plot:
 
     Returns:
         Callable[[Figure, Theme], None]: Plot for
-        :func:`mmela.analysis.plots.draw`.
+        :func:`mmela.analysis.drawing.draw`.
     """
     count = len(stage['states'])
 
@@ -202,7 +204,7 @@ def map_pair_plot(stages: Sequence[Tuple[str, dict]]) -> Plot:
 
     Returns:
         Callable[[Figure, Theme], None]: Plot for
-        :func:`mmela.analysis.plots.draw`.
+        :func:`mmela.analysis.drawing.draw`.
     """
 
     def plot(figure: Figure, theme: Theme) -> None:
@@ -254,7 +256,7 @@ def heads_plot(stage: dict) -> Plot:
 
     Returns:
         Callable[[Figure, Theme], None]: Plot for
-        :func:`mmela.analysis.plots.draw`.
+        :func:`mmela.analysis.drawing.draw`.
     """
     heads = [_array(rows) for rows in stage['maps']['heads']]
     count = len(stage['states'])
@@ -335,7 +337,7 @@ def _series(axes: Axes, stages: dict, key: str, theme: Theme) -> None:
             )
     axes.grid(color=theme.faint, linewidth=0.6)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend_above(axes, 4)
+    legend_above(axes, 4)
 
 
 def similarity_plot(stages: dict, key: str, histogram: Sequence[int] = None) -> Plot:
@@ -349,7 +351,7 @@ def similarity_plot(stages: dict, key: str, histogram: Sequence[int] = None) -> 
 
     Returns:
         Callable[[Figure, Theme], None]: Plot for
-        :func:`mmela.analysis.plots.draw`.
+        :func:`mmela.analysis.drawing.draw`.
     """
     absolute = 'absolute ' if key == 'queries' else ''
 
@@ -394,7 +396,7 @@ def contributions_plot(stages: dict) -> Plot:
 
     Returns:
         Callable[[Figure, Theme], None]: Plot for
-        :func:`mmela.analysis.plots.draw`.
+        :func:`mmela.analysis.drawing.draw`.
     """
 
     def plot(figure: Figure, theme: Theme) -> None:

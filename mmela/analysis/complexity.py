@@ -10,7 +10,7 @@ from torch import nn, no_grad, zeros
 
 from ..layers import AttentionState
 from ..structure import layer_attentions, prune
-from .run import Run
+from .work_dir import Run
 
 
 @dataclass
@@ -142,16 +142,14 @@ def _phases(run: Run, backbone: nn.Module, size: Tuple[int, int]) -> List[Comple
             used_parameters(backbone),
         )
 
-    if not run.prunings:
+    if not run.decisions:
         return [cost('as configured')]
-    measured = {x['name'] for x in run.prunings[0]['layers']}
+    measured = {layer.name for layer in run.decisions[0].layers}
     # A run may start with a pruned network.
     prune(backbone, [n for n in attentions if prefix + n not in measured])
     costs = [cost('before pruning')]
-    for pruning in run.prunings:
-        names = [
-            name[len(prefix) :] for name in pruning['pruned'] if name.startswith(prefix)
-        ]
-        prune(backbone, names, run.hook.get('keep_value', False))
-        costs.append(cost(f'after {pruning["unit"]} {pruning["window"][1]}'))
+    for decision in run.decisions:
+        names = [n[len(prefix) :] for n in decision.pruned if n.startswith(prefix)]
+        prune(backbone, names, decision.keep_value)
+        costs.append(cost(f'after {decision.unit} {decision.window[1]}'))
     return costs

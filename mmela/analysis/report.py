@@ -4,21 +4,18 @@ import re
 from pathlib import Path
 from typing import List, Optional, Tuple, Union
 
-from ..hooks import format_decisions
+from ..engine.tables import decision_table, printable
+from ..pruning.record import check_name
 from .attention_plots import attention_pictures
 from .complexity import backbone_complexity
-from .plots import (
-    Plot,
-    draw,
-    kl_plot,
-    loss_plot,
-    mapping_plot,
-    metric_groups,
-    metrics_plot,
-    timeline_plot,
-)
-from .run import Run, short_name
-from .template import TEMPLATE
+from .decision_plots import kl_plot, mapping_plot
+from .drawing import Plot, draw
+from .report_page import TEMPLATE
+from .run_plots import loss_plot, metric_groups, metrics_plot, timeline_plot
+from .work_dir import Run, short_name
+
+# What drawing or reading a file of another content may raise
+_MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) -> Path:
@@ -56,23 +53,25 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
             for path in draw(plot, pictures / f'{name}.png')
         )
 
-    policy = run.hook['policy'] if run.hook else None
     steps = run.step_times()
-    prunings = []
-    for pruning, before, after in zip(run.prunings, steps, steps[1:]):
-        name = f'{pruning["unit"]}_{pruning["window"][1]}'
+    decisions = []
+    for decision, before, after in zip(run.decisions, steps, steps[1:]):
+        name = f'{decision.unit}_{decision.window[1]}'
         curve = None
-        if any(x['mapped'] is not None for x in pruning['layers']):
-            curve = inline(mapping_plot(pruning, policy), f'mapping_{name}')
-        bars = inline(kl_plot(pruning, policy), f'kl_{name}')
-        prunings.append((pruning, bars, curve, before, after))
+        if any(layer.mapped is not None for layer in decision.layers):
+            curve = inline(mapping_plot(decision), f'mapping_{name}')
+        bars = inline(kl_plot(decision), f'kl_{name}')
+        decisions.append((decision, bars, curve, before, after))
     shown, maps = [], {}
-    for name, prefix, result in analyses:
+    for path, name, prefix, result in analyses:
         drawn = []
         for picture in attention_pictures(result):
             if picture.detail:
                 continue
-            pair = inline(picture.plot, f'{prefix}_{picture.name}')
+            try:
+                pair = inline(picture.plot, f'{prefix}_{picture.name}')
+            except _MALFORMED as error:
+                raise ValueError(f'{path} cannot be drawn: {error!r}') from error
             if len(analyses) > 1 and picture.stage:
                 # Side by side, to be compared
                 states = result['stages'][picture.stage]['states']
@@ -96,16 +95,15 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
         analyses=shown,
         maps=list(maps.values()),
         steps=[step for step in steps if step.count],
-        policy=_call(policy) if policy else '',
         last_step=last_step,
         last=run.metrics.get(last_step, {}),
-        prunings=prunings,
+        decisions=decisions,
         metrics_picture=inline(metrics_plot(run), 'metrics')
         if metric_groups(run)
         else None,
         loss_picture=inline(loss_plot(run), 'loss') if run.losses else None,
         timeline_picture=inline(timeline_plot(run), 'timeline')
-        if run.prunings
+        if run.decisions
         else None,
     )
     path = run.work_dir / 'report.html' if out is None else Path(out)
@@ -113,12 +111,13 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
     return path
 
 
-def read_analyses(work_dir: Path) -> List[Tuple[str, str, dict]]:
+def read_analyses(work_dir: Path) -> List[Tuple[Path, str, str, dict]]:
     """Measurements in a work directory.
 
     Returns:
-        list[tuple[str, str, dict]]: Folder, start of file names and content of
-        each ``layer_attention.json``, in the order of the epochs in the names.
+        list[tuple[Path, str, str, dict]]: Path, name of the checkpoint, start
+        of file names and content of each ``layer_attention.json``, in the
+        order of the epochs in the folders' names.
 
     Raises:
         ValueError: If one cannot be read.
@@ -136,17 +135,19 @@ def read_analyses(work_dir: Path) -> List[Tuple[str, str, dict]]:
     for index, path in enumerate(found):
         try:
             result = json.loads(path.read_text(encoding='utf-8'))
-            if result['format'] != 1:
+            if result['format'] not in (1, 2):
                 raise ValueError(f'format {result["format"]}')
+            for stage in result['stages']:
+                check_name(stage)
             list(attention_pictures(result))
             name = Path(str(result['checkpoint'])).stem
             for key in ('images', 'data', 'left_out'):
                 result[key]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (*_MALFORMED, RecursionError) as error:
             raise ValueError(
                 f'{path} is not of tools/analysis/layer_attention.py: {error!r}'
             ) from error
-        analyses.append((name, f'attention_{index}', result))
+        analyses.append((path, name, f'attention_{index}', result))
     return analyses
 
 
@@ -170,16 +171,16 @@ def summarize(work_dir: Union[str, Path], report: Union[str, Path, None] = None)
     """
     run = Run(work_dir)
     lines: List[str] = []
-    for pruning in run.prunings:
-        pruned = ', '.join(map(short_name, pruning['pruned'])) or 'nothing'
+    for decision in run.decisions:
+        pruned = ', '.join(map(short_name, decision.pruned)) or 'nothing'
         lines += [
-            f'After {pruning["unit"]} {pruning["window"][1]}: '
-            f'{len(pruning["layers"])} -> {len(pruning["active"])} active '
+            f'After {decision.unit} {decision.window[1]}: '
+            f'{len(decision.layers)} -> {len(decision.active)} active '
             f'attentions; pruned: {pruned}',
-            format_decisions(pruning['layers']),
+            decision_table(decision.layers),
             '',
         ]
-    if not run.prunings:
+    if not run.decisions:
         lines += ['No attention was pruned in this run.', '']
     lines += _metric_lines(run)
 
@@ -197,7 +198,7 @@ def summarize(work_dir: Union[str, Path], report: Union[str, Path, None] = None)
         for label, path in files
         if path is not None and path.exists()
     ]
-    return '\n'.join(lines)
+    return '\n'.join(map(printable, '\n'.join(lines).split('\n')))
 
 
 def _metric_lines(run: Run) -> List[str]:
@@ -227,9 +228,3 @@ def _metric_lines(run: Run) -> List[str]:
         )
         lines.append(f'{run.unit.capitalize()} {step}: {values} ({steps[step]})')
     return lines
-
-
-def _call(cfg: dict) -> str:
-    """Write a config as a call, ``EBQM(gamma=0.5, mu=0.2)``."""
-    arguments = ', '.join(f'{k}={v!r}' for k, v in cfg.items() if k != 'type')
-    return f'{cfg.get("type")}({arguments})'

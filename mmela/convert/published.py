@@ -243,8 +243,8 @@ def published_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
         arch (str): One of :data:`ARCHS`.
 
     Returns:
-        dict: Config of an ``ELAResNet`` or ``ELAResNet_CIFAR``. Its ``depth``
-        is None where no standard network has as many blocks.
+        dict: Config of an ``ELAResNet`` or ``ELABottleneckResNet_CIFAR``. Its
+        ``depth`` is None where no standard network has as many blocks.
 
     Raises:
         ValueError: If a tensor that tells the sizes has another shape.
@@ -269,7 +269,8 @@ def published_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
         heads = _shape(tensors, 'layer1.0.layer_attn.head_attention.weight', 2)[0]
         channels = _shape(tensors, 'layer1.0.layer_attn.norm.weight', 1)[0]
         head_dim = channels // heads
-    cfg = dict(type='ELAResNet_CIFAR' if cifar else 'ELAResNet', depth=depth)
+    name = 'ELABottleneckResNet_CIFAR' if cifar else 'ELAResNet'
+    cfg = dict(type=name, depth=depth)
     default = 16 if cifar else 64
     if stem_width != default:
         cfg['stem_channels'] = stem_width

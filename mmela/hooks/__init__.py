@@ -1,11 +1,4 @@
-from .decide import decide
-from .kl_meter import KLMeter, NetworkKLMeter
-from .layer_attention_pruning_hook import LayerAttentionPruningHook, format_decisions
+from .layer_attention_pruning_hook import LayerAttentionPruningHook
+from .meter import KLMeter, NetworkKLMeter
 
-__all__ = [
-    'KLMeter',
-    'LayerAttentionPruningHook',
-    'NetworkKLMeter',
-    'decide',
-    'format_decisions',
-]
+__all__ = ['KLMeter', 'LayerAttentionPruningHook', 'NetworkKLMeter']

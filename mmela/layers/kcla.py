@@ -151,7 +151,7 @@ class KCLA(QKVLayerAttention):
 
         self._take_over(memory)
         weight = self._weigh(norm)
-        if memory.mean is None:
+        if memory.mean is None or memory.mass is None:
             memory.mean, memory.mass = token, weight
         else:
             memory.mass = memory.mass + weight

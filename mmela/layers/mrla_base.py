@@ -1,6 +1,6 @@
 import math
 from dataclasses import dataclass, field
-from typing import List
+from typing import List, Tuple
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class MRLABase(QKVLayerAttention):
         values: List[Tensor] = field(default_factory=list)
 
     prunable = True
-    used_by_value = ('key', 'value', 'pre_norm')
+    used_by_value: Tuple[str, ...] = ('key', 'value', 'pre_norm')
 
     def __init__(
         self, channels: int, head_dim: int = 32, backend: str = 'auto', **kwargs

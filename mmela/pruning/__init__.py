@@ -5,23 +5,27 @@ from .ebqm import EBQMResult, ebqm
 from .policies import (
     EBQM,
     FixedCount,
-    PruningDecision,
     PruningPolicy,
     QuantileMapping,
     Threshold,
+    build_policy,
 )
+from .record import LayerDecision, PruningDecision, PruningReport
 from .registry import PRUNING_POLICIES
 
 __all__ = [
     'EBQM',
     'EBQMResult',
     'FixedCount',
+    'LayerDecision',
     'PRUNING_POLICIES',
     'PruningDecision',
     'PruningPolicy',
+    'PruningReport',
     'QuantileMapping',
     'Threshold',
     'attention_kl',
+    'build_policy',
     'ebqm',
     'safe_log',
 ]

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 
@@ -37,11 +38,12 @@ def attention_kl(log_p, log_q, eps: float = 1e-8):
             f'the later block attends over {more} tokens and the earlier one '
             f'over {tokens}; it must be more'
         )
-    if isinstance(log_p, np.ndarray):
-        exp, where = np.exp, np.where
-    else:
-        from torch import exp, where
-    p = exp(log_p)
+    library: Any = np
+    if not isinstance(log_p, np.ndarray):
+        import torch
+
+        library = torch
+    p, where = library.exp(log_p), library.where
     # p log(p / q) -> 0 for p -> 0, but 0 * inf is NaN: whether log p is -inf
     # or p has underflowed, leave no infinity to multiply by.
     zero = p == 0

@@ -66,7 +66,7 @@ def check_kl(kl: Sequence[float], names: Optional[Sequence[str]] = None) -> np.n
     kl = np.asarray(kl, dtype=np.float64)
     if kl.ndim != 1:
         raise ValueError(f'kl has shape {kl.shape}; it must be (L,)')
-    for index in np.flatnonzero(~np.isfinite(kl)):
+    for index in np.flatnonzero(~np.isfinite(kl)).tolist():
         name = names[index] if names is not None else f'layer {index}'
         raise ValueError(
             f'KL divergence of {name} is {kl[index]}; it must be '

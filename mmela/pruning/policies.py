@@ -1,67 +1,13 @@
 from abc import ABCMeta, abstractmethod
-from dataclasses import dataclass
-from typing import List, Optional, Sequence
+from dataclasses import replace
+from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from scipy import special
 
 from .ebqm import EBQMResult, beta_cdf, check_kl, check_number, map_quantiles
+from .record import LayerDecision
 from .registry import PRUNING_POLICIES
-
-
-@dataclass(frozen=True)
-class PruningDecision:
-    """What a policy decides on ``L`` active attentions.
-
-    Attributes:
-        names (tuple[str]): Names of the attentions.
-        kl (ndarray): KL divergences, NaN where unmeasured, (L,).
-        skip (ndarray): Whether an attention is pruned, (L,).
-        normalized (ndarray): Normalised KL divergence, NaN where undefined.
-        mapped (ndarray): What is compared with ``threshold``, NaN where
-            undefined.
-        threshold (float): NaN for a policy without one.
-        reasons (tuple[str]): Why each attention is pruned or kept.
-        selected (ndarray): Whether an attention is a candidate, i.e. measured
-            and, under EBQM, in the set S, (L,).
-        quantile (ndarray): The largest divergence that a candidate of its pool
-            may have, NaN where undefined, (L,). It is per attention because
-            ``scope='stage'`` has one for each stage.
-    """
-
-    names: tuple
-    kl: np.ndarray
-    skip: np.ndarray
-    normalized: np.ndarray
-    mapped: np.ndarray
-    threshold: float
-    reasons: tuple
-    selected: np.ndarray
-    quantile: np.ndarray
-
-    def rows(self) -> List[dict]:
-        """The decision as plain values, one dict per attention.
-
-        Returns:
-            list[dict]: With keys ``name``, ``kl``, ``normalized``, ``mapped``,
-            ``threshold`` (None instead of NaN), ``skip`` and ``reason``.
-        """
-
-        def plain(value):
-            return None if np.isnan(value) else float(value)
-
-        return [
-            dict(
-                name=name,
-                kl=plain(self.kl[i]),
-                normalized=plain(self.normalized[i]),
-                mapped=plain(self.mapped[i]),
-                threshold=plain(self.threshold),
-                skip=bool(self.skip[i]),
-                reason=self.reasons[i],
-            )
-            for i, name in enumerate(self.names)
-        ]
 
 
 class PruningPolicy(metaclass=ABCMeta):
@@ -82,7 +28,7 @@ class PruningPolicy(metaclass=ABCMeta):
         ValueError: If an argument is out of range.
     """
 
-    threshold = np.nan
+    threshold: Optional[float] = None
 
     def __init__(
         self,
@@ -104,6 +50,12 @@ class PruningPolicy(metaclass=ABCMeta):
             else _check_count('max_pruned', max_pruned, 0)
         )
 
+    @property
+    def config(self) -> dict:
+        """dict: Config of this policy, its defaults included; a subclass keeps
+        its arguments as attributes of the same names."""
+        return dict(type=type(self).__name__, **vars(self))
+
     def __repr__(self) -> str:
         arguments = ', '.join(
             f'{k}={v!r}' for k, v in vars(self).items() if v is not None
@@ -121,112 +73,182 @@ class PruningPolicy(metaclass=ABCMeta):
             EBQMResult: The decision before the limits.
         """
 
+    def map(self, x: np.ndarray) -> Optional[np.ndarray]:
+        """Map normalised values in [0, 1] to what the threshold is for.
+
+        Args:
+            x (ndarray): Normalised values, (M,).
+
+        Returns:
+            ndarray | None: Mapped values, which grow with ``x``, (M,); None
+            for a policy without such a function, which is the default.
+        """
+        return None
+
+    def threshold_divergence(self, layers: Sequence[LayerDecision]) -> Optional[float]:
+        """The divergence below which this policy found attentions redundant.
+
+        Args:
+            layers (Sequence[LayerDecision]): What it decided.
+
+        Returns:
+            float | None: In nats; None where there is no such divergence, as
+            the policy counts layers, or judges each stage by itself.
+        """
+        grid = np.linspace(0, 1, 201)
+        curve = self.map(grid)
+        mapped = [
+            x for x in layers if x.normalized is not None and x.mapped is not None
+        ]
+        if curve is None or self.scope != 'network' or not mapped:
+            return None
+        low, high = (f(mapped, key=lambda x: x.divergence) for f in (min, max))
+        if low.normalized == high.normalized:
+            return None
+        if not curve[0] <= self.threshold <= curve[-1]:
+            return None
+        # Back from mapped to normalised values, and from these to divergences
+        at = np.interp(self.threshold, curve, grid)
+        scale = (high.divergence - low.divergence) / (high.normalized - low.normalized)
+        return float(low.divergence + scale * (at - low.normalized))
+
     def __call__(
         self,
-        kl: Sequence[float],
-        stages: Optional[Sequence[int]] = None,
-        measured: Optional[Sequence[bool]] = None,
+        divergences: Sequence[Optional[float]],
+        stages: Optional[Sequence[str]] = None,
         names: Optional[Sequence[str]] = None,
-    ) -> PruningDecision:
+    ) -> Tuple[LayerDecision, ...]:
         """Decide which attentions are redundant.
 
         Args:
-            kl (Sequence[float]): KL divergence of each active attention from
-                the one before it, in the order of the network, (L,).
-            stages (Sequence[int], optional): Stage of each, (L,). Defaults to
-                one stage.
-            measured (Sequence[bool], optional): False where there is no
-                divergence, as for the first of a stage, (L,); such a layer is
-                kept and its entry in ``kl`` ignored. Defaults to all True.
-            names (Sequence[str], optional): Names for errors and rows, (L,).
+            divergences (Sequence[float | None]): KL divergence of each active
+                attention from the one before it, in the order of the network,
+                (L,). None where it is not measured, as for the first of a
+                stage; such an attention is kept.
+            stages (Sequence[str], optional): Name of the stage of each, (L,).
+                Defaults to one stage.
+            names (Sequence[str], optional): Names of the attentions, (L,).
                 Defaults to ``layer 0`` and so on.
 
         Returns:
-            PruningDecision: The decision and the numbers behind it.
+            tuple[LayerDecision]: The decisions and the numbers behind them.
 
         Raises:
-            ValueError: If a measured value is NaN or infinite, or the lengths
+            ValueError: If a divergence is NaN or infinite, or the lengths
                 differ.
         """
-        kl = np.array(kl, dtype=np.float64)
-        count = len(kl)
-        stages = np.zeros(count, int) if stages is None else np.array(stages, dtype=int)
-        measured = (
-            np.ones(count, bool) if measured is None else np.array(measured, dtype=bool)
-        )
+        divergences = list(divergences)
+        count = len(divergences)
+        stages = [''] * count if stages is None else list(stages)
         names = [f'layer {i}' for i in range(count)] if names is None else list(names)
-        if not len(stages) == len(measured) == len(names) == count:
+        if not len(stages) == len(names) == count:
             raise ValueError(
-                f'kl has {count} entries, stages {len(stages)}, measured '
-                f'{len(measured)} and names {len(names)}; they must agree'
+                f'divergences has {count} entries, stages {len(stages)} and names '
+                f'{len(names)}; they must agree'
             )
-        kl[~measured] = np.nan
-        check_kl(kl[measured], [n for n, m in zip(names, measured) if m])
-
-        normalized, mapped, quantile = np.full((3, count), np.nan)
-        wanted, selected = np.zeros(count, bool), np.zeros(count, bool)
-        pools = (
-            [measured]
-            if self.scope == 'network'
-            else [measured & (stages == stage) for stage in np.unique(stages)]
-        )
-        for pool in pools:
-            result = self.decide(kl[pool])
-            wanted[pool], selected[pool] = result.skip, result.selected
-            normalized[pool] = result.normalized
-            mapped[pool] = result.mapped
-            quantile[pool] = result.quantile
-
-        reasons = [self._reason(*x) for x in zip(measured, selected, wanted, mapped)]
-        skip = self._limit(kl, stages, wanted, reasons)
-        return PruningDecision(
-            tuple(names),
-            kl,
-            skip,
-            normalized,
-            mapped,
-            self.threshold,
-            tuple(reasons),
-            selected,
-            quantile,
-        )
-
-    def _reason(
-        self, measured: bool, selected: bool, wanted: bool, mapped: float
-    ) -> str:
-        if not measured:
-            return 'kept: first of its stage, not measured'
-        if not selected:
-            return 'kept: above the quantile'
-        if np.isnan(self.threshold):
-            return 'pruned' if wanted else 'kept: not among the smallest'
-        if np.isnan(mapped):
-            return 'kept: too few different values'
-        sign = '<' if wanted else '>='
-        return (
-            f'{"pruned" if wanted else "kept"}: {mapped:.3g} {sign} {self.threshold:g}'
-        )
-
-    def _limit(
-        self, kl: np.ndarray, stages: np.ndarray, wanted: np.ndarray, reasons: List[str]
-    ) -> np.ndarray:
-        """Apply the limits; changes ``reasons`` where one binds."""
-        skip = np.zeros_like(wanted)
-        left = {stage: int((stages == stage).sum()) for stage in stages}
-        # A stable sort of NaN-free values: ties go by position
-        candidates = np.flatnonzero(wanted)
-        for index in candidates[np.argsort(kl[candidates], kind='stable')]:
-            stage = stages[index]
-            if self.max_pruned is not None and skip.sum() >= self.max_pruned:
-                reasons[index] = f'kept: max_pruned={self.max_pruned}'
-            elif left[stage] <= self.min_active_per_stage:
-                reasons[index] = (
-                    f'kept: min_active_per_stage={self.min_active_per_stage}'
+        layers = []
+        pools: Dict[str, List[int]] = {}
+        for index, (name, stage, value) in enumerate(zip(names, stages, divergences)):
+            if value is not None:
+                pool = stage if self.scope == 'stage' else ''
+                pools.setdefault(pool, []).append(index)
+                value = float(value)
+            first = 'first of its stage, ' if stages.index(stage) == index else ''
+            reason = f'kept: {first}not measured'
+            layers.append(
+                LayerDecision(
+                    name, stage, value, threshold=self.threshold, reason=reason
                 )
+            )
+        for pool in pools.values():
+            kl = check_kl([divergences[i] for i in pool], [names[i] for i in pool])
+            result = self.decide(kl)
+            for index, skip, selected, normalized, mapped in zip(
+                pool, result.skip, result.selected, result.normalized, result.mapped
+            ):
+                layers[index] = self._explain(
+                    replace(
+                        layers[index],
+                        normalized=_optional(normalized),
+                        mapped=_optional(mapped),
+                        quantile=_optional(result.quantile),
+                        selected=bool(selected),
+                        pruned=bool(skip),
+                    )
+                )
+        return self._limit(layers)
+
+    def _explain(self, layer: LayerDecision) -> LayerDecision:
+        """Give the reason for a decision on a measured attention."""
+        if not layer.selected:
+            reason = 'kept: above the quantile'
+        elif self.threshold is None:
+            reason = 'pruned' if layer.pruned else 'kept: not among the smallest'
+        elif layer.mapped is None:
+            reason = 'kept: too few different values'
+        else:
+            verdict, sign = ('pruned', '<') if layer.pruned else ('kept', '>=')
+            reason = f'{verdict}: {layer.mapped:.3g} {sign} {self.threshold:g}'
+        return replace(layer, reason=reason)
+
+    def _limit(self, layers: List[LayerDecision]) -> Tuple[LayerDecision, ...]:
+        """Keep what the limits forbid to prune, the largest divergences."""
+        left: Dict[str, int] = {}
+        for layer in layers:
+            left[layer.stage] = left.get(layer.stage, 0) + 1
+        wanted = [i for i, layer in enumerate(layers) if layer.pruned]
+        pruned = 0
+        # A stable sort: ties go by position
+        for index in sorted(wanted, key=lambda i: layers[i].divergence):
+            stage = layers[index].stage
+            if self.max_pruned is not None and pruned >= self.max_pruned:
+                reason = f'kept: max_pruned={self.max_pruned}'
+            elif left[stage] <= self.min_active_per_stage:
+                reason = f'kept: min_active_per_stage={self.min_active_per_stage}'
             else:
-                skip[index] = True
+                pruned += 1
                 left[stage] -= 1
-        return skip
+                continue
+            layers[index] = replace(layers[index], pruned=False, reason=reason)
+        return tuple(layers)
+
+
+def build_policy(cfg: Union[dict, PruningPolicy, None] = None) -> PruningPolicy:
+    """Build a pruning policy.
+
+    Args:
+        cfg (dict | PruningPolicy, optional): Its config, or itself. Defaults
+            to ``dict(type='EBQM')``.
+
+    Returns:
+        PruningPolicy: The policy.
+
+    Raises:
+        ValueError: If the config is none, the type is unknown, or an argument
+            is unknown or out of range.
+    """
+    if isinstance(cfg, PruningPolicy):
+        return cfg
+    cfg = dict(type='EBQM') if cfg is None else cfg
+    known = PRUNING_POLICIES.module_dict
+    allowed = ', '.join(sorted(known))
+    if not isinstance(cfg, dict) or 'type' not in cfg:
+        raise ValueError(f'policy={cfg!r} has no type; allowed are {allowed}')
+    arguments = dict(cfg)
+    kind = arguments.pop('type')
+    # Not by the registry: from a file, a name may be that of anything.
+    policy = known.get(kind.split('mmela.')[-1]) if isinstance(kind, str) else kind
+    if not (isinstance(policy, type) and issubclass(policy, PruningPolicy)):
+        raise ValueError(f'policy type {kind!r} is unknown; allowed are {allowed}')
+    try:
+        return policy(**arguments)
+    except TypeError as error:
+        raise ValueError(f'policy={dict(cfg)!r}: {error}') from error
+
+
+def _optional(value: float) -> Optional[float]:
+    """None for the NaN of an array."""
+    return None if np.isnan(value) else float(value)
 
 
 def _check_count(name: str, value: int, low: int) -> int:
@@ -337,8 +359,11 @@ class Threshold(PruningPolicy):
     def threshold(self) -> float:
         return self.mu
 
+    def map(self, x: np.ndarray) -> np.ndarray:
+        return x
+
     def decide(self, kl: np.ndarray) -> EBQMResult:
-        return map_quantiles(kl, 1.0, self.mu, lambda x: x)
+        return map_quantiles(kl, 1.0, self.mu, self.map)
 
 
 @PRUNING_POLICIES.register_module()

@@ -117,10 +117,10 @@ def test_even_attention():
             assert row[:t] == pytest.approx([1 / t] * t)
             assert row[t:] == [None] * (4 - t)
     layers = result['decision']['layers']
-    assert layers[0]['kl'] is None
+    assert layers[0]['divergence'] is None
     for t, layer in enumerate(layers[1:], 1):
         expected = math.log((t + 1) / t) + EPS * math.log(EPS * (t + 1))
-        assert layer['kl'] == pytest.approx(expected, rel=1e-9)
+        assert layer['divergence'] == pytest.approx(expected, rel=1e-9)
     json.dumps(result)
 
 
@@ -142,12 +142,11 @@ def test_pruned_attention(keep):
         None,
     ]
     layers = result['decision']['layers']
-    assert [x['state'] for x in layers] == stage['states']
-    assert layers[1]['kl'] is None and '✕' in layers[1]['note']
+    assert layers[1]['divergence'] is None and '✕' in layers[1]['reason']
     # From 1 token to 3 or 2, each token new to it with eps
     new = 2 if keep else 1
     expected = math.log(new + 1) + new * EPS * math.log(EPS * (new + 1))
-    assert layers[2]['kl'] == pytest.approx(expected, rel=1e-9)
+    assert layers[2]['divergence'] == pytest.approx(expected, rel=1e-9)
     assert [q['blocks'] for q in stage['queries'] or []] == [[0, 2], [2, 3]]
 
 
@@ -270,7 +269,7 @@ def test_all_pruned():
     result = measure_attention(model, ONE)
     stage = result['stages']['layer1']
     assert stage['maps'] is None and stage['features']
-    assert all(x['kl'] is None for x in result['decision']['layers'])
+    assert all(x['divergence'] is None for x in result['decision']['layers'])
     assert any('no attention is active' in x for x in result['left_out'])
 
 
@@ -343,7 +342,7 @@ def test_toy_model_of_two_stages():
     data = dict(inputs=torch.randn(3, CHANNELS, 6, 6), target=torch.zeros(3))
     result = measure_attention(model, [data], dict(type='FixedCount', count=2))
     assert list(result['stages']) == ['layer1', 'layer2']
-    assert sum(x['skip'] for x in result['decision']['layers']) == 2
+    assert sum(x['pruned'] for x in result['decision']['layers']) == 2
     assert not model.training
 
 

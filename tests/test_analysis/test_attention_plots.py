@@ -8,65 +8,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mmela.analysis.attention_plots import attention_pictures, heads_plot, map_plot
-from mmela.analysis.plots import LIGHT, draw
-from mmela.pruning import EBQM
-
-
-def stage(states, heads=2, **kwargs):
-    """A stage with even weights over what can be attended to."""
-    rows = [[None] * len(states) for _ in states]
-    for i, state in enumerate(states):
-        seen = [j for j in range(i + 1) if states[j] in ('active', 'value_only')]
-        if state == 'active':
-            for j in seen:
-                rows[i][j] = 1 / len(seen)
-    cosine = [
-        dict(blocks=[i - 1, i], mean=0.9, std=0.05) for i in range(1, len(states))
-    ]
-    return dict(
-        dict(
-            attention='MRLABase',
-            prunable=True,
-            heads=heads,
-            states=states,
-            maps=dict(mean=rows, heads=[rows] * heads),
-            features=cosine,
-            queries=cosine,
-            contributions=None,
-        ),
-        **kwargs,
-    )
-
-
-def measurement(stages):
-    """Divergences of random size and what the default policy makes of them."""
-    names, groups = [], []
-    for index, (name, values) in enumerate(stages.items()):
-        for block in range(len(values['states'])):
-            names.append(f'{name}.{block}.layer_attn')
-            groups.append(index)
-    kl = np.random.default_rng(0).gamma(1.0, size=len(names))
-    measured = [i > 0 and groups[i - 1] == g for i, g in enumerate(groups)]
-    rows = EBQM()(kl, groups, measured, names).rows()
-    states = [s for v in stages.values() for s in v['states']]
-    layers = [
-        dict(r, stage=list(stages)[g], state=s) for r, g, s in zip(rows, groups, states)
-    ]
-    for layer in layers:
-        if layer['state'] != 'active':
-            layer.update(kl=None, mapped=None, normalized=None, skip=False, note='✕')
-    return dict(
-        stages=stages,
-        histogram=[1] * 20,
-        decision=dict(policy=dict(type='EBQM'), layers=layers),
-        left_out=[],
-    )
-
-
-SMALL = {
-    'backbone.layer1': stage(['active', 'pruned', 'active', 'active']),
-    'backbone.layer2': stage(['active', 'value_only', 'active'], heads=1),
-}
+from mmela.analysis.drawing import LIGHT, draw
+from tests.helpers.measurements import SMALL, measurement, stage
 
 
 def names(result):

@@ -15,7 +15,7 @@ from pytorch_grad_cam import ScoreCAM  # noqa: E402
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget  # noqa: E402
 
 from mmela.analysis import cam  # noqa: E402
-from mmela.hooks import prune  # noqa: E402
+from mmela.structure import prune  # noqa: E402
 
 
 @pytest.fixture

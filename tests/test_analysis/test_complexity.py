@@ -12,8 +12,10 @@ from mmela.analysis.complexity import (
     input_size,
     used_parameters,
 )
-from mmela.analysis.run import Run
+from mmela.analysis.work_dir import Run
+from mmela.pruning import LayerDecision, PruningDecision
 from mmela.structure import prune
+from tests.helpers.work_dirs import write_decisions
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmcv.ops', exc_type=ImportError)
@@ -48,20 +50,13 @@ def test_one_attention(backbone):
     assert parameters - used_parameters(backbone) == PARAMETERS
 
 
-def make_run(path, config, prunings=()):
+def make_run(path, config, decisions=()):
     log = path / '20260102_030405' / 'vis_data' / 'scalars.json'
     log.parent.mkdir(parents=True)
     log.write_text(json.dumps(dict(loss=1.0, epoch=1, iter=1, step=1)))
     (path / 'config.py').write_text(config)
-    if prunings:
-        (path / 'pruning.json').write_text(
-            json.dumps(
-                dict(
-                    hook=dict(keep_value=False, policy=dict(type='EBQM')),
-                    prunings=list(prunings),
-                )
-            )
-        )
+    if decisions:
+        write_decisions(path, decisions)
     return Run(path)
 
 
@@ -80,21 +75,16 @@ def config(**kwargs):
 def test_run(tmp_path, backbone):
     names = [f'backbone.layer{s}.{b}.layer_attn' for s in range(1, 5) for b in range(2)]
     # This run began with one attention pruned already, and pruned another.
-    left = [dict(name=name) for name in names if 'layer3.1' not in name]
-    run = make_run(
-        tmp_path,
-        config(),
-        [
-            dict(
-                unit='epoch',
-                window=[1, 1],
-                iteration=5,
-                layers=left,
-                pruned=['backbone.layer1.1.layer_attn'],
-                active=[],
-            )
-        ],
+    gone = 'backbone.layer1.1.layer_attn'
+    left = tuple(
+        LayerDecision(name, name[: len('backbone.layer1')], pruned=name == gone)
+        for name in names
+        if 'layer3.1' not in name
     )
+    decision = PruningDecision(
+        left, dict(type='EBQM'), window=(1, 1), unit='epoch', iteration=5
+    )
+    run = make_run(tmp_path, config(), [decision])
     costs, size, reason = backbone_complexity(run)
     assert size == (64, 96) and not reason
     assert [c.label for c in costs] == ['before pruning', 'after epoch 1']

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmela.analysis.run import Run
-from tests.test_analysis.test_attention_plots import measurement, stage
-from tests.test_analysis.test_report import make_work_dir, write_log
+from mmela.analysis.work_dir import Run
+from tests.helpers.measurements import stage, write_measurement
+from tests.helpers.work_dirs import make_work_dir, write_log
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 ACTIVE = ['active'] * 4
@@ -18,22 +18,6 @@ ACTIVE = ['active'] * 4
 @pytest.fixture(scope='module')
 def tool():
     return runpy.run_path(str(TOOLS / 'analysis' / 'pictures.py'))
-
-
-def write_measurement(work_dir, epoch, stages):
-    path = work_dir / 'layer_attention' / f'epoch_{epoch}'
-    path.mkdir(parents=True)
-    (path / 'layer_attention.json').write_text(
-        json.dumps(
-            dict(
-                measurement(stages),
-                format=1,
-                images=3,
-                data='images',
-                checkpoint=f'epoch_{epoch}.pth',
-            )
-        )
-    )
 
 
 def test_pictures(tool, tmp_path, capsys):
@@ -66,10 +50,10 @@ def test_pruning_that_removed_most(tool, tmp_path, monkeypatch):
     monkeypatch.setitem(
         tool['divergences'].__globals__,
         'kl_plot',
-        lambda pruning, policy: seen.append(pruning),
+        seen.append,
     )
     tool['divergences'](tmp_path)
-    assert seen == [max((first, second), key=lambda p: len(p['pruned']))]
+    assert seen == [max((first, second), key=lambda d: len(d.pruned))]
 
 
 def test_changed_stage(tool):
@@ -96,8 +80,8 @@ def test_errors(tool, tmp_path):
     make_work_dir(tmp_path)
     assert 'has 0 layer_attention.json, needed are two' in error()
     report = json.loads((tmp_path / 'pruning.json').read_text())
-    for pruning in report['prunings']:
-        pruning['pruned'] = []
+    for layer in [x for d in report['decisions'] for x in d['layers']]:
+        layer['pruned'] = False
     (tmp_path / 'pruning.json').write_text(json.dumps(report))
     assert 'nothing was pruned' in error()
 

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,23 +16,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import beta
 
 from mmela.analysis import make_report, summarize
-from mmela.analysis.plots import _spread, policy_curve, threshold_divergence
-from mmela.analysis.run import Run
-from mmela.pruning import PRUNING_POLICIES
+from mmela.analysis.decision_plots import _spread, kl_plot, known_policy
+from mmela.analysis.drawing import LIGHT
+from mmela.analysis.work_dir import Run
+from mmela.pruning import LayerDecision, PruningDecision, build_policy
+from tests.helpers.measurements import stage, write_measurement
+from tests.helpers.runs import decisions
 from tests.helpers.toy import toy_config, train
+from tests.helpers.work_dirs import (
+    CONFIG,
+    POLICY,
+    make_work_dir,
+    pruning,
+    write_decisions,
+    write_log,
+)
 
 TOOL = Path(__file__).resolve().parents[2] / 'tools/analysis/report.py'
-POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.2)
-BLOCKS = dict(layer1=3, layer2=4, layer3=6, layer4=3)
-CONFIG = (
-    "custom_hooks = [dict(type='LayerAttentionPruningHook')]\n"
-    "train_cfg = dict(max_epochs=4, type='EpochBasedTrainLoop')\n"
-    "label = '<script>alert(1)</script>'\n"
-)
 
 
 class Page(HTMLParser):
@@ -67,99 +73,6 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data.strip()
 
 
-def pruning(window, iteration, names, seed, policy=POLICY, spread=1.0):
-    """A decision as the hook records it."""
-    rng = np.random.default_rng(seed)
-    kl = np.exp(spread * rng.normal(size=len(names)))
-    stages = [n.split('.')[1] for n in names]
-    measured = [i > 0 and stages[i - 1] == s for i, s in enumerate(stages)]
-    indices = np.unique(stages, return_inverse=True)[1]
-    rows = PRUNING_POLICIES.build(dict(policy))(kl, indices, measured, names).rows()
-    layers = [dict(r, stage=f'backbone.{s}') for r, s in zip(rows, stages)]
-    return dict(
-        window=list(window),
-        unit='epoch',
-        iteration=iteration,
-        layers=layers,
-        pruned=[x['name'] for x in layers if x['skip']],
-        active=[x['name'] for x in layers if not x['skip']],
-    )
-
-
-def write_log(work_dir, stamp, epochs, metrics=True, seconds=0.5, loss=4.0):
-    """Write the log of one start: 20 iterations an epoch, each fifth one."""
-    records = []
-    for epoch in epochs:
-        for i in range(5, 21, 5):
-            step = 20 * (epoch - 1) + i
-            records.append(
-                dict(
-                    loss=loss / epoch,
-                    data_time=0.01,
-                    time=seconds / epoch,
-                    epoch=epoch,
-                    iter=step,
-                    step=step,
-                )
-            )
-        if metrics:
-            records.append(
-                {
-                    'coco/bbox_mAP': 0.1 * epoch if epoch < 4 else 0.25,
-                    'coco/bbox_mAP_50': 0.2 * epoch,
-                    'coco/bbox_mAP_l': -1.0,
-                    'data_time': 0.1,
-                    'time': 9.0,
-                    'step': epoch,
-                }
-            )
-        records.append({'layer_attention/active': 7, 'step': 20 * epoch})
-    path = work_dir / stamp / 'vis_data' / 'scalars.json'
-    path.parent.mkdir(parents=True)
-    path.write_text(''.join(json.dumps(r) + '\n' for r in records))
-    return path
-
-
-def write_prunings(work_dir, prunings, policy=POLICY):
-    hook = dict(
-        windows=[p['window'] for p in prunings],
-        by_epoch=True,
-        policy=policy,
-        keep_value=False,
-        reduction='mean_kl',
-        eps=1e-8,
-    )
-    (work_dir / 'pruning.json').write_text(
-        json.dumps(dict(hook=hook, prunings=prunings))
-    )
-
-
-def make_work_dir(work_dir, blocks=BLOCKS, policy=POLICY, spread=1.0):
-    """A run of 4 epochs, pruned after 1 and 3."""
-    names = [
-        f'backbone.{stage}.{i}.layer_attn'
-        for stage, depth in blocks.items()
-        for i in range(depth)
-    ]
-    first = pruning((1, 1), 20, names, 0, policy, spread)
-    second = pruning((3, 3), 60, first['active'], 1, policy, spread)
-    write_log(work_dir, '20260102_030405', range(1, 5))
-    write_prunings(work_dir, [first, second], policy)
-    (work_dir / 'my_config.py').write_text(CONFIG)
-    state = {'backbone.conv1.weight': torch.zeros(5, 7)}
-    for name in names:
-        state[f'{name}.conv.weight'] = torch.zeros(11)
-        state[f'{name}.norm.running_mean'] = torch.zeros(3)
-        state[f'{name}.state'] = torch.tensor(
-            0 if name in second['active'] else 2, dtype=torch.uint8
-        )
-    torch.save(dict(meta={}, state_dict=state), work_dir / 'epoch_4.pth')
-    torch.save({}, work_dir / 'best_coco_bbox_mAP_epoch_3.pth')
-    # A folder that has been moved since
-    (work_dir / 'last_checkpoint').write_text('elsewhere/work/epoch_4.pth')
-    return [first, second]
-
-
 def check_offline(page):
     """Nothing is loaded but what the page holds."""
     assert page.sources
@@ -185,27 +98,27 @@ def synthetic(tmp_path_factory):
 
 
 def test_numbers(synthetic):
-    work_dir, prunings = synthetic
+    work_dir, decisions = synthetic
     path = make_report(work_dir)
     assert path == work_dir / 'report.html'
     page = Page(path)
     check_offline(page)
     rows = [tuple(row) for row in page.rows]
-    for record in prunings:
-        assert record['pruned'] and len(record['active']) > 3
-        for layer in record['layers']:
+    for decision in decisions:
+        assert decision.pruned and len(decision.active) > 3
+        for layer in decision.layers:
             numbers = [
-                '' if layer[k] is None else f'{layer[k]:.4g}'
-                for k in ('kl', 'normalized', 'mapped')
+                '' if value is None else f'{value:.4g}'
+                for value in (layer.divergence, layer.normalized, layer.mapped)
             ]
-            name = ('✕ ' if layer['skip'] else '') + layer['name'][
+            name = ('✕ ' if layer.pruned else '') + layer.name[
                 len('backbone.') : -len('.layer_attn')
             ]
-            assert (name, *numbers, layer['reason']) in rows
+            assert (name, *numbers, layer.reason) in rows
     assert ('coco/bbox_mAP', '0.25', '0.3', 'epoch 3') in rows
     assert ('coco/bbox_mAP_50', '0.8', '0.8', 'epoch 4') in rows
     assert ('coco/bbox_mAP_l', '-1', '', '') in rows
-    counts = [16] + [len(p['active']) for p in prunings]
+    counts = [16] + [len(decision.active) for decision in decisions]
     # Per epoch: 0.5 / 1; 0.5 / 2 and 0.5 / 3; 0.5 / 4
     assert ('1 to 20', str(counts[0]), '0.5', '0.01', '4') in rows
     assert ('21 to 60', str(counts[1]), '0.2083', '0.01', '8') in rows
@@ -218,7 +131,8 @@ def test_numbers(synthetic):
         'Trained 4 of 4 epochs',
         'Checkpoint epoch_4.pth',
         '0.2083 s after (8 logged',
-        'EBQM(gamma=0.5, alpha=2, beta=5, mu=0.2)',
+        "gamma=0.5, alpha=2, beta=5, mu=0.2, mapping='beta')",
+        'Reduction: mean_kl; eps 1e-08; a pruned attention is removed whole',
         'Windows: 1 to 1, 3 to 3 (epochs)',
         CONFIG.split()[-1],
     ):
@@ -244,16 +158,16 @@ def test_numbers(synthetic):
 
 
 def test_summary(synthetic):
-    work_dir, prunings = synthetic
+    work_dir, decisions = synthetic
     make_report(work_dir)
     text = summarize(work_dir)
-    for record in prunings:
+    for decision in decisions:
         assert (
-            f'After epoch {record["window"][1]}: {len(record["layers"])} '
-            f'-> {len(record["active"])} active'
+            f'After epoch {decision.window[1]}: {len(decision.layers)} '
+            f'-> {len(decision.active)} active'
         ) in text
-        for layer in record['layers']:
-            assert layer['reason'] in text
+        for layer in decision.layers:
+            assert layer.reason in text
     assert (
         'Epoch 3: coco/bbox_mAP 0.3  coco/bbox_mAP_50 0.6 (best coco/bbox_mAP)' in text
     )
@@ -363,46 +277,53 @@ def test_deep_network_and_unknown_policy(tmp_path):
     policy = dict(POLICY, gamma=1.0)
     make_work_dir(tmp_path, dict(layer1=3, layer2=8, layer3=36, layer4=3), policy)
     report = json.loads((tmp_path / 'pruning.json').read_text())
-    report['hook']['policy'] = dict(type='SomebodyElses', mu=0.2)
+    for decision in report['decisions']:
+        decision['policy'] = dict(type='SomebodyElses', mu=0.2)
     (tmp_path / 'pruning.json').write_text(json.dumps(report))
     make_report(tmp_path)
     check_pictures(tmp_path)
 
 
-def test_policy_curve():
-    layers = [dict(normalized=0.5, mapped=0.890625)]
+def test_known_policy():
     # Beta(2, 5) CDF at 0.5: 1 - 0.5**6 - 6 * 0.5**6
-    grid, mapped = policy_curve(POLICY, layers)
-    assert grid[100] == 0.5 and mapped[100] == pytest.approx(0.890625)
-    assert policy_curve(dict(POLICY, alpha=3), layers) is None
-    assert policy_curve(None, layers) is None
-    assert policy_curve(dict(type='EBQM', gamma=7), layers) is None
+    layer = LayerDecision('a', 'b', 1.0, normalized=0.5, mapped=0.890625)
+
+    def known(policy):
+        return known_policy(PruningDecision((layer,), policy))
+
+    assert known(POLICY).config == build_policy(POLICY).config
+    # A file of version 0.1 may name another policy than that which decided.
+    assert known(dict(POLICY, alpha=3)) is None
+    assert known(dict(type='FixedCount', count=2)) is None
+    assert known(dict(type='SomebodyElses')) is None
 
 
-def test_threshold_divergence():
-    """Where the Beta CDF of the normalised divergence is at mu."""
-    kl = np.array([0, 0.3, 0.5, 0.9, 1.1, 4.0])
+def lines_of(decision):
+    """Labels of the lines in the picture of divergences, and where they are."""
+    figure = Figure()
+    kl_plot(decision)(figure, LIGHT)
+    return {
+        line.get_label(): line.get_xdata()[0]
+        for line in figure.axes[0].lines
+        if not line.get_label().startswith('_')
+    }
+
+
+def test_quantile_of_the_default_policy_is_drawn():
     names = [f'backbone.layer1.{i}.layer_attn' for i in range(6)]
-    measured = [False] + [True] * 5
+    decision = pruning((1, 1), 20, names, 0, dict(type='EBQM'))
+    kl = [x.divergence for x in decision.layers[1:]]
+    lines = lines_of(decision)
+    assert lines['0.5-quantile'] == pytest.approx(np.median(kl))
+    low, high = min(kl), np.median(kl)
+    expected = low + (high - low) * beta.ppf(0.2, 2, 5)
+    assert lines['EBQM threshold'] == pytest.approx(expected, rel=1e-3)
 
-    def threshold(**kwargs):
-        policy = dict(POLICY, **kwargs)
-        layers = PRUNING_POLICIES.build(dict(policy))(
-            kl, np.zeros(6, int), measured, names
-        ).rows()
-        return threshold_divergence(policy, layers), layers
 
-    value, layers = threshold()
-    # Candidates up to the median 0.9 reach from 0.3 to 0.9.
-    expected = 0.3 + 0.6 * beta.ppf(0.2, 2, 5)
-    assert value == pytest.approx(expected, abs=1e-4)
-    for layer in layers:
-        if layer['mapped'] is not None:
-            assert layer['skip'] == (layer['kl'] < value)
-    assert threshold(scope='stage')[0] is None
-    assert threshold_divergence(None, layers) is None
-    assert threshold_divergence(dict(type='FixedCount', count=2), layers) is None
-    assert threshold_divergence(POLICY, []) is None
+def test_no_single_quantile_of_several_pools():
+    names = [f'backbone.{s}.{i}.layer_attn' for s in 'ab' for i in range(6)]
+    decision = pruning((1, 1), 20, names, 0, dict(type='EBQM', scope='stage'))
+    assert lines_of(decision) == {}
 
 
 def test_spread():
@@ -410,20 +331,56 @@ def test_spread():
     assert _spread([0.2, 0.8], 0.1, 0, 1) == [0.2, 0.8]
 
 
-def test_names_are_escaped(tmp_path):
-    evil = '<img src=http://example.org/x.png>'
-    names = [f'backbone.{s}.{evil}$a_{i}$.layer_attn' for s in 'ab' for i in range(4)]
-    record = pruning((1, 1), 20, names, 0)
+def test_text_is_escaped(tmp_path):
+    evil = '<img src=http://example.org/x.png>\x1b[31m'
+    names = [f'backbone.{s}.{i}.layer_attn' for s in 'ab' for i in range(4)]
+    decision = pruning((1, 1), 20, names, 0)
+    layers = tuple(
+        replace(x, reason=f'kept: {evil} [/0.1, $a$') for x in decision.layers
+    )
+    decision = replace(decision, layers=layers, policy=dict(type=f'{evil}$a$'))
     log = write_log(tmp_path, '20260102_030405', [1])
-    log.write_text(log.read_text().replace('bbox_mAP_50', f'{evil} $x^{{$'))
-    write_prunings(tmp_path, [record])
+    record = json.dumps({'coco/bbox_mAP_50': 0})[2:-4]
+    log.write_text(
+        log.read_text().replace(record, json.dumps(f'coco/{evil} $x^{{$')[1:-1])
+    )
+    write_decisions(tmp_path, [decision])
     (tmp_path / '<b>bold & brave.py').write_text(CONFIG)
-    path = make_report(tmp_path)
-    page = Page(path)
+    page = Page(make_report(tmp_path))
     check_offline(page)
     assert 'b' not in page.tags and 'script' not in page.tags
     assert page.tags.count('img') == 5
-    assert f'{evil}$a_1$' in page.text and '<b>bold & brave.py' in page.text
+    assert f'kept: {evil} [/0.1' in page.text and '<b>bold & brave.py' in page.text
+    text = summarize(tmp_path)
+    assert '\x1b' not in text
+    assert r'\x1b[31m [/0.1, $a$' in ' '.join(text.split()) and 'x^{$' in text
+
+
+@pytest.mark.parametrize('name', ['a/../../../../outside', '<img>', 'a\x1b[31m', ''])
+def test_names_are_names(tmp_path, name):
+    """From no file may a name reach a path, the page or a terminal."""
+    make_work_dir(tmp_path / 'run')
+    report = tmp_path / 'run' / 'pruning.json'
+    sound = report.read_text()
+    report.write_text(sound.replace('backbone.layer1', json.dumps(name)[1:-1]))
+    with pytest.raises(ValueError, match=f'{report} .*no name of a module'):
+        make_report(tmp_path / 'run')
+    report.write_text(sound)
+    path = write_measurement(tmp_path / 'run', 2, {name: stage(['active'] * 3)})
+    with pytest.raises(ValueError, match=f'{path} .*no name of a module'):
+        make_report(tmp_path / 'run')
+
+
+def test_window_cannot_leave_the_work_directory(tmp_path):
+    make_work_dir(tmp_path / 'run')
+    report = tmp_path / 'run' / 'pruning.json'
+    content = json.loads(report.read_text())
+    content['decisions'][0]['window'][1] = '/../../../outside/x'
+    report.write_text(json.dumps(content))
+    (tmp_path / 'outside').mkdir()
+    with pytest.raises(ValueError, match='pair of integers'):
+        make_report(tmp_path / 'run')
+    assert not list((tmp_path / 'outside').iterdir())
 
 
 def test_not_a_number(tmp_path):
@@ -457,6 +414,55 @@ def test_unreadable_checkpoint_and_foreign_decisions(tmp_path):
     (tmp_path / 'pruning.json').write_text('[]')
     with pytest.raises(ValueError, match=str(tmp_path / 'pruning.json')):
         make_report(tmp_path)
+
+
+LOG = '20260102_030405/vis_data/scalars.json'
+MAPS = 'layer_attention/epoch_2/layer_attention.json'
+
+
+@pytest.mark.parametrize(
+    'file, old, new',
+    [
+        (LOG, '"loss": 4.0', '"loss": "low"'),
+        (LOG, '"loss": 4.0', '"loss": [4.0]'),
+        (LOG, '"time": 0.5', '"time": null'),
+        (LOG, '"time": 0.5', f'"time": {10**400}'),
+        (LOG, '"epoch": 1', '"epoch": {}'),
+        (LOG, '"epoch": 1', '"epoch": 1.5'),
+        (LOG, '"loss"', '\udcff"loss"'),
+        (LOG, '{"loss"', '[' * 100_000 + '{"loss"'),
+        ('pruning.json', '"iteration": 20', '"iteration": -1e400'),
+        ('pruning.json', '"hook"', '"hooks"'),
+        (MAPS, '"states"', '"state"'),
+        (MAPS, '"active"', '{}'),
+        (MAPS, '"mean": 0.9', '"mean": "much"'),
+        (MAPS, '"mean": [[', '"mean": [[3], ['),
+        (MAPS, '"histogram": [', '"histogram": ["a", '),
+        (MAPS, '"blocks"', '"block"'),
+        (MAPS, '"heads": 2', '"heads": "two"'),
+        (MAPS, '"divergence": null', '"divergence": "null"'),
+        (MAPS, '"layers"', '"layer"'),
+        (MAPS, '"checkpoint"', '"check"'),
+    ],
+)
+def test_malformed_files_are_one_line(tmp_path, file, old, new):
+    """The file is named; no traceback, whatever stands in it."""
+    make_work_dir(tmp_path)
+    write_measurement(
+        tmp_path, 2, {'backbone.layer1': stage(['active', 'pruned', 'active'])}
+    )
+    path = tmp_path / file
+    text = path.read_text()
+    assert old in text
+    path.write_bytes(text.replace(old, new, 1).encode('utf-8', 'surrogateescape'))
+    main = runpy.run_path(str(TOOL))['main']
+    try:
+        main([str(tmp_path)])
+    except SystemExit as error:
+        assert error.code.startswith('error: ') and str(path) in error.code
+        assert '\n' not in error.code and len(error.code) < 600
+    else:  # what nothing reads does no harm
+        assert old == '"heads": 2'
 
 
 def test_value_only_keeps_its_parameters(tmp_path):
@@ -515,12 +521,11 @@ def test_real_run(tmp_path):
     )
     page = Page(make_report(tmp_path))
     check_offline(page)
-    with open(tmp_path / 'pruning.json') as file:
-        last = json.load(file)['prunings'][-1]
-    assert last['pruned'] or len(last['layers']) < 8
-    for layer in last['layers']:
-        assert layer['reason'] in page.text
-    assert f'{len(last["active"])} of 8' in ' '.join(page.text.split())
+    last = decisions(tmp_path)[-1]
+    assert last.pruned or len(last.layers) < 8
+    for layer in last.layers:
+        assert layer.reason in page.text
+    assert f'{len(last.active)} of 8' in ' '.join(page.text.split())
     text = summarize(tmp_path)
     assert str(tmp_path / 'epoch_4.pth') in text
     assert 'After epoch 1: 8 -> ' in text
@@ -528,7 +533,7 @@ def test_real_run(tmp_path):
     run = Run(tmp_path)
     assert list(run.losses) == list(range(1, 13))
     assert run.done == run.planned == 4 and not run.notes
-    assert run.parameters().active == len(last['active'])
+    assert run.parameters().active == len(last.active)
 
 
 # -- in a browser ----------------------------------------------------------
@@ -574,30 +579,13 @@ def chromium():
 @pytest.fixture(scope='module')
 def with_maps(tmp_path_factory):
     """Report on a run measured before and after a pruning, as the demo."""
-    # Here, as that module imports nothing of this one
-    from tests.test_analysis.test_attention_plots import measurement, stage
-
     work_dir = tmp_path_factory.mktemp('with_maps')
     make_work_dir(work_dir)
     before = ['active'] * 6
     after = ['active', 'active', 'pruned', 'active', 'active', 'pruned']
     for epoch, states in ((2, before), (4, after)):
-        result = measurement(
-            {'backbone.layer3': stage(states), 'backbone.layer4': stage(states[:3])}
-        )
-        path = work_dir / f'layer_attention/epoch_{epoch}'
-        path.mkdir(parents=True)
-        (path / 'layer_attention.json').write_text(
-            json.dumps(
-                dict(
-                    result,
-                    format=1,
-                    images=3,
-                    data='validation data',
-                    checkpoint=f'epoch_{epoch}.pth',
-                )
-            )
-        )
+        stages = {'backbone.layer3': states, 'backbone.layer4': states[:3]}
+        write_measurement(work_dir, epoch, {k: stage(v) for k, v in stages.items()})
     return make_report(work_dir)
 
 

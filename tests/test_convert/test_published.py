@@ -228,7 +228,7 @@ def test_config_of_the_backbone():
         (
             'cifar_kcla',
             dict(
-                type='ELAResNet_CIFAR',
+                type='ELABottleneckResNet_CIFAR',
                 depth=29,
                 stem_channels=12,
                 base_channels=8,
@@ -242,7 +242,7 @@ def test_config_of_the_backbone():
     wide = PublishedNetwork('mrla_base', (1, 1, 1), '3x3', 16, width=16, stem_width=16)
     new, _ = convert_published(wide.state_dict)
     assert published_backbone(new, 'mrla_base') == dict(
-        type='ELAResNet_CIFAR',
+        type='ELABottleneckResNet_CIFAR',
         depth=11,
         layer_attention=dict(type='MRLABase', head_dim=16),
     )

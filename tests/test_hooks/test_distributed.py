@@ -1,6 +1,5 @@
 """Real runs of two processes over gloo."""
 
-import json
 import os
 import socket
 from pathlib import Path
@@ -9,12 +8,13 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from mmela.structure import layer_attentions
+from tests.helpers.runs import HOOK, POLICY, decisions, divergences, states
 from tests.helpers.toy import toy_config, train
 
-POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.9)
-HOOK = dict(windows=[(1, 1), (3, 3)], policy=POLICY)
 LONG = dict(windows=[(1, 3)], policy=POLICY)
 
 
@@ -80,6 +80,28 @@ def flexible(work_dir, model_wrapper_cfg, **kwargs):
     )
 
 
+@HOOKS.register_module()
+class CommunicationHook(Hook):
+    """Registers a communication hook that counts its calls in each epoch."""
+
+    def before_train(self, runner):
+        self.calls = [0] * runner.max_epochs
+        runner.model.register_comm_hook(self, CommunicationHook.reduce)
+
+    def before_train_epoch(self, runner):
+        self.epoch = runner.epoch
+
+    def reduce(self, bucket):
+        self.calls[self.epoch] += 1
+        return allreduce_hook(None, bucket)
+
+
+def communication_hook(work_dir, **kwargs):
+    cfg = whole(work_dir, **kwargs)
+    cfg.custom_hooks.append(dict(type='CommunicationHook'))
+    return cfg
+
+
 def resume(make, checkpoint):
 
     def made(work_dir, **kwargs):
@@ -96,6 +118,7 @@ def runs(root):
         keep_value=keep_value,
         iterations=iterations,
         flexible=flexible,
+        communication_hook=communication_hook,
         fine_tuned=fine_tuned,
         in_window=in_window,
         whole_resumed=resume(whole, f'{root}/whole/epoch_2.pth'),
@@ -130,10 +153,10 @@ def work(rank, root, port):
         )
         torch.save(
             dict(
-                state={
-                    key: int(a.attention_state)
-                    for key, a in layer_attentions(runner.model).items()
-                },
+                state={key: int(s) for key, s in states(runner.model).items()},
+                calls=[
+                    h.calls for h in runner.hooks if isinstance(h, CommunicationHook)
+                ],
                 weights=runner.model.module.state_dict(),
                 moments=len(runner.optim_wrapper.optimizer.state),
                 trained=sum(p.requires_grad for p in runner.model.parameters()),
@@ -158,15 +181,6 @@ def ranks(root, name):
     return [torch.load(root / name / f'rank{rank}.pt') for rank in range(2)]
 
 
-def prunings(work_dir):
-    with open(f'{work_dir}/pruning.json') as file:
-        return json.load(file)['prunings']
-
-
-def kl_values(pruning):
-    return [x['kl'] for x in pruning['layers'] if x['kl'] is not None]
-
-
 @pytest.mark.parametrize('name', list(runs('')))
 def test_ranks_agree(root, name):
     """All ranks hold the same masks and weights and go on training."""
@@ -185,11 +199,11 @@ def test_same_as_one_process(root, tmp_path, name):
     """Two ranks with half the batch each train the same network."""
     runner = train(runs('')[name](tmp_path))
     found, _ = ranks(root, name)
-    pairs = list(zip(prunings(root / name), prunings(tmp_path)))
-    assert len(pairs) == len(prunings(tmp_path))
+    pairs = list(zip(decisions(root / name), decisions(tmp_path)))
+    assert len(pairs) == len(decisions(tmp_path))
     for two, one in pairs:
-        assert two['pruned'] == one['pruned']
-        assert kl_values(two) == pytest.approx(kl_values(one), rel=1e-4)
+        assert two.pruned == one.pruned
+        assert divergences(two) == pytest.approx(divergences(one), rel=1e-4)
     for key, value in runner.model.state_dict().items():
         torch.testing.assert_close(found['weights'][key], value, rtol=1e-4, atol=1e-6)
 
@@ -197,8 +211,8 @@ def test_same_as_one_process(root, tmp_path, name):
 def test_uneven_ranks_do_not_bias_the_mean(root, tmp_path):
     """All samples count the same: as one process that sees all at once."""
     train(uneven(tmp_path, batch_size=11))
-    (two,), (one,) = prunings(root / 'uneven'), prunings(tmp_path)
-    assert kl_values(two) == pytest.approx(kl_values(one), rel=1e-5)
+    (two,), (one,) = decisions(root / 'uneven'), decisions(tmp_path)
+    assert divergences(two) == pytest.approx(divergences(one), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -206,18 +220,26 @@ def test_uneven_ranks_do_not_bias_the_mean(root, tmp_path):
     [
         ('whole_resumed', 'whole'),
         ('flexible', 'whole'),
+        ('communication_hook', 'whole'),
         ('in_window_resumed', 'in_window'),
         ('one_to_two', 'in_window'),
         ('iterations_resumed', 'iterations'),
     ],
 )
 def test_resume_ends_as_uninterrupted(root, resumed, original):
-    for two, one in zip(prunings(root / resumed), prunings(root / original)):
-        assert two['pruned'] == one['pruned']
+    for two, one in zip(decisions(root / resumed), decisions(root / original)):
+        assert two.pruned == one.pruned
     found, expected = ranks(root, resumed)[0], ranks(root, original)[0]
     assert found['state'] == expected['state']
     for key, value in expected['weights'].items():
         torch.testing.assert_close(found['weights'][key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_communication_hooks_survive(root):
+    """One reduction or more in each of the 3 iterations of all epochs."""
+    for rank in ranks(root, 'communication_hook'):
+        (calls,) = rank['calls']
+        assert min(calls) >= 3
 
 
 def test_fine_tuning_keeps_the_structure(root):

@@ -1,36 +1,33 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from mmengine.hooks import EMAHook
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, MODELS
 
 from mmela.hooks import LayerAttentionPruningHook
-from mmela.hooks.layer_attention_pruning_hook import format_speeds
 from mmela.layers import AttentionState
+from mmela.pruning import PRUNING_POLICIES, FixedCount, PruningReport
 from mmela.structure import layer_attentions
-from tests.helpers.toy import toy_config, train
-
-POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.9)
-HOOK = dict(windows=[(1, 1), (3, 3)], policy=POLICY)
-
-
-def states(model):
-    return {
-        name: attention.attention_state
-        for name, attention in layer_attentions(model).items()
-    }
-
-
-def pruned(model):
-    return [n for n, s in states(model).items() if s != AttentionState.ACTIVE]
+from tests.helpers.runs import (
+    HOOK,
+    POLICY,
+    decisions,
+    divergences,
+    log_of,
+    padded_kl,
+    pruned,
+    states,
+)
+from tests.helpers.toy import ToyNetwork, toy_config, train
 
 
 def report(runner):
-    with open(f'{runner.work_dir}/pruning.json') as file:
-        return json.load(file)
+    return PruningReport.read(f'{runner.work_dir}/pruning.json')
 
 
 @pytest.fixture(scope='module')
@@ -41,51 +38,49 @@ def run(tmp_path_factory):
 
 
 def test_prunes_in_both_windows(run):
-    first, second = report(run)['prunings']
-    assert first['window'] == [1, 1] and second['window'] == [3, 3]
-    assert first['pruned'] and second['pruned']
+    first, second = decisions(run.work_dir)
+    assert first.window == (1, 1) and second.window == (3, 3)
+    assert first.pruned and second.pruned
     # 12 samples in batches of 4
-    assert first['iteration'] == 3 and second['iteration'] == 9
-    assert len(first['layers']) == 8
-    assert [layer['name'] for layer in second['layers']] == first['active']
-    assert sorted(pruned(run.model)) == sorted(first['pruned'] + second['pruned'])
+    assert first.iteration == 3 and second.iteration == 9
+    assert len(first.layers) == 8
+    assert tuple(layer.name for layer in second.layers) == first.active
+    assert sorted(pruned(run.model)) == sorted(first.pruned + second.pruned)
 
 
 def test_report_says_why(run):
-    layers = report(run)['prunings'][0]['layers']
-    for layer in layers:
-        is_first = layer['name'].endswith('.0.layer_attn')
-        assert (layer['kl'] is None) == is_first
-        assert layer['stage'] in ('layer1', 'layer2')
-        assert layer['skip'] == (layer['mapped'] is not None and layer['mapped'] < 0.9)
-        assert layer['reason']
+    for layer in decisions(run.work_dir)[0].layers:
+        is_first = layer.name.endswith('.0.layer_attn')
+        assert (layer.divergence is None) == is_first
+        assert layer.stage in ('layer1', 'layer2')
+        assert layer.pruned == (layer.mapped is not None and layer.mapped < 0.9)
+        assert layer.reason
 
 
 def test_decision_is_that_of_the_policy_on_the_measured_kl(run):
     """The definition of EBQM by hand, on the KL values in the report."""
-    for pruning in report(run)['prunings']:
-        kl = [x['kl'] for x in pruning['layers'] if x['kl'] is not None]
-        kl = torch.tensor(kl, dtype=torch.double)
-        selected = kl[kl <= kl.quantile(0.5)]
+    for decision in decisions(run.work_dir):
+        kl = torch.tensor(divergences(decision), dtype=torch.double)
+        quantile = kl.quantile(0.5)
+        selected = kl[kl <= quantile]
         low, high = selected.min(), selected.max()
         x = (kl - low) / (high - low)
         cdf = 1 - (1 - x) ** 6 - 6 * x * (1 - x) ** 5
         skip = (x <= 1) & (cdf < 0.9)
-        assert skip.tolist() == [
-            layer['skip'] for layer in pruning['layers'] if layer['kl'] is not None
-        ]
+        measured = [x for x in decision.layers if x.divergence is not None]
+        assert skip.tolist() == [layer.pruned for layer in measured]
+        for layer in measured:
+            assert layer.quantile == pytest.approx(float(quantile))
 
 
 def test_kl_is_the_mean_over_the_window(tmp_path):
     """Against scores taken with other means, at a learning rate of 0."""
-    from tests.test_hooks.test_kl_meter import padded_kl
-
     runner = train(
         toy_config(
             tmp_path, dict(windows=[(2, 3)], policy=POLICY), lr=0.0, batch_size=12
         )
     )
-    (first,) = report(runner)['prunings']
+    (first,) = decisions(runner.work_dir)
     for attention in layer_attentions(runner.model).values():
         attention.attention_state = AttentionState.ACTIVE
     seen = {'layer1': [], 'layer2': []}
@@ -98,7 +93,7 @@ def test_kl_is_the_mean_over_the_window(tmp_path):
         probs = [s.double().softmax(-1).numpy() for s in scores[0]]
         expected.append(None)
         expected += [padded_kl(p, q).mean() for p, q in zip(probs, probs[1:])]
-    found = [layer['kl'] for layer in first['layers']]
+    found = [layer.divergence for layer in first.layers]
     assert [v is None for v in found] == [v is None for v in expected]
     found = [v for v in found if v is not None]
     expected = [v for v in expected if v is not None]
@@ -109,7 +104,7 @@ def test_nothing_is_measured_outside_the_windows(tmp_path):
     runner = train(
         toy_config(tmp_path, dict(windows=[(2, 2)], policy=POLICY), epochs=3)
     )
-    assert len(report(runner)['prunings']) == 1
+    assert len(decisions(runner.work_dir)) == 1
     assert runner.model.layer1.observer is None
 
 
@@ -171,16 +166,16 @@ def test_load_from_takes_the_structure_but_no_history(run, tmp_path):
             load_from=f'{run.work_dir}/epoch_1.pth',
         )
     )
-    prunings = report(run)['prunings']
-    assert pruned(runner.model) == prunings[0]['pruned']
-    assert [p['pruned'] for p in report(runner)['prunings']] == [[]]
+    prunings = decisions(run.work_dir)
+    assert pruned(runner.model) == list(prunings[0].pruned)
+    assert [p.pruned for p in decisions(runner.work_dir)] == [()]
 
 
 def test_earlier_report_is_kept(run, tmp_path):
     path = tmp_path / 'pruning.json'
     path.write_text('{"earlier": 1}')
     train(toy_config(tmp_path, HOOK))
-    assert 'prunings' in json.loads(path.read_text())
+    assert decisions(tmp_path)
     (backup,) = tmp_path.glob('pruning_*.json')
     assert json.loads(backup.read_text()) == {'earlier': 1}
 
@@ -190,23 +185,23 @@ def test_scalars_reach_the_visualizer(run):
     with open(path) as file:
         scalars = [json.loads(line) for line in file]
     active = [s for s in scalars if 'layer_attention/active' in s]
-    prunings = report(run)['prunings']
+    prunings = decisions(run.work_dir)
     assert [s['layer_attention/active'] for s in active] == [8] + [
-        len(p['active']) for p in prunings
+        len(p.active) for p in prunings
     ]
     assert active[0]['step'] == 0
-    layer = prunings[0]['layers'][1]
-    assert active[1][f'layer_attention/kl/{layer["name"]}'] == pytest.approx(
-        layer['kl']
+    layer = prunings[0].layers[1]
+    assert active[1][f'layer_attention/kl/{layer.name}'] == pytest.approx(
+        layer.divergence
     )
     # Before, between and after the two prunings
     speeds = [s for s in scalars if 'layer_attention/step_time' in s]
     assert [s['step'] for s in speeds] == [
-        *(p['iteration'] for p in prunings),
+        *(p.iteration for p in prunings),
         run.iter,
     ]
     times = run.message_hub.get_scalar('train/time').data[0]
-    first = prunings[0]['iteration']
+    first = prunings[0].iteration
     assert speeds[0]['layer_attention/step_time'] == pytest.approx(
         np.median(times[:first])
     )
@@ -218,23 +213,17 @@ def test_divergences_are_logged_during_a_window(tmp_path, reduction):
     run = train(toy_config(tmp_path, hook))
     with open(f'{run._log_dir}/vis_data/scalars.json') as file:
         scalars = [json.loads(line) for line in file]
-    (pruning,) = report(run)['prunings']
-    layer = pruning['layers'][1]
-    key = f'layer_attention/kl/{layer["name"]}'
+    (pruning,) = decisions(run.work_dir)
+    layer = pruning.layers[1]
+    key = f'layer_attention/kl/{layer.name}'
     values = {s['step']: s[key] for s in scalars if key in s}
     # Epochs 2 and 3 of 3 iterations each
     assert list(values) == [4, 6, 8, 9]
-    assert values[9] == pytest.approx(layer['kl'])
+    assert values[9] == pytest.approx(layer.divergence)
     assert len(set(values.values())) > 2
     hook['log_interval'] = -1
     with pytest.raises(ValueError, match='log_interval=-1'):
         train(toy_config(tmp_path, hook))
-
-
-def test_format_speeds():
-    lines = format_speeds([(8, 0.5, 100), (6, 0.4, 50)]).splitlines()
-    cells = [[c.strip() for c in line.split('|')[1:-1]] for line in lines]
-    assert cells[2:] == [['8', '0.5', '+0.0 %', '100'], ['6', '0.4', '-20.0 %', '50']]
 
 
 def test_ema_model_has_the_same_structure_at_once(tmp_path):
@@ -261,7 +250,7 @@ def test_keep_value(tmp_path):
     for name in reversed(list(states(runner.model))):
         if name.endswith('.3.layer_attn'):
             kept = False  # the last of a stage
-        if name in report(runner)['prunings'][-1]['active']:
+        if name in decisions(runner.work_dir)[-1].active:
             expected[name], kept = AttentionState.ACTIVE, True
         else:
             expected[name] = (
@@ -287,11 +276,11 @@ def test_iteration_windows(tmp_path):
             ),
         )
     )
-    (record,) = report(runner)['prunings']
-    assert record['iteration'] == 4 and record['unit'] == 'iteration'
+    (record,) = decisions(runner.work_dir)
+    assert record.iteration == 4 and record.unit == 'iteration'
     saved = torch.load(tmp_path / 'iter_3.pth')['layer_attention_pruning']
     # Two iterations, the window's first and second, of 4 samples and 2 heads
-    assert saved['window']['sums']['layer1'][-1] == 2 * 4 * 2
+    assert saved['window']['sums']['sums']['layer1'][-1] == 2 * 4 * 2
 
 
 def test_kl_that_is_not_finite_is_an_error(tmp_path):
@@ -300,6 +289,71 @@ def test_kl_that_is_not_finite_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r'layer[12]\.\d\.layer_attn'):
         train(cfg)
     assert not (tmp_path / 'pruning.json').exists()
+
+
+@MODELS.register_module()
+class HalfUsedNetwork(ToyNetwork):
+    """Its second stage never runs."""
+
+    def forward(self, inputs, target, mode='tensor'):
+        out = self.head(self.layer1(inputs).mean((2, 3)))[:, 0]
+        return dict(loss=F.mse_loss(out, target))
+
+
+def test_stage_that_never_runs_is_kept(tmp_path):
+    cfg = toy_config(tmp_path, HOOK)
+    cfg.model.type = 'HalfUsedNetwork'
+    runner = train(cfg)
+    assert 'layer2 has not run in window (1, 1)' in log_of(runner)
+    assert 'diverged' not in log_of(runner)
+    assert pruned(runner.model)
+    assert all(name.startswith('layer1') for name in pruned(runner.model))
+    unmeasured = [x for x in decisions(tmp_path)[0].layers if x.divergence is None]
+    assert [x.name for x in unmeasured] == [
+        'layer1.0.layer_attn',
+        *(f'layer2.{i}.layer_attn' for i in range(4)),
+    ]
+
+
+@PRUNING_POLICIES.register_module()
+class Wordy(FixedCount):
+    """Gives reasons that a terminal could take for markup."""
+
+    def __call__(self, *args):
+        return tuple(replace(x, reason='[/0.1, 0.2]') for x in super().__call__(*args))
+
+
+def test_reason_with_markup(tmp_path):
+    policy = dict(type='Wordy', count=1)
+    runner = train(toy_config(tmp_path, dict(HOOK, policy=policy), log_level='INFO'))
+    assert len(pruned(runner.model)) == 2
+    assert log_of(runner).count('[/0.1, 0.2]') == 14  # all but one, the second time
+    assert decisions(tmp_path)[0].layers[0].reason == '[/0.1, 0.2]'
+
+
+def test_report_is_written_before_the_log(tmp_path, monkeypatch):
+    """Whatever a user's visualizer or terminal does with it."""
+
+    def fail(self, runner, decision):
+        raise RuntimeError('no terminal')
+
+    monkeypatch.setattr(LayerAttentionPruningHook, '_log', fail)
+    with pytest.raises(RuntimeError, match='no terminal'):
+        train(toy_config(tmp_path, HOOK))
+    assert decisions(tmp_path)[0].pruned
+
+
+def test_policy_whose_config_cannot_be_kept(tmp_path):
+    """Said before training, not as the first window ends."""
+
+    @PRUNING_POLICIES.register_module(force=True)
+    class Opaque(FixedCount):
+        def __init__(self, **kwargs):
+            super().__init__(count=1, **kwargs)
+            self.secret = object()
+
+    with pytest.raises(ValueError, match="policy.*'Opaque'.*plain values"):
+        LayerAttentionPruningHook([(1, 1)], policy=dict(type='Opaque'))
 
 
 @pytest.mark.parametrize(

@@ -1,27 +1,20 @@
 """Pruning with what users of mmengine switch on."""
 
+import copy
+
 import pytest
 import torch
-from mmengine.model import is_model_wrapper
-from mmengine.registry import MODEL_WRAPPERS
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, MODEL_WRAPPERS
 from mmengine.runner import FlexibleRunner
 from torch import nn
 
+from mmela.hooks import NetworkKLMeter
 from mmela.layers import AttentionState
-from mmela.structure import layer_attentions
+from mmela.pruning import build_policy
+from mmela.structure import attention_stages, prune
+from tests.helpers.runs import HOOK, POLICY, decisions, divergences, pruned, states
 from tests.helpers.toy import toy_config, train
-
-POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.9)
-HOOK = dict(windows=[(1, 1), (3, 3)], policy=POLICY)
-
-
-def states(model):
-    if is_model_wrapper(model):
-        model = model.module
-    return {
-        name: attention.attention_state
-        for name, attention in layer_attentions(model).items()
-    }
 
 
 @pytest.fixture(scope='module')
@@ -38,10 +31,11 @@ def assert_same_run(runner, plain):
         )
 
 
+SGD = dict(lr=0.001, momentum=0.9, weight_decay=0.01)
+
+
 def optimizer(**kwargs):
-    return dict(
-        optimizer=dict(type='SGD', lr=0.001, momentum=0.9, weight_decay=0.01), **kwargs
-    )
+    return dict(optimizer=dict(type='SGD', **SGD), **kwargs)
 
 
 def test_gradient_accumulation(tmp_path):
@@ -77,22 +71,80 @@ def test_activation_checkpointing(tmp_path, plain):
     assert states(runner.model) == states(plain.model)
 
 
-def test_clip_grad(tmp_path):
-    runner = train(
-        toy_config(
-            tmp_path, HOOK, optim_wrapper=optimizer(clip_grad=dict(max_norm=0.1))
-        )
+@HOOKS.register_module()
+class KeepsTheStart(Hook):
+    """Keeps a copy of the model as training starts."""
+
+    priority = 'VERY_LOW'
+
+    def before_train(self, runner):
+        type(self).model = copy.deepcopy(runner.model)
+
+
+def by_hand(loader, max_norm=None):
+    """The same training without runner and hook; returns model and divergences."""
+    model = KeepsTheStart.model.train()
+    optimizer = torch.optim.SGD(model.parameters(), **SGD)
+    measured = []
+    for epoch in range(4):
+        loader.sampler.set_epoch(epoch)
+        meter = NetworkKLMeter(attention_stages(model))
+        meter.attach()
+        for batch in loader:
+            optimizer.zero_grad()
+            model(**batch, mode='loss')['loss'].backward()
+            if max_norm is not None:
+                used = [p for p in model.parameters() if p.grad is not None]
+                torch.nn.utils.clip_grad_norm_(used, max_norm)
+            optimizer.step()
+        meter.detach()
+        if epoch in (0, 2):
+            decision = meter.decide(build_policy(POLICY))
+            measured.append(divergences(decision))
+            prune(model, decision.pruned)
+            for param in model.parameters():
+                if not param.requires_grad:
+                    optimizer.state.pop(param, None)
+    return model, measured
+
+
+def assert_as_by_hand(runner, **kwargs):
+    model, measured = by_hand(runner.train_dataloader, **kwargs)
+    assert pruned(runner.model) == pruned(model) != []
+    for decision, expected in zip(decisions(runner.work_dir), measured):
+        assert divergences(decision) == pytest.approx(expected, rel=1e-6)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(runner.model.state_dict()[key], value)
+
+
+def kept_start(work_dir, **kwargs):
+    cfg = toy_config(work_dir, HOOK, **kwargs)
+    cfg.custom_hooks.append(dict(type='KeepsTheStart'))
+    return train(cfg)
+
+
+def test_clip_grad(tmp_path, plain):
+    norm = 0.01
+    runner = kept_start(
+        tmp_path, optim_wrapper=optimizer(clip_grad=dict(max_norm=norm))
     )
-    assert AttentionState.PRUNED in states(runner.model).values()
+    assert_as_by_hand(runner, max_norm=norm)
+    # It made a difference.
+    found, other = (decisions(r.work_dir)[1] for r in (runner, plain))
+    assert divergences(found) != pytest.approx(divergences(other), rel=1e-6)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_autocast(tmp_path, dtype):
+def test_autocast(tmp_path, plain, dtype):
     """What AmpOptimWrapper does on a GPU, which mmengine wants for it."""
     with torch.autocast('cpu', dtype=dtype):
-        runner = train(toy_config(tmp_path, HOOK))
-    assert AttentionState.PRUNED in states(runner.model).values()
+        runner = kept_start(tmp_path)
+        assert_as_by_hand(runner)
     assert all(p.dtype == torch.float32 for p in runner.model.parameters())
+    # Close to single precision, and not the same
+    found, expected = (divergences(decisions(r.work_dir)[0]) for r in (runner, plain))
+    assert found == pytest.approx(expected, rel=0.02)
+    assert found != pytest.approx(expected, rel=1e-7)
 
 
 def test_auto_scale_lr(tmp_path):
@@ -145,9 +197,9 @@ def test_compile_keeps_one_graph_and_recompiles_once_per_pruning():
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     x, target = torch.randn(2, 8, 6, 6), torch.zeros(2)
     counts = []
-    for pruned in (None, model.layer1[2], model.layer2[1]):
-        if pruned is not None:
-            pruned.layer_attn.attention_state = AttentionState.PRUNED
+    for gone in (None, model.layer1[2], model.layer2[1]):
+        if gone is not None:
+            gone.layer_attn.attention_state = AttentionState.PRUNED
         for _ in range(3):
             compiled(x, target, mode='loss')['loss'].backward()
         torch.testing.assert_close(

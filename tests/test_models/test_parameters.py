@@ -1,7 +1,9 @@
 """Parameters of every config against the papers, and the written figures."""
 
+import ast
 import logging
 import runpy
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import yaml
 from mmengine.config import Config
 from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, init_default_scope
 
 ROOT = Path(__file__).resolve().parents[2]
 ZOO = runpy.run_path(str(ROOT / 'tools' / 'analysis' / 'model_zoo.py'))
@@ -101,8 +104,100 @@ def test_every_config_reads_and_is_listed(path):
     cfg = Config.fromfile(ROOT / 'configs' / path)
     assert cfg.default_scope == scope
     listed = {row['config'] for f, row in ROWS if f == folder}
-    unlisted = ('folder', 'shapes', 'lesions')
-    assert name[:-3] in listed or any(word in name for word in unlisted)
+    others = PAPERS.get(folder, {}).get('others', {})
+    assert (
+        folder == 'demo'
+        or name[:-3] in listed
+        or any(fnmatch(name[:-3], pattern) for pattern in others)
+    )
+
+
+def test_nothing_is_written_twice():
+    """A statement with more than two literals is in one config alone."""
+    places = {}
+    for path in sorted((ROOT / 'configs').rglob('*.py')):
+        for statement in ast.parse(path.read_text('utf-8')).body:
+            literals = [n for n in ast.walk(statement) if isinstance(n, ast.Constant)]
+            if len(literals) > 2 and statement.targets[0].id != '_base_':
+                places.setdefault(ast.dump(statement), []).append(path.name)
+    assert len(places) > 40
+    assert [names for names in places.values() if len(names) > 1] == []
+
+
+def test_a_config_that_inherits(config_dir, tmp_path):
+    """What a user sets in the backbone is merged into what a config has there."""
+    pytest.importorskip('mmdet')
+    base = config_dir / 'faster_rcnn' / 'faster-rcnn_r50_mrla-base_fpn_1x_coco.py'
+    child = tmp_path / 'child.py'
+    child.write_text(
+        f'_base_ = {base.as_posix()!r}\n'
+        'model = dict(backbone=dict(depth=101, layer_attention=dict(head_dim=16)))\n'
+    )
+    backbone = Config.fromfile(child).model.backbone
+    assert backbone.depth == 101 and backbone.type == 'ELAResNet'
+    assert backbone.layer_attention == dict(
+        type='MRLABase', head_dim=16, zero_init=True
+    )
+
+
+@pytest.mark.parametrize(
+    'name, row',
+    [
+        (f'resnet{dash}_{data}', f'{folder}/{net}{dash}_{batch}_{dataset}')
+        for dash in ('', '-mla', '-mrla-base', '-mrla-light', '-kcla', '-ela')
+        for data, folder, net, batch, dataset in (
+            ('cifar', 'cifar', 'resnet20', '1xb128', 'cifar10'),
+            ('in1k', 'imagenet', 'resnet50', '8xb32', 'in1k'),
+        )
+    ],
+)
+def test_models_that_older_configs_inherit(name, row):
+    """They name what takes their place, and are still what the rows have."""
+    pytest.importorskip('mmpretrain')
+    configs = ROOT / 'configs'
+    with pytest.warns(DeprecationWarning, match='Please use .*(cifar|in1k|resnet50)'):
+        old = Config.fromfile(configs / '_base_' / 'models' / f'{name}.py')
+    new = Config.fromfile(configs / f'{row}.py')
+    assert old.model == new.model
+    assert old.get('custom_hooks') == new.get('custom_hooks')
+    assert old.get('custom_imports') == new.get('custom_imports')
+
+
+@pytest.mark.parametrize('folder', ZOO['DETECTORS'])
+def test_what_is_frozen_is_pretrained(folder):
+    """Else a stem and a stage of random weights would stay random."""
+    pytest.importorskip('mmdet')
+    pretrain = pytest.importorskip('mmpretrain')
+    for row in PAPERS[folder]['rows']:
+        cfg = Config.fromfile(ROOT / 'configs' / folder / f'{row["config"]}.py')
+        backbone = cfg.model.backbone
+        assert backbone.frozen_stages == 1 and backbone.norm_eval
+        assert backbone.init_cfg.type == 'Pretrained'
+        checkpoint = f'torchvision://resnet{backbone.depth}'
+        if backbone.type == 'mmpretrain.SEResNet':
+            name = f'seresnet{backbone.depth}_8xb32_in1k'
+            checkpoint = pretrain.ModelHub.get(name).weights
+        assert backbone.init_cfg.checkpoint == checkpoint, row['config']
+
+
+def test_checkpoint_of_a_classifier_in_the_se_detectors(config_dir, tmp_path):
+    pytest.importorskip('mmcv.ops', exc_type=ImportError)
+    detectors = pytest.importorskip('mmdet.registry').MODELS
+    pytest.importorskip('mmpretrain.models')
+    init_default_scope('mmpretrain')
+    cfg = Config.fromfile(config_dir / 'imagenet' / 'seresnet50_8xb32_in1k.py')
+    classifier = MODELS.build(cfg.model)
+    path = tmp_path / 'classifier.pth'
+    torch.save(dict(state_dict=classifier.state_dict()), path)
+    name = 'faster_rcnn/faster-rcnn_r50_se_fpn_1x_coco.py'
+    cfg = Config.fromfile(config_dir / name).model.backbone
+    cfg.init_cfg.checkpoint = str(path)
+    backbone = detectors.build(cfg)
+    backbone.init_weights()
+    expected = classifier.backbone.state_dict()
+    assert list(backbone.state_dict()) == list(expected)
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(value, expected[key]), key
 
 
 def test_model_index_lists_every_metafile():
@@ -113,10 +208,26 @@ def test_model_index_lists_every_metafile():
     )
 
 
-def test_the_page_is_up_to_date():
+def test_the_pages_are_up_to_date():
+    """What the tool writes from papers.yml and the counts of the metafiles."""
+    sections = []
+    for folder, section in PAPERS.items():
+        listed = [row['config'] for row in section['rows']]
+        assert list(ZOO['read_metafile'](folder)) == listed
+        rows = ZOO['count_section'](folder, section, reuse=True)
+        path = ROOT / 'configs' / folder
+        for name, text in (
+            ('metafile.yml', ZOO['metafile'](folder, section, rows)),
+            ('README.md', ZOO['readme'](section, rows)),
+        ):
+            assert (path / name).read_text('utf-8') == text, f'{folder}/{name}'
+        sections.append(ZOO['page_section'](folder, section, rows))
     page = (ROOT / 'docs' / 'model_zoo.md').read_text('utf-8')
-    for folder in PAPERS:
-        for name, data in ZOO['read_metafile'](folder).items():
-            (line,) = [x for x in page.splitlines() if f'[{name}](' in x]
-            assert f'| {data[ZOO["parameters_key"](folder)]:.3f}' in line
-            assert f'| {data["FLOPs (G)"]:.4g} |' in line
+    assert page == ZOO['page'](sections)
+
+
+def test_every_folder_is_in_the_readme():
+    text = (ROOT / 'configs' / 'README.md').read_text('utf-8')
+    for folder in (ROOT / 'configs').glob('[!_]*/'):
+        if folder.is_dir():
+            assert f'({folder.name})' in text

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mmela.pruning import PRUNING_POLICIES, ebqm
+from mmela.pruning import FixedCount, PruningDecision, build_policy, ebqm
 
 nan = math.nan
 
@@ -33,15 +33,18 @@ policies = st.sampled_from(
 
 
 def build(cfg, **kwargs):
-    return PRUNING_POLICIES.build({**cfg, **kwargs})
+    return build_policy({**cfg, **kwargs})
+
+
+def skip(layers):
+    return np.array([layer.pruned for layer in layers], dtype=bool)
 
 
 @st.composite
 def networks(draw):
-    """KL divergences of some stages; the first of each is unmeasured."""
+    """Divergences and stages of attentions; the first of a stage has none."""
     depths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
-    stages = np.repeat(np.arange(len(depths)), depths)
-    measured = np.diff(stages, prepend=-1) == 0
+    stages = [f'layer{i}' for i, depth in enumerate(depths) for _ in range(depth)]
     kl = draw(
         st.lists(
             st.integers(0, 10**6).map(lambda n: n / 1024),
@@ -49,53 +52,57 @@ def networks(draw):
             max_size=len(stages),
         )
     )
-    return np.where(measured, kl, nan), stages, measured
+    first = [stages.index(stage) == i for i, stage in enumerate(stages)]
+    return [None if f else value for f, value in zip(first, kl)], stages
+
+
+def change(kl, function):
+    return [None if value is None else function(value) for value in kl]
 
 
 @given(values, st.floats(0.01, 1), st.floats(0, 1))
 def test_ebqm_is_the_function(kl, gamma, mu):
-    decision = build(dict(type='EBQM', gamma=gamma, mu=mu))(
-        [nan, *kl], [0] * (len(kl) + 1), [False] + [True] * len(kl)
-    )
-    assert decision.skip[1:].tolist() == ebqm(kl, gamma=gamma, mu=mu).skip.tolist()
+    layers = build(dict(type='EBQM', gamma=gamma, mu=mu))([None, *kl])
+    assert skip(layers)[1:].tolist() == ebqm(kl, gamma=gamma, mu=mu).skip.tolist()
 
 
 @given(networks(), policies)
 def test_unmeasured_layers_stay(network, policy):
-    kl, stages, measured = network
     for scope in ('network', 'stage'):
-        decision = build(policy, scope=scope)(kl, stages, measured)
-        assert not decision.skip[~measured].any()
+        for layer in build(policy, scope=scope)(*network):
+            if layer.divergence is None:
+                assert not layer.pruned and not layer.selected
+                assert layer.reason == 'kept: first of its stage, not measured'
 
 
 @given(networks(), policies, st.randoms(use_true_random=False))
 def test_permutation_equivariant(network, policy, random):
     """But for ties, which the order decides."""
-    kl, stages, measured = network
-    kl = kl + np.arange(len(kl)) / 2**20
+    kl, stages = network
+    kl = [None if v is None else v + i / 2**20 for i, v in enumerate(kl)]
     order = list(range(len(kl)))
     random.shuffle(order)
-    whole = build(policy)(kl, stages, measured)
-    shuffled = build(policy)(kl[order], stages[order], measured[order])
-    assert shuffled.skip.tolist() == whole.skip[order].tolist()
+    whole = build(policy)(kl, stages)
+    shuffled = build(policy)([kl[i] for i in order], [stages[i] for i in order])
+    assert skip(shuffled).tolist() == skip(whole)[order].tolist()
 
 
 @given(networks(), policies, st.sampled_from([0.25, 2.0, 1024.0]))
 def test_scale_invariant(network, policy, factor):
     """A factor that is a power of two changes no rounding."""
-    kl, stages, measured = network
-    one = build(policy)(kl, stages, measured)
-    other = build(policy)(kl * factor, stages, measured)
-    assert one.skip.tolist() == other.skip.tolist()
+    kl, stages = network
+    one = build(policy)(kl, stages)
+    other = build(policy)(change(kl, lambda v: v * factor), stages)
+    assert skip(one).tolist() == skip(other).tolist()
 
 
 @given(networks(), policies, st.sampled_from([-512.0, 0.5, 1024.0]))
 def test_shift_invariant(network, policy, shift):
     """The values are multiples of 1 / 1024: no sum is rounded."""
-    kl, stages, measured = network
-    one = build(policy)(kl, stages, measured)
-    other = build(policy)(kl + shift, stages, measured)
-    assert one.skip.tolist() == other.skip.tolist()
+    kl, stages = network
+    one = build(policy)(kl, stages)
+    other = build(policy)(change(kl, lambda v: v + shift), stages)
+    assert skip(one).tolist() == skip(other).tolist()
 
 
 @given(networks(), st.sampled_from(['gamma', 'exponential', None]))
@@ -105,18 +112,18 @@ def test_ranks_alone_matter_for_some(network, target):
         if target
         else dict(type='FixedCount', count=3)
     )
-    kl, stages, measured = network
-    one = build(policy)(kl, stages, measured)
-    other = build(policy)(kl**2, stages, measured)
-    assert one.skip.tolist() == other.skip.tolist()
+    kl, stages = network
+    one = build(policy)(kl, stages)
+    other = build(policy)(change(kl, lambda v: v**2), stages)
+    assert skip(one).tolist() == skip(other).tolist()
 
 
 def test_distances_matter_for_ebqm():
     policy = build(dict(type='EBQM', gamma=1, mu=0.5))
     # x = 1/4: CDF = 1 - (3/4)^6 - 6/4 (3/4)^5 = 0.466; of the roots, x = 1/2:
     # CDF = 57/64
-    assert policy([0, 1, 4]).skip.tolist() == [1, 1, 0]
-    assert policy([0, 1, 2]).skip.tolist() == [1, 0, 0]
+    assert skip(policy([0, 1, 4])).tolist() == [1, 1, 0]
+    assert skip(policy([0, 1, 2])).tolist() == [1, 0, 0]
 
 
 @given(networks(), policies, st.floats(0, 1), st.floats(0, 1))
@@ -124,8 +131,8 @@ def test_monotone_in_mu(network, policy, a, b):
     if policy['type'] == 'FixedCount':
         return
     low, high = sorted((a, b))
-    fewer = build(policy, mu=low)(*network).skip
-    more = build(policy, mu=high)(*network).skip
+    fewer = skip(build(policy, mu=low)(*network))
+    more = skip(build(policy, mu=high)(*network))
     assert (fewer <= more).all()
 
 
@@ -136,65 +143,77 @@ def test_monotone_in_gamma(network, a, b):
     It needs a set that is not degenerate, from which nothing is skipped.
     """
     low, high = sorted((a, b))
-    fewer = build(dict(type='EBQM', gamma=low, mu=0.5))(*network).skip
-    more = build(dict(type='EBQM', gamma=high, mu=0.5))(*network).skip
+    fewer = skip(build(dict(type='EBQM', gamma=low, mu=0.5))(*network))
+    more = skip(build(dict(type='EBQM', gamma=high, mu=0.5))(*network))
     assert (fewer <= more).all()
 
 
 @given(networks(), policies)
 def test_stage_scope_is_each_stage_alone(network, policy):
-    kl, stages, measured = network
-    whole = build(policy, scope='stage')(kl, stages, measured)
-    for stage in np.unique(stages):
-        part = stages == stage
-        alone = build(policy)(kl[part], stages[part], measured[part])
-        assert whole.skip[part].tolist() == alone.skip.tolist()
+    kl, stages = network
+    whole = build(policy, scope='stage')(kl, stages)
+    for stage in set(stages):
+        part = [i for i, name in enumerate(stages) if name == stage]
+        alone = build(policy)([kl[i] for i in part])
+        assert skip(whole)[part].tolist() == skip(alone).tolist()
 
 
 @given(networks(), policies, st.integers(1, 4), st.integers(0, 5))
 def test_limits(network, policy, min_active, max_pruned):
-    kl, stages, measured = network
-    free = build(policy)(kl, stages, measured)
+    kl, stages = network
+    free = build(policy)(kl, stages)
     limited = build(policy, min_active_per_stage=min_active, max_pruned=max_pruned)(
-        kl, stages, measured
+        kl, stages
     )
-    assert limited.skip.sum() <= max_pruned
-    assert (limited.skip <= free.skip).all()
-    for stage in np.unique(stages):
-        part = stages == stage
-        if limited.skip[part].any():
-            assert (~limited.skip[part]).sum() >= min_active
+    assert skip(limited).sum() <= max_pruned
+    assert (skip(limited) <= skip(free)).all()
+    for stage in set(stages):
+        part = np.array([name == stage for name in stages])
+        if skip(limited)[part].any():
+            assert (~skip(limited)[part]).sum() >= min_active
     # Without the limit on stages, the smallest go first.
-    capped = build(policy, max_pruned=max_pruned)(kl, stages, measured)
-    if capped.skip.any() and (free.skip & ~capped.skip).any():
-        assert kl[capped.skip].max() <= kl[free.skip & ~capped.skip].min()
+    capped = build(policy, max_pruned=max_pruned)(kl, stages)
+    gone = [x.divergence for x in capped if x.pruned]
+    kept = [x.divergence for x, y in zip(capped, free) if y.pruned and not x.pruned]
+    if gone and kept:
+        assert max(gone) <= min(kept)
 
 
 @settings(max_examples=50)
 @given(networks(), policies)
-def test_rows_are_json(network, policy):
-    kl, stages, measured = network
-    decision = build(policy)(kl, stages, measured)
-    rows = json.loads(json.dumps(decision.rows(), allow_nan=False))
-    assert [row['skip'] for row in rows] == decision.skip.tolist()
-    assert [row['kl'] is None for row in rows] == (~measured).tolist()
-    for row in rows:
-        assert row['reason'].startswith('pruned' if row['skip'] else 'kept')
+def test_decision_is_json_and_back(network, policy):
+    built = build(policy)
+    decision = PruningDecision(
+        built(*network, [f'a.{i}' for i in range(len(network[0]))]), built.config
+    )
+    text = json.dumps(decision.to_dict(), allow_nan=False)
+    assert PruningDecision.from_dict(json.loads(text)) == decision
+    for layer, value in zip(decision.layers, network[0]):
+        assert layer.divergence == value
+        assert layer.reason.startswith('pruned' if layer.pruned else 'kept')
+    # Its config builds the same policy.
+    assert vars(build_policy(decision.policy)) == vars(built)
+
+
+def column(layers, key):
+    values = [getattr(layer, key) for layer in layers]
+    return [nan if value is None else value for value in values]
 
 
 def test_scopes_by_hand():
-    kl = [math.inf, 1, 2, 6, nan, 10, 30, 50]
-    network = [0] * 4 + [1] * 4, [False, True, True, True] * 2
+    kl = [None, 1, 2, 6, None, 10, 30, 50]
+    stages = ['a'] * 4 + ['b'] * 4
     # Of 1 2 6 10 30 50 the median is 8; x = 0, 1/5, 1. By the closed form
     # CDF(1/5) = 1 - 0.8^6 - 6/5 0.8^5 = 0.34464
-    whole = build(dict(type='EBQM', mu=0.3))(kl, *network)
-    # What is unmeasured is ignored, whatever stands there.
-    np.testing.assert_allclose(whole.kl, [nan, 1, 2, 6, nan, 10, 30, 50])
-    np.testing.assert_allclose(whole.quantile, [nan, 8, 8, 8] * 2)
-    assert whole.selected.tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
-    np.testing.assert_allclose(whole.mapped, [nan, 0, 0.34464, 1, nan, nan, nan, nan])
-    assert whole.skip.tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
-    assert whole.reasons == (
+    whole = build(dict(type='EBQM', mu=0.3))(kl, stages)
+    np.testing.assert_allclose(column(whole, 'quantile'), [nan, 8, 8, 8] * 2)
+    assert column(whole, 'selected') == [0, 1, 1, 1, 0, 0, 0, 0]
+    np.testing.assert_allclose(
+        column(whole, 'mapped'), [nan, 0, 0.34464, 1, nan, nan, nan, nan]
+    )
+    assert {layer.threshold for layer in whole} == {0.3}
+    assert column(whole, 'pruned') == [0, 1, 0, 0, 0, 0, 0, 0]
+    assert column(whole, 'reason') == [
         'kept: first of its stage, not measured',
         'pruned: 0 < 0.3',
         'kept: 0.345 >= 0.3',
@@ -203,25 +222,43 @@ def test_scopes_by_hand():
         'kept: above the quantile',
         'kept: above the quantile',
         'kept: above the quantile',
-    )
+    ]
     # The medians of the stages are 2 and 30.
-    parts = build(dict(type='EBQM', mu=0.3, scope='stage'))(kl, *network)
-    np.testing.assert_allclose(parts.quantile, [nan, 2, 2, 2, nan, 30, 30, 30])
-    assert parts.selected.tolist() == [0, 1, 1, 0, 0, 1, 1, 0]
-    assert parts.skip.tolist() == [0, 1, 0, 0, 0, 1, 0, 0]
+    parts = build(dict(type='EBQM', mu=0.3, scope='stage'))(kl, stages)
+    expected = [nan, 2, 2, 2, nan, 30, 30, 30]
+    np.testing.assert_allclose(column(parts, 'quantile'), expected)
+    assert column(parts, 'selected') == [0, 1, 1, 0, 0, 1, 1, 0]
+    assert column(parts, 'pruned') == [0, 1, 0, 0, 0, 1, 0, 0]
 
 
 def test_limits_by_hand():
-    stages, measured = [0, 0, 0, 1, 1], [False, True, True, False, True]
+    stages = ['a', 'a', 'a', 'b', 'b']
     policy = dict(type='FixedCount', count=9)
     # The first of a stage counts as active.
-    two = build(policy, min_active_per_stage=2)([nan, 2, 1, nan, 0], stages, measured)
-    assert two.skip.tolist() == [0, 0, 1, 0, 0]
-    assert two.reasons[1] == two.reasons[4] == 'kept: min_active_per_stage=2'
+    two = build(policy, min_active_per_stage=2)([None, 2, 1, None, 0], stages)
+    assert skip(two).tolist() == [0, 0, 1, 0, 0]
+    assert two[1].reason == two[4].reason == 'kept: min_active_per_stage=2'
     # The smallest first, of equal ones the earlier
-    one = build(policy, max_pruned=2)([nan, 1, 1, nan, 0], stages, measured)
-    assert one.skip.tolist() == [0, 1, 0, 0, 1]
-    assert one.reasons[2] == 'kept: max_pruned=2'
+    one = build(policy, max_pruned=2)([None, 1, 1, None, 0], stages)
+    assert skip(one).tolist() == [0, 1, 0, 0, 1]
+    assert one[2].reason == 'kept: max_pruned=2'
+
+
+def test_threshold_divergence():
+    """Where the Beta CDF of the normalised divergence is at mu."""
+    kl = [None, 0.3, 0.5, 0.9, 1.1, 4.0]
+    policy = build(dict(type='EBQM'))
+    layers = policy(kl)
+    value = policy.threshold_divergence(layers)
+    # Candidates up to the median 0.9 reach from 0.3 to 0.9.
+    expected = 0.3 + 0.6 * stats.beta.ppf(0.2, 2, 5)
+    assert value == pytest.approx(expected, abs=1e-4)
+    for layer in layers:
+        if layer.mapped is not None:
+            assert layer.pruned == (layer.divergence < value)
+    assert policy.threshold_divergence([]) is None
+    for other in (dict(type='EBQM', scope='stage'), dict(type='FixedCount', count=2)):
+        assert build(other).threshold_divergence(build(other)(kl)) is None
 
 
 @pytest.mark.parametrize('type', ['EBQM', 'Threshold', 'QuantileMapping'])
@@ -229,8 +266,8 @@ def test_limits_by_hand():
 def test_nothing_to_tell_apart(type, kl):
     for scope in ('network', 'stage'):
         decision = build(dict(type=type, mu=1, scope=scope))(kl)
-        assert decision.skip.tolist() == [False] * len(kl)
-        assert set(decision.reasons) <= {'kept: too few different values'}
+        assert skip(decision).tolist() == [False] * len(kl)
+        assert {x.reason for x in decision} <= {'kept: too few different values'}
 
 
 def test_quantile_mapping_prunes_a_fixed_share():
@@ -239,33 +276,33 @@ def test_quantile_mapping_prunes_a_fixed_share():
     decision = build(dict(type='QuantileMapping', target='exponential'))(
         np.geomspace(1e-3, 30, 100)
     )
-    assert decision.skip.tolist() == [True] * 25 + [False] * 75
+    assert skip(decision).tolist() == [True] * 25 + [False] * 75
     # The largest: -ln(1 / 200) = 5.298, finite
-    assert decision.mapped[-1] == pytest.approx(5.298, abs=1e-3)
+    assert decision[-1].mapped == pytest.approx(5.298, abs=1e-3)
 
 
 def test_threshold_by_hand():
     # Normalised: 0, 1/4, 1/2, 1
     decision = build(dict(type='Threshold', mu=0.3))([1, 2, 3, 5])
-    np.testing.assert_allclose(decision.normalized, [0, 0.25, 0.5, 1])
-    assert decision.skip.tolist() == [1, 1, 0, 0]
+    np.testing.assert_allclose(column(decision, 'normalized'), [0, 0.25, 0.5, 1])
+    assert skip(decision).tolist() == [1, 1, 0, 0]
 
 
 def test_threshold_is_not_invariant_to_outliers():
     """What EBQM's quantile is for (ELA, section 3.3)."""
     policy = dict(type='Threshold', mu=0.3)
-    assert build(policy)([1, 2, 3, 5]).skip.sum() == 2
-    assert build(policy)([1, 2, 3, 5, 100]).skip.sum() == 4
+    assert skip(build(policy)([1, 2, 3, 5])).sum() == 2
+    assert skip(build(policy)([1, 2, 3, 5, 100])).sum() == 4
 
 
 def test_fixed_count_by_hand():
     decision = build(dict(type='FixedCount', count=2))([3, 1, 2, 1])
-    assert decision.skip.tolist() == [0, 1, 0, 1]
+    assert skip(decision).tolist() == [0, 1, 0, 1]
 
 
 def test_ties_go_to_the_earlier_layer():
     decision = build(dict(type='FixedCount', count=1))([2, 1, 1])
-    assert decision.skip.tolist() == [0, 1, 0]
+    assert skip(decision).tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -307,15 +344,13 @@ def test_quantile_mapping_against_scipy(target, distribution):
     decision = build(dict(type='QuantileMapping', target=target))([4, 1, 2, 3])
     # Empirical probabilities 1, 1/4, 1/2, 3/4; 1 becomes 1 - 1/8
     p = [7 / 8, 1 / 4, 1 / 2, 3 / 4]
-    np.testing.assert_allclose(decision.mapped, distribution.ppf(p))
-    assert decision.skip.tolist() == (distribution.ppf(p) < 0.3).tolist()
+    np.testing.assert_allclose(column(decision, 'mapped'), distribution.ppf(p))
+    assert skip(decision).tolist() == (distribution.ppf(p) < 0.3).tolist()
 
 
 def test_error_names_the_layer():
     with pytest.raises(ValueError, match='layer2.1 is nan'):
-        build(dict(type='EBQM'))(
-            [nan, nan], [0, 0], [False, True], ['layer2.0', 'layer2.1']
-        )
+        build(dict(type='EBQM'))([None, nan], ['layer2'] * 2, ['layer2.0', 'layer2.1'])
 
 
 @pytest.mark.parametrize(
@@ -330,6 +365,12 @@ def test_error_names_the_layer():
         (dict(type='Threshold', mu=2), 'mu=2'),
         (dict(type='QuantileMapping', target='beta'), "target='beta'"),
         (dict(type='QuantileMapping', scale=0), 'scale=0'),
+        (dict(type='EBQN'), "type 'EBQN' is unknown; allowed are EBQM, FixedCount"),
+        (dict(type='subprocess.Popen', args='ls'), 'Popen'),
+        (dict(type=dict), "<class 'dict'>"),
+        (dict(gamma=0.5), 'has no type; allowed are EBQM'),
+        (dict(type='EBQM', gama=0.5), "gama.*'gama'"),
+        (dict(type='FixedCount'), 'count'),
     ],
 )
 def test_bad_arguments(cfg, match):
@@ -338,11 +379,29 @@ def test_bad_arguments(cfg, match):
 
 
 def test_lengths_must_agree():
-    with pytest.raises(ValueError, match='kl has 2 entries, stages 1'):
-        build(dict(type='EBQM'))([1, 2], [0])
+    with pytest.raises(ValueError, match='divergences has 2 entries, stages 1'):
+        build(dict(type='EBQM'))([1, 2], ['a'])
 
 
 def test_repr_shows_the_arguments():
     text = repr(build(dict(type='EBQM', gamma=0.4, max_pruned=3)))
     assert text.startswith('EBQM(') and 'gamma=0.4' in text
     assert 'max_pruned=3' in text
+
+
+def test_build_policy_takes_what_a_config_may_hold():
+    assert build_policy().config == build_policy(dict(type='EBQM')).config
+    policy = build_policy(dict(type=FixedCount, count=2))
+    assert policy.count == 2 and build_policy(policy) is policy
+    assert build_policy(dict(type='mmela.Threshold', mu=0.1)).mu == 0.1
+    assert build_policy().config == dict(
+        type='EBQM',
+        scope='network',
+        min_active_per_stage=1,
+        max_pruned=None,
+        gamma=0.5,
+        alpha=2.0,
+        beta=5.0,
+        mu=0.2,
+        mapping='beta',
+    )

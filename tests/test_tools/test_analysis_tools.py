@@ -15,8 +15,8 @@ import mmela.analysis
 from mmela.analysis import make_report
 from mmela.analysis.inputs import evenly, find_images
 from mmela.structure import prune
+from tests.helpers.measurements import SMALL, measurement
 from tests.helpers.toy import toy_config, train
-from tests.test_analysis.test_attention_plots import SMALL, measurement
 from tests.test_analysis.test_report import Page, check_offline
 
 pytest.importorskip('mmdet')
@@ -397,9 +397,8 @@ def test_report_counts_the_backbone(tmp_path):
     Config(classifier()).dump(run / 'config.py')
     names = [f'backbone.layer{s}.{b}.layer_attn' for s in range(1, 5) for b in range(2)]
     report = json.loads((run / 'pruning.json').read_text())
-    for layer, name in zip(report['prunings'][0]['layers'], names):
-        layer['name'] = name
-    report['prunings'][0].update(pruned=names[1:2], active=names[2:])
+    for layer, name in zip(report['decisions'][0]['layers'], names):
+        layer.update(name=name, pruned=name == names[1])
     (run / 'pruning.json').write_text(json.dumps(report))
     rows = [
         r

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,9 @@ import torch
 from torch import nn
 
 from mmela.layers import AttentionState, MRLABase, MRLALight, SequentialAttentionStage
+from mmela.pruning import LayerDecision, PruningDecision
 from mmela.structure import layer_attentions
+from tests.helpers.work_dirs import write_decisions
 
 pytest.importorskip('mmpretrain')
 
@@ -238,13 +241,18 @@ def test_masks(bench, tmp_path):
     assert pruned_in(bench) == ['layer1.1', 'layer2.1', 'layer3.1']
     assert pruned_in(bench, '--prune', 'layer2.1') == ['layer2.1']
     full = 'backbone.layer3.1.layer_attn'
-    hook = dict(
-        hook=dict(keep_value=False),
-        prunings=[dict(pruned=[full]), dict(pruned=['layer1.1'])],
-    )
     path = tmp_path / 'mask.json'
+    layer = LayerDecision('layer1.1', 'layer1', pruned=True)
+    write_decisions(
+        tmp_path,
+        [
+            PruningDecision((x,), {}, window=(1, 1), unit='epoch', iteration=1)
+            for x in (layer, replace(layer, name=full))
+        ],
+    )
+    report = tmp_path / 'pruning.json'
+    assert pruned_in(bench, '--mask', report) == ['layer1.1', 'layer3.1']
     for content, expected in (
-        (hook, ['layer1.1', 'layer3.1']),
         (dict(pruned=[full]), ['layer3.1']),
         ([], []),
     ):
@@ -376,7 +384,7 @@ def test_without_memory_for_a_variant(bench, monkeypatch):
     prepare = bench.networks.Contestant.prepare
 
     def fail(self, warmup):
-        if type(self.model.backbone).__name__ == 'ELAResNet_CIFAR':
+        if type(self.model.backbone).__name__ == 'ELABottleneckResNet_CIFAR':
             raise torch.cuda.OutOfMemoryError
         return prepare(self, warmup)
 

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip('mmpretrain')
 
 from mmela.command_line import find_tool  # noqa: E402
+from tests.helpers.runs import decisions  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 WNIDS = ('n01440764', 'n01443537', 'n01484850')
@@ -91,8 +92,7 @@ def test_train_and_test(imagenet, tmp_path, config_dir):
         '--cfg-options',
         *options,
     )
-    report = json.loads((work_dir / 'pruning.json').read_text())
-    pruned = report['prunings'][0]['pruned']
+    pruned = decisions(work_dir)[0].pruned
     assert pruned
     out = run(
         find_tool(str(config), 'test.py'),

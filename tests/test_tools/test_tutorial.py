@@ -13,6 +13,8 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.visualization import Visualizer
 
+from tests.helpers.runs import decisions
+
 pytest.importorskip('mmdet')
 pytest.importorskip('mmcv.ops', exc_type=ImportError)
 
@@ -155,9 +157,8 @@ def test_commands_in_the_text():
 
 def test_trained_and_pruned(walk):
     work_dir = walk / 'work_dirs' / 'my_config'
-    report = json.loads((work_dir / 'pruning.json').read_text())
-    assert [p['window'] for p in report['prunings']] == [[1, 1], [7, 7]]
-    pruned = {name for p in report['prunings'] for name in p['pruned']}
+    assert [d.window for d in decisions(work_dir)] == [(1, 1), (7, 7)]
+    pruned = {name for d in decisions(work_dir) for name in d.pruned}
     assert pruned
     state = torch.load(work_dir / 'epoch_12.pth')['state_dict']
     assert {

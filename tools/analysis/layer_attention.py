@@ -24,6 +24,7 @@ from mmengine.utils import ProgressBar
 import mmela  # noqa: F401
 from mmela.analysis.attention import hook_settings, measure_attention, save_measurement
 from mmela.analysis.attention_plots import attention_pictures
+from mmela.analysis.drawing import draw
 from mmela.analysis.inputs import (
     check_device,
     evenly,
@@ -33,9 +34,9 @@ from mmela.analysis.inputs import (
     load_network,
     validation_loader,
 )
-from mmela.analysis.plots import draw
 from mmela.command_line import one_line
-from mmela.hooks import format_decisions
+from mmela.engine.tables import decision_table
+from mmela.pruning import PruningDecision
 from mmela.structure import attention_stages
 
 
@@ -114,13 +115,13 @@ def analyse(args: argparse.Namespace) -> Path:
         out, args.config, checkpoint, 'images' if files else 'validation data', result
     )
     if result['decision']:
-        rows = result['decision']['layers']
-        active = sum(row['state'] == 'active' for row in rows)
+        layers = PruningDecision.from_dict(result['decision']).layers
+        active = sum(s['states'].count('active') for s in result['stages'].values())
         print(
-            f'{active} of {len(rows)} attentions are active. What the '
+            f'{active} of {len(layers)} attentions are active. What the '
             f'policy ({source}) would decide now:'
         )
-        print(format_decisions(rows))
+        print(decision_table(layers))
     pictures = list(attention_pictures(result))
     for picture in pictures:
         draw(picture.plot, out / f'{picture.name}.png')

@@ -1,9 +1,10 @@
 """Count parameters and FLOPs of every config beside the papers' figures.
 
 Reads configs/papers.yml, builds each model and writes what it counts to
-configs/*/metafile.yml and docs/model_zoo.md. FLOPs are those of
-mmengine.analysis for one image, a multiplication with its addition counted
-once; elementwise operations are not counted. All is counted before pruning.
+metafile.yml and README.md of each folder of configs, and to docs/model_zoo.md.
+FLOPs are those of mmengine.analysis for one image, a multiplication with its
+addition counted once; elementwise operations are not counted. All is counted
+before pruning.
 
 Example:
   python tools/analysis/model_zoo.py
@@ -15,7 +16,7 @@ import argparse
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence
 
 import yaml
 from mmengine.config import Config
@@ -30,25 +31,20 @@ ROOT = Path(__file__).resolve().parents[2]
 PAPERS = ROOT / 'configs' / 'papers.yml'
 PAGE = ROOT / 'docs' / 'model_zoo.md'
 DETECTORS = ('faster_rcnn', 'mask_rcnn', 'retinanet')
-TITLES = dict(
-    cifar='CIFAR-10 and CIFAR-100',
-    imagenet='ImageNet',
-    faster_rcnn='Faster R-CNN on COCO',
-    mask_rcnn='Mask R-CNN on COCO',
-    retinanet='RetinaNet on COCO',
-    unet='Medical segmentation',
-)
-HEAD = """# Model zoo: parameters and FLOPs
+HEAD = """# Model zoo
 
 Written by `python tools/analysis/model_zoo.py`. **Here** is what that tool
 counts in the networks of this repository, before pruning; **paper** is what
-the paper prints for its own. No weights have been published.
+the paper prints for its own. No weights have been published, and accuracies are
+the papers' alone: what was trained here is in [results](results).
 
 - Parameters are in millions. Those of detectors are the trainable ones, with
   the stem and stage 1 frozen, as the papers count them.
 - FLOPs are billions of multiply-adds for one image of the given size, by
   `mmengine.analysis.FlopAnalyzer`, which counts no elementwise operation. The
   papers do not name their counters.
+- Detectors start from a plain ResNet (`zero_init`), whose frozen stage 1 then
+  has no MRLA; the FLOPs are without it.
 - A note follows where the parameters deviate by more than 0.01 M, or 0.1 M
   where the paper prints one decimal.
 """
@@ -139,7 +135,8 @@ def count_section(folder: str, section: dict, reuse: bool = False) -> List[dict]
     """
     known = read_metafile(folder) if reuse else {}
     counted = []
-    bar = ProgressBar(len(section['rows']))
+    missing = [row for row in section['rows'] if row['config'] not in known]
+    bar = ProgressBar(len(missing)) if missing else None
     for row in section['rows']:
         size = tuple(row.get('input', section['input']))
         data = known.get(row['config'])
@@ -149,9 +146,8 @@ def count_section(folder: str, section: dict, reuse: bool = False) -> List[dict]
             model = build(folder, row['config'])
             count = round(count_parameters(folder, model), 3)
             macs = float(f'{count_macs(model, size):.4g}')
+            bar.update()
         counted.append(dict(row, size=size, count=count, macs=macs))
-        bar.update()
-    print()
     return counted
 
 
@@ -186,6 +182,8 @@ def metafile(folder: str, section: dict, rows: List[dict]) -> str:
             data[f'{kind} in the Paper'] = float(row['params'])
         if 'flops' in row:
             data['FLOPs (G) in the Paper'] = row['flops']
+        if 'accuracy' in row:
+            data[f'{section["metric"]} in the Paper'] = row['accuracy']
         models.append(
             {
                 'Name': row['config'],
@@ -205,37 +203,76 @@ def metafile(folder: str, section: dict, rows: List[dict]) -> str:
     )
 
 
-def table(folder: str, section: dict, rows: List[dict]) -> str:
-    """Section of the page."""
+def table(section: dict, rows: List[dict], link: str = '') -> str:
+    """Table of a folder's rows, and its notes.
+
+    Args:
+        section (dict): The folder's part of configs/papers.yml.
+        rows (list[dict]): What :func:`count_section` returns.
+        link (str): The way from the page to the folder. Defaults to ''.
+
+    Returns:
+        str: Markdown.
+    """
+    metric = section.get('metric')
+    head = ['config', 'parameters here', 'paper', 'FLOPs here', 'paper', 'source']
+    if metric:
+        head.insert(1, f'{metric}, paper')
     lines = [
-        f'## {TITLES[folder]}',
-        '',
         'Input {} x {} pixels unless the row says otherwise.'.format(*section['input']),
         '',
-        '| config | parameters here | paper | FLOPs here | paper | source |',
-        '| --- | --- | --- | --- | --- | --- |',
+        f'| {" | ".join(head)} |',
+        f'|{" --- |" * len(head)}',
     ]
-    notes = []
+    notes: List[str] = []
     for row in rows:
         mark = ''
         if row.get('note'):
             if row['note'] not in notes:
                 notes.append(row['note'])
             mark = f' [{notes.index(row["note"]) + 1}]'
-        name = row['config']
-        size = (
-            ''
-            if list(row['size']) == list(section['input'])
-            else ' ({} x {})'.format(*row['size'])
-        )
-        lines.append(
-            f'| [{name}](../configs/{folder}/{name}.py){size} '
-            f'| {row["count"]:.3f}{mark} | {row.get("params", "")} '
-            f'| {row["macs"]:.4g} | {row.get("flops", "")} '
-            f'| {row.get("paper", "")} |'
-        )
+        name = f'[{row["config"]}]({link}{row["config"]}.py)'
+        if list(row['size']) != list(section['input']):
+            name += ' ({} x {})'.format(*row['size'])
+        cells = [
+            name,
+            f'{row["count"]:.3f}{mark}',
+            row.get('params', ''),
+            f'{row["macs"]:.4g}',
+            row.get('flops', ''),
+            row.get('paper', ''),
+        ]
+        if metric:
+            cells.insert(1, row.get('accuracy', ''))
+        lines.append(f'| {" | ".join(map(str, cells))} |')
     lines += [''] + [f'[{i}] {note}\n' for i, note in enumerate(notes, 1)]
     return '\n'.join(lines)
+
+
+def page_section(folder: str, section: dict, rows: List[dict]) -> str:
+    """Section of docs/model_zoo.md."""
+    return f'## {section["title"]}\n\n{table(section, rows, f"../configs/{folder}/")}'
+
+
+def page(sections: Sequence[str]) -> str:
+    """Content of docs/model_zoo.md."""
+    return '\n'.join([HEAD, *sections]).rstrip('\n') + '\n'
+
+
+def readme(section: dict, rows: List[dict]) -> str:
+    """Content of ``configs/<folder>/README.md``."""
+    others = ''.join(
+        f'- `{pattern}`: {text}\n'
+        for pattern, text in section.get('others', {}).items()
+    )
+    return (
+        f'# {section["title"]}\n\n{section["text"]}\n\n'
+        'Parameters in millions, FLOPs in billions of multiply-adds, before pruning; '
+        'how they are counted is in [the model zoo](../../docs/model_zoo.md), how a '
+        'config is put together in [configs](../README.md).\n\n'
+        f'{table(section, rows)}'
+        + (f'\nFurther configs:\n\n{others}' if others else '')
+    ).rstrip('\n') + '\n'
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -256,7 +293,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             f'error: no folder {sorted(unknown)[0]}; there are {", ".join(papers)}'
         )
     MMLogger.get_current_instance().setLevel(logging.ERROR)
-    pages: List[Tuple[str, str]] = []
+    sections: List[str] = []
     for folder, section in papers.items():
         if args.folders and folder not in args.folders:
             continue
@@ -267,14 +304,14 @@ def main(argv: Optional[List[str]] = None) -> None:
                     f'{row["config"]}: {row["count"]} M here, '
                     f'{row["params"]} M in {row["paper"]}, and no note'
                 )
-        pages.append((folder, table(folder, section, rows)))
-        path = ROOT / 'configs' / folder / 'metafile.yml'
-        path.write_text(metafile(folder, section, rows), 'utf-8')
-    text = '\n'.join(page for _, page in pages)
+        path = ROOT / 'configs' / folder
+        (path / 'metafile.yml').write_text(metafile(folder, section, rows), 'utf-8')
+        (path / 'README.md').write_text(readme(section, rows), 'utf-8')
+        sections.append(page_section(folder, section, rows))
     if args.folders:
-        print(text)
+        print('\n'.join(sections))
     else:
-        PAGE.write_text(f'{HEAD}\n{text}', 'utf-8')
+        PAGE.write_text(page(sections), 'utf-8')
 
 
 if __name__ == '__main__':

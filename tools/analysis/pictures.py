@@ -11,14 +11,16 @@ Example:
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Dict
 
 from mmela.analysis.attention_plots import map_pair_plot
-from mmela.analysis.plots import Plot, draw, kl_plot
+from mmela.analysis.decision_plots import kl_plot
+from mmela.analysis.drawing import Plot, draw
 from mmela.analysis.report import read_analyses
-from mmela.analysis.run import short_name
+from mmela.analysis.work_dir import short_name
+from mmela.command_line import one_line
+from mmela.pruning import PruningReport
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -37,15 +39,15 @@ def divergences(work_dir: Path) -> Plot:
 
     Raises:
         OSError: If ``pruning.json`` cannot be read.
-        ValueError: If nothing was pruned.
+        ValueError: If it is no such file, or nothing was pruned.
     """
     path = work_dir / 'pruning.json'
-    report = json.loads(path.read_text(encoding='utf-8'))
-    prunings = [p for p in report['prunings'] if p['pruned']]
-    if not prunings:
+    decision = max(
+        PruningReport.read(path).decisions, key=lambda d: len(d.pruned), default=None
+    )
+    if decision is None or not decision.pruned:
         raise ValueError(f'nothing was pruned by {path}')
-    pruning = max(prunings, key=lambda p: len(p['pruned']))
-    return kl_plot(pruning, report['hook']['policy'])
+    return kl_plot(decision)
 
 
 def changed_stage(before: Dict[str, dict], after: Dict[str, dict]) -> str:
@@ -81,7 +83,7 @@ def attention_maps(work_dir: Path) -> Plot:
             f'{work_dir} has {len(analyses)} layer_attention.json, needed are '
             'two: see tools/analysis/layer_attention.py'
         )
-    (first, _, before), (last, _, after) = analyses[0], analyses[-1]
+    (_, first, _, before), (_, last, _, after) = analyses[0], analyses[-1]
     stage = changed_stage(before['stages'], after['stages'])
     panels = []
     for name, result in ((first, before), (last, after)):
@@ -104,7 +106,7 @@ def main(argv=None) -> None:
             for path in draw(plot, out / f'{name}.png'):
                 print(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f'error: {work_dir}: {" ".join(str(error).split())}')
+        raise SystemExit(f'error: {work_dir}: {one_line(error)}') from error
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ Example:
 import argparse
 
 from mmela.analysis import make_report, summarize
+from mmela.command_line import one_line
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -32,7 +33,7 @@ def main(argv=None) -> None:
         report = make_report(args.work_dir, args.out)
         print(summarize(args.work_dir, report))
     except (OSError, ValueError) as error:
-        raise SystemExit(f'error: {error}')
+        raise SystemExit(f'error: {one_line(error)}') from error
 
 
 if __name__ == '__main__':

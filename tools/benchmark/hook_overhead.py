@@ -96,14 +96,17 @@ def make_steps(contestant: Contestant, work_dir: str) -> Dict[str, Callable[[], 
         logger=logging.getLogger('hook_overhead'),
         visualizer=SimpleNamespace(add_scalars=lambda *args, **kwargs: None),
         message_hub=SimpleNamespace(log_scalars={}),
+        optim_wrapper=SimpleNamespace(optimizer=contestant.optimizer),
     )
 
     def with_hook(epoch: int) -> Callable[[], None]:
         hook = LayerAttentionPruningHook(windows=[WINDOW])
         hook.before_train(runner)
+        runner.epoch = epoch
+        hook.before_train_epoch(runner)
+        runner.epoch = 0
 
         def step() -> None:
-            runner.epoch = epoch
             hook.before_train_iter(runner, 0)
             contestant.step()
             hook.after_train_iter(runner, 0)

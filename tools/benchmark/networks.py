@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from traffic import model_traffic
 
 from mmela.ops import BACKENDS
+from mmela.pruning import PruningReport
 from mmela.structure import layer_attentions, prune
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,10 +176,11 @@ def read_mask(path: str) -> List[str]:
     """
     try:
         content = json.loads(Path(path).read_text())
-        if isinstance(content, dict) and 'prunings' in content:
-            if content.get('hook', {}).get('keep_value'):
+        if isinstance(content, dict) and 'hook' in content:
+            decisions = PruningReport.read(path).decisions
+            if any(decision.keep_value for decision in decisions):
                 raise ValueError('keep_value=True is not supported')
-            content = sum((p['pruned'] for p in content['prunings']), [])
+            content = [name for decision in decisions for name in decision.pruned]
         elif isinstance(content, dict):
             content = content['pruned']
         if not isinstance(content, list) or not all(
@@ -297,8 +299,7 @@ def _classifier(attention: Optional[dict], args: argparse.Namespace) -> nn.Modul
         depth = CIFAR[args.net]
     backbone = dict(type=plain, depth=depth)
     if attention is not None:
-        name = 'ELAResNet' if args.net in IMAGENET else 'ELAResNet_CIFAR'
-        backbone.update(type=name, layer_attention=attention)
+        backbone.update(type=f'ELA{plain}', layer_attention=attention)
     return MODELS.build(
         dict(
             type='ImageClassifier',

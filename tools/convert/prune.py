@@ -24,8 +24,10 @@ from mmengine.utils import track_iter_progress
 import mmela  # noqa: F401
 from mmela.command_line import one_line
 from mmela.convert.networks import load_fitting, open_network
-from mmela.hooks import NetworkKLMeter, decide, format_decisions
-from mmela.pruning import PRUNING_POLICIES
+from mmela.engine.tables import decision_table
+from mmela.hooks import NetworkKLMeter
+from mmela.pruning import PruningDecision, PruningPolicy, build_policy
+from mmela.pruning.record import FORMAT
 from mmela.structure import attention_stages, prune
 
 
@@ -66,10 +68,16 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 @torch.no_grad()
-def measure(model, dataloader, batches: int, reduction: str) -> dict:
-    """KL divergences of a model's stages over some batches of data."""
-    stages = attention_stages(model)
-    meter = NetworkKLMeter(stages, reduction, eps=1e-8)
+def decide(
+    model,
+    dataloader,
+    batches: int,
+    reduction: str,
+    policy: PruningPolicy,
+    keep_value: bool,
+) -> PruningDecision:
+    """Have a policy decide on the divergences over some batches of data."""
+    meter = NetworkKLMeter(attention_stages(model), reduction)
     meter.attach()
     model.eval()
     count = min(batches, len(dataloader))
@@ -78,7 +86,7 @@ def measure(model, dataloader, batches: int, reduction: str) -> dict:
         model.test_step(batch)
     print()
     meter.detach()
-    return meter.compute()
+    return meter.decide(policy, keep_value)
 
 
 def main(argv=None) -> None:
@@ -86,9 +94,9 @@ def main(argv=None) -> None:
     if args.batches < 1:
         raise SystemExit(f'error: --batches={args.batches} is not positive')
     try:
-        policy = PRUNING_POLICIES.build(dict(args.policy, _scope_='mmela'))
-    except (KeyError, TypeError, ValueError) as error:
-        raise SystemExit(f'error: --policy: {error}')
+        policy = build_policy(args.policy)
+    except ValueError as error:
+        raise SystemExit(f'error: --policy: {error}') from error
     cfg, meta, state_dict = open_network(args.config, args.checkpoint, args.out)
     cfg.merge_from_dict(args.cfg_options)
     try:
@@ -103,19 +111,23 @@ def main(argv=None) -> None:
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise SystemExit(f'error: {one_line(error)}')
     model.to(get_device())
-    kl = measure(model, dataloader, args.batches, args.reduction)
-    layers = decide(stages, kl, policy)
-    names = [layer['name'] for layer in layers if layer['skip']]
-    prune(model, names, args.keep_value)
-    print(format_decisions(layers))
+    try:
+        decision = decide(
+            model, dataloader, args.batches, args.reduction, policy, args.keep_value
+        )
+    except ValueError as error:
+        raise SystemExit(f'error: {one_line(error)}') from error
+    prune(model, decision.pruned, args.keep_value)
+    print(decision_table(decision.layers))
 
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.save(dict(meta=meta, state_dict=model.to('cpu').state_dict()), out)
     report = out.with_suffix('.json')
-    report.write_text(json.dumps(dict(layers=layers, pruned=names), indent=2))
+    content = dict(format=FORMAT, pruned=decision.pruned, **decision.to_dict())
+    report.write_text(json.dumps(content, indent=2))
     print(
-        f'{len(layers)} -> {len(layers) - len(names)} active attentions, '
+        f'{len(decision.layers)} -> {len(decision.active)} active attentions, '
         f'{policy}\n{out}\n{report}'
     )
 

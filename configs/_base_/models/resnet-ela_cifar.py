@@ -1,10 +1,2 @@
-# MRLA-base, pruned as in the ELA paper, section 4.1. The paper gives no gamma.
-_base_ = './resnet-mrla-base_cifar.py'
-
-custom_hooks = [
-    dict(
-        type='LayerAttentionPruningHook',
-        windows=[(1, 3), (45, 48), (91, 93)],
-        policy=dict(type='EBQM', gamma=0.5, alpha=5, beta=1, mu=0.3),
-    )
-]
+_base_ = ['./resnet-mrla-base_cifar.py', '../pruning/ela_cifar.py']
+_deprecation_ = dict(expected='../pruning/ela_cifar.py')

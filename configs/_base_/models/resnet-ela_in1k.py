@@ -1,10 +1,2 @@
-# MRLA-base, pruned as in the ELA paper, section 4.1. The paper gives no gamma.
-_base_ = './resnet-mrla-base_in1k.py'
-
-custom_hooks = [
-    dict(
-        type='LayerAttentionPruningHook',
-        windows=[(1, 3), (51, 53)],
-        policy=dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.25),
-    )
-]
+_base_ = ['./resnet-mrla-base_in1k.py', '../pruning/ela_in1k.py']
+_deprecation_ = dict(expected='../pruning/ela_in1k.py')

@@ -1,10 +1,4 @@
-# Head width and stochastic depth on the attention alone as published with
-# the KCLA paper (section V-A).
-_base_ = './resnet_in1k.py'
-custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
+_base_ = ['mmpretrain::_base_/models/resnet50.py', '../attentions/kcla_in1k.py']
+_deprecation_ = dict(expected='../attentions/kcla_in1k.py')
 
-model = dict(
-    backbone=dict(
-        type='ELAResNet', layer_attention=dict(type='KCLA', head_dim=32, drop_path=0.2)
-    )
-)
+model = dict(backbone=_base_.backbone)

@@ -1,5 +1,4 @@
-_base_ = './resnet_cifar.py'
+_base_ = ['./resnet20_cifar.py', '../attentions/mla_cifar.py']
+_deprecation_ = dict(expected='../attentions/mla_cifar.py')
 
-model = dict(
-    backbone=dict(type='ELAResNet_CIFAR', layer_attention=dict(type='MLA', head_dim=16))
-)
+model = dict(backbone=_base_.backbone)

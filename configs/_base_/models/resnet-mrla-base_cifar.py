@@ -1,7 +1,4 @@
-_base_ = './resnet_cifar.py'
+_base_ = ['./resnet20_cifar.py', '../attentions/mrla-base_cifar.py']
+_deprecation_ = dict(expected='../attentions/mrla-base_cifar.py')
 
-model = dict(
-    backbone=dict(
-        type='ELAResNet_CIFAR', layer_attention=dict(type='MRLABase', head_dim=16)
-    )
-)
+model = dict(backbone=_base_.backbone)

@@ -1,11 +1,4 @@
-# Stochastic depth on the attention alone, survival probability 0.8 (MRLA,
-# appendix B.1).
-_base_ = './resnet_in1k.py'
-custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
+_base_ = ['mmpretrain::_base_/models/resnet50.py', '../attentions/mrla-light_in1k.py']
+_deprecation_ = dict(expected='../attentions/mrla-light_in1k.py')
 
-model = dict(
-    backbone=dict(
-        type='ELAResNet',
-        layer_attention=dict(type='MRLALight', head_dim=32, drop_path=0.2),
-    )
-)
+model = dict(backbone=_base_.backbone)

@@ -1,2 +1,2 @@
-# A plain ResNet, for comparison under the same schedule.
 _base_ = 'mmpretrain::_base_/models/resnet50.py'
+_deprecation_ = dict(expected='mmpretrain::_base_/models/resnet50.py')

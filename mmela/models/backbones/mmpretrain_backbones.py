@@ -17,7 +17,11 @@ from torch import nn
 from ...layers import HookedAttentionStage, TokenAttentionStage
 from ...layers.stages import current_pass
 from .mixin import TOKEN_DEFAULTS, HookedLayerAttentionMixin, LayerAttentionMixin
-from .resnet_cifar import BottleneckResNet_CIFAR
+from .resnet_cifar import (  # noqa: F401  registers them
+    BottleneckResNet_CIFAR,
+    ELABottleneckResNet_CIFAR,
+    ELAResNet_CIFAR,
+)
 
 
 @MODELS.register_module()
@@ -89,28 +93,6 @@ class ELARegNet(LayerAttentionMixin, RegNet):
             to ``dict(type='MRLABase')``.
         **kwargs: All further arguments of ``mmpretrain.models.RegNet`` and of
             :class:`LayerAttentionMixin`.
-    """
-
-
-@MODELS.register_module()
-class ELAResNet_CIFAR(LayerAttentionMixin, BottleneckResNet_CIFAR):
-    """:class:`BottleneckResNet_CIFAR` with a layer attention after each block.
-
-    Args:
-        depth (int): 9n + 2 for n blocks per stage, e.g. 20, 56 or 110.
-        layer_attention (dict): Config of the layer attention, see
-            :class:`mmela.layers.MRLABase`. Defaults to
-            ``dict(type='MRLABase')``; the papers have ``head_dim=16`` here.
-        **kwargs: All further arguments of :class:`BottleneckResNet_CIFAR` and
-            of :class:`LayerAttentionMixin`.
-
-    Example:
-        >>> import torch
-        >>> from mmpretrain.registry import MODELS
-        >>> import mmela
-        >>> net = MODELS.build(dict(type='ELAResNet_CIFAR', depth=20))
-        >>> [tuple(x.shape) for x in net(torch.rand(1, 3, 32, 32))]
-        [(1, 256, 8, 8)]
     """
 
 

@@ -1,8 +1,11 @@
-from typing import Sequence
+import warnings
+from typing import Optional, Sequence
 
 from mmpretrain.models.backbones.resnet import Bottleneck
 from mmpretrain.models.backbones.resnet_cifar import ResNet_CIFAR
 from mmpretrain.registry import MODELS
+
+from .mixin import LayerAttentionMixin
 
 
 @MODELS.register_module()
@@ -50,7 +53,7 @@ class BottleneckResNet_CIFAR(ResNet_CIFAR):
         out_indices: Sequence[int] = (2,),
         **kwargs,
     ) -> None:
-        if depth < 11 or (depth - 2) % 9:
+        if not _is_bottleneck_depth(depth):
             raise ValueError(
                 f'depth={depth} is not 9n + 2 for n bottlenecks in each of 3 '
                 'stages; allowed are 11, 20, 29, ..., 56, ..., 110, ...'
@@ -68,3 +71,72 @@ class BottleneckResNet_CIFAR(ResNet_CIFAR):
             out_indices=out_indices,
             **kwargs,
         )
+
+
+@MODELS.register_module()
+class ELAResNet_CIFAR(LayerAttentionMixin, ResNet_CIFAR):
+    """MMPretrain's ResNet for CIFAR with a layer attention after each block.
+
+    Until version 0.1 this was the name of :class:`ELABottleneckResNet_CIFAR`.
+    With a depth that only that one has it still builds that one, with a
+    ``DeprecationWarning``. At depth 101, which both have, it is MMPretrain's.
+
+    Args:
+        depth (int): Depth of the ResNet: 18, 34, 50, 101 or 152.
+        layer_attention (dict): Config of the layer attention, see
+            :class:`mmela.layers.MRLABase`. Defaults to
+            ``dict(type='MRLABase')``.
+        **kwargs: All further arguments of mmpretrain's ``ResNet_CIFAR`` and of
+            :class:`LayerAttentionMixin`.
+
+    Example:
+        >>> import torch
+        >>> from mmpretrain.registry import MODELS
+        >>> import mmela
+        >>> net = MODELS.build(dict(type='ELAResNet_CIFAR', depth=18))
+        >>> [tuple(x.shape) for x in net(torch.rand(1, 3, 32, 32))]
+        [(1, 512, 4, 4)]
+    """
+
+    def __new__(cls, depth: Optional[int] = None, *args, **kwargs):
+        # Without arguments where copy and pickle make an instance
+        if cls is ELAResNet_CIFAR and depth not in (None, *cls.arch_settings):
+            if _is_bottleneck_depth(depth):
+                warnings.warn(
+                    f"type='ELAResNet_CIFAR' with depth={depth} is now called "
+                    "type='ELABottleneckResNet_CIFAR'",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
+                cls = ELABottleneckResNet_CIFAR
+        return super().__new__(cls)
+
+
+@MODELS.register_module()
+class ELABottleneckResNet_CIFAR(ELAResNet_CIFAR, BottleneckResNet_CIFAR):
+    """:class:`BottleneckResNet_CIFAR` with a layer attention after each block.
+
+    Args:
+        depth (int): 9n + 2 for n blocks per stage, e.g. 20, 56 or 110.
+        layer_attention (dict): Config of the layer attention, see
+            :class:`mmela.layers.MRLABase`. Defaults to
+            ``dict(type='MRLABase')``; the papers have ``head_dim=16`` here.
+        **kwargs: All further arguments of :class:`BottleneckResNet_CIFAR` and
+            of :class:`LayerAttentionMixin`.
+
+    Raises:
+        ValueError: If ``depth`` is not 9n + 2.
+
+    Example:
+        >>> import torch
+        >>> from mmpretrain.registry import MODELS
+        >>> import mmela
+        >>> net = MODELS.build(dict(type='ELABottleneckResNet_CIFAR', depth=20))
+        >>> [tuple(x.shape) for x in net(torch.rand(1, 3, 32, 32))]
+        [(1, 256, 8, 8)]
+    """
+
+
+def _is_bottleneck_depth(depth: int) -> bool:
+    """Whether some bottlenecks of 3 layers in each of 3 stages have it."""
+    return depth >= 11 and (depth - 2) % 9 == 0

@@ -68,37 +68,6 @@ def test_same_mixin_and_type_in_both_toolboxes():
     assert mmdet.get('ELAResNet') is not MODELS.get('ELAResNet')
 
 
-@pytest.mark.parametrize('depth', [11, 20, 29, 56, 110])
-def test_cifar_depths(depth):
-    net = MODELS.build(
-        dict(
-            type='ELAResNet_CIFAR',
-            depth=depth,
-            layer_attention=dict(type='MRLABase', head_dim=16),
-        )
-    )
-    stages = [net.layer1, net.layer2, net.layer3]
-    assert [len(s.attentions) for s in stages] == [(depth - 2) // 9] * 3
-    assert [s.attentions[0].channels for s in stages] == [64, 128, 256]
-    assert net(torch.rand(2, 3, 32, 32))[0].shape == (2, 256, 8, 8)
-    # Convolutions and the classifier: that is what the depth counts.
-    convs = [
-        m
-        for n, m in net.named_modules()
-        if isinstance(m, torch.nn.Conv2d)
-        and 'downsample' not in n
-        and 'layer_attn' not in n
-    ]
-    assert len(convs) + 1 == depth
-
-
-@pytest.mark.parametrize('depth', [2, 18, 50, 19])
-def test_no_such_cifar_depth(depth):
-    for name in ('ELAResNet_CIFAR', 'BottleneckResNet_CIFAR'):
-        with pytest.raises(ValueError, match=f'depth={depth} is not 9n'):
-            MODELS.build(dict(type=name, depth=depth))
-
-
 def pruned_classifier(path):
     """Checkpoint of a trained, pruned classifier."""
     torch.manual_seed(0)

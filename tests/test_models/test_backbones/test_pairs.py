@@ -8,7 +8,7 @@ import torch
 from mmengine.config import Config
 
 from mmela.convert.slim import slim_config, slim_state_dict
-from mmela.hooks import NetworkKLMeter, decide
+from mmela.hooks import NetworkKLMeter
 from mmela.layers import AttentionState, HookedAttentionStage, LayerAttention
 from mmela.pruning import FixedCount
 from mmela.structure import attention_stages, prune
@@ -33,7 +33,8 @@ MMPRETRAIN = {
         NARROW, stem_channels=8, base_width=4, scales=4, out_indices=(1,)
     ),
     'ELARegNet': dict(arch=REGNET, head_dim=8),
-    'ELAResNet_CIFAR': dict(
+    'ELAResNet_CIFAR': dict(NARROW, stem_channels=8),
+    'ELABottleneckResNet_CIFAR': dict(
         depth=29, base_channels=8, stem_channels=8, head_dim=8, out_indices=(0, 2)
     ),
     'ELAEfficientNet': dict(
@@ -186,10 +187,7 @@ def test_keys_of_the_toolbox_backbone(scope, backbone):
     )
     kwargs.pop('head_dim')
     kwargs.pop('layers_per_stage', None)
-    name = backbone[3:]
-    if name == 'ResNet_CIFAR':
-        name = 'BottleneckResNet_CIFAR'
-    plain = registry(scope).build(dict(type=name, **kwargs))
+    plain = registry(scope).build(dict(type=backbone[len('ELA') :], **kwargs))
     own = {k for k in model.state_dict() if 'layer_attn' not in k}
     assert own == set(plain.state_dict())
 
@@ -299,12 +297,11 @@ def test_measure_prune_and_slim(backbone):
     with torch.no_grad():
         model(x)
     meter.detach()
-    kl = meter.compute()
-    assert {k: len(v) for k, v in kl.items()} == {
-        k: len(s.attentions) for k, s in stages.items()
-    }
-    rows = decide(stages, kl, FixedCount(count=2))
-    pruned = [row['name'] for row in rows if row['skip']]
+    decision = meter.decide(FixedCount(count=2))
+    assert [(x.name, x.stage) for x in decision.layers] == [
+        (f'{k}.{n}', k) for k, s in stages.items() for n in s.named_attentions()
+    ]
+    pruned = decision.pruned
     assert len(pruned) == 2
     prune(whole, pruned)
     with torch.no_grad():

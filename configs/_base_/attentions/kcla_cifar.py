@@ -1,0 +1,3 @@
+backbone = dict(
+    type='ELABottleneckResNet_CIFAR', layer_attention=dict(type='KCLA', head_dim=16)
+)

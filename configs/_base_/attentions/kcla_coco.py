@@ -1,0 +1,7 @@
+# zero_init: the checkpoint is that of a plain ResNet. head_dim as in the
+# authors' detectors.
+custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
+
+backbone = dict(
+    type='ELAResNet', layer_attention=dict(type='KCLA', head_dim=64, zero_init=True)
+)

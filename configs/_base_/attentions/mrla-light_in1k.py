@@ -1,0 +1,7 @@
+# Stochastic depth on the attention alone, survival probability 0.8 (MRLA,
+# appendix B.1).
+custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
+
+backbone = dict(
+    type='ELAResNet', layer_attention=dict(type='MRLALight', head_dim=32, drop_path=0.2)
+)

@@ -1,0 +1,126 @@
+"""The command ``mmela``, also ``python -m mmela``: the tools by short names.
+
+Each command hands its arguments to the tool of ``tools/`` that it stands for.
+"""
+
+import ast
+import runpy
+import sys
+from pathlib import Path
+from typing import List
+
+import click
+
+from .version import DISTRIBUTIONS, __version__
+
+PACKAGE = Path(__file__).resolve().parent
+TOOLS = {
+    'demo': 'demo.py',
+    'train': 'train.py',
+    'test': 'test.py',
+    'prune': 'convert/prune.py',
+    'slim': 'convert/slim.py',
+    'export': 'convert/export.py',
+    'published': 'convert/published.py',
+    'report': 'analysis/report.py',
+    'layer-attention': 'analysis/layer_attention.py',
+    'cam': 'analysis/cam.py',
+    'pictures': 'analysis/pictures.py',
+    'model-zoo': 'analysis/model_zoo.py',
+    'shapes': 'dataset/make_shapes.py',
+    'lesions': 'dataset/make_lesions.py',
+    'cifar': 'dataset/cifar.py',
+}
+
+
+def find(tool: str) -> Path:
+    """Find one of mmela's tools.
+
+    Args:
+        tool (str): Its path in ``tools/``.
+
+    Returns:
+        Path: The tool in what is installed, or in the checkout.
+
+    Raises:
+        click.ClickException: If it is in neither.
+    """
+    for folder in (PACKAGE / '.mim' / 'tools', PACKAGE.parent / 'tools'):
+        if (folder / tool).is_file():
+            return folder / tool
+    raise click.ClickException(f'no tools/{tool} beside or in {PACKAGE}')
+
+
+class Tool(click.Command):
+    """A command that is a tool of ``tools/``, arguments and help included.
+
+    Args:
+        name (str): Name of the command.
+        tool (str): Path of the tool in ``tools/``.
+    """
+
+    def __init__(self, name: str, tool: str) -> None:
+        arguments = click.Argument(['arguments'], nargs=-1, type=click.Path())
+        super().__init__(
+            name,
+            params=[arguments],
+            add_help_option=False,
+            context_settings=dict(ignore_unknown_options=True),
+        )
+        self.tool = tool
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        text = ast.get_docstring(ast.parse(find(self.tool).read_text('utf-8')))
+        return (text or '').partition('\n')[0]
+
+    def parse_args(self, ctx: click.Context, args: List[str]) -> List[str]:
+        ctx.params['arguments'] = args  # as they are, `--` included
+        return []
+
+    def invoke(self, ctx: click.Context) -> None:
+        path = find(self.tool)
+        sys.argv = [ctx.command_path, *ctx.params['arguments']]
+        sys.path.insert(0, str(path.parent))  # as `python tools/...` has it
+        runpy.run_path(str(path), run_name='__main__')
+
+
+@click.group(context_settings=dict(help_option_names=['-h', '--help']))
+@click.version_option(__version__, prog_name='mmela')
+def main() -> None:
+    """Layer attention with pruning, for OpenMMLab's toolboxes.
+
+    `mmela COMMAND --help` tells the arguments of a command.
+    """
+
+
+for _name, _tool in TOOLS.items():
+    main.add_command(Tool(_name, _tool))
+
+
+@main.command()
+def env() -> None:
+    """Versions, operators in use, GPU: for a bug report."""
+    from mmengine.utils.dl_utils import collect_env
+
+    from .compat.forks import distributions
+
+    rows = {'mmela': f'{__version__}, {PACKAGE}', **collect_env()}
+    for name in DISTRIBUTIONS:
+        found = ', '.join(f'{d} {v}' for d, v in distributions(name).items())
+        rows[name] = found or 'no distribution'
+    rows['operators of mmcv'] = _operators()
+    for name, value in rows.items():
+        click.echo(f'{name}: {value}')
+
+
+def _operators() -> str:
+    try:
+        import mmcv.ops  # noqa: F401
+    except ImportError as error:
+        return f'none ({error})'
+    file = Path(getattr(sys.modules['mmcv._ext'], '__file__', None) or '')
+    return f"torchvision's, {file}" if file.suffix == '.py' else f'compiled, {file}'
+
+
+if __name__ == '__main__':
+    main(prog_name='mmela')

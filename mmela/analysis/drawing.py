@@ -1,0 +1,118 @@
+"""How the pictures look, on light pages and on dark ones."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Tuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+# Inches: on a phone a picture is shown at about this width
+WIDTH = 4.6
+MARKERS = 'osD^vP*X'
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours that can be told apart without colour vision (Okabe and Ito).
+
+    Attributes:
+        paper (str): Background, that of the page.
+        ink (str): Text and axes.
+        faint (str): Grid and shading.
+        kept (str): What is kept.
+        pruned (str): What is pruned.
+        lines (tuple[str]): Further lines.
+    """
+
+    paper: str
+    ink: str
+    faint: str
+    kept: str
+    pruned: str
+    lines: Tuple[str, ...]
+
+
+LIGHT = Theme(
+    '#ffffff',
+    '#24292f',
+    '#d8dee4',
+    '#0072b2',
+    '#d55e00',
+    ('#0072b2', '#d55e00', '#007a5a', '#a8548a', '#24292f'),
+)
+DARK = Theme(
+    '#14181d',
+    '#d6dde4',
+    '#39424c',
+    '#56b4e9',
+    '#f0a030',
+    ('#56b4e9', '#f0a030', '#2fc49a', '#dd9ac4', '#d6dde4'),
+)
+
+Plot = Callable[[Figure, Theme], None]
+
+
+def draw(plot: Plot, path: Path) -> Tuple[Path, Path]:
+    """Draw a picture twice, for a light and a dark page.
+
+    Args:
+        plot (Callable[[Figure, Theme], None]): Draws on a figure.
+        path (Path): Where the light picture goes, ``NAME.png``; the dark one
+            goes to ``NAME_dark.png``.
+
+    Returns:
+        tuple[Path, Path]: Both paths.
+    """
+    paths = path, path.with_name(f'{path.stem}_dark.png')
+    for theme, target in zip((LIGHT, DARK), paths):
+        figure = Figure(
+            figsize=(WIDTH, 3), dpi=160, facecolor=theme.paper, layout='constrained'
+        )
+        canvas = FigureCanvasAgg(figure)
+        plot(figure, theme)
+        for axes in figure.axes:
+            _dress(axes, theme)
+        canvas.draw()
+        image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+        # A third of the size, and no difference to be seen
+        image.quantize(128, method=Image.Quantize.MEDIANCUT).save(target, optimize=True)
+    return paths
+
+
+def _dress(axes: Axes, theme: Theme) -> None:
+    """Colour what the plots leave at its default."""
+    axes.set_facecolor('none')
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme.ink, labelsize=8, which='both')
+    for side, spine in axes.spines.items():
+        spine.set_color(theme.ink)
+        spine.set_visible(side in ('left', 'bottom'))
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=theme.ink, fontsize=9)
+    legend = axes.get_legend()
+    if legend is not None:
+        legend.get_frame().set(facecolor=theme.paper, edgecolor=theme.faint)
+        for text in legend.get_texts():
+            text.set(color=theme.ink, fontsize=8)
+
+
+def plain_text(value: str) -> str:
+    """Keep matplotlib from reading a name as mathematics."""
+    return value.replace('$', r'\$')
+
+
+def legend_above(axes: Axes, columns: int) -> None:
+    """Put the legend above a picture, where it hides nothing."""
+    axes.legend(
+        loc='lower left',
+        bbox_to_anchor=(0, 1),
+        ncols=columns,
+        frameon=False,
+        borderaxespad=0.2,
+        handlelength=1.8,
+        columnspacing=1.2,
+    )

@@ -1,0 +1,428 @@
+"""What a work directory holds of a run."""
+
+import ast
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import torch
+from mmengine.hooks import CheckpointHook
+
+from ..command_line import one_line
+from ..convert.networks import read_state_dict
+from ..layers import AttentionState
+from ..pruning import PruningDecision, PruningReport
+
+# In a state dict, but nothing that is trained
+_STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
+# What the report calculates with, and what of it counts
+_NUMBERS = ('loss', 'time', 'data_time', 'epoch', 'iter')
+_COUNTS = ('epoch', 'iter')
+_NO_METRICS = ('time', 'data_time', 'step', 'epoch', 'iter', 'memory')
+
+
+@dataclass
+class StepTime:
+    """Training speed while the number of active attentions stayed the same.
+
+    Attributes:
+        first (int): First iteration.
+        last (int): Last iteration.
+        active (int | None): Active attentions; None if the run has no hook.
+        seconds (float | None): Median of the logged step times; None without.
+        data_seconds (float | None): Median of the time spent waiting for data,
+            which ``seconds`` contains.
+        count (int): Logged step times.
+    """
+
+    first: int
+    last: int
+    active: Optional[int]
+    seconds: Optional[float]
+    data_seconds: Optional[float]
+    count: int
+
+
+@dataclass
+class Parameters:
+    """Parameters by what a checkpoint holds.
+
+    Attributes:
+        total (int): All parameters: the elements of the state dict without
+            the statistics of normalisation layers.
+        attention (int): Those of layer attentions.
+        pruned (int): Those of attentions pruned whole.
+        attentions (int): Number of layer attentions.
+        active (int): Number of active ones.
+        value_only (int): Number that retrieve nothing, but keep their key and
+            value for later attentions; they are not counted as ``pruned``.
+    """
+
+    total: int
+    attention: int
+    pruned: int
+    attentions: int
+    active: int
+    value_only: int
+
+
+class Run:
+    """What a work directory holds of a run.
+
+    Each start of a run has a folder of its own. A resumed run is put together
+    from all of them: what a later start did again replaces what was there
+    from that point on. So an earlier run in the same directory, which the
+    last one did not resume, is left out.
+
+    Args:
+        work_dir (str | Path): Work directory of an mmengine runner.
+
+    Attributes:
+        starts (list[str]): Names of the folders of the run, oldest first.
+        unit (str): What validation metrics are counted by, ``'epoch'`` or
+            ``'iteration'``.
+        training (dict[int, dict]): Logged training scalars by iteration.
+        metrics (dict[int, dict[str, float]]): Validation metrics by epoch, or
+            by iteration in an iteration-based run.
+        hook (dict | None): Arguments of the pruning hook, from
+            ``pruning.json``; None without one.
+        decisions (tuple[PruningDecision]): Decisions of the pruning hook.
+        config_name (str): Name of the dumped config; empty without one.
+        config (str): The dumped config.
+        notes (list[str]): What a reader should know about the files.
+
+    Raises:
+        FileNotFoundError: If there is no such directory, or no log of scalars
+            in it.
+        NotADirectoryError: If it is a file.
+        ValueError: If a log or ``pruning.json`` cannot be read.
+    """
+
+    def __init__(self, work_dir: Union[str, Path]) -> None:
+        self.work_dir = Path(work_dir)
+        if not self.work_dir.exists():
+            raise FileNotFoundError(f'{self.work_dir} does not exist')
+        if not self.work_dir.is_dir():
+            raise NotADirectoryError(f'{self.work_dir} is no directory')
+        logs = sorted(self.work_dir.glob('*/vis_data/scalars.json'))
+        if not logs:
+            raise FileNotFoundError(
+                f'{self.work_dir} is no work directory of a run: there is no '
+                '*/vis_data/scalars.json in it'
+            )
+        self.starts: List[str] = []
+        self.unit = 'epoch'
+        self.training: Dict[int, dict] = {}
+        self.metrics: Dict[int, Dict[str, float]] = {}
+        self.notes: List[str] = []
+        for log in logs:
+            self._merge(log)
+        if not self.training and not self.metrics:
+            raise FileNotFoundError(f'{logs[-1]} holds no training loss and no metric')
+        self._read_config()
+        self._read_decisions()
+
+    # -- logs --------------------------------------------------------------
+
+    def _merge(self, log: Path) -> None:
+        """Add one start of the run."""
+        training, metrics = {}, {}
+        for record in _read_lines(log):
+            step = record.get('step')
+            if not _is_number(step, count=True) or any(
+                k.startswith('layer_attention/') for k in record
+            ):
+                continue
+            trains = (
+                'iter' in record
+                or 'loss' in record
+                or any(k.startswith('train/') for k in record)
+            )
+            record = {_plain_key(k): v for k, v in record.items()}
+            if trains:
+                training[step] = record
+                continue
+            values = {
+                k: v
+                for k, v in record.items()
+                if k not in _NO_METRICS
+                and _is_number(v)
+                and ('/' in k or 'time' in record)
+            }
+            if values:
+                metrics.setdefault(step, {}).update(values)
+        if not training:
+            # A validation alone is logged at step 0, a run that was stopped
+            # at once not at all.
+            if not self.training:
+                self.metrics.update(metrics)
+            return
+        first = min(training)
+        epoch = training[first].get('epoch')
+        self.unit = 'iteration' if epoch is None else 'epoch'
+        again = first if epoch is None else epoch
+        self.training = {k: v for k, v in self.training.items() if k < first}
+        self.metrics = {k: v for k, v in self.metrics.items() if k < again}
+        if not self.training:
+            self.starts, self.metrics = [], {}
+        self.starts.append(log.parents[1].name)
+        self.training.update(sorted(training.items()))
+        self.metrics.update(sorted(metrics.items()))
+
+    @property
+    def losses(self) -> Dict[int, float]:
+        """dict[int, float]: Training loss by iteration."""
+        return {k: v['loss'] for k, v in self.training.items() if 'loss' in v}
+
+    @property
+    def metric_names(self) -> List[str]:
+        """list[str]: Names of all validation metrics."""
+        return list(dict.fromkeys(k for m in self.metrics.values() for k in m))
+
+    @property
+    def done(self) -> Optional[int]:
+        """int | None: Epoch or iteration of the last training log."""
+        if not self.training:
+            return None
+        last = max(self.training)
+        return self.training[last].get('epoch', last)
+
+    @property
+    def planned(self) -> Optional[int]:
+        """int | None: Epochs or iterations that the config asks for."""
+        key = 'max_epochs' if self.unit == 'epoch' else 'max_iters'
+        try:
+            statements = ast.parse(self.config).body
+        except (MemoryError, RecursionError, SyntaxError, ValueError):
+            return None
+        for statement in statements:
+            if (
+                isinstance(statement, ast.Assign)
+                and isinstance(statement.value, ast.Call)
+                and getattr(statement.targets[0], 'id', '') == 'train_cfg'
+            ):
+                for keyword in statement.value.keywords:
+                    value = getattr(keyword.value, 'value', None)
+                    if keyword.arg == key and isinstance(value, int):
+                        return value
+        return None
+
+    @property
+    def started(self) -> str:
+        """str: When the run was first started."""
+        if not self.starts:
+            return 'unknown'
+        try:
+            stamp = time.strptime(self.starts[0], '%Y%m%d_%H%M%S')
+        except ValueError:
+            return self.starts[0]
+        return time.strftime('%Y-%m-%d %H:%M:%S', stamp)
+
+    def best(self, name: str) -> Optional[Tuple[int, float]]:
+        """Find the best value of a metric, by mmengine's rule for it.
+
+        Args:
+            name (str): Name of the metric.
+
+        Returns:
+            tuple[int, float] | None: Epoch or iteration, the first of equal
+            ones, and value. None where no rule says what is better, or where
+            there is no value; -1 stands for none in COCO metrics.
+        """
+        points = [
+            (step, values[name])
+            for step, values in self.metrics.items()
+            if values.get(name) is not None and values[name] == values[name]
+        ]
+        if name.startswith('coco/'):
+            points = [(step, value) for step, value in points if value != -1]
+        lower = name.lower()
+        keys = CheckpointHook._default_greater_keys
+        if any(key.lower() in lower for key in CheckpointHook._default_less_keys):
+            return min(points, key=lambda p: p[1], default=None)
+        if any(key.lower() in lower for key in keys):
+            return max(points, key=lambda p: p[1], default=None)
+        return None
+
+    # -- other files -------------------------------------------------------
+
+    def _read_config(self) -> None:
+        configs = sorted(self.work_dir.glob('*.py'), key=lambda p: p.stat().st_mtime)
+        self.config_name = configs[-1].name if configs else ''
+        self.config = (
+            configs[-1].read_text(encoding='utf-8', errors='replace') if configs else ''
+        )
+        if not configs:
+            self.notes.append('There is no dumped config in the directory.')
+
+    def _read_decisions(self) -> None:
+        path = self.work_dir / 'pruning.json'
+        self.hook: Optional[dict] = None
+        self.decisions: Tuple[PruningDecision, ...] = ()
+        if not path.exists():
+            return
+        report = PruningReport.read(path)
+        self.hook, self.decisions = report.hook, report.decisions
+        if self.config and 'LayerAttentionPruningHook' not in self.config:
+            self.notes.append(
+                'The config names no LayerAttentionPruningHook: pruning.json '
+                'may be of an earlier run in this directory.'
+            )
+
+    @property
+    def checkpoint(self) -> Optional[Path]:
+        """Path | None: The last checkpoint, if it is still there."""
+        pointer = self.work_dir / 'last_checkpoint'
+        if not pointer.exists():
+            return None
+        path = Path(pointer.read_text(encoding='utf-8', errors='replace').strip())
+        # The directory may have been moved.
+        found = [p for p in (self.work_dir / path.name, path) if p.exists()]
+        return found[0] if found and path.name else None
+
+    @property
+    def best_checkpoint(self) -> Optional[Path]:
+        """Path | None: The best checkpoint, the newest if there are more."""
+        return max(
+            self.work_dir.glob('best_*.pth'),
+            key=lambda p: p.stat().st_mtime,
+            default=None,
+        )
+
+    # -- what pruning brings -----------------------------------------------
+
+    @property
+    def total_attentions(self) -> Optional[int]:
+        """int | None: Active attentions before the first pruning."""
+        return len(self.decisions[0].layers) if self.decisions else None
+
+    def step_times(self) -> List[StepTime]:
+        """Measure the training speed between the prunings.
+
+        Returns:
+            list[StepTime]: From the start to the first pruning, from there to
+            the next, and so on to the end.
+        """
+        bounds = [0] + [decision.iteration for decision in self.decisions]
+        bounds.append(max([*self.training, *bounds]))
+        active = [self.total_attentions]
+        active += [len(decision.active) for decision in self.decisions]
+        times = []
+        for start, end, number in zip(bounds, bounds[1:], active):
+            records = [
+                v for k, v in self.training.items() if start < k <= end and 'time' in v
+            ]
+            waits = [v['data_time'] for v in records if 'data_time' in v]
+            times.append(
+                StepTime(
+                    first=start + 1,
+                    last=end,
+                    active=number,
+                    seconds=median([v['time'] for v in records]) if records else None,
+                    data_seconds=median(waits) if waits else None,
+                    count=len(records),
+                )
+            )
+        return times
+
+    def parameters(self) -> Optional[Parameters]:
+        """Count parameters in the last checkpoint, or else the best one.
+
+        Returns:
+            Parameters | None: None where there is no checkpoint that can be
+            read; :attr:`notes` then says why.
+        """
+        path = self.checkpoint or self.best_checkpoint
+        if path is None:
+            self.notes.append('There is no checkpoint to count parameters in.')
+            return None
+        try:
+            return _count_parameters(read_state_dict(path)[1])
+        except (ImportError, OSError, TypeError, ValueError) as error:
+            self.notes.append(
+                f'Parameters are not counted: {path.name} cannot be read '
+                f'({one_line(error)}).'
+            )
+            return None
+
+
+def _count_parameters(state: dict) -> Parameters:
+    suffix = '.layer_attn.state'
+    states = {
+        k[: -len('state')]: int(v) for k, v in state.items() if k.endswith(suffix)
+    }
+    total = attention = pruned = 0
+    for key, value in state.items():
+        if (
+            not isinstance(value, torch.Tensor)
+            or key.endswith(suffix)
+            or key.rsplit('.', 1)[-1] in _STATISTICS
+        ):
+            continue
+        total += value.numel()
+        head, found, _ = key.partition('.layer_attn.')
+        if found:
+            attention += value.numel()
+            if states.get(head + found) == AttentionState.PRUNED:
+                pruned += value.numel()
+    values = list(states.values())
+    return Parameters(
+        total,
+        attention,
+        pruned,
+        len(values),
+        values.count(AttentionState.ACTIVE),
+        values.count(AttentionState.VALUE_ONLY),
+    )
+
+
+def _plain_key(key: str) -> str:
+    """Undo the prefix that ``log_with_hierarchy`` of mmengine adds."""
+    for mode in ('train/', 'val/'):
+        if key.startswith(mode):
+            return key[len(mode) :]
+    return key
+
+
+def _read_lines(log: Path) -> List[dict]:
+    try:
+        lines = log.read_text(encoding='utf-8').splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{log} is no text: {error}') from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError('no object')
+        except (RecursionError, ValueError) as error:
+            if number == len(lines):
+                break  # the run was killed while it wrote
+            raise ValueError(f'{log}, line {number}, is no JSON object') from error
+        for key, value in record.items():
+            name = _plain_key(key)
+            if name in _NUMBERS and not _is_number(value, name in _COUNTS):
+                raise ValueError(
+                    f'{log}, line {number}, has {key}={value!r:.99}, which is no number'
+                )
+        records.append(record)
+    return records
+
+
+def _is_number(value: Any, count: bool = False) -> bool:
+    """Whether a value of a log is a number of a size to calculate with."""
+    if isinstance(value, float):
+        return not count
+    return type(value) is int and abs(value) < 2**53
+
+
+def short_name(name: str) -> str:
+    """Shorten ``backbone.layer1.0.layer_attn`` to ``layer1.0``."""
+    if name.endswith('.layer_attn'):
+        name = name[: -len('.layer_attn')]
+    return name[len('backbone.') :] if name.startswith('backbone.') else name

@@ -1,0 +1,18 @@
+"""What pruning asks of a runner, and a runner for data elsewhere."""
+
+from .data_root import DataRootRunner, set_data_root
+from .distributed import check_wrapper, rewrap
+from .pruned_run import averaged_copies, followed, prune_run, trained_parameters
+from .step_times import StepTimes
+
+__all__ = [
+    'DataRootRunner',
+    'StepTimes',
+    'averaged_copies',
+    'check_wrapper',
+    'followed',
+    'prune_run',
+    'rewrap',
+    'set_data_root',
+    'trained_parameters',
+]

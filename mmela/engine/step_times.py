@@ -1,0 +1,46 @@
+from statistics import median
+from typing import List, Tuple
+
+from .tables import step_time_table
+
+
+class StepTimes:
+    """Step times of a training between its prunings.
+
+    Args:
+        runner (Runner): The runner. Step times that a resumed run brings with
+            it do not count.
+    """
+
+    def __init__(self, runner) -> None:
+        self._seen = len(_logged(runner))
+        # Active attentions, median step time and number of steps
+        self._speeds: List[Tuple[int, float, int]] = []
+
+    def record(self, runner, active: int, step: int) -> None:
+        """Write the step time since the last call to the visualizer.
+
+        Args:
+            runner (Runner): The runner.
+            active (int): Active attentions in that time.
+            step (int): Iterations done.
+        """
+        times = _logged(runner)[self._seen :]
+        self._seen += len(times)
+        if times:
+            seconds = float(median(times))
+            self._speeds.append((active, seconds, len(times)))
+            runner.visualizer.add_scalars(
+                {'layer_attention/step_time': seconds}, step=step
+            )
+
+    def table(self) -> str:
+        """A table for a terminal; empty if there is nothing to compare."""
+        return step_time_table(self._speeds) if len(self._speeds) > 1 else ''
+
+
+def _logged(runner) -> List[float]:
+    """Logged times of all training steps, in seconds."""
+    if 'train/time' not in runner.message_hub.log_scalars:
+        return []
+    return list(runner.message_hub.get_scalar('train/time').data[0])

@@ -1,0 +1,78 @@
+"""Tables for a terminal."""
+
+import io
+from typing import Sequence, Tuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..pruning import LayerDecision
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would obey rather than show.
+
+    Args:
+        text (str): Text of any source.
+
+    Returns:
+        str: The same text, control characters as in ``\\\\x1b``.
+    """
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def decision_table(layers: Sequence[LayerDecision]) -> str:
+    """Format a decision.
+
+    Args:
+        layers (Sequence[LayerDecision]): Decision on each attention.
+
+    Returns:
+        str: A table of 100 columns at most.
+    """
+    rows = []
+    for layer in layers:
+        name = layer.name
+        if name.endswith('.layer_attn'):
+            name = name[: -len('.layer_attn')]
+        numbers = [
+            '' if value is None else f'{value:.4g}'
+            for value in (layer.divergence, layer.normalized, layer.mapped)
+        ]
+        rows.append([name, *numbers, layer.reason])
+    columns = ['layer attention', '>KL', '>normalised', '>mapped', 'decision']
+    return _table(columns, rows)
+
+
+def step_time_table(speeds: Sequence[Tuple[int, float, int]]) -> str:
+    """Format step times.
+
+    Args:
+        speeds (Sequence[tuple[int, float, int]]): Active attentions, median
+            step time in seconds and number of steps, in order.
+
+    Returns:
+        str: A table of 100 columns at most.
+    """
+    rows = []
+    for active, seconds, count in speeds:
+        change = 100 * (seconds / speeds[0][1] - 1) if speeds[0][1] else 0
+        rows.append([str(active), f'{seconds:.4g}', f'{change:+.1f} %', str(count)])
+    columns = ['>active attentions', '>median step time (s)', '>change', '>steps']
+    return _table(columns, rows)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format cells; columns marked by ``>`` are justified to the right."""
+    table = Table(box=box.MARKDOWN)
+    for index, column in enumerate(columns):
+        justify = 'right' if column.startswith('>') else 'left'
+        table.add_column(column.lstrip('>'), justify=justify, no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    buffer = io.StringIO()
+    Console(file=buffer, width=100).print(table)
+    lines = (line.rstrip() for line in buffer.getvalue().splitlines())
+    return '\n'.join(line for line in lines if line)

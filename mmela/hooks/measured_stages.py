@@ -1,0 +1,108 @@
+from logging import Logger
+from typing import Dict, Iterable
+
+from mmengine.model import is_model_wrapper
+from torch import nn
+
+from ..structure import (
+    AttentionStage,
+    attention_stages,
+    layer_attentions,
+    network_of,
+    trained_stages,
+)
+
+
+def measured_stages(
+    model: nn.Module,
+    parameters: Iterable[nn.Parameter],
+    followers: Dict[str, str],
+    logger: Logger,
+) -> Dict[str, AttentionStage]:
+    """Choose the stages of a model that are measured and pruned.
+
+    Args:
+        model (nn.Module): The model of a run, wrapped or not.
+        parameters (Iterable[nn.Parameter]): What the optimizer holds.
+        followers (dict[str, str]): By name of a module that gets the
+            structure of another, the name of that one.
+        logger (Logger): Is told which networks are left alone.
+
+    Returns:
+        dict[str, AttentionStage]: The stages by name, of networks that are
+        trained and follow none.
+
+    Raises:
+        ValueError: If there is none, or a module cannot follow another.
+    """
+    if is_model_wrapper(model):
+        model = model.module
+    stages = attention_stages(model)
+    trained = trained_stages(model, parameters)
+    measured = {
+        name: stage
+        for name, stage in trained.items()
+        if all(attention.prunable for attention in stage.attentions)
+        and not any(_within(name, follower) for follower in followers)
+    }
+    if not measured:
+        attentions = [a for stage in stages.values() for a in stage.attentions]
+        found = ', '.join(sorted({type(a).__name__ for a in attentions})) or 'none'
+        if any(attention.prunable for attention in attentions):
+            found += ', but in no network that is trained and follows none'
+        raise ValueError(
+            'LayerAttentionPruningHook needs a backbone with a prunable '
+            'layer attention, one that weighs layers by a distribution '
+            f'such as MRLABase; found: {found}. Use e.g. '
+            "backbone=dict(type='ELAResNet', "
+            "layer_attention=dict(type='MRLABase'))"
+        )
+    for follower, module in followers.items():
+        _check_follower(model, follower, module, measured)
+    frozen = {
+        network_of(model, name) or 'the model'
+        for name in stages
+        if name not in trained and not any(_within(name, f) for f in followers)
+    }
+    for name in sorted(frozen):
+        logger.info(
+            f'{name} is not trained: its layer attentions are neither measured nor '
+            'pruned. To give it the structure of another module, use followers.'
+        )
+    return measured
+
+
+def _within(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + '.')
+
+
+def _check_follower(
+    model: nn.Module, follower: str, module: str, measured: Iterable[str]
+) -> None:
+    """Check that a module can get the structure of another."""
+    named = dict(model.named_modules())
+    for name in (follower, module):
+        if not name or name not in named:
+            raise ValueError(
+                f'followers: the model has no module {name!r}; it has '
+                + ', '.join(n for n, _ in model.named_children())
+            )
+    if not any(_within(name, module) for name in measured):
+        raise ValueError(
+            f'followers: {follower} cannot follow {module}, in which no layer '
+            'attention is measured'
+        )
+    found, expected = [
+        {
+            name: (type(attention).__name__, attention.attention_state.name)
+            for name, attention in layer_attentions(named[part]).items()
+        }
+        for part in (follower, module)
+    ]
+    for name in sorted({*found, *expected}):
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f'{follower} cannot follow {module}: {name} is '
+                f'{found.get(name, "missing")} in the one and '
+                f'{expected.get(name, "missing")} in the other'
+            )

@@ -1,0 +1,277 @@
+from typing import Any, Dict, List, Optional
+
+import torch
+from mmengine.dist import all_reduce, is_main_process
+from torch import Tensor
+
+from ..layers import AttentionState
+from ..pruning import PruningDecision, PruningPolicy, attention_kl, safe_log
+from ..structure import AttentionStage
+
+REDUCTIONS = ('mean_kl', 'mean_distribution')
+
+
+def check_measurement(reduction: str, eps: float) -> None:
+    """Check how divergences shall be measured.
+
+    Args:
+        reduction (str): See :class:`KLMeter`.
+        eps (float): See :class:`KLMeter`.
+
+    Raises:
+        ValueError: If one is unknown or out of range.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f'reduction={reduction!r} is unknown; allowed '
+            f'are {", ".join(map(repr, REDUCTIONS))}'
+        )
+    if not 0 < eps < 1:
+        raise ValueError(f'eps={eps} is not in (0, 1)')
+
+
+class KLMeter:
+    """Accumulates the redundancy of a stage's attentions over many batches.
+
+    It is the observer of an :class:`~mmela.layers.AttentionStage`. The sums
+    stay on the device in double precision; only :meth:`compute` waits for
+    them.
+
+    Args:
+        stage (AttentionStage): The stage to measure. Its active attentions
+            must stay the same for the life of the meter.
+        reduction (str): ``'mean_kl'`` takes the KL divergence per sample and
+            head and then its mean; ``'mean_distribution'`` takes the KL
+            divergence between the mean distributions. Defaults to
+            ``'mean_kl'``.
+        eps (float): Probability given to the tokens that the earlier of two
+            attentions lacks (ELA, eq. 8). Defaults to 1e-8.
+    """
+
+    def __init__(
+        self, stage: AttentionStage, reduction: str = 'mean_kl', eps: float = 1e-8
+    ) -> None:
+        self.reduction = reduction
+        self.eps = eps
+        # Active attentions by name, and the tokens that each attends over
+        self.tokens: Dict[str, int] = {}
+        self.identity: List[str] = []
+        seen = 0
+        device = torch.device('cpu')
+        for name, attention in stage.named_attentions().items():
+            seen += attention.attention_state != AttentionState.PRUNED
+            if attention.active:
+                self.tokens[name] = seen
+            self.identity.append(
+                f'{name} ({type(attention).__name__}, '
+                f'head_dim={getattr(attention, "head_dim", None)}, '
+                f'{attention.attention_state.name.lower()})'
+            )
+            device = attention.state.device
+        size = (
+            sum(self.tokens.values())
+            if reduction == 'mean_distribution'
+            else max(len(self.tokens) - 1, 0)
+        )
+        # The last element counts the distributions, samples times heads, that
+        # the others are sums over. One tensor means one reduction over ranks.
+        self.sums = torch.zeros(size + 1, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def __call__(self, scores: List[Tensor]) -> None:
+        """Add a batch.
+
+        Args:
+            scores (list[Tensor]): Scores before the softmax of the active
+                attentions, each (B, G, t).
+        """
+        if len(scores) < 2:
+            return
+        log_probs = [score.double().log_softmax(-1) for score in scores]
+        if self.reduction == 'mean_distribution':
+            sums = [log_p.exp().sum((0, 1)) for log_p in log_probs]
+        else:
+            sums = [
+                attention_kl(log_p, log_q, self.eps).sum()[None]
+                for log_p, log_q in zip(log_probs, log_probs[1:])
+            ]
+        count = scores[0].new_full((1,), scores[0][..., 0].numel())
+        self.sums += torch.cat([*sums, count.double()])
+
+    def compute(self) -> Dict[str, Optional[float]]:
+        """KL divergence of each active attention from its predecessor.
+
+        Returns:
+            dict[str, float | None]: By name within the stage; None for the
+            first, and for all where the stage has not run.
+        """
+        sums, count = self.sums[:-1].cpu(), self.sums[-1].cpu()
+        values: List[Optional[float]] = [None] * (len(self.tokens) - 1)
+        if count and self.reduction == 'mean_kl':
+            values = (sums / count).tolist()
+        elif count:
+            parts = (sums / count).split(list(self.tokens.values()))
+            log_probs = list(map(safe_log, parts))
+            values = [
+                float(attention_kl(log_p, log_q, self.eps))
+                for log_p, log_q in zip(log_probs, log_probs[1:])
+            ]
+        return dict(zip(self.tokens, [None, *values]))
+
+
+class NetworkKLMeter:
+    """A :class:`KLMeter` for each stage of a network.
+
+    Args:
+        stages (dict[str, AttentionStage]): The stages by name.
+        reduction (str): See :class:`KLMeter`. Defaults to ``'mean_kl'``.
+        eps (float): See :class:`KLMeter`. Defaults to 1e-8.
+
+    Attributes:
+        sums (Tensor): Sums of all stages, one after the other, (N,).
+    """
+
+    def __init__(
+        self,
+        stages: Dict[str, AttentionStage],
+        reduction: str = 'mean_kl',
+        eps: float = 1e-8,
+    ) -> None:
+        self.stages = stages
+        self.reduction = reduction
+        self.eps = eps
+        self.meters = {
+            name: KLMeter(stage, reduction, eps) for name, stage in stages.items()
+        }
+        # The meters' own are parts of one tensor, which is reduced at once.
+        parts = [meter.sums for meter in self.meters.values()]
+        self.sums = torch.cat(parts) if parts else torch.zeros(0)
+        for meter, part in zip(
+            self.meters.values(), self.sums.split([len(part) for part in parts])
+        ):
+            meter.sums = part
+
+    def attach(self) -> None:
+        """Measure the forward passes from now on."""
+        for name, stage in self.stages.items():
+            stage.observer = self.meters[name]
+
+    def detach(self) -> None:
+        """Measure no longer."""
+        for stage in self.stages.values():
+            stage.observer = None
+
+    def gather(self) -> None:
+        """Move the sums of all ranks to rank 0, which decides and saves."""
+        all_reduce(self.sums)
+        if not is_main_process():
+            self.sums.zero_()
+
+    def state_dict(self, sums: Optional[Tensor] = None) -> Dict[str, Any]:
+        """What was measured and how, on the CPU.
+
+        Args:
+            sums (Tensor, optional): Earlier :attr:`sums`. Defaults to those
+                of now.
+
+        Returns:
+            dict[str, Any]: ``reduction``, ``eps``, ``attentions`` (by stage,
+            type, head size and state of each) and ``sums`` (by stage).
+        """
+        sums = (self.sums if sums is None else sums).cpu()
+        sizes = [len(meter.sums) for meter in self.meters.values()]
+        return dict(
+            reduction=self.reduction,
+            eps=self.eps,
+            attentions={name: list(m.identity) for name, m in self.meters.items()},
+            sums={n: part.clone() for n, part in zip(self.meters, sums.split(sizes))},
+        )
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Continue from the sums of :meth:`state_dict`.
+
+        Args:
+            state (dict[str, Any]): Of :meth:`state_dict`.
+
+        Raises:
+            ValueError: If they were measured otherwise or on other attentions.
+        """
+        own = self.state_dict()
+        if 'sums' not in state:  # of version 0.1, which kept the sums alone
+            state = dict(own, sums=state)
+        for key in ('reduction', 'eps', 'attentions'):
+            _check_same(key, state[key], own[key])
+        sizes, found = [
+            {name: len(sums) for name, sums in part['sums'].items()}
+            for part in (own, state)
+        ]
+        _check_same('numbers', found, sizes)
+        for name, sums in state['sums'].items():
+            self.meters[name].sums.copy_(sums)
+
+    def compute(self) -> Dict[str, Optional[float]]:
+        """KL divergences of all active attentions.
+
+        Returns:
+            dict[str, float | None]: By name, in order; None where there is
+            none, as for the first of a stage.
+        """
+        return {
+            f'{stage}.{name}': value
+            for stage, meter in self.meters.items()
+            for name, value in meter.compute().items()
+        }
+
+    def silent_stages(self) -> List[str]:
+        """Stages that could have been measured and have not run.
+
+        Returns:
+            list[str]: Their names.
+        """
+        return [
+            name
+            for name, meter in self.meters.items()
+            if len(meter.tokens) > 1 and not meter.sums[-1]
+        ]
+
+    def decide(
+        self, policy: PruningPolicy, keep_value: bool = False, **where
+    ) -> PruningDecision:
+        """Have a policy decide on what was measured.
+
+        Args:
+            policy (PruningPolicy): The policy.
+            keep_value (bool): What becomes of what is pruned, see
+                :func:`mmela.structure.prune`. Defaults to False.
+            **where: ``window``, ``unit`` and ``iteration`` of the decision.
+
+        Returns:
+            PruningDecision: The decision; nothing is changed by it.
+
+        Raises:
+            ValueError: If a divergence is NaN or infinite; it names the layer.
+        """
+        values = self.compute()
+        stages = [name for name, meter in self.meters.items() for _ in meter.tokens]
+        return PruningDecision(
+            policy(values.values(), stages, values),
+            policy.config,
+            self.reduction,
+            self.eps,
+            keep_value,
+            **where,
+        )
+
+
+def _check_same(key: str, found, expected) -> None:
+    """Compare what a checkpoint measured with what this run would."""
+    if isinstance(expected, dict):
+        _check_same(f'{key} of stages', list(found), list(expected))
+        for name in expected:
+            _check_same(f'{key} of {name}', found[name], expected[name])
+    elif found != expected:
+        raise ValueError(
+            f'the checkpoint was saved within a window, with {key}={found}, but this '
+            f'run has {key}={expected}: resume with what the window was begun '
+            'with, or from a checkpoint outside of it'
+        )

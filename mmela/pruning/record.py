@@ -1,0 +1,270 @@
+"""What a pruning decided, by which numbers: from the policy to the page."""
+
+import json
+import math
+import os
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
+
+FORMAT = 2
+# What format 1 kept once for all decisions
+_SETTINGS = ('policy', 'reduction', 'eps', 'keep_value')
+
+
+@dataclass(frozen=True)
+class LayerDecision:
+    """What a policy decided on one active layer attention.
+
+    Attributes:
+        name (str): Name of the attention, ``backbone.layer1.0.layer_attn``.
+        stage (str): Name of its stage, ``backbone.layer1``.
+        divergence (float | None): KL divergence from the active attention
+            before it in nats; None where it was not measured.
+        normalized (float | None): What the policy made of it before mapping.
+        mapped (float | None): What was compared with ``threshold``.
+        threshold (float | None): None for a policy without one.
+        quantile (float | None): The largest divergence that a candidate of
+            its pool may have.
+        selected (bool): Whether it was a candidate.
+        pruned (bool): Whether it was pruned.
+        reason (str): Why it was pruned or kept.
+    """
+
+    name: str
+    stage: str
+    divergence: Optional[float] = None
+    normalized: Optional[float] = None
+    mapped: Optional[float] = None
+    threshold: Optional[float] = None
+    quantile: Optional[float] = None
+    selected: bool = False
+    pruned: bool = False
+    reason: str = 'kept: not measured'
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Plain values, which JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> 'LayerDecision':
+        """Read and check what :meth:`to_dict` gave, in format 1 too.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        data = dict(_check('a layer', data, dict))
+        if 'kl' in data:  # format 1 kept no candidates and no quantile
+            data['divergence'] = data.pop('kl')
+            data['pruned'] = data.pop('skip', None)
+            data['selected'] = (
+                data['divergence'] is not None
+                and data.get('reason') != 'kept: above the quantile'
+            )
+            data = {key: data[key] for key in cls.__annotations__ if key in data}
+        try:
+            layer = cls(**data)
+        except TypeError as error:
+            raise ValueError(f'a layer has the keys {sorted(data)}: {error}') from error
+        for key in ('name', 'stage'):
+            check_name(getattr(layer, key))
+        for key in ('divergence', 'normalized', 'mapped', 'threshold', 'quantile'):
+            value = getattr(layer, key)
+            if value is not None and not math.isfinite(_check(key, value, float)):
+                raise ValueError(f'{key}={value} is not finite')
+        if (layer.mapped is None) != (layer.normalized is None):
+            raise ValueError(f'{layer.name} is normalised or mapped, but not both')
+        if layer.divergence is None and layer.mapped is not None:
+            raise ValueError(f'{layer.name} is mapped, but has no divergence')
+        for key in ('selected', 'pruned'):
+            _check(key, getattr(layer, key), bool)
+        _check('reason', layer.reason, str)
+        return layer
+
+
+@dataclass(frozen=True)
+class PruningDecision:
+    """One decision on all active layer attentions.
+
+    Attributes:
+        layers (tuple[LayerDecision]): In the order of the network.
+        policy (dict): Config of the policy, defaults included.
+        reduction (str): How divergences were averaged.
+        eps (float): Probability of tokens that the earlier attention lacks.
+        keep_value (bool): Whether key and value of what is pruned stay.
+        window (tuple[int, int] | None): First and last epoch or iteration
+            that was measured; None outside of a training.
+        unit (str | None): ``'epoch'`` or ``'iteration'``.
+        iteration (int | None): Training iterations done before it.
+    """
+
+    layers: Tuple[LayerDecision, ...]
+    policy: dict
+    reduction: str = 'mean_kl'
+    eps: float = 1e-8
+    keep_value: bool = False
+    window: Optional[Tuple[int, int]] = None
+    unit: Optional[str] = None
+    iteration: Optional[int] = None
+
+    @property
+    def pruned(self) -> Tuple[str, ...]:
+        """tuple[str]: Names of the attentions that it prunes."""
+        return tuple(layer.name for layer in self.layers if layer.pruned)
+
+    @property
+    def active(self) -> Tuple[str, ...]:
+        """tuple[str]: Names of the attentions that it keeps."""
+        return tuple(layer.name for layer in self.layers if not layer.pruned)
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Plain values, which JSON can hold."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(
+        cls, data: dict, hook: Optional[Dict[str, Any]] = None
+    ) -> 'PruningDecision':
+        """Read and check what :meth:`to_dict` gave, in format 1 too.
+
+        Args:
+            data (dict): The decision.
+            hook (dict, optional): Settings of the hook, which format 1 kept
+                once for all decisions. Defaults to None.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        given = {key: hook[key] for key in _SETTINGS if hook and key in hook}
+        given.update(_check('a decision', data, dict))
+        given['layers'] = tuple(
+            map(LayerDecision.from_dict, _check('layers', given.get('layers'), list))
+        )
+        if given.get('window') is not None:
+            given['window'] = _window(given['window'])
+        try:
+            decision = cls(**{k: given[k] for k in cls.__annotations__ if k in given})
+        except TypeError as error:
+            raise ValueError(f'a decision: {error}') from error
+        _check('policy', decision.policy, dict)
+        _check('reduction', decision.reduction, str)
+        _check('eps', decision.eps, float)
+        _check('keep_value', decision.keep_value, bool)
+        if decision.unit not in (None, 'epoch', 'iteration'):
+            raise ValueError(f'unit={decision.unit!r} is not epoch or iteration')
+        if decision.iteration is not None:
+            _check('iteration', decision.iteration, int)
+        return decision
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """``pruning.json``: the decisions of a run.
+
+    Attributes:
+        hook (dict): Settings of the hook as it ran last: ``windows``,
+            ``by_epoch``, ``policy``, ``keep_value``, ``reduction``, ``eps``.
+        decisions (tuple[PruningDecision]): In order.
+    """
+
+    hook: Dict[str, Any]
+    decisions: Tuple[PruningDecision, ...] = ()
+
+    def write(self, path: Union[str, Path]) -> None:
+        """Write the file, at once or not at all.
+
+        Args:
+            path (str | Path): Where to.
+        """
+        content = dict(
+            format=FORMAT,
+            hook=self.hook,
+            decisions=[decision.to_dict() for decision in self.decisions],
+        )
+        with open(f'{path}.tmp', 'w') as file:
+            json.dump(content, file, indent=2)
+        os.replace(f'{path}.tmp', path)
+
+    @classmethod
+    def read(cls, path: Union[str, Path]) -> 'PruningReport':
+        """Read and check a file, of format 1 too.
+
+        Args:
+            path (str | Path): The file.
+
+        Raises:
+            OSError: If it cannot be read.
+            ValueError: If it is no report of the hook.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding='utf-8'))
+            _check('the content', content, dict)
+            number = content.get('format', 1)
+            if number not in (1, FORMAT):
+                raise ValueError(f'format={number!r} is not 1 or {FORMAT}')
+            hook = dict(_check('hook', content.get('hook'), dict))
+            hook['windows'] = list(
+                map(_window, _check('windows', hook.get('windows'), list))
+            )
+            _check('policy', hook.get('policy'), dict)
+            for key in ('by_epoch', 'keep_value'):
+                _check(key, hook.get(key), bool)
+            key = 'decisions' if number == FORMAT else 'prunings'
+            decisions = []
+            for data in _check(key, content.get(key), list):
+                decisions.append(PruningDecision.from_dict(data, hook))
+                for name in ('window', 'unit', 'iteration'):
+                    if getattr(decisions[-1], name) is None:
+                        raise ValueError(f'a decision has no {name}')
+            return cls(hook, tuple(decisions))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f'{path} is no report of the pruning hook: {error}'
+            ) from error
+
+
+def keep_earlier(path: Union[str, Path]) -> None:
+    """Rename a report that an earlier run has left in the same place.
+
+    Args:
+        path (str | Path): Where the new report goes.
+    """
+    path = Path(path)
+    if path.exists():
+        stamp = time.strftime('%Y%m%d_%H%M%S', time.localtime(path.stat().st_mtime))
+        os.replace(path, path.with_name(f'{path.stem}_{stamp}{path.suffix}'))
+
+
+def check_name(name: str) -> str:
+    """Check that a name may become part of a file name or of a terminal line.
+
+    Raises:
+        ValueError: If it has other characters than those of module names.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r'[\w.\-]+', name):
+        raise ValueError(
+            f'{name!r} is no name of a module: letters, digits, dots, underscores '
+            'and hyphens'
+        )
+    return name
+
+
+def _check(key: str, value: Any, kind: type) -> Any:
+    """Check the type of a value from a file."""
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or isinstance(value, bool) and kind is not bool:
+        raise ValueError(f'{key}={value!r} is not of type {kind.__name__}')
+    return value
+
+
+def _window(bounds: Sequence[int]) -> Tuple[int, int]:
+    """Check a window from a file."""
+    if (
+        not isinstance(bounds, (list, tuple))
+        or len(bounds) != 2
+        or not all(type(bound) is int for bound in bounds)
+    ):
+        raise ValueError(f'window={bounds!r} is not a pair of integers')
+    return bounds[0], bounds[1]

@@ -1,0 +1,26 @@
+from mmela.engine.tables import decision_table, printable, step_time_table
+from mmela.pruning import LayerDecision
+
+
+def cells(text):
+    lines = text.splitlines()
+    return [[c.strip() for c in line.split('|')[1:-1]] for line in lines][2:]
+
+
+def test_step_times():
+    found = cells(step_time_table([(8, 0.5, 100), (6, 0.4, 50)]))
+    assert found == [['8', '0.5', '+0.0 %', '100'], ['6', '0.4', '-20.0 %', '50']]
+
+
+def test_text_is_shown_as_it_is():
+    """Neither markup nor what a terminal would obey."""
+    reason = 'pruned: in [/0.1, 0.2] [bold]\x1b[31m\nred'
+    layer = LayerDecision('layer1.0.layer_attn', 'layer1', 0.25, reason=reason)
+    ((name, kl, *_, found),) = cells(decision_table([layer]))
+    assert (name, kl) == ('layer1.0', '0.25')
+    assert found == r'pruned: in [/0.1, 0.2] [bold]\x1b[31m\nred'
+
+
+def test_printable():
+    assert printable('KL ✕ 0.1') == 'KL ✕ 0.1'
+    assert printable('\x07\x9b\u202e') == r'\x07\x9b\u202e'

@@ -1,0 +1,143 @@
+import pytest
+import torch
+
+from mmela.hooks import KLMeter, NetworkKLMeter
+from mmela.layers import AttentionState, SequentialAttentionStage
+from mmela.pruning import EBQM
+from tests.helpers.runs import padded_kl
+from tests.helpers.toy import CHANNELS, ResidualBlock
+
+
+def make_stage(states=(0, 0, 0), head_dim=4):
+    torch.manual_seed(0)
+    stage = SequentialAttentionStage(
+        *[ResidualBlock(dict(type='MRLABase', head_dim=head_dim)) for _ in states]
+    )
+    for attention, state in zip(stage.attentions, states):
+        attention.attention_state = AttentionState(state)
+        torch.nn.init.normal_(attention.query.weight, std=5)
+    # With BN statistics of the batch, samples would depend on one another.
+    return stage.eval()
+
+
+def measure(stage, batches, **kwargs):
+    meter, seen = KLMeter(stage, **kwargs), []
+    stage.observer = lambda scores: (meter(scores), seen.append(scores))
+    for batch in batches:
+        stage(batch)
+    # (N, G, t) per attention, over all batches
+    probs = [torch.cat(s).double().softmax(-1).numpy() for s in zip(*seen)]
+    return meter, probs
+
+
+def values(meter):
+    found = list(meter.compute().values())
+    assert found[:1] == [None]
+    return found[1:]
+
+
+BATCHES = [torch.randn(n, CHANNELS, 5, 5) for n in (3, 1)]
+
+
+@pytest.mark.parametrize('states', [(0, 0, 0), (0, 2, 0), (0, 1, 0), (0, 0, 1)])
+def test_mean_kl(states):
+    meter, probs = measure(make_stage(states), BATCHES)
+    expected = [padded_kl(p, q).mean() for p, q in zip(probs, probs[1:])]
+    assert values(meter) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize('states', [(0, 0, 0), (0, 1, 0)])
+def test_mean_distribution(states):
+    meter, probs = measure(make_stage(states), BATCHES, reduction='mean_distribution')
+    means = [p.mean((0, 1)) for p in probs]
+    expected = [padded_kl(p, q) for p, q in zip(means, means[1:])]
+    assert values(meter) == pytest.approx(expected, rel=1e-6)
+
+
+def test_every_sample_counts_the_same():
+    """Uneven batches do not bias the mean."""
+    stage = make_stage()
+    whole, _ = measure(stage, [torch.cat(BATCHES)])
+    parts, _ = measure(stage, BATCHES)
+    assert values(parts) == pytest.approx(values(whole), rel=1e-5)
+
+
+def test_stage_with_one_active_attention_has_no_kl():
+    meter, _ = measure(make_stage((0, 2, 2)), BATCHES)
+    assert values(meter) == []
+
+
+def test_saturated_attention_is_finite():
+    stage = make_stage()
+    for attention in stage.attentions:
+        torch.nn.init.normal_(attention.query.weight, std=1e5)
+    meter, probs = measure(stage, BATCHES)
+    assert (probs[2] == 0).any()
+    assert all(0 < value < float('inf') for value in values(meter))
+
+
+def test_stage_that_did_not_run_has_no_kl():
+    meter = NetworkKLMeter(dict(layer1=make_stage()))
+    assert set(meter.compute().values()) == {None}
+    assert meter.silent_stages() == ['layer1']
+    decision = meter.decide(EBQM())
+    assert not decision.pruned
+    assert [x.reason for x in decision.layers] == [
+        'kept: first of its stage, not measured',
+        'kept: not measured',
+        'kept: not measured',
+    ]
+
+
+@pytest.mark.parametrize('reduction', ['mean_kl', 'mean_distribution'])
+def test_state_dict_goes_on(reduction):
+    stage = make_stage()
+    whole, _ = measure(stage, BATCHES, reduction=reduction)
+    first, second = (NetworkKLMeter(dict(layer1=stage), reduction) for _ in range(2))
+    for meter, batch in zip((first, second), BATCHES):
+        if meter is second:
+            second.load_state_dict(first.state_dict())
+        meter.attach()
+        stage(batch)
+        meter.detach()
+    found = list(second.compute().values())[1:]
+    assert found == pytest.approx(values(whole), rel=1e-9)
+    # What version 0.1 saved
+    second.load_state_dict(first.state_dict()['sums'])
+    assert torch.equal(second.sums, first.sums)
+
+
+def other_names():
+    stage = make_stage()
+    stage.add_module('3', stage[2])
+    del stage._modules['2']
+    return dict(layer1=stage)
+
+
+@pytest.mark.parametrize(
+    'other, match',
+    [
+        (
+            lambda: NetworkKLMeter(dict(layer1=make_stage()), eps=1e-6),
+            'eps=1e-08.*1e-06',
+        ),
+        (
+            lambda: NetworkKLMeter(dict(layer1=make_stage()), 'mean_distribution'),
+            'reduction=mean_kl',
+        ),
+        (
+            lambda: NetworkKLMeter(dict(layer2=make_stage())),
+            'layer1.*layer2',
+        ),
+        (lambda: NetworkKLMeter(dict(layer1=make_stage(head_dim=2))), 'head_dim=4'),
+        # Three numbers in each case
+        (lambda: NetworkKLMeter(dict(layer1=make_stage((0, 0, 0, 2)))), 'pruned'),
+        (lambda: NetworkKLMeter(dict(layer1=make_stage((0, 1, 0, 0)))), 'value_only'),
+        (lambda: NetworkKLMeter(other_names()), '3.layer_attn'),
+    ],
+)
+def test_sums_of_other_attentions_are_refused(other, match):
+    """Whatever identifies what was measured, not only how many numbers."""
+    meter = NetworkKLMeter(dict(layer1=make_stage()))
+    with pytest.raises(ValueError, match=match):
+        other().load_state_dict(meter.state_dict())

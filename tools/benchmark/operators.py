@@ -1,0 +1,325 @@
+"""Compare mmela's operators for mmcv with compiled ones.
+
+For each operator, both are called through mmcv.ops with the same random input:
+outputs and gradients, then the time that each takes. Needs a compiled mmcv;
+only operators that it has on the CPU can be compared.
+
+Example:
+  python tools/benchmark/operators.py --cases 300
+"""
+
+import argparse
+import contextlib
+import math
+import statistics
+import sys
+import time
+from importlib import import_module
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from mmela.compat import mmcv_ext
+
+Call = Callable[[], List[Tensor]]
+
+
+@contextlib.contextmanager
+def provided_operators() -> Iterator[None]:
+    """Have mmcv.ops use mmela's operators, whatever mmcv has."""
+    import_module('mmcv.ops')
+    before = {
+        module: module.ext_module
+        for name, module in list(sys.modules.items())
+        if name.startswith('mmcv.ops.') and hasattr(module, 'ext_module')
+    }
+    for module in before:
+        module.ext_module = mmcv_ext
+    try:
+        yield
+    finally:
+        for module, operators in before.items():
+            module.ext_module = operators
+
+
+class Random:
+    """Random input: large for timing, else small, with edge cases.
+
+    Args:
+        seed (int): Seed.
+        large (bool): Whether for timing. Defaults to False.
+    """
+
+    def __init__(self, seed: int, large: bool = False) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.large = large
+
+    def pick(self, *options):
+        """One of the options; the last one for timing."""
+        if self.large:
+            return options[-1]
+        return options[torch.randint(len(options), (), generator=self.generator)]
+
+    def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.rand(shape, generator=self.generator).to(dtype)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(dtype)
+
+    def boxes(self, number: int, size: float, rounded: bool) -> Tensor:
+        """Corners (N, 4), some outside; rounded, some equal or without area."""
+        corners = (self.uniform(number, 2) * 1.2 - 0.1) * size
+        sides = self.uniform(number, 2) ** 2 * size
+        boxes = torch.cat([corners, corners + sides], 1)
+        if rounded:  # many an IoU, and many a bin's size, is a round number
+            boxes = (boxes / size * 10).round() * size / 10
+        return boxes
+
+
+def _with_gradients(call: Callable, *inputs: Optional[Tensor]) -> List[Tensor]:
+    """Output, and gradients by the inputs that are there."""
+    inputs = [x if x is None else x.clone().requires_grad_() for x in inputs]
+    output = call(*inputs)
+    direction = torch.linspace(-1, 1, output.numel()).view_as(output).to(output)
+    wanted = [x for x in inputs if x is not None]
+    return [output, *torch.autograd.grad(output, wanted, direction)]
+
+
+def _nms_input(random: Random) -> Tuple[Tensor, Tensor, float]:
+    number = random.pick(0, 1, 2, 40, 300, 2000)
+    size = random.pick(10, 100, 500)
+    boxes = random.boxes(number, size, rounded=random.pick(True, False))
+    scores = random.uniform(number)
+    if random.pick(True, False):  # equal scores
+        scores = (scores * 10).round() / 10
+    return boxes, scores, random.pick(0.3, 0.6, 0.7, 0.5)
+
+
+def nms(random: Random) -> Call:
+    from mmcv.ops import nms
+
+    boxes, scores, threshold = _nms_input(random)
+    options = dict(
+        offset=random.pick(1, 0),
+        score_threshold=random.pick(0.3, 0),
+        max_num=random.pick(5, -1),
+    )
+    return lambda: list(nms(boxes, scores, threshold, **options))
+
+
+def soft_nms(random: Random) -> Call:
+    from mmcv.ops import soft_nms
+
+    boxes, scores, threshold = _nms_input(random)
+    boxes[:, 2:] += 0.01  # without area, compiled scores are NaN
+    options = dict(
+        method=random.pick('naive', 'gaussian', 'linear'),
+        offset=random.pick(1, 0),
+        min_score=random.pick(0.3, 0.05, 1e-3),
+        sigma=random.pick(0.1, 0.5),
+    )
+    return lambda: list(soft_nms(boxes, scores, threshold, **options))
+
+
+def nms_match(random: Random) -> Call:
+    from mmcv.ops import nms_match
+
+    boxes, scores, threshold = _nms_input(random)
+    dets = torch.cat([boxes, scores[:, None]], 1)
+    return lambda: nms_match(dets, threshold)
+
+
+def _roi_align(random: Random, mode: str, dtype: torch.dtype) -> Call:
+    from mmcv.ops import roi_align
+
+    images, channels = random.pick(1, 3, 2), random.pick(1, 3, 256)
+    size = random.pick((1, 1), (7, 12), (50, 84))
+    number = random.pick(0, 1, 20, 512)
+    scale = random.pick(1.0, 0.25)
+    rounded = mode == 'avg' and random.pick(True, False)
+    boxes = random.boxes(number, max(size) / scale, rounded)
+    index = (random.uniform(number, 1) * images).floor()
+    rois = torch.cat([index, boxes], 1).to(dtype)
+    output = random.pick(1, (2, 5), 7)
+    # In float64, compiled mmcv rounds to float32 before it adapts the number of
+    # samples to a box; and there is no maximum of a number that adapts.
+    adapt = mode == 'avg' and dtype == torch.float32
+    ratio = random.pick(1, 3, 2, *[0] * adapt)
+    aligned = random.pick(False, True)
+    features = random.normal(images, channels, *size, dtype=dtype)
+
+    def call(features: Tensor) -> Tensor:
+        return roi_align(features, rois, output, scale, ratio, mode, aligned)
+
+    return lambda: _with_gradients(call, features)
+
+
+def roi_align(random: Random) -> Call:
+    return _roi_align(random, 'avg', random.pick(torch.float64, torch.float32))
+
+
+def roi_align_max(random: Random) -> Call:
+    # In float32, rounding decides which of nearly equal samples is largest, and
+    # gets the gradient. It also decides whether one on a round number is inside.
+    return _roi_align(random, 'max', torch.float64)
+
+
+def _convolution(random: Random) -> Tuple[dict, Dict[str, Tensor]]:
+    dtype = random.pick(torch.float64, torch.float32)
+    groups, deform_groups = random.pick(1, 2, 1), random.pick(1, 2, 1)
+    kernel = random.pick((1, 1), (3, 2), (3, 3))
+    step = dict(
+        stride=random.pick(2, (1, 2), 1),
+        padding=random.pick(0, (2, 1), 1),
+        dilation=random.pick((1, 2), 1),
+    )
+    images, channels = random.pick(1, 3, 2), random.pick(2, 4, 128)
+    height, width = random.pick((8, 6), (11, 9), (40, 40))
+    features = random.normal(images, channels, height, width, dtype=dtype)
+    weight = random.normal(channels, channels // groups, *kernel, dtype=dtype)
+    like = torch.nn.functional.conv2d(features, weight, groups=groups, **step)
+    points = deform_groups * kernel[0] * kernel[1]
+    offset = random.normal(images, 2 * points, *like.shape[2:], dtype=dtype) * 2
+    # Between pixels: the gradient jumps on one, where rounding decides.
+    offset = (offset * 10).round() / 10 + 0.05
+    mask = random.uniform(images, points, *like.shape[2:], dtype=dtype)
+    bias = random.normal(channels, dtype=dtype)
+    step.update(groups=groups, deform_groups=deform_groups)
+    return step, dict(
+        features=features, offset=offset, weight=weight, mask=mask, bias=bias
+    )
+
+
+def deform_conv(random: Random) -> Call:
+    from mmcv.ops import deform_conv2d
+
+    step, tensors = _convolution(random)
+    inputs = [tensors[name] for name in ('features', 'offset', 'weight')]
+
+    def call(*inputs: Tensor) -> Tensor:
+        return deform_conv2d(*inputs, *step.values())
+
+    return lambda: _with_gradients(call, *inputs)
+
+
+def modulated_deform_conv(random: Random) -> Call:
+    from mmcv.ops import modulated_deform_conv2d
+
+    step, tensors = _convolution(random)
+    if random.pick(True, False):
+        tensors['bias'] = None
+    inputs = [
+        tensors[name] for name in ('features', 'offset', 'mask', 'weight', 'bias')
+    ]
+
+    def call(*inputs: Optional[Tensor]) -> Tensor:
+        return modulated_deform_conv2d(*inputs, *step.values())
+
+    return lambda: _with_gradients(call, *inputs)
+
+
+OPERATORS = {
+    function.__name__: function
+    for function in (
+        nms,
+        soft_nms,
+        nms_match,
+        roi_align,
+        roi_align_max,
+        deform_conv,
+        modulated_deform_conv,
+    )
+}
+
+
+def difference(name: str, seed: int) -> Tuple[float, torch.dtype]:
+    """Compare one case.
+
+    Args:
+        name (str): One of ``OPERATORS``.
+        seed (int): Seed of the random input.
+
+    Returns:
+        tuple[float, torch.dtype]: Largest difference of an output or gradient
+        relative to the largest value in it, or to 1 if that is smaller;
+        infinite where shapes or integers differ. And float64 or float32, in
+        which it was computed.
+    """
+    call = OPERATORS[name](Random(seed))
+    expected = call()
+    with provided_operators():
+        actual = call()
+    double = any(x.dtype == torch.float64 for x in expected)
+    gaps = [_gap(*pair) for pair in zip(actual, expected)]
+    if len(actual) != len(expected):
+        gaps.append(math.inf)
+    return max(gaps, default=0.0), torch.float64 if double else torch.float32
+
+
+def _gap(actual: Tensor, expected: Tensor) -> float:
+    same = actual.shape == expected.shape and actual.dtype == expected.dtype
+    if same and torch.equal(actual, expected):
+        return 0.0
+    if not same or not expected.is_floating_point():
+        return math.inf
+    actual, expected = actual.detach().double(), expected.detach().double()
+    gap = float((actual - expected).abs().max()) / max(1, float(expected.abs().max()))
+    return math.inf if math.isnan(gap) else gap
+
+
+def times(name: str, rounds: int) -> Tuple[float, float]:
+    """Median seconds of a call, in turns.
+
+    Args:
+        name (str): One of ``OPERATORS``.
+        rounds (int): Calls of each.
+
+    Returns:
+        tuple[float, float]: Of compiled mmcv's, and of mmela's.
+    """
+    call = OPERATORS[name](Random(0, large=True))
+    seconds = [], []
+    for _ in range(rounds + 1):  # the first is not counted
+        for store, context in zip(
+            seconds, (contextlib.nullcontext(), provided_operators())
+        ):
+            with context:
+                start = time.perf_counter()
+                call()
+                store.append(time.perf_counter() - start)
+    return tuple(statistics.median(values[1:]) for values in seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--cases', type=int, default=300, help='(default: 300)')
+    parser.add_argument('--rounds', type=int, default=9, help='(default: 9)')
+    args = parser.parse_args()
+    if 'torchvision' in import_module('mmcv.ops').get_compiler_version():
+        raise SystemExit('error: mmcv has no compiled operators to compare with')
+    print(
+        '| operator | cases | identical | largest difference, float32 | float64 '
+        '| compiled, ms | mmela, ms | ratio |\n'
+        '| --- | --- | --- | --- | --- | --- | --- | --- |'
+    )
+    for name in OPERATORS:
+        found = [difference(name, seed) for seed in range(args.cases)]
+        worst = []
+        for dtype in (torch.float32, torch.float64):
+            gaps = [gap for gap, kind in found if kind == dtype]
+            worst.append(f'{max(gaps):.1g}' if gaps else '-')
+        identical = sum(gap == 0 for gap, _ in found)
+        compiled, provided = times(name, args.rounds)
+        print(
+            f'| `{name}` | {len(found)} | {identical} | {" | ".join(worst)} '
+            f'| {compiled * 1e3:.1f} | {provided * 1e3:.1f} '
+            f'| {provided / compiled:.2f} |',
+            flush=True,
+        )
+
+
+if __name__ == '__main__':
+    main()
