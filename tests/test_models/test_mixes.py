@@ -11,6 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from mmela.layers import MLA, MRLABase, SequentialAttentionStage
+from tests.test_models.test_backbones.test_pairs import ATTENTIONS, build
 
 C, D = 8, 4
 WAYS = ('eager', 'reference', 'autograd', 'compiled', 'disabled', 'checkpointed')
@@ -116,3 +117,24 @@ def test_reported_mixes():
             run = torch.compile(stage, backend='eager')
         for grad, e in zip(gradients(run, stage, x), expected):
             torch.testing.assert_close(grad, e)
+
+
+@pytest.mark.parametrize(
+    'backbone, attention',
+    [
+        ('ELAResNet', 'MRLABase'),
+        ('ELAResNet', 'MRLALight'),
+        ('ELAResNet', 'KCLA'),
+        ('ELAEfficientNet', 'MRLABase'),
+    ],
+)
+def test_one_graph(backbone, attention):
+    """What belongs to a pass does not break the graph of the compiler."""
+    model = build('mmpretrain', backbone, ATTENTIONS[attention])
+    model.eval()
+    x = torch.randn(2, 3, 64, 64)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    with torch.no_grad():
+        for out, expected in zip(compiled(x), model(x)):
+            torch.testing.assert_close(out, expected)
