@@ -22,6 +22,7 @@ TOOLS = {
     'slim': 'convert/slim.py',
     'export': 'convert/export.py',
     'published': 'convert/published.py',
+    'operators': 'operators.py',
     'report': 'analysis/report.py',
     'layer-attention': 'analysis/layer_attention.py',
     'cam': 'analysis/cam.py',

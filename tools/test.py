@@ -21,6 +21,8 @@ def check(arguments) -> None:
     """Refuse a checkpoint that cannot be read, before the network is built."""
     checkpoint = Path(arguments[1] if len(arguments) > 1 else '')
     if checkpoint.is_file():
+        if checkpoint.suffix == '.safetensors':
+            raise SystemExit(f'error: {checkpoint}: mmengine reads no safetensors')
         try:
             read_state_dict(checkpoint)
         except (ImportError, OSError, ValueError) as error:

@@ -88,13 +88,18 @@ class StageRecorder:
         ]
         self._first = min(active, default=-1)
         hooked = isinstance(self.stage, HookedAttentionStage)
-        for index, (block, attention) in enumerate(stage_blocks(self.stage)):
-            # The attention changes the block's output: in a hook of the block
-            # that runs before this one, or in a call of its own.
-            last = block if attention is None or hooked else attention
-            self._handles.append(
-                last.register_forward_hook(partial(self._record_feature, index))
-            )
+        blocks = stage_blocks(self.stage)
+        for index, (block, attention) in enumerate(blocks):
+            record = partial(self._record_feature, index)
+            # With what the attention has added: in a hook of the block that ran
+            # before this one, or else between this block and the next.
+            if hooked:
+                handle = block.register_forward_hook(record)
+            elif index + 1 < len(blocks):
+                handle = blocks[index + 1][0].register_forward_pre_hook(record)
+            else:
+                handle = self.stage.register_forward_hook(record)
+            self._handles.append(handle)
             query = getattr(attention, 'query', None)
             if query is not None and attention.active:
                 self._handles.append(
@@ -122,13 +127,18 @@ class StageRecorder:
             mean.add(score.double().softmax(-1))
 
     def _record_feature(
-        self, index: int, module: nn.Module, args: tuple, output: Tensor
+        self,
+        index: int,
+        module: nn.Module,
+        args: tuple,
+        output: Optional[Tensor] = None,
     ) -> None:
-        (last, before), self._feature = self._feature, (index, output.detach())
+        feature = (args[0] if output is None else output).detach()
+        (last, before), self._feature = self._feature, (index, feature)
         # Otherwise it is of another forward pass.
-        if last == index - 1 >= 0 and before.shape == output.shape:
+        if last == index - 1 >= 0 and before.shape == feature.shape:
             cosine = F.cosine_similarity(
-                before.flatten(1).float(), output.detach().flatten(1).float()
+                before.flatten(1).float(), feature.flatten(1).float()
             )
             self.features.setdefault(index, RunningMean()).add(cosine)
 
@@ -459,8 +469,8 @@ def _judge(
         )
     known = {layer.name: layer for layer in decision.layers}
     reasons = {
-        AttentionState.VALUE_ONLY: '✕ pruned, key and value stay',
-        AttentionState.PRUNED: '✕ pruned',
+        AttentionState.VALUE_ONLY: '✕ pruned before, key and value stay',
+        AttentionState.PRUNED: '✕ pruned before',
     }
     layers = []
     for stage_name, stage in meter.stages.items():

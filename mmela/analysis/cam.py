@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ..layers import HookedAttentionStage, TokenAttentionStage
+from ..layers import AttentionStage, HookedAttentionStage, TokenAttentionStage
 from ..structure import attention_stages
 from .attention import measure_attention, stage_blocks
 
@@ -185,6 +185,23 @@ def is_detector(model: nn.Module) -> bool:
     )
 
 
+class NextInput:
+    """What a block hands to the next one, for forward hooks.
+
+    Args:
+        block (nn.Module): The next block.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def register_forward_hook(self, hook: Callable):
+        """Have a hook see the input of the block as if it were an output."""
+        return self.block.register_forward_pre_hook(
+            lambda module, args: hook(module, args, args[0])
+        )
+
+
 def target_layers(model: nn.Module) -> Dict[str, nn.Module]:
     """The modules that put out what each block hands to the next one.
 
@@ -194,19 +211,23 @@ def target_layers(model: nn.Module) -> Dict[str, nn.Module]:
             layer attention.
 
     Returns:
-        dict[str, nn.Module]: By the name of the block in the backbone, such as
-        ``layer1.2``, in order: its layer attention, pruned or not, or the
-        block itself if that runs its attention or has none.
+        dict[str, nn.Module | NextInput]: By the name of the block in the
+        backbone, such as ``layer1.2``, in order: what a forward hook sees the
+        output of the block with that of its layer attention at.
 
     Raises:
         ValueError: If the backbone is another one.
     """
     backbone = getattr(model, 'backbone', nn.Module())
-    layers = {
-        f'{stage}.{name}': getattr(block, 'layer_attn', block)
-        for stage in getattr(backbone, 'res_layers', ())
-        for name, block in getattr(backbone, stage).named_children()
-    }
+    layers = {}
+    for name in getattr(backbone, 'res_layers', ()):
+        stage = getattr(backbone, name)
+        blocks = list(stage)
+        # The stage adds what an attention retrieves, after the block.
+        outputs = [*map(NextInput, blocks[1:]), stage]
+        if not isinstance(stage, AttentionStage):
+            outputs = blocks
+        layers.update({f'{name}.{i}': layer for i, layer in enumerate(outputs)})
     if layers:
         return layers
     names = {module: name for name, module in backbone.named_modules()}
@@ -388,7 +409,7 @@ class ImageCAM:
         names = {module: name for name, module in model.named_modules()}
         result = measure_attention(model, [copy.deepcopy(self.batch)])
         rows = (result['decision'] or dict(layers=[]))['layers']
-        kl = {row['name']: row['kl'] for row in rows}
+        kl = {row['name']: row['divergence'] for row in rows}
         notes = {}
         for stage in stages.values():
             for block, attention in stage_blocks(stage):
@@ -416,11 +437,10 @@ def channel_count(model: nn.Module, block: str) -> int:
     Returns:
         int: The number.
     """
-    layer = target_layer(model, block)
-    if hasattr(layer, 'channels'):
-        return layer.channels
-    norms = [m for m in layer.modules() if hasattr(m, 'num_features')]
-    return norms[-1].num_features
+    target_layer(model, block)
+    name = block[len('backbone.') :] if block.startswith('backbone.') else block
+    modules = model.backbone.get_submodule(name).modules()
+    return [m.num_features for m in modules if hasattr(m, 'num_features')][-1]
 
 
 def draw_cams(

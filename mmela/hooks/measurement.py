@@ -30,9 +30,9 @@ class Measurement:
         self._done, self._sums = done, self.meter.sums.clone()
 
     def start(self) -> None:
-        """Measure the forward passes from now on."""
+        """Measure the training passes from now on."""
         self._running = True
-        self.meter.attach()
+        self.meter.attach(training_only=True)
 
     def stop(self) -> None:
         """Measure no longer, and move the sums to rank 0: it saves them."""

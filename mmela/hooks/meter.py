@@ -53,6 +53,7 @@ class KLMeter:
     ) -> None:
         self.reduction = reduction
         self.eps = eps
+        self.training_only = False
         # Active attentions by name, and the tokens that each attends over
         self.tokens: Dict[str, int] = {}
         self.identity: List[str] = []
@@ -77,15 +78,15 @@ class KLMeter:
         # the others are sums over. One tensor means one reduction over ranks.
         self.sums = torch.zeros(size + 1, dtype=torch.float64, device=device)
 
-    @torch.no_grad()
     def __call__(self, scores: List[Tensor]) -> None:
         """Add a batch.
 
         Args:
             scores (list[Tensor]): Scores before the softmax of the active
-                attentions, each (B, G, t).
+                attentions, each (B, G, t), without gradient.
         """
-        if len(scores) < 2:
+        idle = self.training_only and not torch.is_grad_enabled()
+        if len(scores) < 2 or idle:
             return
         log_probs = [score.double().log_softmax(-1) for score in scores]
         if self.reduction == 'mean_distribution':
@@ -151,9 +152,15 @@ class NetworkKLMeter:
         ):
             meter.sums = part
 
-    def attach(self) -> None:
-        """Measure the forward passes from now on."""
+    def attach(self, training_only: bool = False) -> None:
+        """Measure the forward passes from now on.
+
+        Args:
+            training_only (bool): Only those with gradients enabled: a network
+                may also run for targets or pseudo labels. Defaults to False.
+        """
         for name, stage in self.stages.items():
+            self.meters[name].training_only = training_only
             stage.observer = self.meters[name]
 
     def detach(self) -> None:

@@ -252,19 +252,17 @@ def check_name(name: str) -> str:
 
 
 def _check(key: str, value: Any, kind: type) -> Any:
-    """Check the type of a value from a file."""
+    """Check the type of a value from a file, and that it can be computed with."""
     fits = isinstance(value, (int, float) if kind is float else kind)
-    if not fits or isinstance(value, bool) and kind is not bool:
-        raise ValueError(f'{key}={value!r} is not of type {kind.__name__}')
+    odd = isinstance(value, bool) and kind is not bool
+    if not fits or odd or type(value) is int and abs(value) >= 2**53:
+        raise ValueError(f'{key}={value!r:.99} is not of type {kind.__name__}')
     return value
 
 
 def _window(bounds: Sequence[int]) -> Tuple[int, int]:
     """Check a window from a file."""
-    if (
-        not isinstance(bounds, (list, tuple))
-        or len(bounds) != 2
-        or not all(type(bound) is int for bound in bounds)
-    ):
-        raise ValueError(f'window={bounds!r} is not a pair of integers')
-    return bounds[0], bounds[1]
+    if not isinstance(bounds, (list, tuple)) or len(bounds) != 2:
+        raise ValueError(f'window={bounds!r:.99} is not a pair of integers')
+    first, last = (_check('a bound of a window', bound, int) for bound in bounds)
+    return first, last

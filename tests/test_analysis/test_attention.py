@@ -6,10 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from mmengine.registry import MODELS
 from torch import nn
 
-import mmela  # noqa: F401
+from mmela import LAYER_ATTENTIONS
 from mmela.analysis import measure_attention
 from mmela.analysis.attention import (
     BINS,
@@ -17,7 +16,7 @@ from mmela.analysis.attention import (
     effective_contributions,
     hook_settings,
 )
-from mmela.layers import HookedAttentionStage, SequentialAttentionStage
+from mmela.layers import HookedAttentionStage, SequentialAttentionStage, forward_pass
 from mmela.structure import prune
 from tests.helpers.toy import CHANNELS, ToyNetwork
 
@@ -40,7 +39,7 @@ class Add(nn.Module):
 
 def attention(kind='MRLABase', **kwargs):
     """One whose query is the pooled input and whose output is its input."""
-    layer = MODELS.build(
+    layer = LAYER_ATTENTIONS.build(
         dict(type=kind, channels=CHANNELS, head_dim=4, zero_init=True, **kwargs)
     )
     for conv in (layer.query, layer.key):
@@ -297,8 +296,9 @@ class LoopingNetwork(nn.Module):
 
     def test_step(self, batch):
         x = batch['inputs']
-        for block in self.blocks:
-            x = block(x)
+        with forward_pass():
+            for block in self.blocks:
+                x = block(x)
         return x
 
 

@@ -53,7 +53,7 @@ def batch(height=40, width=56):
 @pytest.mark.parametrize('batch_size', [16, 5])
 def test_equals_the_librarys(classifier, batch_size):
     layer = cam.target_layer(classifier, 'layer2.1')
-    assert layer is classifier.backbone.layer2[1].layer_attn
+    assert layer is classifier.backbone.layer2
     inputs = torch.randn(1, 3, 40, 56)
     targets = [ClassifierOutputTarget(3)]
     expected = ScoreCAM(classifier, [layer])(inputs, targets)
@@ -143,13 +143,14 @@ def test_image_of_a_classifier(classifier, tmp_path):
 
 def test_blocks(classifier):
     assert cam.last_blocks(classifier) == [f'layer{i}.1' for i in range(1, 5)]
-    assert (
-        cam.target_layer(classifier, 'backbone.layer1.0')
-        is classifier.backbone.layer1[0].layer_attn
-    )
-    del classifier.backbone.layer1[0].layer_attn
-    block = cam.target_layer(classifier, 'layer1.0')
-    assert block is classifier.backbone.layer1[0]
+    block = classifier.backbone.layer1[0]
+    handed_on = cam.target_layer(classifier, 'backbone.layer1.0')
+    seen = []
+    for layer in (handed_on, block, block.layer_attn):
+        layer.register_forward_hook(lambda module, args, out: seen.append(out))
+    classifier(torch.randn(1, 3, 40, 56))
+    output, retrieved, found = seen
+    assert torch.equal(found, output + retrieved) and retrieved.any()
     assert cam.channel_count(classifier, 'layer1.0') == 8
     assert cam.channel_count(classifier, 'layer4.1') == 64
 

@@ -332,28 +332,25 @@ def test_spread():
 
 
 def test_text_is_escaped(tmp_path):
-    evil = '<img src=http://example.org/x.png>\x1b[31m'
+    evil, short = '<img src=http://example.org/x.png>\x1b[31m', '<b>$a$\x1b[31m'
     names = [f'backbone.{s}.{i}.layer_attn' for s in 'ab' for i in range(4)]
     decision = pruning((1, 1), 20, names, 0)
-    layers = tuple(
-        replace(x, reason=f'kept: {evil} [/0.1, $a$') for x in decision.layers
-    )
+    layers = tuple(replace(x, reason=f'kept: {short} [/0.1') for x in decision.layers)
     decision = replace(decision, layers=layers, policy=dict(type=f'{evil}$a$'))
     log = write_log(tmp_path, '20260102_030405', [1])
-    record = json.dumps({'coco/bbox_mAP_50': 0})[2:-4]
-    log.write_text(
-        log.read_text().replace(record, json.dumps(f'coco/{evil} $x^{{$')[1:-1])
-    )
+    metric = json.dumps(f'coco/{evil} $x^{{$')
+    log.write_text(log.read_text().replace('"coco/bbox_mAP_50"', metric))
     write_decisions(tmp_path, [decision])
     (tmp_path / '<b>bold & brave.py').write_text(CONFIG)
     page = Page(make_report(tmp_path))
     check_offline(page)
     assert 'b' not in page.tags and 'script' not in page.tags
     assert page.tags.count('img') == 5
-    assert f'kept: {evil} [/0.1' in page.text and '<b>bold & brave.py' in page.text
+    assert f'kept: {short} [/0.1' in page.text and '<b>bold & brave.py' in page.text
+    assert evil in page.text
     text = summarize(tmp_path)
     assert '\x1b' not in text
-    assert r'\x1b[31m [/0.1, $a$' in ' '.join(text.split()) and 'x^{$' in text
+    assert r'<b>$a$\x1b[31m [/0.1' in text and r'x.png>\x1b[31m $x^{$' in text
 
 
 @pytest.mark.parametrize('name', ['a/../../../../outside', '<img>', 'a\x1b[31m', ''])
@@ -378,7 +375,7 @@ def test_window_cannot_leave_the_work_directory(tmp_path):
     content['decisions'][0]['window'][1] = '/../../../outside/x'
     report.write_text(json.dumps(content))
     (tmp_path / 'outside').mkdir()
-    with pytest.raises(ValueError, match='pair of integers'):
+    with pytest.raises(ValueError, match='a bound of a window'):
         make_report(tmp_path / 'run')
     assert not list((tmp_path / 'outside').iterdir())
 
@@ -434,12 +431,10 @@ MAPS = 'layer_attention/epoch_2/layer_attention.json'
         ('pruning.json', '"iteration": 20', '"iteration": -1e400'),
         ('pruning.json', '"hook"', '"hooks"'),
         (MAPS, '"states"', '"state"'),
-        (MAPS, '"active"', '{}'),
         (MAPS, '"mean": 0.9', '"mean": "much"'),
         (MAPS, '"mean": [[', '"mean": [[3], ['),
         (MAPS, '"histogram": [', '"histogram": ["a", '),
         (MAPS, '"blocks"', '"block"'),
-        (MAPS, '"heads": 2', '"heads": "two"'),
         (MAPS, '"divergence": null', '"divergence": "null"'),
         (MAPS, '"layers"', '"layer"'),
         (MAPS, '"checkpoint"', '"check"'),
@@ -456,13 +451,11 @@ def test_malformed_files_are_one_line(tmp_path, file, old, new):
     assert old in text
     path.write_bytes(text.replace(old, new, 1).encode('utf-8', 'surrogateescape'))
     main = runpy.run_path(str(TOOL))['main']
-    try:
+    with pytest.raises(SystemExit) as error:
         main([str(tmp_path)])
-    except SystemExit as error:
-        assert error.code.startswith('error: ') and str(path) in error.code
-        assert '\n' not in error.code and len(error.code) < 600
-    else:  # what nothing reads does no harm
-        assert old == '"heads": 2'
+    message = error.value.code
+    assert message.startswith('error: ') and str(path) in message
+    assert '\n' not in message and len(message) < 600
 
 
 def test_value_only_keeps_its_parameters(tmp_path):

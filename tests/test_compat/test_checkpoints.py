@@ -56,6 +56,7 @@ def array_state(shape, dtype_pickle, raw):
 
 
 @needs_safe_loading
+@needs_safe_loading
 @pytest.mark.parametrize(
     'array',
     [
@@ -80,6 +81,7 @@ def test_arrays_come_back(array):
 
 
 @needs_safe_loading
+@needs_safe_loading
 def test_log_history_loads_safely():
     """What mmengine puts into each of its checkpoints."""
     buffer = HistoryBuffer()
@@ -97,6 +99,7 @@ def test_log_history_loads_safely():
     assert load(saved(HistoryBuffer())).data[0].shape == (0,)
 
 
+@needs_safe_loading
 @needs_safe_loading
 @pytest.mark.parametrize('core', ['core', '_core'])
 def test_files_of_both_versions_of_numpy(core):

@@ -196,7 +196,13 @@ def test_refused_checkpoint_in_test(network, tmp_path, monkeypatch):
     config, checkpoint, _ = network
     damaged = tmp_path / 'damaged.pth'
     damaged.write_bytes(checkpoint.read_bytes()[:1000])
-    monkeypatch.setattr('sys.argv', ['test.py', str(config), str(damaged)])
-    with pytest.raises(SystemExit, match='^error: .*damaged.pth is no check') as error:
-        runpy.run_path(str(TOOLS / 'test.py'), run_name='__main__')
-    assert '\n' not in str(error.value)
+    other = tmp_path / 'x.safetensors'
+    other.touch()
+    for path, match in [
+        (damaged, '^error: .*damaged.pth is no checkpoint'),
+        (other, '^error: .*x.safetensors: mmengine reads no safetensors'),
+    ]:
+        monkeypatch.setattr('sys.argv', ['test.py', str(config), str(path)])
+        with pytest.raises(SystemExit, match=match) as error:
+            runpy.run_path(str(TOOLS / 'test.py'), run_name='__main__')
+        assert '\n' not in str(error.value)

@@ -107,6 +107,18 @@ def test_state_dict_goes_on(reduction):
     assert torch.equal(second.sums, first.sums)
 
 
+@pytest.mark.parametrize('training_only', [False, True])
+def test_passes_without_gradient_are_no_training(training_only):
+    stage = make_stage()
+    meter = NetworkKLMeter(dict(layer1=stage))
+    meter.attach(training_only)
+    stage(BATCHES[0])
+    with torch.no_grad():
+        stage(BATCHES[1])
+    # Samples times 2 heads
+    assert meter.sums[-1] == 2 * (3 if training_only else 4)
+
+
 def other_names():
     stage = make_stage()
     stage.add_module('3', stage[2])

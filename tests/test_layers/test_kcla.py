@@ -150,7 +150,13 @@ def test_key_norms_are_capped():
     for attention in stage.attentions:
         nn.init.constant_(attention.key.weight, 1e4)
     x = torch.randn(2, C, 4, 4)
-    with torch.autocast('cpu', dtype=torch.float16):
+    try:
+        autocast = torch.autocast('cpu', dtype=torch.float16)
+        with autocast:
+            torch.ones(1, 1) @ torch.ones(1, 1)
+    except RuntimeError as error:
+        pytest.skip(f'torch {torch.__version__}: {error}')
+    with autocast:
         assert stage(x).isfinite().all()
 
 

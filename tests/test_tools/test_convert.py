@@ -138,7 +138,8 @@ def test_prune_after_training(network, tmp_path, shapes):
     ]
     report = json.loads((tmp_path / 'pruned.json').read_text())
     assert len(found) == 4 and set(found) == set(report['pruned'])
-    kl = sorted((x['kl'], x['name']) for x in report['layers'] if x['kl'] is not None)
+    layers = [x for x in report['layers'] if x['divergence'] is not None]
+    kl = sorted((x['divergence'], x['name']) for x in layers)
     assert {name for _, name in kl[:4]} == set(found)
 
 
