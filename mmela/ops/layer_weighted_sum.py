@@ -84,7 +84,9 @@ def per_channel(attn: Tensor, value: Tensor) -> Tuple[Tensor, ...]:
     They are tiny beside one value.
     """
     wide = torch.promote_types(value.dtype, torch.float32)
-    weights = attn.to(wide).repeat_interleave(value.size(1) // attn.size(1), dim=1)
+    size = value.size(1) // attn.size(1)
+    # No repeat_interleave: the ONNX exporter of torch 2.0 gets its shape wrong
+    weights = attn.to(wide).unsqueeze(2).expand(-1, -1, size, -1).flatten(1, 2)
     return weights.permute(2, 0, 1)[..., None, None].unbind()
 
 
