@@ -60,7 +60,7 @@ def run_tool(
     try:
         tool = find_tool(argv[0], name)
     except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f'error: {error}')
+        raise SystemExit(f'error: {error}') from None
     for label, path in zip(files, argv[1:]):
         if path.startswith('-'):
             break

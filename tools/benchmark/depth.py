@@ -188,7 +188,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
             try:
                 stage = build_stage(name, count, args)
             except ValueError as error:
-                raise SystemExit(f'error: {name}: {error}')
+                raise SystemExit(f'error: {name}: {error}') from None
             stage.to(device=device, memory_format=form)
             step = make_step(stage, x, grad, args.dtype)
             for _ in range(args.warmup):
@@ -201,7 +201,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
                 tensors_in([list(stage.parameters()), list(stage.buffers())])
             )
 
-            def forward() -> None:
+            def forward(stage=stage) -> None:
                 with autocast(device, args.dtype):
                     stage(x)
 

@@ -188,7 +188,7 @@ def read_mask(path: str) -> List[str]:
         ):
             raise ValueError('no list of names in it')
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f'error: --mask={path}: {error!r}')
+        raise SystemExit(f'error: --mask={path}: {error!r}') from None
     return content
 
 
@@ -273,7 +273,7 @@ def build_network(variant: str, args: argparse.Namespace) -> nn.Module:
             else _classifier(attention, args)
         )
     except ValueError as error:
-        raise SystemExit(f'error: {variant}: {error}')
+        raise SystemExit(f'error: {variant}: {error}') from None
     return model
 
 
