@@ -3,7 +3,6 @@ from .layer_weighted_sum import (
     check_backend,
     is_compiling,
     layer_weighted_sum,
-    reference,
 )
 
 __all__ = [
@@ -11,5 +10,4 @@ __all__ = [
     'check_backend',
     'is_compiling',
     'layer_weighted_sum',
-    'reference',
 ]

@@ -1,12 +1,9 @@
 """The weighted sum over layers, which is what MRLA-base adds to a network."""
 
-from typing import Any, Sequence
+from typing import Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-from . import chunked
 
 BACKENDS = ('auto', 'reference', 'autograd', 'triton')
 
@@ -26,15 +23,14 @@ def layer_weighted_sum(
         attn (Tensor): Attention weights, (B, G, t).
         values (Sequence[Tensor]): ``t`` values of shape (B, C, H, W), where
             ``C`` is a multiple of ``G``.
-        backend (str): ``'reference'`` is plain code, differentiable any number
-            of times, ``'autograd'`` its fast equal in torch operations,
-            differentiable once, ``'triton'`` one kernel each for forward and
-            backward, for GPUs, where no measurement stands behind it yet: at its
-            first use it is compared with the others, and left with a warning where
-            it fails. ``'auto'`` is ``'reference'`` where a graph is
-            recorded (``torch.compile``, tracing, export), whose compiler does
-            better by itself, and ``'autograd'`` elsewhere. Defaults to
-            ``'auto'``.
+        backend (str): ``'reference'`` is plain code, for every transform that
+            torch has, ``'autograd'`` the same with sums in place, ``'triton'``
+            one kernel each for forward and backward, for GPUs, where no
+            measurement stands behind it yet: at its first use it is compared with
+            ``'reference'``, and left with a warning where it fails. ``'auto'`` is
+            ``'reference'`` where a graph is recorded (``torch.compile``, tracing,
+            export), whose compiler does better by itself, and ``'autograd'``
+            elsewhere. Defaults to ``'auto'``.
 
     Returns:
         Tensor: (B, C, H, W), in data type and memory format of the values.
@@ -55,9 +51,18 @@ def layer_weighted_sum(
         raise ValueError(
             f'{channels} channels cannot be shared out among {heads} heads'
         )
-    if backend == 'reference' or is_compiling() or torch.jit.is_tracing():
-        return reference(attn, values)
-    return _LayerWeightedSum.apply(backend, attn, *values)
+    plain = backend == 'reference' or is_compiling() or torch.jit.is_tracing()
+    if backend == 'triton' and not plain:
+        from . import triton_kernels
+
+        if triton_kernels.works(values[0].device, values[0].dtype):
+            return triton_kernels.LayerWeightedSum.apply(attn, *values)
+    weights = per_channel(attn, values[0])
+    out = weights[0] * values[0]
+    for weight, value in zip(weights[1:], values[1:]):
+        # No addcmul: in half precision it keeps a wide copy of each value
+        out = out + weight * value if plain else _Add.apply(out, weight, value)
+    return out.to(values[0].dtype)
 
 
 def check_backend(backend: str) -> None:
@@ -73,21 +78,16 @@ def check_backend(backend: str) -> None:
         raise ValueError(f'backend={backend!r} does not exist; allowed are {BACKENDS}')
 
 
-def reference(attn: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """The sum in plain code, what the other backends are tested against.
+def per_channel(attn: Tensor, value: Tensor) -> Tuple[Tensor, ...]:
+    """(B, G, t) to ``t`` tensors (B, C, 1, 1), in at least single precision.
 
-    Args:
-        attn (Tensor): Attention weights, (B, G, t).
-        values (Sequence[Tensor]): ``t`` values of shape (B, C, H, W).
-
-    Returns:
-        Tensor: (B, C, H, W).
+    They are tiny beside one value.
     """
-    weights = chunked.per_channel(attn, values[0])
-    out = weights[0] * values[0]
-    for weight, value in zip(weights[1:], values[1:]):
-        out = torch.addcmul(out, weight, value.to(out.dtype))
-    return out.to(values[0].dtype)
+    wide = torch.promote_types(value.dtype, torch.float32)
+    size = value.size(1) // attn.size(1)
+    # No repeat_interleave: the ONNX exporter of torch 2.0 gets its shape wrong
+    weights = attn.to(wide).unsqueeze(2).expand(-1, -1, size, -1).flatten(1, 2)
+    return weights.permute(2, 0, 1)[..., None, None].unbind()
 
 
 def is_compiling() -> bool:
@@ -101,31 +101,25 @@ def is_compiling() -> bool:
     return compiler is not None and compiler.is_compiling()
 
 
-def _kernels(backend: str, value: Tensor) -> Any:
-    """Module with the ``forward`` and ``backward`` to use."""
-    if backend == 'triton':
-        from . import triton_kernels
+class _Add(torch.autograd.Function):
+    """``total + weight * value``, added in place.
 
-        if triton_kernels.works(value.device, value.dtype):
-            return triton_kernels
-    return chunked
-
-
-class _LayerWeightedSum(torch.autograd.Function):
-    """:func:`layer_weighted_sum` with a backward pass of its own."""
+    A fresh tensor for each product and each sum takes a CPU as long to get as
+    to fill.
+    """
 
     @staticmethod
-    def forward(ctx, backend: str, attn: Tensor, *values: Tensor) -> Tensor:
-        ctx.backend = backend
-        ctx.save_for_backward(attn, *values)
-        return _kernels(backend, values[0]).forward(attn, values)
+    def forward(ctx, total: Tensor, weight: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, value)
+        ctx.mark_dirty(total)
+        return total.addcmul_(weight, value)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
-        attn, *values = ctx.saved_tensors
-        _, needs_attn, *needs_values = ctx.needs_input_grad
-        grad_attn, grad_values = _kernels(ctx.backend, grad).backward(
-            grad, attn, values, needs_attn, needs_values
+        weight, value = ctx.saved_tensors
+        _, needs_weight, needs_value = ctx.needs_input_grad
+        return (
+            grad,
+            (grad * value).sum((2, 3), keepdim=True) if needs_weight else None,
+            (weight * grad).to(value.dtype) if needs_value else None,
         )
-        return None, grad_attn, *grad_values

@@ -10,14 +10,15 @@ Importing this needs Triton. With the environment variable
 
 import warnings
 from functools import lru_cache
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from . import chunked
+from .layer_weighted_sum import layer_weighted_sum
 
 # Elements per program. Not tuned: no measurement on a GPU stands behind it.
 BLOCK = 2048
@@ -117,6 +118,7 @@ def _backward_kernel(
 
 
 @lru_cache(maxsize=None)
+@torch.inference_mode(False)  # whatever the first use runs in
 def works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels agree with plain torch operations on a device.
 
@@ -138,20 +140,23 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    attn, grad = random(2, 4, 3), random(2, 32, 5, 3)
-    values = [random(2, 32, 5, 3) for _ in range(3)]
-    needs = True, [True] * 3
     half = torch.finfo(dtype).bits == 16
-    tolerance: Dict[str, Any] = dict(rtol=2e-2, atol=2e-2) if half else {}
+    tolerance = dict(rtol=2e-2, atol=2e-2) if half else {}
     try:
         for form in (torch.contiguous_format, torch.channels_last):
-            inputs = [v.to(memory_format=form) for v in values]
-            got = forward(attn, inputs), *backward(grad, attn, inputs, *needs)
-            expected = (
-                chunked.forward(attn, inputs),
-                *chunked.backward(grad, attn, inputs, *needs),
+            attn = random(2, 4, 3)
+            grad, *values = [
+                random(2, 32, 5, 3).to(memory_format=form) for _ in range(4)
+            ]
+            out = forward(attn, values)
+            grad_attn, grad_values = backward(grad, attn, values, True, [True] * 3)
+            with torch.enable_grad():
+                inputs = [x.requires_grad_() for x in (attn, *values)]
+                expected = layer_weighted_sum(attn, values, 'reference')
+                gradients = torch.autograd.grad(expected, inputs, grad)
+            torch.testing.assert_close(
+                [out, grad_attn, *grad_values], [expected, *gradients], **tolerance
             )
-            torch.testing.assert_close(got, expected, **tolerance)
     except Exception as error:  # a compiler and a driver may raise anything
         warnings.warn(
             f"backend='triton' does not work on {device} in {dtype}, 'autograd' takes "
@@ -160,6 +165,23 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
         )
         return False
     return True
+
+
+class LayerWeightedSum(torch.autograd.Function):
+    """:func:`mmela.ops.layer_weighted_sum` by :func:`forward` and :func:`backward`."""
+
+    @staticmethod
+    def forward(ctx, attn: Tensor, *values: Tensor) -> Tensor:
+        ctx.save_for_backward(attn, *values)
+        return forward(attn, values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        attn, *values = ctx.saved_tensors
+        needs_attn, *needs_values = ctx.needs_input_grad
+        grad_attn, grad_values = backward(grad, attn, values, needs_attn, needs_values)
+        return grad_attn, *grad_values
 
 
 def forward(attn: Tensor, values: Sequence[Tensor]) -> Tensor:
@@ -190,7 +212,7 @@ def backward(
     needs_attn: bool,
     needs_values: Sequence[bool],
 ) -> Tuple[Optional[Tensor], List[Optional[Tensor]]]:
-    """Gradients of :func:`forward`; arguments as for ``chunked.backward``.
+    """Gradients of :func:`forward`.
 
     Args:
         grad (Tensor): Gradient of the output, (B, C, H, W).

@@ -103,10 +103,10 @@ def test_gradients_equal_those_of_plain_code(states):
     """Of the whole stage: each output is the next input."""
     grads = []
     for backend in ('auto', 'reference'):
-        attentions = make(4, backend=backend)
+        attentions = [a.double() for a in make(4, backend=backend)]
         for attention, state in zip(attentions, states):
             attention.attention_state = AttentionState(state)
-        x = inputs(1)[0].requires_grad_()
+        x = inputs(1)[0].double().requires_grad_()
         memory, stage, out = MRLABase.Memory(), AttentionStage(), x
         for attention in attentions:
             out = stage.attend(attention, torch.tanh(out), memory)
@@ -116,7 +116,7 @@ def test_gradients_equal_those_of_plain_code(states):
             + [p.grad for a in attentions for p in a.parameters() if p.requires_grad]
         )
     for grad, expected in zip(*grads):
-        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(grad, expected)
 
 
 def test_unknown_backend():

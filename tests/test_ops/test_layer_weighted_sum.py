@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from mmela.ops import chunked, layer_weighted_sum
+from mmela.ops import layer_weighted_sum
 
 BACKENDS = ('reference', 'autograd', 'auto')
 DTYPES = {
@@ -65,22 +65,16 @@ def test_equals_einsum(backend, dtype, form, t):
     assert results[0].is_contiguous(memory_format=form)
 
 
-@pytest.mark.parametrize('chunk', [1, 181, 1 << 20])
-def test_gradcheck(chunk, monkeypatch):
-    monkeypatch.setattr(chunked, 'CHUNK', chunk)  # one sample, uneven, all
-    attn, values = inputs(3, torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda attn, *values: layer_weighted_sum(attn, values, 'autograd'),
-        (attn.requires_grad_(), *(v.requires_grad_() for v in values)),
-    )
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_differentiable_twice(backend):
+    attn, values = inputs(3, torch.float64, batch=1)
+    inputs_ = (attn.requires_grad_(), *(v.requires_grad_() for v in values))
 
+    def total(attn, *values):
+        return layer_weighted_sum(attn, values, backend)
 
-def test_reference_is_differentiable_twice():
-    attn, values = inputs(2, torch.float64, batch=1)
-    assert torch.autograd.gradgradcheck(
-        lambda attn, *values: layer_weighted_sum(attn, values, 'reference'),
-        (attn.requires_grad_(), *(v.requires_grad_() for v in values)),
-    )
+    assert torch.autograd.gradcheck(total, inputs_)
+    assert torch.autograd.gradgradcheck(total, inputs_)
 
 
 @pytest.mark.parametrize('needs', [(True, False), (False, True)])
@@ -93,16 +87,20 @@ def test_only_wanted_gradients(needs):
     assert [v.grad is not None for v in values] == [False, needs[1], False]
 
 
-def test_keeps_references_only():
-    """What is kept for backward are the very tensors, not copies of them."""
-    attn, values = inputs(4)
-    attn.requires_grad_()
-    saved = []
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('autocast', [False, True])
+def test_keeps_references_only(backend, dtype, autocast):
+    """Of the values, backward keeps the very tensors, not copies of them."""
+    attn, values = inputs(4, dtype)
+    saved = set()
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: saved.append(x.data_ptr()) or x, lambda x: x
-    ):
-        layer_weighted_sum(attn, values, 'autograd')
-    assert saved == [attn.data_ptr(), *(v.data_ptr() for v in values)]
+        lambda x: saved.add(x.data_ptr()) or x if x.numel() > 4 * 12 else x, lambda x: x
+    ), torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        layer_weighted_sum(
+            attn.requires_grad_(), [v.requires_grad_() for v in values], backend
+        )
+    assert saved == {v.data_ptr() for v in values}
 
 
 def test_other_strides():
