@@ -25,6 +25,10 @@ class PublishedMRLABase(MRLABase):
     arguments it takes; ``backend`` means nothing to it.
     """
 
+    def signature(self) -> str:
+        # Of MRLABase, whose checkpoints fit
+        return f'MRLABase(head_dim={self.head_dim})'
+
     def forward(self, x: Tensor, memory: MRLABase.Memory) -> Tensor:
         batch, channels = x.shape[:2]
         pooled = F.adaptive_avg_pool2d(x, 1).view(batch, 1, channels)
