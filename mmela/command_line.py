@@ -60,7 +60,7 @@ def run_tool(
     try:
         tool = find_tool(argv[0], name)
     except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f'error: {error}')
+        raise SystemExit(f'error: {error}') from None
     for label, path in zip(files, argv[1:]):
         if path.startswith('-'):
             break
@@ -73,11 +73,16 @@ def run_tool(
 def one_line(error: Union[Exception, str]) -> str:
     """What an exception or a text says, for one line of a command-line tool.
 
+    It is :func:`printable`.
+    """
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return printable(' '.join(str(text).split()))
+
+
+def printable(text: str) -> str:
+    """A text of any source for a terminal.
+
     Control characters, which a name in a file may bring along and a terminal
     would obey, are shown as escapes.
     """
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return ''.join(
-        char if char.isprintable() else ascii(char)[1:-1]
-        for char in ' '.join(str(text).split())
-    )
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -6,8 +6,9 @@ from typing import Union
 from mmengine.registry import MODELS, Registry
 
 LAYER_ATTENTIONS = Registry('layer attention', parent=MODELS, scope='mmela')
-"""Registry: Layer attentions, a child of mmengine's ``MODELS``: ``dict(type='MRLABase')``
-within ``layer_attention``, ``dict(type='mmela.MRLABase')`` anywhere else."""
+"""Registry: Layer attentions, a child of mmengine's ``MODELS``:
+``dict(type='MRLABase')`` within ``layer_attention``,
+``dict(type='mmela.MRLABase')`` anywhere else."""
 
 
 def find_layer_attention(type: Union[str, type]) -> type:

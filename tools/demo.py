@@ -124,7 +124,7 @@ def main(argv=None) -> None:
         try:
             make_shapes(cfg.data_root)
         except OSError as error:
-            raise SystemExit(f'error: {error}')
+            raise SystemExit(f'error: {error}') from error
     annotations = Path(cfg.data_root) / 'annotations/instances_train2017.json'
     if not annotations.is_file():
         raise SystemExit(

@@ -5,9 +5,7 @@
 # carry COCO's categories, so the config runs on COCO, or on any data in its
 # layout and categories, by `--cfg-options data_root=DIR` alone.
 _base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../_base_/ela_coco.py']
-custom_imports = dict(
-    imports=['mmela', 'mmela.engine.data_root'], allow_failed_imports=False
-)
+custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 # Has an overridden data_root reach the data sets and evaluators.
 runner_type = 'DataRootRunner'
 

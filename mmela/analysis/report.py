@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 from typing import List, Optional, Tuple, Union
 
-from ..engine.tables import decision_table, printable
+from ..command_line import printable
+from ..engine.tables import decision_table
 from ..pruning.record import check_name
 from .attention_plots import attention_pictures
 from .complexity import backbone_complexity

@@ -8,19 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..command_line import printable
 from ..pruning import LayerDecision
-
-
-def printable(text: str) -> str:
-    """Escape what a terminal would obey rather than show.
-
-    Args:
-        text (str): Text of any source.
-
-    Returns:
-        str: The same text, control characters as in ``\\\\x1b``.
-    """
-    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def decision_table(layers: Sequence[LayerDecision]) -> str:

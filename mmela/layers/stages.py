@@ -173,9 +173,10 @@ class AttentionStage(nn.Module):
                 block, _, rest = key[len(prefix) :].partition('.layer_attn.')
                 if rest == 'norm.weight' and state_dict[key].any():
                     raise RuntimeError(
-                        f'the checkpoint has a trained layer attention at {prefix}{block}'
-                        ', but the network has none there, as zero_init=True and the '
-                        'stage is frozen; set zero_init=False to use it'
+                        'the checkpoint has a trained layer attention at '
+                        f'{prefix}{block}, but the network has none there, as '
+                        'zero_init=True and the stage is frozen; set '
+                        'zero_init=False to use it'
                     )
                 if rest:
                     del state_dict[key]

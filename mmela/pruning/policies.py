@@ -97,20 +97,21 @@ class PruningPolicy(metaclass=ABCMeta):
         """
         grid = np.linspace(0, 1, 201)
         curve = self.map(grid)
-        mapped = [
-            x for x in layers if x.normalized is not None and x.mapped is not None
+        points = [
+            (layer.divergence, layer.normalized)
+            for layer in layers
+            if layer.divergence is not None and layer.normalized is not None
         ]
-        if curve is None or self.scope != 'network' or not mapped:
+        if curve is None or self.threshold is None or self.scope != 'network':
             return None
-        low, high = (f(mapped, key=lambda x: x.divergence) for f in (min, max))
-        if low.normalized == high.normalized:
+        if not points or not curve[0] <= self.threshold <= curve[-1]:
             return None
-        if not curve[0] <= self.threshold <= curve[-1]:
+        (low, first), (high, last) = min(points), max(points)
+        if first == last:
             return None
         # Back from mapped to normalised values, and from these to divergences
         at = np.interp(self.threshold, curve, grid)
-        scale = (high.divergence - low.divergence) / (high.normalized - low.normalized)
-        return float(low.divergence + scale * (at - low.normalized))
+        return float(low + (high - low) / (last - first) * (at - first))
 
     def __call__(
         self,
@@ -147,12 +148,11 @@ class PruningPolicy(metaclass=ABCMeta):
                 f'{len(names)}; they must agree'
             )
         layers = []
-        pools: Dict[str, List[int]] = {}
+        pools: Dict[str, Dict[int, float]] = {}
         for index, (name, stage, value) in enumerate(zip(names, stages, divergences)):
             if value is not None:
-                pool = stage if self.scope == 'stage' else ''
-                pools.setdefault(pool, []).append(index)
-                value = float(value)
+                key = stage if self.scope == 'stage' else ''
+                value = pools.setdefault(key, {})[index] = float(value)
             first = 'first of its stage, ' if stages.index(stage) == index else ''
             reason = f'kept: {first}not measured'
             layers.append(
@@ -161,8 +161,9 @@ class PruningPolicy(metaclass=ABCMeta):
                 )
             )
         for pool in pools.values():
-            kl = check_kl([divergences[i] for i in pool], [names[i] for i in pool])
-            result = self.decide(kl)
+            result = self.decide(
+                check_kl(list(pool.values()), [names[index] for index in pool])
+            )
             for index, skip, selected, normalized, mapped in zip(
                 pool, result.skip, result.selected, result.normalized, result.mapped
             ):
@@ -196,10 +197,13 @@ class PruningPolicy(metaclass=ABCMeta):
         left: Dict[str, int] = {}
         for layer in layers:
             left[layer.stage] = left.get(layer.stage, 0) + 1
-        wanted = [i for i, layer in enumerate(layers) if layer.pruned]
+        wanted = [
+            (layer.divergence, index)
+            for index, layer in enumerate(layers)
+            if layer.pruned and layer.divergence is not None
+        ]
         pruned = 0
-        # A stable sort: ties go by position
-        for index in sorted(wanted, key=lambda i: layers[i].divergence):
+        for _, index in sorted(wanted):  # ties go by position
             stage = layers[index].stage
             if self.max_pruned is not None and pruned >= self.max_pruned:
                 reason = f'kept: max_pruned={self.max_pruned}'

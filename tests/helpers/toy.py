@@ -1,5 +1,7 @@
 """A network of two stages that trains in milliseconds, and runs of it."""
 
+from uuid import uuid4
+
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
@@ -125,7 +127,8 @@ def toy_config(
         custom_hooks=[],
         randomness=dict(seed=0),
         log_level='WARNING',
-        experiment_name=f'toy_{id(work_dir)}_{torch.rand(1).item()}',
+        # Or runs of one second would share a log
+        experiment_name=f'toy_{uuid4().hex}',
     )
     if hook is not None:
         cfg['custom_hooks'] = [dict(type='LayerAttentionPruningHook', **hook)]
@@ -136,7 +139,7 @@ def toy_config(
 def train(cfg, **kwargs):
     """Run a config, changed by ``kwargs``, and return the runner."""
     cfg = Config(dict(cfg, **kwargs))
-    cfg.experiment_name = f'toy_{torch.rand(1, dtype=torch.double).item()}'
+    cfg.experiment_name = f'toy_{uuid4().hex}'
     runner_type = FlexibleRunner if 'strategy' in cfg else Runner
     runner = runner_type.from_cfg(cfg)
     runner.train()

@@ -1,4 +1,5 @@
-from mmela.engine.tables import decision_table, printable, step_time_table
+from mmela.command_line import printable
+from mmela.engine.tables import decision_table, step_time_table
 from mmela.pruning import LayerDecision
 
 

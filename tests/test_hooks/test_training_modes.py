@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS, MODEL_WRAPPERS
+from mmengine.registry import HOOKS, MODEL_WRAPPERS, MODELS
 from mmengine.runner import FlexibleRunner
 from torch import nn
 
@@ -14,7 +14,7 @@ from mmela.layers import AttentionState
 from mmela.pruning import build_policy
 from mmela.structure import attention_stages, prune
 from tests.helpers.runs import HOOK, POLICY, decisions, divergences, pruned, states
-from tests.helpers.toy import toy_config, train
+from tests.helpers.toy import ToyNetwork, toy_config, train
 
 
 @pytest.fixture(scope='module')
@@ -63,12 +63,26 @@ def test_pruning_amid_an_accumulation(tmp_path):
             assert param.grad is None, name
 
 
+@MODELS.register_module()
+class FollowsTheInput(ToyNetwork):
+    """Its first stage has an input with gradient, as after a stem.
+
+    Reentrant checkpointing would not train it otherwise.
+    """
+
+    def forward(self, inputs, *args, **kwargs):
+        return super().forward(inputs.requires_grad_(), *args, **kwargs)
+
+
 def test_activation_checkpointing(tmp_path, plain):
     """A stage that runs twice per step is measured right."""
-    runner = train(
-        toy_config(tmp_path, HOOK, activation_checkpointing=['layer1', 'layer2'])
-    )
+    cfg = toy_config(tmp_path, HOOK, activation_checkpointing=['layer1', 'layer2'])
+    cfg.model.type = 'FollowsTheInput'
+    runner = train(cfg)
     assert states(runner.model) == states(plain.model)
+    pairs = zip(decisions(tmp_path), decisions(plain.work_dir))
+    for found, expected in pairs:
+        assert divergences(found) == pytest.approx(divergences(expected), rel=1e-4)
 
 
 @HOOKS.register_module()

@@ -155,7 +155,7 @@ def explain(args: argparse.Namespace) -> None:
                     block,
                     batch_size=args.batch_size,
                     max_channels=args.max_channels,
-                    progress=lambda n: [bar.update() for _ in range(n)],
+                    progress=lambda n, bar=bar: [bar.update() for _ in range(n)],
                 )
                 for block in blocks
             }
@@ -172,7 +172,7 @@ def main(argv=None) -> None:
     try:
         explain(args)
     except (ImportError, OSError, ValueError, KeyError) as error:
-        raise SystemExit(f'error: {one_line(error)}')
+        raise SystemExit(f'error: {one_line(error)}') from error
 
 
 if __name__ == '__main__':

@@ -139,7 +139,7 @@ def main(argv=None) -> None:
     try:
         analyse(args)
     except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(f'error: {one_line(error)}')
+        raise SystemExit(f'error: {one_line(error)}') from error
 
 
 if __name__ == '__main__':

@@ -189,7 +189,11 @@ def read_mask(path: str) -> List[str]:
         ):
             raise ValueError('no list of names in it')
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f'error: --mask={path}: {error!r}') from error
+<<<<<<< HEAD
+        raise SystemExit(f'error: --mask={path}: {error!r}') from None
+=======
+        raise SystemExit(f'error: --mask={path}: {error!r}') from None
+>>>>>>> main
     return content
 
 
@@ -274,7 +278,11 @@ def build_network(variant: str, args: argparse.Namespace) -> nn.Module:
             else _classifier(attention, args)
         )
     except ValueError as error:
-        raise SystemExit(f'error: {variant}: {error}') from error
+<<<<<<< HEAD
+        raise SystemExit(f'error: {variant}: {error}') from None
+=======
+        raise SystemExit(f'error: {variant}: {error}') from None
+>>>>>>> main
     return model
 
 

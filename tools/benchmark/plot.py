@@ -53,7 +53,7 @@ def load(path: str, reference: str) -> dict:
         variants = results['variants']
         known = results['tool'] in ('train_step', 'inference')
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f'error: {path}: {error!r}') from error
+        raise SystemExit(f'error: {path}: {error!r}') from None
     if not known:
         raise SystemExit(
             f'error: {path} is of {results["tool"]}; allowed are '

@@ -109,7 +109,7 @@ def main(argv=None) -> None:
             raise ValueError(f'{args.config} has no test_dataloader')
         dataloader = Runner.build_dataloader(cfg.test_dataloader)
     except (KeyError, OSError, TypeError, ValueError) as error:
-        raise SystemExit(f'error: {one_line(error)}')
+        raise SystemExit(f'error: {one_line(error)}') from error
     model.to(get_device())
     try:
         decision = decide(
