@@ -114,11 +114,7 @@ def set_up(args: argparse.Namespace) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-<<<<<<< HEAD
         raise SystemExit(f'error: --device={args.device}: {reason}') from None
-=======
-        raise SystemExit(f'error: --device={args.device}: {reason}') from None
->>>>>>> main
     if device.type not in ('cpu', 'cuda'):
         raise SystemExit(f'error: --device={args.device} is neither cpu nor cuda')
     if args.out and Path(args.out).is_dir():

@@ -185,11 +185,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
             try:
                 stage = build_stage(name, count, args)
             except ValueError as error:
-<<<<<<< HEAD
                 raise SystemExit(f'error: {name}: {error}') from None
-=======
-                raise SystemExit(f'error: {name}: {error}') from None
->>>>>>> main
             stage.to(device=device, memory_format=form)
             step = make_step(stage, x, grad, args.dtype)
             for _ in range(args.warmup):
@@ -201,16 +197,6 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
             resident = storage_bytes(
                 tensors_in([list(stage.parameters()), list(stage.buffers())])
             )
-<<<<<<< HEAD
-=======
-
-            def forward(stage=stage) -> None:
-                with autocast(device, args.dtype):
-                    stage(x)
-
-            model = nn.ModuleDict(dict(stage=stage))
-            traffic = model_traffic(model, forward, itemsize)
->>>>>>> main
             stages[name].append(
                 dict(blocks=count, peak_bytes=resident + peak_rise(step, device))
             )

@@ -189,11 +189,7 @@ def read_mask(path: str) -> List[str]:
         ):
             raise ValueError('no list of names in it')
     except (OSError, ValueError, KeyError, TypeError) as error:
-<<<<<<< HEAD
         raise SystemExit(f'error: --mask={path}: {error!r}') from None
-=======
-        raise SystemExit(f'error: --mask={path}: {error!r}') from None
->>>>>>> main
     return content
 
 
@@ -278,11 +274,7 @@ def build_network(variant: str, args: argparse.Namespace) -> nn.Module:
             else _classifier(attention, args)
         )
     except ValueError as error:
-<<<<<<< HEAD
         raise SystemExit(f'error: {variant}: {error}') from None
-=======
-        raise SystemExit(f'error: {variant}: {error}') from None
->>>>>>> main
     return model
 
 
