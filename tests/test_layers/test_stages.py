@@ -1,7 +1,10 @@
 import copy
+import os
+import shutil
 
 import pytest
 import torch
+from mmengine.registry import MODELS
 from torch import nn
 
 from mmela.layers import (
@@ -123,3 +126,39 @@ def test_an_exception_leaves_nothing_behind(kind):
 
     assert not _running.passes and not _running.outputs
     copy.deepcopy(model)  # fails where a tensor with a graph hangs on a module
+
+
+@pytest.mark.skipif(
+    not hasattr(torch, 'compiler'), reason='torch 2.0 compiles no stage as a whole'
+)
+@pytest.mark.skipif(
+    not shutil.which(os.environ.get('CXX', 'g++')),
+    reason='inductor needs a C++ compiler: g++, or what CXX names',
+)
+def test_stage_compiled_by_inductor():
+    """Outputs and gradients are those of the eager stage."""
+    pytest.importorskip('mmdet')
+    torch.manual_seed(0)
+    backbone = MODELS.build(
+        dict(
+            type='mmdet.ELAResNet',
+            depth=50,
+            base_channels=4,
+            stem_channels=8,
+            layer_attention=dict(type='MRLABase', head_dim=8),
+        )
+    )
+    stage = backbone.layer1.double()
+    stage[1].layer_attn.attention_state = AttentionState.VALUE_ONLY
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(stage), backend='inductor', fullgraph=True)
+    x = torch.randn(2, 8, 6, 4, dtype=torch.double)
+    results = []
+    for run in (stage, compiled):
+        leaf = x.clone().requires_grad_()
+        out = run(leaf)
+        (out**2).mean().backward()
+        grads = {n.replace('_orig_mod.', ''): p.grad for n, p in run.named_parameters()}
+        results.append(dict(grads, out=out, x=leaf.grad))
+    assert results[0]['2.layer_attn.query.weight'].abs().sum() > 0
+    torch.testing.assert_close(*results)

@@ -1,13 +1,12 @@
 """tools/benchmark: structure, formulas and masks; nothing about times."""
 
-import importlib
+import io
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,24 +16,24 @@ from mmela.layers import AttentionState, MRLABase, MRLALight, SequentialAttentio
 from mmela.pruning import LayerDecision, PruningDecision
 from mmela.structure import layer_attentions
 from tests.helpers.work_dirs import write_decisions
+from tools.benchmark import (
+    common,
+    compare,
+    depth,
+    hook_overhead,
+    inference,
+    memory,
+    networks,
+    plot,
+    published_form,
+    traffic,
+    train_step,
+)
 
 pytest.importorskip('mmpretrain')
 
-TOOLS = Path(__file__).resolve().parents[2] / 'tools' / 'benchmark'
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device('cpu')
-NAMES = (
-    'common',
-    'compare',
-    'depth',
-    'hook_overhead',
-    'inference',
-    'memory',
-    'networks',
-    'plot',
-    'published_form',
-    'traffic',
-    'train_step',
-)
 TINY = (
     '--device',
     'cpu',
@@ -54,15 +53,7 @@ TINY = (
 
 
 @pytest.fixture(scope='module')
-def bench():
-    """The modules of the tools, importable as where a tool is run."""
-    sys.path.insert(0, str(TOOLS))
-    yield SimpleNamespace(**{n: importlib.import_module(n) for n in NAMES})
-    sys.path.remove(str(TOOLS))
-
-
-@pytest.fixture(scope='module')
-def trained(bench, tmp_path_factory):
+def trained(tmp_path_factory):
     """Results and printed table of train_step.py, run as a user runs it."""
     out = tmp_path_factory.mktemp('benchmark') / 'results.json'
     done = subprocess.run(
@@ -70,23 +61,25 @@ def trained(bench, tmp_path_factory):
             sys.executable,
             '-W',
             'ignore',
-            str(TOOLS / 'train_step.py'),
+            '-m',
+            'tools.benchmark.train_step',
             *TINY,
             '--out',
             str(out),
         ],
         capture_output=True,
         text=True,
+        cwd=ROOT,
         env=dict(os.environ, PYTHONDONTWRITEBYTECODE='1'),
     )
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text()), done.stdout, out
 
 
-def options(bench, *args):
+def options(*args):
     """Options of train_step.py for the tiny network, complete."""
-    args = bench.train_step.parse_args([*TINY, *map(str, args)])
-    bench.networks.complete_options(args, bench.common.set_up(args))
+    args = train_step.parse_args([*TINY, *map(str, args)])
+    networks.complete_options(args, common.set_up(args))
     return args
 
 
@@ -103,9 +96,9 @@ def stage_of(cls, depth, channels=8, **kwargs):
 
 @pytest.mark.parametrize('form', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('state', list(AttentionState))
-def test_published_form_is_mrla_base(bench, form, state):
+def test_published_form_is_mrla_base(form, state):
     ours = stage_of(MRLABase, 4)
-    published = stage_of(bench.published_form.PublishedMRLABase, 4)
+    published = stage_of(published_form.PublishedMRLABase, 4)
     published.load_state_dict(ours.state_dict())
     results = []
     for stage in (ours, published):
@@ -125,75 +118,46 @@ def test_published_form_is_mrla_base(bench, form, state):
 # -- traffic ---------------------------------------------------------------
 
 
-def traffic_of(bench, stage, size=(2, 8, 3, 5), train=True):
-    model = nn.ModuleDict(dict(stage=stage))
-    x = torch.randn(size)
-    with torch.set_grad_enabled(train):
-        return bench.traffic.model_traffic(model, lambda: stage(x), 4)
-
-
 VALUE = 2 * 8 * 3 * 5 * 4  # bytes of one value
 
 
-def test_traffic_of_three_blocks(bench):
-    # Blocks see 1, 2 and 3 values
-    traffic = traffic_of(bench, stage_of(MRLABase, 3))
-    # read 1, 2, 3 and write 1 each
-    assert traffic.forward == (2 + 3 + 4) * VALUE
-    # the weights: the gradient of the output, and read 1, 2, 3; the values:
-    # read as many output gradients again, write one
-    assert traffic.backward == (4 + 6 + 8) * VALUE
-    # and nothing to add up, as V1 to V3 get one gradient each
-    assert traffic.accumulation == 0
-    assert traffic.total == 27 * VALUE
+def traffic_of(stage, train=True):
+    model = nn.ModuleDict(dict(stage=stage))
+    x = torch.randn(2, 8, 3, 5)
+    with torch.set_grad_enabled(train):
+        return traffic.sum_traffic(model, lambda: stage(x), 4)
 
 
-def test_traffic_of_published_form(bench):
-    stage = stage_of(bench.published_form.PublishedMRLABase, 2)
-    traffic = traffic_of(bench, stage)
-    # Block 1: read V, write O. Block 2: concatenate 2 + 2, to heads 2 + 2,
-    # multiply 2 + 1.
-    assert traffic.forward == (2 + 11) * VALUE
-    # Block 1: each product reads grad O; read V, write grad V. Block 2: read
-    # grad O twice, read 2, write 2, copy back 2 + 2.
-    assert traffic.backward == (4 + 10) * VALUE
-    assert traffic.accumulation == 3 * VALUE
+@pytest.mark.parametrize('cls', [MRLABase, published_form.PublishedMRLABase])
+def test_traffic_of_three_blocks(cls):
+    # Blocks see 1, 2 and 3 values. Forward: read those, and write 1 each.
+    # Backward: read them and the gradient of the output, write as many gradients.
+    stage = stage_of(cls, 3)
+    assert traffic_of(stage, train=False) == (2 + 3 + 4) * VALUE
+    assert traffic_of(stage) == ((2 + 3 + 4) + (3 + 5 + 7)) * VALUE
+    assert stage.observer is None and not stage._forward_hooks
 
 
-def test_traffic_counts_what_is_seen(bench):
+def test_traffic_counts_what_is_seen():
     stage = stage_of(MRLABase, 4)
     stage.attentions[1].attention_state = AttentionState.VALUE_ONLY
     stage.attentions[2].attention_state = AttentionState.PRUNED
     # Blocks 1 and 4 attend, over V1 and over V1, V2, V4
-    traffic = traffic_of(bench, stage)
-    assert traffic.forward == (2 + 4) * VALUE
-    # Block 4 also makes the gradient of V2, which block 2 kept for it
-    assert traffic.backward == (4 + 4 + 5) * VALUE
-    assert traffic.accumulation == 0
+    assert traffic_of(stage) == ((2 + 4) + (3 + 7)) * VALUE
 
 
-def test_traffic_of_light_is_linear(bench):
-    two = traffic_of(bench, stage_of(MRLALight, 2))
-    six = traffic_of(bench, stage_of(MRLALight, 6))
-    assert two.forward == 2 * 3 * VALUE and two.backward == 2 * 5 * VALUE
-    assert six.total == 3 * two.total
-    literal = traffic_of(bench, stage_of(MRLALight, 2, previous='output'))
-    assert literal.forward == (2 + 3) * VALUE
+def test_traffic_of_what_weighs_no_layers():
+    assert traffic_of(stage_of(MRLALight, 2, previous='output')) == 0
 
 
-def test_traffic_of_inference(bench):
-    traffic = traffic_of(bench, stage_of(MRLABase, 3), train=False)
-    assert traffic.total == traffic.forward == 9 * VALUE
-
-
-def test_bandwidth(bench):
-    assert bench.traffic.copy_bandwidth(CPU, 1 << 20, repeats=2) > 0
+def test_bandwidth():
+    assert traffic.copy_bandwidth(CPU, 1 << 20, repeats=2) > 0
 
 
 # -- memory ----------------------------------------------------------------
 
 
-def test_peak_is_that_of_what_lives_at_once(bench):
+def test_peak_is_that_of_what_lives_at_once():
     kib = 1 << 10
 
     def step():
@@ -204,32 +168,32 @@ def test_peak_is_that_of_what_lives_at_once(bench):
         return second, third
 
     for _ in range(2):  # what an earlier measurement has left does not count
-        assert bench.memory.peak_rise(step, CPU) == 1536 * kib
+        assert memory.peak_rise(step, CPU) == 1536 * kib
 
 
-def test_shared_storage_counts_once(bench):
+def test_shared_storage_counts_once():
     x = torch.zeros(10)
-    assert bench.memory.storage_bytes([x, x[3:], torch.ones(2)]) == 48
+    assert memory.storage_bytes([x, x[3:], torch.ones(2)]) == 48
 
 
 # -- masks -----------------------------------------------------------------
 
 
-def test_half_mask(bench):
+def test_half_mask():
     names = [
         f'backbone.layer{s}.{b}.layer_attn'
         for s, depth in ((1, 3), (2, 4))
         for b in range(depth)
     ]
-    assert bench.networks.half_mask(names) == [
+    assert networks.half_mask(names) == [
         f'backbone.layer{block}.layer_attn' for block in ('1.1', '2.1', '2.3')
     ]
 
 
-def pruned_in(bench, *args):
-    args = options(bench, *args)
-    model = bench.networks.build_network('ela', args)
-    bench.networks.prune_network('ela', model, args)
+def pruned_in(*args):
+    args = options(*args)
+    model = networks.build_network('ela', args)
+    networks.prune_network('ela', model, args)
     return [
         name.split('.', 1)[1].rsplit('.', 1)[0]
         for name, a in layer_attentions(model).items()
@@ -237,9 +201,9 @@ def pruned_in(bench, *args):
     ]
 
 
-def test_masks(bench, tmp_path):
-    assert pruned_in(bench) == ['layer1.1', 'layer2.1', 'layer3.1']
-    assert pruned_in(bench, '--prune', 'layer2.1') == ['layer2.1']
+def test_masks(tmp_path):
+    assert pruned_in() == ['layer1.1', 'layer2.1', 'layer3.1']
+    assert pruned_in('--prune', 'layer2.1') == ['layer2.1']
     full = 'backbone.layer3.1.layer_attn'
     path = tmp_path / 'mask.json'
     layer = LayerDecision('layer1.1', 'layer1', pruned=True)
@@ -251,16 +215,16 @@ def test_masks(bench, tmp_path):
         ],
     )
     report = tmp_path / 'pruning.json'
-    assert pruned_in(bench, '--mask', report) == ['layer1.1', 'layer3.1']
+    assert pruned_in('--mask', report) == ['layer1.1', 'layer3.1']
     for content, expected in (
         (dict(pruned=[full]), ['layer3.1']),
         ([], []),
     ):
         path.write_text(json.dumps(content))
-        assert pruned_in(bench, '--mask', path) == expected
+        assert pruned_in('--mask', path) == expected
 
 
-def test_wrong_options_are_one_line(bench, tmp_path):
+def test_wrong_options_are_one_line(tmp_path):
     path = tmp_path / 'mask.json'
     path.write_text('{"layers": []}')
     for args, text in (
@@ -272,47 +236,69 @@ def test_wrong_options_are_one_line(bench, tmp_path):
         (('--device', 'cpuu'), '--device=cpuu'),
     ):
         with pytest.raises(SystemExit) as error:
-            options(bench, *args)
+            options(*args)
         assert str(error.value).startswith('error: ')
         assert text in str(error.value) and '\n' not in str(error.value)
     with pytest.raises(SystemExit, match="'layer9.0' has no layer attention"):
-        pruned_in(bench, '--prune', 'layer9.0')
+        pruned_in('--prune', 'layer9.0')
 
 
 # -- statistics ------------------------------------------------------------
 
 
-def test_rounds_take_turns(bench):
+def test_rounds_take_turns():
     calls = []
     actions = {n: lambda n=n: calls.append(n) for n in 'abc'}
-    times = bench.common.run_rounds(actions, 3, CPU, steps=2)
+    times = common.run_rounds(actions, 3, CPU, steps=2)
     assert ''.join(calls) == 'aabbccbbccaaccaabb'
     assert {n: len(t) for n, t in times.items()} == dict(a=3, b=3, c=3)
 
 
-def test_statistics(bench):
-    result = bench.common.summary([1.0, 2.0, 3.0, 4.0, 10.0])
+class Stderr(io.StringIO):
+    def __init__(self, terminal):
+        super().__init__()
+        self.isatty = lambda: terminal
+
+
+@pytest.mark.parametrize('terminal', [True, False])
+def test_progress(monkeypatch, terminal):
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(common.time, 'monotonic', lambda: next(clock))
+    monkeypatch.setattr(sys, 'stderr', Stderr(terminal))
+    assert list(common.progress('abcde')) == list('abcde')
+    printed = sys.stderr.getvalue()
+    if terminal:  # each on top of the one before
+        assert printed.count('\r') == 5 and printed.count('\n') == 1
+    else:  # after 40 s and 80 s
+        assert printed.splitlines() == [
+            '2 of 5, about 60 s left',
+            '4 of 5, about 20 s left',
+        ]
+
+
+def test_statistics():
+    result = common.summary([1.0, 2.0, 3.0, 4.0, 10.0])
     assert result['median'] == 3 and result['iqr'] == 2
-    assert bench.common.summary([2.0])['iqr'] == 0
+    assert common.summary([2.0])['iqr'] == 0
     # A machine that slows down: each round has the same ratio
-    assert bench.common.ratio([2.0, 4.0, 8.0], [1.0, 2.0, 4.0]) == 2
-    assert bench.common.noisy(dict(a=result, b=dict(error=''))) == ['a']
+    assert common.ratio([2.0, 4.0, 8.0], [1.0, 2.0, 4.0]) == 2
+    assert common.noisy(dict(a=result, b=dict(error=''))) == ['a']
 
 
-def test_busy_machine_is_told(bench, monkeypatch, capsys):
+def test_busy_machine_is_told(monkeypatch, capsys):
     monkeypatch.setattr(os, 'getloadavg', lambda: (1e4, 0, 0))
-    about = bench.common.machine(CPU)
-    bench.common.warn_if_busy(about)
-    assert about['busy'] and 'BUSY' in bench.common.describe(about)
+    about = common.machine(CPU)
+    common.warn_if_busy(about)
+    assert about['busy'] and 'BUSY' in common.describe(about)
     assert 'load average 10000.0' in capsys.readouterr().err
     monkeypatch.setattr(os, 'getloadavg', lambda: (0.0, 0, 0))
-    assert not bench.common.machine(CPU)['busy']
+    assert not common.machine(CPU)['busy']
 
 
 @pytest.mark.parametrize('a, b', [(3.0, 0.0), (2.0, 0.5)])
-def test_fit_recovers_growth(bench, a, b):
+def test_fit_recovers_growth(a, b):
     blocks = [2, 6, 12]
-    fit = bench.depth.fit_growth(blocks, [a * t + b * t**2 for t in blocks])
+    fit = depth.fit_growth(blocks, [a * t + b * t**2 for t in blocks])
     assert fit['linear'] == pytest.approx(a)
     assert fit['quadratic'] == pytest.approx(b, abs=1e-9)
     assert fit['share'] == pytest.approx(12 * b / (a + 12 * b), abs=1e-9)
@@ -322,10 +308,10 @@ def test_fit_recovers_growth(bench, a, b):
 # -- the tools -------------------------------------------------------------
 
 
-def test_train_step(bench, trained):
+def test_train_step(trained):
     results, printed, _ = trained
     variants = results['variants']
-    assert list(variants) == list(bench.networks.VARIANTS)
+    assert list(variants) == list(networks.VARIANTS)
     for result in variants.values():
         assert len(result['times']) == 2
         assert result['peak_bytes'] > result['resident_bytes'] > 0
@@ -339,12 +325,12 @@ def test_train_step(bench, trained):
         ours['peak_bytes'] / published['peak_bytes']
     )
     # 2 images; three stages of two blocks: 64 channels at 16 x 16, 128 at
-    # 8 x 8, 256 at 4 x 4. Two blocks: 5 forward, 10 backward; every second
-    # pruned: 2 + 4.
+    # 8 x 8, 256 at 4 x 4. Two blocks: 5 forward, 8 backward; every second
+    # pruned: 2 + 3.
     elements = 2 * (64 * 16**2 + 128 * 8**2 + 256 * 4**2)
-    assert ours['traffic']['total'] == 15 * elements * 4
-    assert variants['ela']['traffic']['total'] == 6 * elements * 4
-    assert variants['resnet']['traffic']['total'] == 0
+    assert ours['traffic'] == 13 * elements * 4
+    assert variants['ela']['traffic'] == 5 * elements * 4
+    assert variants['resnet']['traffic'] == 0
     assert (variants['ela']['active'], variants['ela']['attentions']) == (3, 6)
     assert {'name', 'cores', 'torch', 'load_average'} <= set(results['machine'])
     assert results['settings']['size'] == [16, 16]
@@ -353,9 +339,9 @@ def test_train_step(bench, trained):
     assert len({row.count('|') for row in rows}) == 1
 
 
-def test_inference(bench, tmp_path, capsys):
+def test_inference(tmp_path, capsys):
     out = tmp_path / 'results.json'
-    bench.inference.main(
+    inference.main(
         [
             *TINY,
             '--variants',
@@ -367,38 +353,38 @@ def test_inference(bench, tmp_path, capsys):
         ]
     )
     results = json.loads(out.read_text())['variants']
-    assert results['mrla-base:reference']['traffic']['backward'] == 0
+    elements = 2 * (64 * 16**2 + 128 * 8**2 + 256 * 4**2)
+    assert results['mrla-base:reference']['traffic'] == 5 * elements * 4
     assert list(results['mrla-base:reference']['ratio']) == ['resnet']
     assert 'images/s' in capsys.readouterr().out
 
 
-def test_half_precision(bench):
-    args = options(bench, '--dtype', 'bf16', '--variants', 'mrla-base')
-    results = bench.compare.compare(args, CPU, train=True)
+def test_half_precision():
+    args = options('--dtype', 'bf16', '--variants', 'mrla-base')
+    results = compare.compare(args, CPU, train=True)
     elements = 2 * (64 * 16**2 + 128 * 8**2 + 256 * 4**2)
-    traffic = results['variants']['mrla-base']['traffic']
-    assert traffic['total'] == 15 * elements * 2
+    assert results['variants']['mrla-base']['traffic'] == 13 * elements * 2
 
 
-def test_without_memory_for_a_variant(bench, monkeypatch):
-    prepare = bench.networks.Contestant.prepare
+def test_without_memory_for_a_variant(monkeypatch):
+    prepare = networks.Contestant.prepare
 
     def fail(self, warmup):
         if type(self.model.backbone).__name__ == 'ELABottleneckResNet_CIFAR':
             raise torch.cuda.OutOfMemoryError
         return prepare(self, warmup)
 
-    monkeypatch.setattr(bench.networks.Contestant, 'prepare', fail)
-    args = options(bench, '--variants', 'published', 'resnet')
-    results = bench.compare.compare(args, CPU, train=True)
+    monkeypatch.setattr(networks.Contestant, 'prepare', fail)
+    args = options('--variants', 'published', 'resnet')
+    results = compare.compare(args, CPU, train=True)
     assert results['variants']['published'] == dict(error='out of memory')
     assert results['variants']['resnet']['ratio'] == dict(resnet=1)
-    assert 'out of memory' in bench.compare.table(results)
+    assert 'out of memory' in compare.table(results)
 
 
-def test_depth(bench, tmp_path, capsys):
+def test_depth(tmp_path, capsys):
     out = tmp_path / 'results.json'
-    bench.depth.main(
+    depth.main(
         [
             '--device',
             'cpu',
@@ -437,50 +423,50 @@ def test_depth(bench, tmp_path, capsys):
     assert 'kcla, 12 blocks' in capsys.readouterr().out
 
 
-def test_hook_overhead(bench, monkeypatch, capsys):
+def test_hook_overhead(monkeypatch, capsys):
     measured = []
-    meter = bench.hook_overhead.LayerAttentionPruningHook._open_window
+    meter = hook_overhead.LayerAttentionPruningHook._open_window
     monkeypatch.setattr(
-        bench.hook_overhead.LayerAttentionPruningHook,
+        hook_overhead.LayerAttentionPruningHook,
         '_open_window',
         lambda self, window: (measured.append(window), meter(self, window)),
     )
-    args = bench.hook_overhead.parse_args(
+    args = hook_overhead.parse_args(
         [*TINY, '--imports', '1', '--toolbox', 'mmpretrain']
     )
     monkeypatch.setattr(
-        bench.hook_overhead,
+        hook_overhead,
         'import_times',
         lambda imports, repeats: dict(zip(imports, ([2.0], [3.0]))),
     )
-    results = bench.hook_overhead.measure(args, bench.common.set_up(args))
+    results = hook_overhead.measure(args, common.set_up(args))
     assert measured == [(1, 1)]  # one hook has measured, the other has not
     assert list(results['steps']) == ['no hook', 'outside', 'inside']
     both = results['imports']['import mmpretrain; import mmela']
     assert both['ratio'] == 1.5
-    printed = bench.hook_overhead.table(results)
+    printed = hook_overhead.table(results)
     assert '+50.00%' in printed
     share = results['measuring']['median'] / results['steps']['no hook']['median']
     assert 0 < share and f'{share:.2%} of it' in printed
 
 
-def test_import_times(bench):
+def test_import_times():
     imports = ['import sys', 'from time import sleep; sleep(0.2)']
-    times = bench.hook_overhead.import_times(imports, 2)
+    times = hook_overhead.import_times(imports, 2)
     assert [len(times[statement]) for statement in imports] == [2, 2]
     assert min(times[imports[1]]) >= 0.2
     with pytest.raises(SystemExit, match='error: import no_toolbox'):
-        bench.hook_overhead.import_times(['import no_toolbox'], 1)
+        hook_overhead.import_times(['import no_toolbox'], 1)
 
 
-def test_detector(bench):
+def test_detector():
     pytest.importorskip('mmdet')
     pytest.importorskip('mmcv.ops', exc_type=ImportError)
-    args = bench.train_step.parse_args(
+    args = train_step.parse_args(
         ['--net', 'mask-rcnn', '--device', 'cpu', '--size', '64x96', '--batch', '1']
     )
-    bench.networks.complete_options(args, bench.common.set_up(args))
-    contestant = bench.networks.Contestant('ela', args, CPU, weights={})
+    networks.complete_options(args, common.set_up(args))
+    contestant = networks.Contestant('ela', args, CPU, weights={})
     assert contestant.batch['inputs'].shape == (1, 3, 64, 96)
     assert contestant.loss().item() > 0
     half = [a.active for a in layer_attentions(contestant.model).values()]
@@ -492,20 +478,20 @@ def test_detector(bench):
     ]
 
 
-def test_plot(bench, trained, tmp_path):
+def test_plot(trained, tmp_path):
     path = trained[2]
     out = tmp_path / 'picture.svg'
-    bench.plot.main([str(path), str(path), '--out', str(out)])
+    plot.main([str(path), str(path), '--out', str(out)])
     assert '<svg' in out.read_text()
-    names, times, memory = bench.plot.bars(trained[0], 'published')
-    assert names == list(bench.networks.VARIANTS)
+    names, times, memory = plot.bars(trained[0], 'published')
+    assert names == list(networks.VARIANTS)
     assert times[names.index('published')] == 1
     assert memory[names.index('published')] == 1
-    figure = bench.plot.draw([trained[0]], 'resnet')
+    figure = plot.draw([trained[0]], 'resnet')
     assert 'cifar20' in figure.axes[0].get_title()
     assert trained[0]['machine']['name'] in figure.axes[0].get_title()
     with pytest.raises(SystemExit, match="no results of 'resnet'"):
         content = dict(trained[0], variants={})
         path = tmp_path / 'empty.json'
         path.write_text(json.dumps(content))
-        bench.plot.load(str(path), 'resnet')
+        plot.load(str(path), 'resnet')

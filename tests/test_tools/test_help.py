@@ -72,6 +72,14 @@ NETWORKS = {
 NEED_ATTENTION = ['analysis/layer_attention.py', 'convert/prune.py', 'convert/slim.py']
 
 
+def in_package(tool):
+    return (FOLDER / tool).with_name('__init__.py').exists() and '/' in tool
+
+
+def module_name(tool):
+    return f'tools.{tool[:-3]}'.replace('/', '.')
+
+
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
     """By placeholder, a path that there is and that tools accept."""
@@ -89,7 +97,8 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run a tool as ``python tools/TOOL ARGUMENTS...`` does, in-process.
+    """Run a tool as ``python tools/TOOL ARGUMENTS...`` does, in-process; one of a
+    package as ``python -m`` does.
 
     Any exception but SystemExit, which a user would see as a traceback, fails
     the test.
@@ -101,7 +110,10 @@ def run(monkeypatch, capsys):
         monkeypatch.syspath_prepend(str(path.parent))
         capsys.readouterr()
         with pytest.raises(SystemExit) as error:
-            runpy.run_path(str(path), run_name='__main__')
+            if in_package(tool):
+                runpy.run_module(module_name(tool), run_name='__main__')
+            else:
+                runpy.run_path(str(path), run_name='__main__')
         printed = capsys.readouterr()
         code = error.value.code
         if isinstance(code, str):  # the interpreter prints it and exits by 1
@@ -143,7 +155,8 @@ def test_help(run, tool):
         if not line.startswith(' '):
             break
         example.append(line)
-    assert any(f'tools/{tool}' in line for line in example), text
+    command = f'-m {module_name(tool)} ' if in_package(tool) else f'tools/{tool}'
+    assert any(command in f'{line} ' for line in example), text
     # Broken where the source breaks it, with a backslash that can be pasted
     assert max(map(len, example)) <= 79, example
     assert not any(re.search(r'\S {5,}[^#\s]', x) for x in example), example

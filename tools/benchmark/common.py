@@ -10,10 +10,9 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar
 
 import torch
-from mmengine.utils import ProgressBar
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +20,10 @@ from rich.table import Table
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 # Spread over median from which a result is called noisy
 NOISY = 0.1
+# Seconds between two lines on the progress where there is no terminal
+SILENCE = 30
+
+Item = TypeVar('Item')
 
 
 def base_parser(description: str, rounds: int) -> argparse.ArgumentParser:
@@ -139,6 +142,33 @@ def autocast(device: torch.device, dtype: str):
     return torch.autocast(device.type, DTYPES[dtype])
 
 
+def progress(items: Sequence[Item]) -> Iterator[Item]:
+    """Go through items and say on stderr how far it is.
+
+    On a terminal in one line that overwrites itself; elsewhere, as in a log, in
+    a plain line every 30 s.
+
+    Args:
+        items (Sequence): What is to do.
+
+    Yields:
+        Any: The items.
+    """
+    terminal = sys.stderr.isatty()
+    start = told = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if terminal or now - told >= SILENCE:
+            told = now
+            left = (now - start) / done * (len(items) - done)
+            text = f'{done} of {len(items)}, about {left:.0f} s left'
+            begin, end = ('\r', '\x1b[K') if terminal else ('', '\n')
+            print(begin + text, end=end, file=sys.stderr, flush=True)
+    if terminal:
+        print(file=sys.stderr)
+
+
 def run_rounds(
     actions: Dict[str, Callable[[], object]],
     rounds: int,
@@ -163,18 +193,14 @@ def run_rounds(
     """
     names = list(actions)
     times: Dict[str, List[float]] = {name: [] for name in names}
-    bar = ProgressBar(rounds * len(names), file=sys.stderr)
-    for index in range(rounds):
-        shift = index % len(names)
-        for name in names[shift:] + names[:shift]:
-            synchronize(device)
-            start = time.perf_counter()
-            for _ in range(steps):
-                actions[name]()
-            synchronize(device)
-            times[name].append((time.perf_counter() - start) / steps)
-            bar.update()
-    print(file=sys.stderr)
+    shifts = [index % len(names) for index in range(rounds)]
+    for name in progress([n for s in shifts for n in names[s:] + names[:s]]):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            actions[name]()
+        synchronize(device)
+        times[name].append((time.perf_counter() - start) / steps)
     return times
 
 

@@ -5,7 +5,8 @@ import sys
 from typing import Dict, List
 
 import torch
-from common import (
+
+from .common import (
     describe,
     format_table,
     machine,
@@ -16,8 +17,8 @@ from common import (
     summary,
     warn_if_busy,
 )
-from networks import Contestant, complete_options
-from traffic import copy_bandwidth
+from .networks import Contestant, complete_options
+from .traffic import copy_bandwidth
 
 # What ratios are given to
 REFERENCES = ('published', 'resnet')
@@ -91,7 +92,7 @@ def add_ratios(results: Dict[str, dict], bandwidth: float) -> None:
     for result in results.values():
         if 'error' in result:
             continue
-        result['traffic_seconds'] = result['traffic']['total'] / bandwidth
+        result['traffic_seconds'] = result['traffic'] / bandwidth
         result['ratio'], result['memory_ratio'] = {}, {}
         for name in REFERENCES:
             reference = results.get(name, dict(error='not measured'))
@@ -136,7 +137,7 @@ def table(results: dict) -> str:
         'peak MiB',
         'x published',
         'x resnet',
-        'retrieval MB',
+        'sums MB',
         'least ms',
         'extra ms',
     ]
@@ -158,7 +159,7 @@ def table(results: dict) -> str:
         row += _ratios(result['ratio'])
         row.append(f'{result["peak_bytes"] / 2**20:.1f}')
         row += _ratios(result['memory_ratio'])
-        row.append(f'{result["traffic"]["total"] / 1e6:.1f}')
+        row.append(f'{result["traffic"] / 1e6:.1f}')
         row.append(f'{result["traffic_seconds"] * 1e3:.2f}')
         row.append('' if plain is None else f'{(result["median"] - plain) * 1e3:.2f}')
         rows.append(row)
@@ -166,9 +167,8 @@ def table(results: dict) -> str:
         '',
         'ms: median of the rounds; IQR: interquartile range; ratios of '
         'times: median of the ratios',
-        'within a round. retrieval MB: least '
-        "traffic of the layer attentions' weighted sums in this",
-        'form, least ms: that over the bandwidth of a copy; extra ms: '
+        'within a round. sums MB: what one pass over the values of the weighted sums',
+        'would read and write, least ms: that over the bandwidth of a copy; extra ms: ',
         'measured above resnet.',
     ]
     spread = noisy(variants)

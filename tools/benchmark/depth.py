@@ -10,8 +10,8 @@ relative errors). Growth is called quadratic where b T^2 makes up more than a
 quarter at the deepest stage.
 
 Examples:
-  python tools/benchmark/depth.py
-  python tools/benchmark/depth.py --channels 512 --size 28 --batch 32 \\
+  python -m tools.benchmark.depth
+  python -m tools.benchmark.depth --channels 512 --size 28 --batch 32 \\
       --head-dim 32 --device cuda --out depth.json
 """
 
@@ -21,8 +21,13 @@ from typing import Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
-from common import (
-    DTYPES,
+from scipy.optimize import nnls
+from torch import nn
+
+from mmela.layers import SequentialAttentionStage
+from mmela.registry import LAYER_ATTENTIONS
+
+from .common import (
     autocast,
     base_parser,
     describe,
@@ -37,14 +42,8 @@ from common import (
     warn_if_busy,
     write_results,
 )
-from memory import peak_rise, storage_bytes, tensors_in
-from mmengine.registry import MODELS
-from networks import VARIANTS
-from scipy.optimize import nnls
-from torch import nn
-from traffic import copy_bandwidth, model_traffic
-
-from mmela.layers import SequentialAttentionStage
+from .memory import peak_rise, storage_bytes, tensors_in
+from .networks import VARIANTS
 
 # Share of the quadratic term from which growth is called quadratic
 QUADRATIC = 0.25
@@ -97,7 +96,7 @@ def build_stage(
     torch.manual_seed(0)
     stage = SequentialAttentionStage(*(nn.Identity() for _ in range(blocks)))
     for index in range(blocks):
-        attention = MODELS.build(
+        attention = LAYER_ATTENTIONS.build(
             dict(
                 type=VARIANTS[variant],
                 channels=args.channels,
@@ -157,8 +156,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
         device (torch.device): Where to measure.
 
     Returns:
-        dict: ``settings``, ``machine``, ``bandwidth``, ``stages`` (by variant
-        a list with ``blocks``, ``peak_bytes``, ``traffic`` and what
+        dict: ``settings``, ``machine``, ``stages`` (by variant
+        a list with ``blocks``, ``peak_bytes`` and what
         :func:`common.summary` returns) and ``fits`` (by variant those of
         ``time`` and ``memory``).
 
@@ -177,8 +176,6 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     x = torch.randn(shape, device=device).contiguous(memory_format=form)
     grad = torch.randn(shape, device=device).contiguous(memory_format=form)
     x.requires_grad_()
-    itemsize = torch.empty(0, dtype=DTYPES[args.dtype]).element_size()
-    bandwidth = copy_bandwidth(device, args.bandwidth_mib * 2**20)
 
     steps: Dict[Tuple[str, int], Callable[[], None]] = {}
     stages: Dict[str, List[dict]] = {name: [] for name in args.variants}
@@ -200,19 +197,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
             resident = storage_bytes(
                 tensors_in([list(stage.parameters()), list(stage.buffers())])
             )
-
-            def forward(stage=stage) -> None:
-                with autocast(device, args.dtype):
-                    stage(x)
-
-            model = nn.ModuleDict(dict(stage=stage))
-            traffic = model_traffic(model, forward, itemsize)
             stages[name].append(
-                dict(
-                    blocks=count,
-                    peak_bytes=resident + peak_rise(step, device),
-                    traffic=traffic.to_dict(),
-                )
+                dict(blocks=count, peak_bytes=resident + peak_rise(step, device))
             )
             steps[name, count] = step
     times = run_rounds(steps, args.rounds, device, args.steps)
@@ -228,7 +214,6 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
         tool='depth',
         settings=settings(args),
         machine=about,
-        bandwidth=[bandwidth],
         stages=stages,
         fits=fits,
     )
@@ -268,7 +253,6 @@ def table(results: dict) -> str:
                     f'{per_block[0] / base[0]:.2f}',
                     f'{per_block[1] / 2**20:.2f}',
                     f'{per_block[1] / base[1]:.2f}',
-                    f'{result["traffic"]["total"] / count / 1e6:.2f}',
                 ]
             )
             spread[f'{name} ({count})'] = result
@@ -282,7 +266,6 @@ def table(results: dict) -> str:
                 f'x {count} blocks',
                 'peak MiB',
                 f'x {count} blocks',
-                'retrieval MB',
             ],
             rows,
         )

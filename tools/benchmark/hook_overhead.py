@@ -11,8 +11,8 @@ Start-up: a fresh Python process imports the toolbox alone, or the toolbox and
 mmela. They take turns too.
 
 Examples:
-  python tools/benchmark/hook_overhead.py --net cifar56 --batch 128
-  python tools/benchmark/hook_overhead.py --net r50 --device cuda \\
+  python -m tools.benchmark.hook_overhead --net cifar56 --batch 128
+  python -m tools.benchmark.hook_overhead --net r50 --device cuda \\
       --out hook.json
 """
 
@@ -29,13 +29,18 @@ from types import SimpleNamespace
 from typing import Callable, Dict, List, Sequence
 
 import torch
-from common import (
+
+from mmela.hooks import LayerAttentionPruningHook, NetworkKLMeter
+from mmela.structure import attention_stages
+
+from .common import (
     base_parser,
     describe,
     format_table,
     machine,
     noisy,
     positive,
+    progress,
     ratio,
     run_rounds,
     set_up,
@@ -45,11 +50,7 @@ from common import (
     warn_if_busy,
     write_results,
 )
-from mmengine.utils import ProgressBar
-from networks import Contestant, add_network_options, complete_options
-
-from mmela.hooks import LayerAttentionPruningHook, NetworkKLMeter
-from mmela.structure import attention_stages
+from .networks import Contestant, add_network_options, complete_options
 
 WINDOW = (1, 1)
 TOOLBOXES = ('mmdet', 'mmpretrain')
@@ -170,21 +171,18 @@ def import_times(imports: Sequence[str], repeats: int) -> Dict[str, List[float]]
         'from time import perf_counter; start = perf_counter(); {}; '
         'print(perf_counter() - start)'
     )
-    bar = ProgressBar(len(times) * repeats, file=sys.stderr)
-    for index in range(repeats):
-        for statement in list(times)[:: -1 if index % 2 else 1]:
-            done = subprocess.run(
-                [sys.executable, '-W', 'ignore', '-c', code.format(statement)],
-                capture_output=True,
-                text=True,
+    turns = [list(imports)[:: -1 if index % 2 else 1] for index in range(repeats)]
+    for statement in progress([s for turn in turns for s in turn]):
+        done = subprocess.run(
+            [sys.executable, '-W', 'ignore', '-c', code.format(statement)],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise SystemExit(
+                f'error: {statement}: {done.stderr.strip().splitlines()[-1]}'
             )
-            if done.returncode:
-                raise SystemExit(
-                    f'error: {statement}: {done.stderr.strip().splitlines()[-1]}'
-                )
-            times[statement].append(float(done.stdout.split()[-1]))
-            bar.update()
-    print(file=sys.stderr)
+        times[statement].append(float(done.stdout.split()[-1]))
     return times
 
 

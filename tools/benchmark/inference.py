@@ -6,14 +6,14 @@ random weights finds other proposals than a trained one; what follows its
 backbone is the same for all variants.
 
 Examples:
-  python tools/benchmark/inference.py --net r50 --batch 32
-  python tools/benchmark/inference.py --net faster-rcnn --device cuda \\
+  python -m tools.benchmark.inference --net r50 --batch 32
+  python -m tools.benchmark.inference --net faster-rcnn --device cuda \\
       --dtype fp16 --out faster-rcnn.json
 """
 
-from common import base_parser, set_up, write_results
-from compare import compare, table
-from networks import add_network_options
+from .common import base_parser, set_up, write_results
+from .compare import compare, table
+from .networks import add_network_options
 
 
 def parse_args(argv=None):

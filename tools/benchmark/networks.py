@@ -11,17 +11,18 @@ import re
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
-import published_form  # noqa: F401  (registration)
 import torch
-from common import DTYPES, autocast, parse_size, synchronize
-from memory import peak_rise, storage_bytes, tensors_in
 from mmengine.config import Config
 from torch import Tensor, nn
-from traffic import model_traffic
 
 from mmela.ops import BACKENDS
 from mmela.pruning import PruningReport
 from mmela.structure import layer_attentions, prune
+
+from . import published_form  # noqa: F401  (registration)
+from .common import DTYPES, autocast, parse_size, synchronize
+from .memory import peak_rise, storage_bytes, tensors_in
+from .traffic import sum_traffic
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -474,7 +475,7 @@ class Contestant:
             ``attentions`` and ``active``, numbers of layer attentions;
             ``pruned``, their names; ``loss`` of the first step (training);
             ``peak_bytes``; ``resident_bytes``, the part of it that is there
-            before the step; ``traffic``, see :class:`traffic.Traffic`.
+            before the step; ``traffic``, see :func:`traffic.sum_traffic`.
         """
         attentions = layer_attentions(self.model)
         params = list(self.model.parameters())
@@ -489,7 +490,7 @@ class Contestant:
         torch.manual_seed(0)  # a detector samples proposals
         forward = self.infer if self.optimizer is None else self.loss
         itemsize = torch.empty(0, dtype=DTYPES[self.args.dtype]).element_size()
-        result['traffic'] = model_traffic(self.model, forward, itemsize).to_dict()
+        result['traffic'] = sum_traffic(self.model, forward, itemsize)
         if self.args.compile:
             self.model.backbone.compile()
         torch.manual_seed(0)

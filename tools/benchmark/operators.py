@@ -5,7 +5,7 @@ outputs and gradients, then the time that each takes. Needs a compiled mmcv;
 only operators that it has on the CPU can be compared.
 
 Example:
-  python tools/benchmark/operators.py --cases 300
+  python -m tools.benchmark.operators --cases 300
 """
 
 import argparse

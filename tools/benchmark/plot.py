@@ -4,7 +4,7 @@ One panel for each file: times relative to the reference, and peak memory. The
 title says what was measured on which machine.
 
 Example:
-  python tools/benchmark/plot.py r50.json r101.json --out speed.svg
+  python -m tools.benchmark.plot r50.json r101.json --out speed.svg
 """
 
 import argparse
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import List, Sequence, Tuple
 
 import matplotlib
-from compare import REFERENCES, title
 from matplotlib.figure import Figure
+
+from .compare import REFERENCES, title
 
 COLORS = {'time': '#3b6fb6', 'peak memory': '#e0a030'}
 

@@ -25,10 +25,26 @@ class PublishedMRLABase(MRLABase):
     arguments it takes; ``backend`` means nothing to it.
     """
 
+    def signature(self) -> str:
+        # Of MRLABase, whose checkpoints fit
+        return f'MRLABase(head_dim={self.head_dim})'
+
     def forward(self, x: Tensor, memory: MRLABase.Memory) -> Tensor:
+        pooled = self.store(x, memory)
+        key, value = memory.keys[0], memory.values[0]
+        batch, length = key.shape[:2]
+        query = self.query(pooled).view(batch, 1, self.num_heads, -1)
+        scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1)
+        scores = scores / math.sqrt(self.head_dim)  # (B, G, 1, t)
+        memory.scores.append(scores.squeeze(2))
+        value = value.reshape(batch, length, self.num_heads, -1)
+        # (B, G, t, d * H * W): another copy
+        out = scores.softmax(-1) @ value.transpose(1, 2).contiguous()
+        return F.relu(self.norm(out.reshape(x.shape)))
+
+    def store(self, x: Tensor, memory: MRLABase.Memory) -> Tensor:
         batch, channels = x.shape[:2]
         pooled = F.adaptive_avg_pool2d(x, 1).view(batch, 1, channels)
-        query = self.query(pooled).view(batch, 1, self.num_heads, -1)
         key = self.key(pooled).view(batch, 1, self.num_heads, self.head_dim)
         value = self.value_act(self.value(x)).unsqueeze(1)
         # The tensors of the blocks so far: (B, t, G, d) and (B, t, C, H, W)
@@ -36,11 +52,4 @@ class PublishedMRLABase(MRLABase):
             key = torch.cat([memory.keys[0], key], dim=1)
             value = torch.cat([memory.values[0], value], dim=1)
         memory.keys[:], memory.values[:] = [key], [value]
-
-        scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1)
-        scores = scores / math.sqrt(self.head_dim)  # (B, G, 1, t)
-        memory.scores.append(scores.squeeze(2))
-        value = value.reshape(batch, value.size(1), self.num_heads, -1)
-        # (B, G, t, d * H * W): another copy
-        out = scores.softmax(-1) @ value.transpose(1, 2).contiguous()
-        return F.relu(self.norm(out.reshape(x.shape)))
+        return pooled

@@ -7,16 +7,16 @@ variants take turns, so that a drift of the machine hits all alike. Images,
 labels and weights are random.
 
 Examples:
-  python tools/benchmark/train_step.py --net r50 --batch 8 --threads 2
-  python tools/benchmark/train_step.py --net mask-rcnn --dtype fp16 \\
+  python -m tools.benchmark.train_step --net r50 --batch 8 --threads 2
+  python -m tools.benchmark.train_step --net mask-rcnn --dtype fp16 \\
       --variants resnet published mrla-base ela --out mask-rcnn.json
-  python tools/benchmark/train_step.py --net r50 --device cuda \\
+  python -m tools.benchmark.train_step --net r50 --device cuda \\
       --variants resnet mrla-base:autograd mrla-base:triton
 """
 
-from common import base_parser, set_up, write_results
-from compare import compare, table
-from networks import add_network_options
+from .common import base_parser, set_up, write_results
+from .compare import compare, table
+from .networks import add_network_options
 
 
 def parse_args(argv=None):

@@ -1,0 +1,1 @@
+"""How fast networks with layer attention are, and what memory they take."""
