@@ -106,7 +106,7 @@ def test_train_prunes(trained):
     pruned = {f'{name}.state' for d in found for name in d.pruned}
     assert pruned, 'nothing was pruned'
     states = active(cwd / 'work' / 'epoch_3.pth')
-    assert len(states) == 16
+    assert len(states) == 13  # none in the frozen stage
     assert {key for key, state in states.items() if state} == pruned
     assert 'bbox_mAP' in out
 
@@ -134,7 +134,7 @@ def test_resume(trained, tmp_path, shapes):
             MMDET_TOOLS / 'test.py',
             id='mmdet',
             marks=pytest.mark.skipif(
-                sys.modules['mmcv._ext'].__file__.endswith('.py'),
+                sys.modules['mmcv._ext'].__file__.endswith('mmcv_ext.py'),
                 reason='mmdet asks for operators before it reads the config',
             ),
         ),

@@ -202,7 +202,7 @@ def test_four_layers_of_a_transformer_form_a_stage():
         )
     )
     assert [len(s.attentions) for s in model.layer_attn_stages] == [4, 4, 4]
-    assert model.layer_attn_stages[0][0].layer_attn.num_heads == 12
+    assert model.layer_attn_stages[0].attentions[0].num_heads == 12
 
 
 def test_stages_of_efficientnet():
@@ -248,7 +248,7 @@ def test_frozen_blocks_freeze_their_attention():
         for s in model.layer_attn_stages
     ]
     assert frozen == [True, False, False, False, False]
-    assert not model.layer_attn_stages[0][0].layer_attn.training
+    assert not model.layer_attn_stages[0].attentions[0].training
 
 
 def test_tokens_against_their_equations():
@@ -266,7 +266,7 @@ def test_tokens_against_their_equations():
         x = seen['x']
         y = x + block.attn(block.ln1(x))
         y = block.ffn(block.ln2(y), identity=y)
-        a = stage[0].layer_attn
+        a = stage.attentions[0]
         normed, before = a.pre_norm(y)[0], a.identity_norm(x)[0]
         grid = normed[1:].T.reshape(32, 4, 4)
         value = torch.nn.functional.gelu(a.value(grid[None]))[0]
@@ -325,9 +325,3 @@ def test_measure_prune_and_slim(backbone):
     with torch.no_grad():
         for out, e in zip(slim(x), expected):
             assert torch.equal(out, e)
-
-
-def test_hooked_stages_run_by_their_hooks_alone():
-    stage = HookedAttentionStage([torch.nn.Identity()])
-    with pytest.raises(NotImplementedError, match='the backbone calls'):
-        stage(torch.zeros(1))
