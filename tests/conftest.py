@@ -6,6 +6,8 @@ import pytest
 from hypothesis import settings
 from mmengine.registry import DefaultScope
 
+import mmela  # noqa: F401  (gives mmcv-lite operators, before any test asks for them)
+
 # The same examples each time, and none left behind in the checkout
 settings.register_profile('mmela', derandomize=True, deadline=None, database=None)
 settings.load_profile('mmela')

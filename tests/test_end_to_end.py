@@ -61,7 +61,7 @@ def options(shapes):
 
 
 def run(script, *args, cwd):
-    env = dict(os.environ, CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='2')
+    env = dict(os.environ, CUDA_VISIBLE_DEVICES='')
     process = subprocess.run(
         [sys.executable, str(script), *map(str, args)],
         cwd=cwd,
@@ -130,7 +130,14 @@ def test_resume(trained, tmp_path, shapes):
 @pytest.mark.parametrize(
     'script',
     [
-        pytest.param(MMDET_TOOLS / 'test.py', id='mmdet'),
+        pytest.param(
+            MMDET_TOOLS / 'test.py',
+            id='mmdet',
+            marks=pytest.mark.skipif(
+                sys.modules['mmcv._ext'].__file__.endswith('.py'),
+                reason='mmdet asks for operators before it reads the config',
+            ),
+        ),
         pytest.param(ROOT / 'tools' / 'test.py', id='mmela'),
     ],
 )

@@ -289,7 +289,7 @@ class TestSetup:
         self.check_set_up(checkout)
         assert 'pip' not in (checkout.parent / 'scene.calls').read_text()
 
-    # What pip 26 said, each brought about for real
+    # What pip 26 says
     @pytest.mark.parametrize(
         'trouble, words',
         [

@@ -10,7 +10,7 @@ Importing this needs Triton. With the environment variable
 
 import warnings
 from functools import lru_cache
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import triton
@@ -141,7 +141,7 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     half = torch.finfo(dtype).bits == 16
-    tolerance = dict(rtol=2e-2, atol=2e-2) if half else {}
+    tolerance: Dict[str, Any] = dict(rtol=2e-2, atol=2e-2) if half else {}
     try:
         for form in (torch.contiguous_format, torch.channels_last):
             attn = random(2, 4, 3)
