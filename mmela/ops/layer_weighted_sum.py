@@ -1,6 +1,6 @@
 """The weighted sum over layers, which is what MRLA-base adds to a network."""
 
-from typing import Sequence, Tuple
+from typing import Callable, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -51,18 +51,36 @@ def layer_weighted_sum(
         raise ValueError(
             f'{channels} channels cannot be shared out among {heads} heads'
         )
-    plain = backend == 'reference' or is_compiling() or torch.jit.is_tracing()
-    if backend == 'triton' and not plain:
+    if backend == 'reference' or is_compiling() or torch.jit.is_tracing():
+        return reference(attn, values)
+    if backend == 'triton':
         from . import triton_kernels
 
-        if triton_kernels.works(values[0].device, values[0].dtype):
+        if triton_kernels.works(values[0].device, values[0].dtype, reference):
             return triton_kernels.LayerWeightedSum.apply(attn, *values)
+    return _sum(attn, values, _Add.apply)
+
+
+def reference(attn: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """The sum in plain code, what all else is compared with.
+
+    Args:
+        attn (Tensor): (B, G, t).
+        values (Sequence[Tensor]): ``t`` values, (B, C, H, W).
+
+    Returns:
+        Tensor: (B, C, H, W).
+    """
+    # No addcmul: in half precision it keeps a wide copy of each value
+    return _sum(attn, values, lambda total, weight, value: total + weight * value)
+
+
+def _sum(attn: Tensor, values: Sequence[Tensor], add: Callable) -> Tensor:
     weights = per_channel(attn, values[0])
-    out = weights[0] * values[0]
+    total = weights[0] * values[0]
     for weight, value in zip(weights[1:], values[1:]):
-        # No addcmul: in half precision it keeps a wide copy of each value
-        out = out + weight * value if plain else _Add.apply(out, weight, value)
-    return out.to(values[0].dtype)
+        total = add(total, weight, value)
+    return total.to(values[0].dtype)
 
 
 def check_backend(backend: str) -> None:

@@ -10,15 +10,13 @@ Importing this needs Triton. With the environment variable
 
 import warnings
 from functools import lru_cache
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from .layer_weighted_sum import layer_weighted_sum
 
 # Elements per program. Not tuned: no measurement on a GPU stands behind it.
 BLOCK = 2048
@@ -119,7 +117,7 @@ def _backward_kernel(
 
 @lru_cache(maxsize=None)
 @torch.inference_mode(False)  # whatever the first use runs in
-def works(device: torch.device, dtype: torch.dtype) -> bool:
+def works(device: torch.device, dtype: torch.dtype, reference: Callable) -> bool:
     """Whether the kernels agree with plain torch operations on a device.
 
     They are tried once per device and data type on a small input; where they
@@ -128,6 +126,7 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
     Args:
         device (torch.device): Where the values are.
         dtype (torch.dtype): Their data type.
+        reference (callable): The sum in plain code.
 
     Returns:
         bool: True if forward and backward pass agree; also for double
@@ -152,7 +151,7 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
             grad_attn, grad_values = backward(grad, attn, values, True, [True] * 3)
             with torch.enable_grad():
                 inputs = [x.requires_grad_() for x in (attn, *values)]
-                expected = layer_weighted_sum(attn, values, 'reference')
+                expected = reference(attn, values)
                 gradients = torch.autograd.grad(expected, inputs, grad)
             torch.testing.assert_close(
                 [out, grad_attn, *grad_values], [expected, *gradients], **tolerance

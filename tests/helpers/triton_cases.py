@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmela.ops import layer_weighted_sum, triton_kernels
+from mmela.ops.layer_weighted_sum import reference
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -96,8 +97,8 @@ def test_double_precision_is_refused(kernels):
 
 def test_first_use_compares_with_plain_operations(monkeypatch):
     triton_kernels.works.cache_clear()
-    assert triton_kernels.works(torch.device(DEVICE), torch.float32)
-    assert triton_kernels.works(torch.device(DEVICE), torch.bfloat16)
+    assert triton_kernels.works(torch.device(DEVICE), torch.float32, reference)
+    assert triton_kernels.works(torch.device(DEVICE), torch.bfloat16, reference)
 
 
 def test_kernels_that_fail_are_left_with_a_warning(monkeypatch):

@@ -9,7 +9,7 @@ from mmengine.config import Config
 
 from mmela.convert.slim import slim_config, slim_state_dict
 from mmela.hooks import NetworkKLMeter
-from mmela.layers import AttentionState, HookedAttentionStage, LayerAttention
+from mmela.layers import AttentionState, LayerAttention
 from mmela.pruning import FixedCount
 from mmela.structure import attention_stages, prune
 
