@@ -10,7 +10,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from html import escape
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from mmela.analysis.drawing import LIGHT
 from mmela.analysis.work_dir import Run
 from mmela.pruning import LayerDecision, PruningDecision, build_policy
 from tests.helpers.measurements import stage, write_measurement
+from tests.helpers.pages import Page, check_offline
 from tests.helpers.runs import decisions
 from tests.helpers.toy import toy_config, train
 from tests.helpers.work_dirs import (
@@ -38,47 +38,6 @@ from tests.helpers.work_dirs import (
 )
 
 TOOL = Path(__file__).resolve().parents[2] / 'tools/analysis/report.py'
-
-
-class Page(HTMLParser):
-    """What a page refers to, its text and its table cells."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.sources, self.text, self.rows, self.tags = [], '', [], []
-        self.in_cell = False
-        self.feed(Path(path).read_text(encoding='utf-8'))
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.sources += [
-            v for k, v in attrs if k in ('src', 'href', 'srcset', 'action')
-        ]
-        if tag == 'tr':
-            self.rows.append([])
-        elif tag in ('td', 'th'):
-            self.rows[-1].append('')
-            self.in_cell = True
-
-    def handle_endtag(self, tag):
-        if tag in ('dt', 'dd'):
-            self.text += ' '
-        if tag in ('td', 'th'):
-            self.in_cell = False
-
-    def handle_data(self, data):
-        self.text += data
-        if self.in_cell:
-            self.rows[-1][-1] += data.strip()
-
-
-def check_offline(page):
-    """Nothing is loaded but what the page holds."""
-    assert page.sources
-    for source in page.sources:
-        assert source.startswith('data:'), source[:80]
-    assert not {'script', 'iframe', 'object', 'embed'} & set(page.tags)
 
 
 def check_pictures(work_dir):

@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from mmela.layers import MLA, MRLABase, SequentialAttentionStage
-from tests.test_models.test_backbones.test_pairs import ATTENTIONS, build
+from tests.helpers.backbones import ATTENTIONS, build
 
 C, D = 8, 4
 WAYS = ('eager', 'reference', 'autograd', 'compiled', 'disabled', 'checkpointed')

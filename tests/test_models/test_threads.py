@@ -6,7 +6,7 @@ from threading import Barrier
 import pytest
 import torch
 
-from tests.test_models.test_backbones.test_pairs import (
+from tests.helpers.backbones import (
     ATTENTIONS,
     MMDET,
     MMPRETRAIN,

@@ -14,67 +14,22 @@ from PIL import Image
 import mmela.analysis
 from mmela.analysis import make_report
 from mmela.analysis.inputs import evenly, find_images
-from mmela.structure import prune
 from tests.helpers.measurements import SMALL, measurement
+from tests.helpers.networks import BACKBONE, classifier, needs_grad_cam, save
+from tests.helpers.pages import Page, check_offline
 from tests.helpers.toy import toy_config, train
-from tests.test_analysis.test_report import Page, check_offline
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
 pytest.importorskip('mmcv.ops', exc_type=ImportError)
 
-from mmengine.registry import MODELS  # noqa: E402
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools' / 'analysis'
-BACKBONE = dict(
-    type='ELAResNet',
-    depth=18,
-    base_channels=8,
-    layer_attention=dict(type='MRLABase', head_dim=8),
-)
 PRUNED = ['backbone.layer1.1.layer_attn', 'backbone.layer3.1.layer_attn']
 
 
 def tool(name, *args):
     runpy.run_path(str(TOOLS / f'{name}.py'))['main'](list(map(str, args)))
-
-
-def needs_grad_cam():
-    # Not a requirement: pip install grad-cam==1.5.5
-    pytest.importorskip('pytorch_grad_cam', exc_type=ImportError)
-
-
-def save(folder, name, model, pruned=()):
-    """Write a config and a random checkpoint of its model."""
-    cfg = Config(dict(model))
-    with MODELS.switch_scope_and_registry(cfg.default_scope) as registry:
-        torch.manual_seed(0)
-        network = registry.build(cfg.model)
-    cfg.dump(folder / f'{name}.py')
-    torch.save(dict(meta={}, state_dict=network.state_dict()), folder / f'{name}.pth')
-    if pruned:
-        prune(network, pruned)
-        torch.save(network.state_dict(), folder / f'{name}_pruned.pth')
-    return folder / f'{name}.py', folder / f'{name}.pth'
-
-
-def classifier(**kwargs):
-    pipeline = [
-        dict(type='LoadImageFromFile'),
-        dict(type='Resize', scale=(40, 32)),
-        dict(type='PackInputs'),
-    ]
-    return dict(
-        default_scope='mmpretrain',
-        model=dict(
-            type='ImageClassifier',
-            backbone=dict(BACKBONE, stem_channels=8, **kwargs),
-            neck=dict(type='GlobalAveragePooling'),
-            head=dict(type='LinearClsHead', num_classes=4, in_channels=64),
-            data_preprocessor=dict(mean=[127.5] * 3, std=[50.0] * 3),
-        ),
-        test_dataloader=dict(dataset=dict(pipeline=pipeline)),
-    )
 
 
 @pytest.fixture

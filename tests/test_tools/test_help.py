@@ -13,7 +13,7 @@ pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
 pytest.importorskip('mmcv.ops', exc_type=ImportError)
 
-from tests.test_tools.test_analysis_tools import classifier, needs_grad_cam, save  # noqa: E402
+from tests.helpers.networks import classifier, needs_grad_cam, save  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / 'tools'
