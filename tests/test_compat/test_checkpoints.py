@@ -254,7 +254,11 @@ for mix in itertools.product(*((ours[n], (r, n)) for n, r in zip(names, real))):
     torch.serialization.clear_safe_globals()
     rest = [f for f in allowed if not isinstance(f, tuple) or f[1] not in names]
     torch.serialization.add_safe_globals([*rest, *mix, *types, *real[:2], real[3]])
-    loaded = torch.load(sys.argv[1], weights_only=True)
+    try:
+        loaded = torch.load(sys.argv[1], weights_only=True)
+    except TypeError:  # numpy's own scalar() takes numpy's own dtype alone
+        assert mix[-1][0] is real[-1], mix
+        continue
     assert loaded['history'].mean() == 1.5 and loaded['n'] == 3, mix
     assert type(loaded['history']) is HistoryBuffer
 """
