@@ -233,11 +233,12 @@ def test_hostile_files(tmp_path):
 
 @needs_safe_loading
 def test_beside_a_script_that_allows_the_real_classes(tmp_path):
-    """As is often advised for mmengine's checkpoints."""
+    """As is often advised: what loads is right, and the rest is refused."""
     history = HistoryBuffer([1.0, 2.0], [1, 1])
     torch.save(dict(history=history, n=np.float64(3)), tmp_path / 'x.pth')
     code = """
 import itertools, sys, torch, numpy as np, mmela
+from pickle import UnpicklingError
 from mmengine.logging import HistoryBuffer
 allowed = torch.serialization.get_safe_globals()
 torch.serialization.clear_safe_globals()
@@ -253,11 +254,11 @@ types = [type(np.dtype(code)) for code in ('float64', 'int64', 'bool')]
 for mix in itertools.product(*((ours[n], (r, n)) for n, r in zip(names, real))):
     torch.serialization.clear_safe_globals()
     rest = [f for f in allowed if not isinstance(f, tuple) or f[1] not in names]
-    torch.serialization.add_safe_globals([*rest, *mix, *types, *real[:2], real[3]])
+    torch.serialization.add_safe_globals([*rest, *mix, *types])
     try:
         loaded = torch.load(sys.argv[1], weights_only=True)
-    except TypeError:  # numpy's own scalar() takes numpy's own dtype alone
-        assert mix[-1][0] is real[-1], mix
+    except (TypeError, UnpicklingError):  # numpy's own take numpy's own alone
+        assert any(f is r for (f, _), r in zip(mix, real)), mix
         continue
     assert loaded['history'].mean() == 1.5 and loaded['n'] == 3, mix
     assert type(loaded['history']) is HistoryBuffer
