@@ -6,6 +6,8 @@ from typing import List, Tuple, Union
 
 from mmengine.config import Config
 
+from .compat.versions import is_installed
+
 
 def find_tool(config: str, name: str) -> Path:
     """Find a tool of the toolbox that a config is written for.
@@ -26,13 +28,12 @@ def find_tool(config: str, name: str) -> Path:
     if not Path(config).is_file():
         raise FileNotFoundError(f'no config at {config}')
     scope = Config.fromfile(config).get('default_scope')
-    spec = find_spec(scope) if scope else None
-    if spec is None:
+    if not scope or not is_installed(scope):
         raise ValueError(
             f'{config} has default_scope={scope!r}, which is no '
             'installed toolbox: mmdet, mmpretrain or mmseg'
         )
-    tool = Path(spec.origin).parent / '.mim' / 'tools' / name
+    tool = Path(find_spec(scope).origin).parent / '.mim' / 'tools' / name
     if not tool.is_file():
         raise FileNotFoundError(f'{scope} has no {tool}; install it with pip or mim')
     return tool

@@ -27,3 +27,13 @@ def test_usage(argv, code, capsys):
         run_tool('train.py', argv, 'usage: ...')
     assert error.value.code == code
     assert 'usage: ...' in capsys.readouterr().out
+
+
+def test_folder_named_like_a_toolbox(tmp_path, monkeypatch):
+    """A clone of its repository on the path is no installed package."""
+    (tmp_path / 'toolbox').mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = tmp_path / 'config.py'
+    config.write_text("default_scope = 'toolbox'\n")
+    with pytest.raises(ValueError, match="'toolbox', which is no installed toolbox"):
+        find_tool(str(config), 'train.py')

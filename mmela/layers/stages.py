@@ -119,10 +119,11 @@ class AttentionStage(nn.Module):
         Returns:
             Tensor: The output with what the attention retrieves.
         """
-        if attention.attention_state == AttentionState.PRUNED:
+        state = attention.attention_state
+        if state == AttentionState.PRUNED:
             return output
         x, restore = self._to_map(attention, output, args)
-        if not attention.active:
+        if state == AttentionState.VALUE_ONLY:
             attention.store(x, memory)
             return output
         return output + attention.drop_path(restore(attention(x, memory)))

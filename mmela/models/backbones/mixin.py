@@ -195,7 +195,7 @@ class LayerAttentionArguments:
                 stage.take_over_from(before[0])
             arguments = {**defaults, **self.layer_attention, **crossing}
             stage.attach(i, self._attention_class(channels, **arguments))
-        stage.left_out = not named and index + 1 in self._stages_without
+        stage.left_out = index + 1 in self._stages_without
 
     def _attention_norm_cfg(self) -> dict:
         # Detectors with a frozen BN have requires_grad=False in norm_cfg. The
