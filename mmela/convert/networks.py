@@ -9,6 +9,16 @@ from torch import Tensor, nn
 from ..command_line import one_line
 from ..compat.checkpoints import load_checkpoint
 
+# What building a network of somebody's config, and loading it, may raise
+NETWORK_ERRORS = (
+    ImportError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 
 def open_network(
     config: Union[str, Path], checkpoint: Union[str, Path], *outs: Union[str, Path]

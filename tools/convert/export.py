@@ -13,7 +13,7 @@ from mmengine.registry import MODELS
 import mmela  # noqa: F401
 from mmela.command_line import one_line
 from mmela.convert.export import export_backbone
-from mmela.convert.networks import load_fitting, open_network
+from mmela.convert.networks import NETWORK_ERRORS, load_fitting, open_network
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -53,14 +53,7 @@ def main(argv=None) -> None:
         backbone = MODELS.build(dict(cfg.model.backbone, init_cfg=None))
         load_fitting(backbone, state_dict, args.config, args.checkpoint)
         export_backbone(backbone, args.out, args.size)
-    except (
-        ImportError,
-        KeyError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except NETWORK_ERRORS as error:
         raise SystemExit(f'error: {one_line(error)}') from error
     print(args.out)
 

@@ -19,7 +19,7 @@ from torch import nn
 
 import mmela  # noqa: F401
 from mmela.command_line import one_line
-from mmela.convert.networks import load_fitting, open_network
+from mmela.convert.networks import NETWORK_ERRORS, load_fitting, open_network
 from mmela.convert.slim import slim_config, slim_state_dict
 from mmela.structure import layer_attentions
 
@@ -86,14 +86,7 @@ def main(argv=None) -> None:
         slim = build(slim_cfg)
         load_fitting(slim, slim_state, out_config, out)
         gap = difference(model, slim, blocks, args.size)
-    except (
-        ImportError,
-        KeyError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except NETWORK_ERRORS as error:
         raise SystemExit(f'error: {one_line(error)}') from error
     if gap != 0:
         raise SystemExit(f'error: the outputs differ by {gap}')
