@@ -12,14 +12,20 @@ Examples:
 
 import argparse
 import os
+import shlex
+from functools import partial
 from pathlib import Path
 
 from mmengine.config import DictAction
 
 from mmela.command_line import one_line
+from mmela.studies.page import portable, write_page
+from mmela.studies.results import collect, write_tables
 from mmela.studies.run import make_jobs
 from mmela.studies.schedule import plan, prepare, run_local, select, visible_gpus
-from mmela.studies.study import read_study
+from mmela.studies.study import option_texts, read_study
+
+PAGES = Path(__file__).resolve().parents[1] / 'docs' / 'results'
 
 
 def positive(text: str) -> int:
@@ -49,6 +55,21 @@ def parse_args(argv=None) -> argparse.Namespace:
         help='runs go to OUT/NAME/VARIANT/seed_S (default: %(default)s)',
     )
     parser.add_argument('--dry-run', action='store_true', help='print the plan and end')
+    parser.add_argument(
+        '--page',
+        nargs='?',
+        type=Path,
+        const=PAGES,
+        metavar='DIR',
+        help='write the page NAME.md with picture and tables to DIR at the end '
+        '(default: docs/results in the checkout); without, tables go beside the '
+        'runs and no page is written',
+    )
+    parser.add_argument(
+        '--report',
+        action='store_true',
+        help='run nothing, write the page of what there is',
+    )
     parser.add_argument(
         '--jobs',
         type=positive,
@@ -131,12 +152,38 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return 0
     failures = {}
-    if not all(job.done for job in jobs):
+    if not args.report and not all(job.done for job in jobs):
         prepare(study.prepare)
-        failures = run_local(jobs, slots, args.threads, args.retries)
-    for name, reason in failures.items():
-        print(f'{name}: {reason.partition(chr(10))[0]}')
+        describe = partial(final_metric, study.metric)
+        failures = run_local(jobs, slots, args.threads, args.retries, describe)
+        for name, reason in failures.items():
+            print(f'{name}: {reason.partition(chr(10))[0]}')
+    runs, layers = collect(study, every)
+    folder = args.page or (PAGES if args.report else args.work_dir / study.name)
+    written = write_tables(runs, layers, folder / f'{study.name}.csv')
+    if args.page or args.report:
+        command = f'python tools/study.py {portable(study.path)}'
+        command += ''.join(f' {word}' for word in given_options(args.cfg_options))
+        page = folder / f'{study.name}.md'
+        written += write_page(study, every, runs, layers, written, page, command)
+    print('Written: ' + ', '.join(map(str, written)))
     return 1 if failures else 0
+
+
+def final_metric(metric: str, job) -> str:
+    """The result of a run, for a line."""
+    results = job.results()
+    values = results.metrics.get(max(results.metrics), {}) if results.metrics else {}
+    if metric in values:
+        return f'{metric} {values[metric]:.4g}'
+    return f'it has no {metric!r}, but {", ".join(values) or "no metric"}'
+
+
+def given_options(options: dict) -> list:
+    """The options of all configs, as they were given."""
+    if not options:
+        return []
+    return ['--cfg-options', *(shlex.quote(text) for text in option_texts(options))]
 
 
 def main(argv=None) -> None:

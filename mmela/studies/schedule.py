@@ -231,7 +231,7 @@ def run_local(
     slots: int,
     threads: int,
     retries: int,
-    done: Callable[[Job], None] = lambda job: None,
+    describe: Callable[[Job], str],
 ) -> Failures:
     """Run on this machine.
 
@@ -240,7 +240,7 @@ def run_local(
         slots (int): How many run side by side.
         threads (int): Threads of each.
         retries (int): How often a run that died is started again.
-        done (Callable[[Job], None]): Called with each run that finished.
+        describe (Callable[[Job], str]): What to say of a run that finished.
 
     Returns:
         dict[str, str]: Why runs failed, by their names.
@@ -271,8 +271,7 @@ def run_local(
                     job = running.pop(slot).job
                     if code == 0:
                         display.finished()
-                        display.say(f'{job.name} is done')
-                        done(job)
+                        display.say(f'{job.name} is done: {describe(job)}')
                     elif starts[job.name] <= retries:
                         display.say(
                             f'{job.name} ended with {ending(code)}; it is started '

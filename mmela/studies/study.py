@@ -203,7 +203,7 @@ def _variant(name: str, data: Any, folder: Path, overrides: dict) -> Variant:
     if not path.is_file():
         raise ValueError(f'{where}: no config at {path}')
     options = {**_flat(data.get('options', {})), **_flat(overrides)}
-    texts = tuple(f'{key}={_text(value)}' for key, value in options.items())
+    texts = tuple(option_texts(options))
     parser = ArgumentParser()
     parser.add_argument('--set', nargs='*', action=DictAction, default={})
     parsed = parser.parse_args(['--set', *texts]).set if texts else {}
@@ -326,6 +326,11 @@ def _flat(options: dict, prefix: str = '') -> Dict[str, Any]:
         else:
             flat[f'{prefix}{key}'] = value
     return flat
+
+
+def option_texts(options: Dict[str, Any]) -> List[str]:
+    """Options as ``--cfg-options`` reads them, each ``KEY=VALUE``."""
+    return [f'{key}={_text(value)}' for key, value in _flat(options).items()]
 
 
 def _text(value: Any) -> str:
