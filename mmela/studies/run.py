@@ -200,10 +200,7 @@ def make_jobs(study: Study, out: Path, seeds: List[int]) -> List[Job]:
         for name in ordered:
             variant = study.variants[name]
             start = variant.start
-            randomness = {'seed': seed, 'deterministic': True}
-            given = variant.settings.get('randomness') or {}
-            randomness = {**randomness, **given, 'seed': seed}
-            options = [f'randomness.{k}={v}' for k, v in randomness.items()]
+            seeded = {**(variant.settings.get('randomness') or {}), 'seed': seed}
             jobs.append(
                 Job(
                     study.name,
@@ -211,10 +208,10 @@ def make_jobs(study: Study, out: Path, seeds: List[int]) -> List[Job]:
                     seed,
                     str(root / name / f'seed_{seed}'),
                     str(variant.config),
-                    (*variant.options, *options),
+                    (*variant.options, f'randomness.seed={seed}'),
                     start and str(root / start.variant / f'seed_{seed}'),
                     start and vars(start),
-                    {**variant.settings, 'randomness': randomness},
+                    {**variant.settings, 'randomness': seeded},
                     variant.unit,
                     variant.length,
                 )
