@@ -19,6 +19,7 @@ from pathlib import Path
 from mmengine.config import DictAction
 
 from mmela.command_line import one_line
+from mmela.studies.cluster import connect, run_ray
 from mmela.studies.page import portable, write_page
 from mmela.studies.results import collect, write_tables
 from mmela.studies.run import make_jobs
@@ -39,6 +40,13 @@ def not_negative(text: str) -> int:
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f'{number} is not 0 or more')
+    return number
+
+
+def share(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f'{number} is not 0 to 1')
     return number
 
 
@@ -107,7 +115,25 @@ def parse_args(argv=None) -> argparse.Namespace:
         help='take runs as they are that were made with other settings than the '
         'study has now',
     )
-    return parser.parse_args(argv)
+    parser.add_argument(
+        '--address',
+        help="run on the Ray cluster at this address ('auto', HOST:PORT, or 'local' "
+        'to start one here). Checkout, data and OUT have to be on a file system '
+        'that all nodes have in the same place',
+    )
+    parser.add_argument(
+        '--gpus-per-run',
+        type=share,
+        metavar='N',
+        help='on a cluster: GPUs of a run, up to 1, which several may share '
+        '(default: 1 if the cluster has any)',
+    )
+    args = parser.parse_args(argv)
+    if args.address and args.jobs:
+        parser.error('--jobs is for this machine; the cluster runs what fits on it')
+    if args.gpus_per_run is not None and not args.address:
+        parser.error('--gpus-per-run is for a cluster: give its --address')
+    return args
 
 
 def check_changes(jobs, accept: bool) -> None:
@@ -145,8 +171,10 @@ def run(args: argparse.Namespace) -> int:
     every = make_jobs(study, args.work_dir, study.seeds)
     jobs = select([job for job in every if job.seed in seeds], args.only)
     check_changes(jobs, args.accept_changed)
-    slots = args.jobs or len(visible_gpus())
+    gpus, slots = 0.0, args.jobs or len(visible_gpus())
     slots = slots or max(1, len(os.sched_getaffinity(0)) // args.threads)
+    if args.address:
+        gpus, slots = connect(args.address, args.threads, args.gpus_per_run)
     for line in plan(jobs, every, slots):
         print(line, flush=True)
     if args.dry_run:
@@ -155,7 +183,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.report and not all(job.done for job in jobs):
         prepare(study.prepare)
         describe = partial(final_metric, study.metric)
-        failures = run_local(jobs, slots, args.threads, args.retries, describe)
+        if args.address:
+            failures = run_ray(jobs, args.threads, gpus, args.retries, describe)
+        else:
+            failures = run_local(jobs, slots, args.threads, args.retries, describe)
         for name, reason in failures.items():
             print(f'{name}: {reason.partition(chr(10))[0]}')
     runs, layers = collect(study, every)

@@ -96,7 +96,9 @@ def _table(study: Study, shown: Sequence[Variant], runs: Sequence[Row]) -> List[
             return _number(spread(list(finals(runs, name, key).values())).mean, digits)
 
         wall = spread(list(finals(runs, variant.name, 'wall_time').values())).mean
-        rows[-1] += [mean('best', digits), mean('active', 1), mean('step_time', 3)]
+        active = mean('active', 1)
+        active = active[:-2] if active.endswith('.0') else active
+        rows[-1] += [mean('best', digits), active, mean('step_time', 3)]
         rows[-1] += [mean('memory', 0), NONE if wall is None else duration(wall)]
     return [
         *_markdown(head, rows),

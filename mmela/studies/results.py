@@ -194,14 +194,13 @@ def spread(values: Sequence[float]) -> Spread:
     """
     if len(values) < 2:
         return Spread(len(values), *map(float, values))
-    mean, deviation = float(np.mean(values)), float(stats.tstd(values))
-    if not deviation:  # the test divides by it
+    mean = float(np.mean(values))
+    if np.ptp(values) == 0:  # the test divides by the deviation
         return Spread(len(values), mean, 0.0, mean, mean, None if mean == 0 else 0.0)
     test = stats.ttest_1samp(values, 0)
-    low, high = test.confidence_interval(0.95)
-    return Spread(
-        len(values), mean, deviation, float(low), float(high), float(test.pvalue)
-    )
+    low, high = map(float, test.confidence_interval(0.95))
+    deviation = float(stats.tstd(values))
+    return Spread(len(values), mean, deviation, low, high, float(test.pvalue))
 
 
 def finals(runs: Iterable[Row], variant: str, key: str = 'final') -> Dict[int, float]:
