@@ -23,7 +23,7 @@ from mmela.studies.cluster import connect, run_ray
 from mmela.studies.page import portable, write_page
 from mmela.studies.results import collect, write_tables
 from mmela.studies.run import make_jobs
-from mmela.studies.schedule import plan, prepare, run_local, select, visible_gpus
+from mmela.studies.schedule import LocalRuns, plan, prepare, select, visible_gpus
 from mmela.studies.study import option_texts, read_study
 
 PAGES = Path(__file__).resolve().parents[1] / 'docs' / 'results'
@@ -186,7 +186,8 @@ def run(args: argparse.Namespace) -> int:
         if args.address:
             failures = run_ray(jobs, args.threads, gpus, args.retries, describe)
         else:
-            failures = run_local(jobs, slots, args.threads, args.retries, describe)
+            limits = slots, args.threads, args.retries
+            failures = LocalRuns(jobs, *limits, describe).run()
         for name, reason in failures.items():
             print(f'{name}: {reason.partition(chr(10))[0]}')
     runs, layers = collect(study, every)

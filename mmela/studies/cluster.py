@@ -1,13 +1,12 @@
 """The runs of a study on a Ray cluster."""
 
 import os
-import signal
 import time
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from ..__main__ import PACKAGE
 from .run import Attempt, Job, Taken
-from .schedule import Display, Failures, Stopped, ending, stop
+from .schedule import Display, Failures, Interrupts, ending
 
 PAUSE = 2.0  # seconds between two looks at the cluster
 
@@ -95,7 +94,7 @@ def train(job: Job, threads: int, retries: int, failed: Optional[str]) -> Option
             attempt.kill()
         if code == 0:
             return None
-        reason = f'{ending(code)}; the end of its log:\n{job.log_end()}'
+        reason = f'{ending(code)}; {job.log_end()}'
     return reason
 
 
@@ -129,38 +128,27 @@ def run_ray(
     failures: Failures = {}
     refs: Dict[str, Any] = {}
     owners: Dict[Any, Job] = {}
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, stop) for number in signals]
-    try:
-        with display.bars:
+    with Interrupts() as interrupts, display.bars:
+        try:
             for job in left:
                 # Ray starts a task when what it is given is there.
                 first = refs.get(job.after) if job.after else None
                 ref = task.remote(job, threads, retries, first)
                 refs[job.work_dir], owners[ref] = ref, job
-            while owners:
+            while owners and not interrupts.name:
                 ended, _ = ray.wait(list(owners), timeout=PAUSE)
                 for ref in ended:
                     job = owners.pop(ref)
                     reason = _result(ray, ref)
                     if reason is None:
-                        display.finished()
-                        display.say(f'{job.name} is done: {describe(job)}')
+                        display.finished(job, describe(job))
                     else:
                         failures[job.name] = reason
                         display.say(f'{job.name} failed: {reason}')
                 display.show([job for job in owners.values() if _runs(job)])
-    except Stopped as error:
-        raise SystemExit(
-            f'stopped by {error}; the same command goes on from the last checkpoints'
-        ) from None
-    finally:
-        for number in signals:
-            signal.signal(number, signal.SIG_IGN)
-        for ref in owners:
-            ray.cancel(ref, force=True)
-        for number, handler in zip(signals, before):
-            signal.signal(number, handler)
+        finally:
+            for ref in owners:
+                ray.cancel(ref, force=True)
     return failures
 
 

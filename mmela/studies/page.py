@@ -55,6 +55,9 @@ def write_page(
             f'srcset="{dark}"><img alt="{_cell(study.metric)} of each variant: a dot '
             f'for each seed, the mean and its 95 % confidence interval" src="{light}">'
             '</picture>',
+            '',
+            'A dot for each seed, in the same shape throughout, under the mean and its '
+            'confidence interval.',
         ]
     lines += _comparisons(study, runs) + _seeds(study, shown, runs)
     lines += _pruning(study, shown, runs, layers)
@@ -243,14 +246,14 @@ def _plot(study: Study, shown: Sequence[Variant], runs: Sequence[Row]):
                 if seed in values:
                     axes.plot(
                         values[seed],
-                        place + 0.13,
+                        place + 0.2,
                         MARKERS[index % len(MARKERS)],
                         color=theme.lines[index % len(theme.lines)],
                         markersize=4.5,
                         linestyle='none',
                     )
         axes.set_yticks(range(len(shown)), [plain_text(v.label) for v in shown])
-        axes.invert_yaxis()
+        axes.set_ylim(len(shown) - 0.6, -0.4)
         axes.set_xlabel(plain_text(study.metric))
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(axis='x', color=theme.faint, linewidth=0.6)

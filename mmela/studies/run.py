@@ -161,12 +161,10 @@ class Job:
         return (int(epoch) - 1 + share) / self.length, text
 
     def log_end(self, lines: int = 15) -> str:
-        """The end of its log."""
-        try:
-            text = (self.folder / LOG).read_text('utf-8', 'replace')
-        except FileNotFoundError:
-            return 'no log'
-        return '\n'.join(text.splitlines()[-lines:])
+        """The end of its log, and where the rest is."""
+        path = self.folder / LOG
+        text = path.read_text('utf-8', 'replace') if path.is_file() else ''
+        return '\n'.join([f'the end of {path}:', *text.splitlines()[-lines:]])
 
 
 def read_record(work_dir: str) -> Dict[str, Any]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 from rich.console import Console
@@ -213,28 +213,41 @@ class Display:
         text = f'{self._done} of {self._total} done'
         self.bars.update(self._all, completed=self._done + shares, text=text)
 
-    def finished(self) -> None:
+    def finished(self, job: Job, result: str) -> None:
         """Count one more."""
         self._done += 1
+        self.say(f'{job.name} is done: {result}')
 
 
-class Stopped(Exception):
-    """The driver is asked to end."""
+class Interrupts:
+    """Notes SIGINT, SIGTERM and SIGHUP, so that a loop can end in order.
+
+    Attributes:
+        name (str): Name of the last signal; empty without one.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __enter__(self) -> 'Interrupts':
+        self.name = ''
+        self._before = [signal.signal(n, self._note) for n in self.SIGNALS]
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        self.name = signal.Signals(number).name
+
+    def __exit__(self, kind: Optional[type], *error: object) -> None:
+        for number, handler in zip(self.SIGNALS, self._before):
+            signal.signal(number, handler)
+        if self.name and kind is None:
+            raise SystemExit(
+                f'stopped by {self.name}; the same command goes on from the last '
+                'checkpoints'
+            )
 
 
-def stop(number: int, frame: object) -> None:
-    """A signal handler that raises :class:`Stopped`."""
-    raise Stopped(signal.Signals(number).name)
-
-
-def run_local(
-    jobs: Sequence[Job],
-    slots: int,
-    threads: int,
-    retries: int,
-    describe: Callable[[Job], str],
-) -> Failures:
-    """Run on this machine.
+class LocalRuns:
+    """Runs on this machine.
 
     Args:
         jobs (Sequence[Job]): The runs, each after the one that it starts from.
@@ -242,90 +255,97 @@ def run_local(
         threads (int): Threads of each.
         retries (int): How often a run that died is started again.
         describe (Callable[[Job], str]): What to say of a run that finished.
-
-    Returns:
-        dict[str, str]: Why runs failed, by their names.
-
-    Raises:
-        SystemExit: On SIGINT, SIGTERM and SIGHUP, after all runs were ended.
     """
-    gpus = visible_gpus()
-    devices: List[Optional[str]] = [
-        gpus[i % len(gpus)] if gpus else None for i in range(slots)
-    ]
-    pending = [job for job in jobs if not job.done]
-    running: Dict[int, Attempt] = {}
-    starts: Dict[str, int] = {}
-    failures: Failures = {}
-    waiting = set()
-    display = Display(len(jobs), len(jobs) - len(pending))
-    names = {job.work_dir: job.name for job in jobs}
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, stop) for number in signals]
-    try:
-        with display.bars:
-            while pending or running:
-                for slot, attempt in list(running.items()):
-                    code = attempt.poll()
-                    if code is None:
-                        continue
-                    job = running.pop(slot).job
-                    if code == 0:
-                        display.finished()
-                        display.say(f'{job.name} is done: {describe(job)}')
-                    elif starts[job.name] <= retries:
-                        display.say(
-                            f'{job.name} ended with {ending(code)}; it is started '
-                            f'again ({starts[job.name]} of {retries})'
-                        )
-                        pending.insert(0, job)
-                    else:
-                        failures[job.name] = (
-                            f'{ending(code)}; the end of {job.folder / "study.log"}:\n'
-                            f'{job.log_end()}'
-                        )
-                        display.say(f'{job.name} failed: {failures[job.name]}')
-                for job in list(pending):
-                    if names.get(job.after) in failures:
-                        failures[job.name] = f'{names[job.after]} failed'
-                        display.say(f'{job.name} is not run: {failures[job.name]}')
-                        pending.remove(job)
-                        continue
-                    free = [slot for slot in range(slots) if slot not in running]
-                    if not free or (job.after in names and not is_done(job.after)):
-                        continue
-                    try:
-                        attempt = Attempt(job, threads, devices[free[0]])
-                    except Taken as error:
-                        if job.name not in waiting:
-                            display.say(f'{job.name} waits: {error}')
-                            waiting.add(job.name)
-                        continue
-                    except OSError as error:
-                        failures[job.name] = str(error)
-                        display.say(f'{job.name} failed: {error}')
-                        pending.remove(job)
-                        continue
-                    running[free[0]] = attempt
-                    starts[job.name] = starts.get(job.name, 0) + 1
-                    pending.remove(job)
-                    if attempt.process is not None:
-                        display.say(f'{job.name} starts: {job.work_dir}')
-                display.show([attempt.job for attempt in running.values()])
-                if pending or running:
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        slots: int,
+        threads: int,
+        retries: int,
+        describe: Callable[[Job], str],
+    ) -> None:
+        gpus = visible_gpus()
+        self._devices = [gpus[i % len(gpus)] if gpus else None for i in range(slots)]
+        self._threads, self._retries, self._describe = threads, retries, describe
+        self._names = {job.work_dir: job.name for job in jobs}
+        self._pending = [job for job in jobs if not job.done]
+        self._running: Dict[int, Attempt] = {}
+        self._starts: Dict[str, int] = {}
+        self._waiting: Set[str] = set()
+        self._failures: Failures = {}
+        self._display = Display(len(jobs), len(jobs) - len(self._pending))
+
+    def run(self) -> Failures:
+        """Run them.
+
+        Returns:
+            dict[str, str]: Why runs failed, by their names.
+
+        Raises:
+            SystemExit: On SIGINT, SIGTERM and SIGHUP, after all were ended.
+        """
+        with Interrupts() as interrupts, self._display.bars:
+            try:
+                while (self._pending or self._running) and not interrupts.name:
+                    self._look_at_running()
+                    for job in list(self._pending):
+                        if self._names.get(job.after) in self._failures:
+                            self._fail(job, f'{self._names[job.after]} failed')
+                        elif job.after not in self._names or is_done(job.after):
+                            self._start(job)
+                    self._display.show([a.job for a in self._running.values()])
                     time.sleep(PAUSE)
-    except Stopped as error:
-        raise SystemExit(
-            f'stopped by {error}; the same command goes on from the last checkpoints'
-        ) from None
-    finally:
-        for number in signals:
-            signal.signal(number, signal.SIG_IGN)
-        for attempt in running.values():
-            attempt.kill()
-        for number, handler in zip(signals, before):
-            signal.signal(number, handler)
-    return failures
+            finally:
+                for attempt in self._running.values():
+                    attempt.kill()
+        return self._failures
+
+    def _look_at_running(self) -> None:
+        for slot, attempt in list(self._running.items()):
+            code, job = attempt.poll(), attempt.job
+            if code is None:
+                continue
+            del self._running[slot]
+            tried = self._starts[job.name]
+            if code == 0:
+                self._display.finished(job, self._describe(job))
+            elif tried <= self._retries:
+                self._display.say(
+                    f'{job.name} ended with {ending(code)}; it is started again '
+                    f'({tried} of {self._retries})'
+                )
+                self._pending.insert(0, job)
+            else:
+                self._fail(job, f'{ending(code)}; {job.log_end()}')
+
+    def _start(self, job: Job) -> None:
+        slot = next(
+            (i for i in range(len(self._devices)) if i not in self._running), -1
+        )
+        if slot < 0:
+            return
+        try:
+            attempt = Attempt(job, self._threads, self._devices[slot])
+        except Taken as error:
+            if job.name not in self._waiting:
+                self._display.say(f'{job.name} waits: {error}')
+                self._waiting.add(job.name)
+            return
+        except OSError as error:
+            self._fail(job, str(error))
+            return
+        self._running[slot] = attempt
+        self._starts[job.name] = self._starts.get(job.name, 0) + 1
+        self._pending.remove(job)
+        if attempt.process is not None:
+            self._display.say(f'{job.name} starts: {job.work_dir}')
+
+    def _fail(self, job: Job, reason: str) -> None:
+        self._failures[job.name] = reason
+        self._display.say(f'{job.name} failed: {reason}')
+        if job in self._pending:
+            self._pending.remove(job)
 
 
 def ending(code: int) -> str:
