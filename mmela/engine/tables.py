@@ -16,7 +16,9 @@ def decision_table(layers: Sequence[LayerDecision]) -> str:
     """Format a decision.
 
     Args:
-        layers (Sequence[LayerDecision]): Decision on each attention.
+        layers (Sequence[LayerDecision]): Decision on each attention; its
+            divergence, the two parts of that, and what it is in uniform
+            attention.
 
     Returns:
         str: A table of 100 columns at most.
@@ -28,10 +30,18 @@ def decision_table(layers: Sequence[LayerDecision]) -> str:
             name = name[: -len('.layer_attn')]
         numbers = [
             '' if value is None else f'{value:.4g}'
-            for value in (layer.divergence, layer.normalized, layer.mapped)
+            for value in (
+                layer.divergence,
+                layer.shape,
+                layer.own,
+                layer.baseline,
+                layer.normalized,
+                layer.mapped,
+            )
         ]
         rows.append([name, *numbers, layer.reason])
-    columns = ['layer attention', '>KL', '>normalised', '>mapped', 'decision']
+    columns = ['layer attention', '>KL', '>shape', '>own', '>uniform']
+    columns += ['>normalised', '>mapped', 'decision']
     return _table(columns, rows)
 
 

@@ -399,6 +399,7 @@ def test_build_policy_takes_what_a_config_may_hold():
         scope='network',
         min_active_per_stage=1,
         max_pruned=None,
+        criterion='total',
         gamma=0.5,
         alpha=2.0,
         beta=5.0,
