@@ -4,7 +4,7 @@ _base_ = '../../cifar/resnet20_1xb128-10e_cifar10-folder.py'
 
 model = dict(backbone=dict(depth=38))
 
-data_root = 'data/cifar10_folder-1000'
+data_root = 'data/cifar10_folder-500'
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=16, interpolation='area', backend='cv2'),
