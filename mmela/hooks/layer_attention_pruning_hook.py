@@ -9,12 +9,7 @@ from mmengine.registry import HOOKS
 
 from ..engine import StepTimes, check_wrapper, prune_run, rewrap, trained_parameters
 from ..engine.tables import decision_table
-from ..pruning import (
-    PruningDecision,
-    PruningReport,
-    build_policy,
-    learning_state,
-)
+from ..pruning import PruningDecision, PruningReport, build_policy
 from ..pruning.record import check_name, keep_earlier
 from ..structure import layer_attentions
 from .measured_stages import measured_stages
@@ -309,7 +304,7 @@ class LayerAttentionPruningHook(Hook):
         decision = message[0]
         if isinstance(decision, str):
             raise ValueError(decision)
-        if decision.learned is False and self._put_off(runner, decision):
+        if decision.warning and self._put_off(runner, decision):
             return
         prune_run(runner, decision.pruned, self.keep_value, self.followers)
         self.history.append(decision)
@@ -322,8 +317,7 @@ class LayerAttentionPruningHook(Hook):
         length = last - first + 1
         if self.put_off_until is None or last + length > self.put_off_until:
             return False
-        why = learning_state(decision.deviation, decision.movement)
-        why += f': window {decision.window} '
+        why = f'{decision.warning}: window {decision.window} '
         taken = [w for w in self.windows if first < w[0] <= last + length]
         if taken:
             runner.logger.info(why + f'is given up for window {taken[0]}.')
@@ -357,9 +351,8 @@ class LayerAttentionPruningHook(Hook):
             f'{before} -> {after} active attentions, {self.policy}\n'
             + decision_table(decision.layers)
         )
-        if decision.learned is False and self.policy.criterion in ('total', 'shape'):
-            state = learning_state(decision.deviation, decision.movement)
-            runner.logger.warning(f'{state}.')
+        if decision.warning:
+            runner.logger.warning(f'{decision.warning}.')
         scalars = {'layer_attention/active': after}
         for layer in decision.layers:
             for key, value in (

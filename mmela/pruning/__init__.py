@@ -12,7 +12,7 @@ from .policies import (
 )
 from .record import LayerDecision, PruningDecision, PruningReport
 from .registry import PRUNING_POLICIES
-from .signal import deviation, has_learned, learning_state
+from .signal import deviation, has_learned
 
 __all__ = [
     'Divergence',
@@ -31,7 +31,6 @@ __all__ = [
     'deviation',
     'ebqm',
     'has_learned',
-    'learning_state',
     'safe_log',
     'split_kl',
 ]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
-from .signal import has_learned
+from .signal import has_learned, learning_state
 
 FORMAT = 2
 NUMBERS = (
@@ -149,6 +149,15 @@ class PruningDecision:
     def learned(self) -> Optional[bool]:
         """bool | None: See :func:`~mmela.pruning.has_learned`."""
         return has_learned(self.deviation, self.movement)
+
+    @property
+    def warning(self) -> Optional[str]:
+        """str | None: Why the decision says nothing of the data, a sentence
+        without its full stop; None where it does, or is a control."""
+        control = self.policy.get('criterion') in ('random', 'position')
+        if self.learned is not False or control:
+            return None
+        return learning_state(self.deviation, self.movement)
 
     @property
     def planned(self) -> Optional[Tuple[int, int]]:

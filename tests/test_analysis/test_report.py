@@ -67,8 +67,15 @@ def test_numbers(synthetic):
         assert decision.pruned and len(decision.active) > 3
         for layer in decision.layers:
             numbers = [
-                '' if value is None else f'{value:.4g}'
-                for value in (layer.divergence, layer.normalized, layer.mapped)
+                '' if value is None else f'{value:.{digits}g}'
+                for value, digits in (
+                    (layer.divergence, 4),
+                    (layer.shape, 3),
+                    (layer.own, 3),
+                    (layer.baseline, 3),
+                    (layer.normalized, 4),
+                    (layer.mapped, 4),
+                )
             ]
             name = ('✕ ' if layer.pruned else '') + layer.name[
                 len('backbone.') : -len('.layer_attn')
@@ -139,7 +146,7 @@ def test_summary(synthetic):
         'pictures',
     ):
         assert str(work_dir / name) in text
-    assert max(map(len, text.splitlines())) <= max(100, len(str(work_dir)) + 60)
+    assert max(map(len, text.splitlines())) <= max(120, len(str(work_dir)) + 60)
 
 
 def test_out(synthetic, tmp_path):
