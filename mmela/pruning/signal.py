@@ -7,7 +7,7 @@ import numpy as np
 from .divergence import Divergence
 
 MIN_DEVIATION = 0.25
-MIN_MOVEMENT = 0.1
+MIN_MOVEMENT = 0.4
 
 
 def deviation(divergences: Sequence[Optional[Divergence]]) -> Optional[float]:
@@ -43,7 +43,9 @@ def has_learned(
         movement (float | None): How far query and key have come from their
             random start, relative to it; None where that is not known, which
             is no objection. Below :data:`MIN_MOVEMENT` the random start
-            decides: on large features it is far from uniform too.
+            decides, which is far from uniform too on large features: of the
+            product of query and key, ``(1 + m)**2`` times that of the start,
+            learning has then brought less than one half (``m < 2**0.5 - 1``).
 
     Returns:
         bool | None: None if nothing is measured.

@@ -271,8 +271,23 @@ def lines_of(decision):
     return {
         line.get_label(): line.get_xdata()[0]
         for line in figure.axes[0].lines
-        if not line.get_label().startswith('_')
+        if not line.get_label().startswith('_') and line.get_linestyle() != 'None'
     }
+
+
+def test_parts_are_drawn():
+    names = [f'backbone.layer1.{i}.layer_attn' for i in range(6)]
+    decision = pruning((1, 1), 20, names, 0)
+    figure = Figure()
+    kl_plot(decision)(figure, LIGHT)
+    dots = {line.get_label(): line for line in figure.axes[0].lines}
+    assert list(dots['shape part'].get_ydata()) == [1, 2, 3, 4, 5]
+    assert list(dots['shape part'].get_xdata()) == [
+        layer.shape for layer in decision.layers[1:]
+    ]
+    assert list(dots['uniform attention'].get_xdata()) == pytest.approx(
+        np.log([2, 3 / 2, 4 / 3, 5 / 4, 6 / 5])
+    )
 
 
 def test_quantile_of_the_default_policy_is_drawn():
