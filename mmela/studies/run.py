@@ -38,6 +38,7 @@ class Job:
         variant (str): Name of the variant.
         seed (int): The seed.
         work_dir (str): Its work directory.
+        cwd (str): Where it is run, which paths of data are seen from.
         config (str): The config.
         options (tuple[str]): Changes to it.
         after (str | None): Work directory of the run that it starts from.
@@ -51,6 +52,7 @@ class Job:
     variant: str
     seed: int
     work_dir: str
+    cwd: str
     config: str
     options: Tuple[str, ...]
     after: Optional[str]
@@ -72,8 +74,7 @@ class Job:
     @property
     def record(self) -> Dict[str, Any]:
         """dict: What the runner noted: settings, attempts, whether it is done."""
-        path = self.folder / RECORD
-        return json.loads(path.read_text('utf-8')) if path.is_file() else {}
+        return read_record(self.work_dir)
 
     def write(self, record: Dict[str, Any]) -> None:
         """Write the record, at once or not at all."""
@@ -85,7 +86,7 @@ class Job:
     @property
     def done(self) -> bool:
         """bool: Whether it has finished."""
-        return bool(self.record.get('done'))
+        return is_done(self.work_dir)
 
     def changes(self) -> List[str]:
         """Compare what there is with what the study asks for.
@@ -168,6 +169,17 @@ class Job:
         return '\n'.join(text.splitlines()[-lines:])
 
 
+def read_record(work_dir: str) -> Dict[str, Any]:
+    """What the runner noted in a work directory."""
+    path = Path(work_dir, RECORD)
+    return json.loads(path.read_text('utf-8')) if path.is_file() else {}
+
+
+def is_done(work_dir: str) -> bool:
+    """Whether the run in a work directory has finished."""
+    return bool(read_record(work_dir).get('done'))
+
+
 def _show(leaves: Dict[str, Any], key: str) -> str:
     return repr(leaves[key]) if key in leaves else 'not there'
 
@@ -200,21 +212,19 @@ def make_jobs(study: Study, out: Path, seeds: List[int]) -> List[Job]:
         for name in ordered:
             variant = study.variants[name]
             start = variant.start
-            randomness = {'seed': seed, 'deterministic': True}
-            given = variant.settings.get('randomness') or {}
-            randomness = {**randomness, **given, 'seed': seed}
-            options = [f'randomness.{k}={v}' for k, v in randomness.items()]
+            seeded = {**(variant.settings.get('randomness') or {}), 'seed': seed}
             jobs.append(
                 Job(
                     study.name,
                     name,
                     seed,
                     str(root / name / f'seed_{seed}'),
+                    os.getcwd(),
                     str(variant.config),
-                    (*variant.options, *options),
+                    (*variant.options, f'randomness.seed={seed}'),
                     start and str(root / start.variant / f'seed_{seed}'),
                     start and vars(start),
-                    {**variant.settings, 'randomness': randomness},
+                    {**variant.settings, 'randomness': seeded},
                     variant.unit,
                     variant.length,
                 )
@@ -301,6 +311,7 @@ class Attempt:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                cwd=job.cwd,
                 env=environ,
                 pass_fds=[self._lock],
                 start_new_session=True,

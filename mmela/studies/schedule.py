@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..__main__ import find
-from .run import Attempt, Job, Taken
+from .run import Attempt, Job, Taken, is_done
 
 PAUSE = 0.5  # seconds between two looks at the processes
 Failures = Dict[str, str]
@@ -218,12 +218,13 @@ class Display:
         self._done += 1
 
 
-class _Stopped(Exception):
+class Stopped(Exception):
     """The driver is asked to end."""
 
 
-def _stop(number: int, frame: object) -> None:
-    raise _Stopped(signal.Signals(number).name)
+def stop(number: int, frame: object) -> None:
+    """A signal handler that raises :class:`Stopped`."""
+    raise Stopped(signal.Signals(number).name)
 
 
 def run_local(
@@ -231,7 +232,7 @@ def run_local(
     slots: int,
     threads: int,
     retries: int,
-    done: Callable[[Job], None] = lambda job: None,
+    describe: Callable[[Job], str],
 ) -> Failures:
     """Run on this machine.
 
@@ -240,7 +241,7 @@ def run_local(
         slots (int): How many run side by side.
         threads (int): Threads of each.
         retries (int): How often a run that died is started again.
-        done (Callable[[Job], None]): Called with each run that finished.
+        describe (Callable[[Job], str]): What to say of a run that finished.
 
     Returns:
         dict[str, str]: Why runs failed, by their names.
@@ -260,7 +261,7 @@ def run_local(
     display = Display(len(jobs), len(jobs) - len(pending))
     names = {job.work_dir: job.name for job in jobs}
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, _stop) for number in signals]
+    before = [signal.signal(number, stop) for number in signals]
     try:
         with display.bars:
             while pending or running:
@@ -271,8 +272,7 @@ def run_local(
                     job = running.pop(slot).job
                     if code == 0:
                         display.finished()
-                        display.say(f'{job.name} is done')
-                        done(job)
+                        display.say(f'{job.name} is done: {describe(job)}')
                     elif starts[job.name] <= retries:
                         display.say(
                             f'{job.name} ended with {ending(code)}; it is started '
@@ -292,7 +292,7 @@ def run_local(
                         pending.remove(job)
                         continue
                     free = [slot for slot in range(slots) if slot not in running]
-                    if not free or not _ready(job, names):
+                    if not free or (job.after in names and not is_done(job.after)):
                         continue
                     try:
                         attempt = Attempt(job, threads, devices[free[0]])
@@ -314,7 +314,7 @@ def run_local(
                 display.show([attempt.job for attempt in running.values()])
                 if pending or running:
                     time.sleep(PAUSE)
-    except _Stopped as error:
+    except Stopped as error:
         raise SystemExit(
             f'stopped by {error}; the same command goes on from the last checkpoints'
         ) from None
@@ -326,14 +326,6 @@ def run_local(
         for number, handler in zip(signals, before):
             signal.signal(number, handler)
     return failures
-
-
-def _ready(job: Job, names: Dict[str, str]) -> bool:
-    """Whether the run that it starts from is done."""
-    if job.after is None or job.after not in names:
-        return True
-    variant = job.start['variant'] if job.start else ''
-    return Job(**{**vars(job), 'variant': variant, 'work_dir': job.after}).done
 
 
 def ending(code: int) -> str:

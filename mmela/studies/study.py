@@ -22,6 +22,7 @@ STUDY = {
     'metric': str,
     'seeds': list,
     'prepare': list,
+    'options': dict,
     'variants': dict,
     'compare': list,
 }
@@ -116,7 +117,7 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that is there twice, of which yaml takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 line = node.start_mark.line + 1
@@ -165,8 +166,11 @@ def _study(path: Path, overrides: Dict[str, Any]) -> Study:
             raise ValueError(f'prepare has {command!r}, which is no command')
     if not content['variants']:
         raise ValueError('variants is empty')
+    common = _flat(content.get('options', {}))
     variants = {
-        key: _variant(_file_name('variants', key), value, path.parent, overrides)
+        key: _variant(
+            _file_name('variants', key), value, path.parent, common, overrides
+        )
         for key, value in content['variants'].items()
     }
     for variant in variants.values():
@@ -196,14 +200,19 @@ def _study(path: Path, overrides: Dict[str, Any]) -> Study:
     )
 
 
-def _variant(name: str, data: Any, folder: Path, overrides: dict) -> Variant:
+def _variant(
+    name: str, data: Any, folder: Path, common: dict, overrides: dict
+) -> Variant:
     where = f'variant {name}'
     data = _fields(where, data, VARIANT, ('config',))
     path = folder / data['config']
     if not path.is_file():
         raise ValueError(f'{where}: no config at {path}')
-    options = {**_flat(data.get('options', {})), **_flat(overrides)}
-    texts = tuple(f'{key}={_text(value)}' for key, value in options.items())
+    options = {'randomness.deterministic': True, **common}
+    options.update({**_flat(data.get('options', {})), **_flat(overrides)})
+    if 'randomness.seed' in options:
+        raise ValueError(f'{where}: randomness.seed is set by the seeds of the study')
+    texts = tuple(option_texts(options))
     parser = ArgumentParser()
     parser.add_argument('--set', nargs='*', action=DictAction, default={})
     parsed = parser.parse_args(['--set', *texts]).set if texts else {}
@@ -326,6 +335,11 @@ def _flat(options: dict, prefix: str = '') -> Dict[str, Any]:
         else:
             flat[f'{prefix}{key}'] = value
     return flat
+
+
+def option_texts(options: Dict[str, Any]) -> List[str]:
+    """Options as ``--cfg-options`` reads them, each ``KEY=VALUE``."""
+    return [f'{key}={_text(value)}' for key, value in _flat(options).items()]
 
 
 def _text(value: Any) -> str:
