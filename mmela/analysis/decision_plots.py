@@ -72,9 +72,10 @@ def kl_plot(
                     *zip(*points),
                     ls='none',
                     marker=marker,
-                    markersize=4 if marker == 'o' else 11,
-                    markeredgewidth=1.6,
-                    color=theme.ink,
+                    markersize=4.5 if marker == 'o' else 11,
+                    markeredgewidth=1 if marker == 'o' else 1.6,
+                    markeredgecolor=theme.ink,
+                    markerfacecolor=theme.paper,
                     label=label,
                 )
         if log:
@@ -95,7 +96,7 @@ def kl_plot(
             left = axes.get_xlim()[0]
             axes.annotate(
                 note,
-                (left if kl is None else max(kl, left), index),
+                (left if kl is None else max(kl, layer.baseline or 0, left), index),
                 xytext=(3, 0),
                 textcoords='offset points',
                 va='center',
