@@ -46,6 +46,13 @@ def visible_gpus() -> List[str]:
     return names[:count] if names else [str(i) for i in range(count)]
 
 
+def visible_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def prepare(commands: Sequence[str]) -> None:
     """Run the commands of a study that come before all runs.
 
@@ -125,9 +132,9 @@ def simulate(jobs: Sequence[Job], seconds: Dict[str, float], slots: int) -> floa
 
 def duration(seconds: float) -> str:
     """Seconds for a reader: ``1 h 05 min``."""
-    minutes = round(seconds / 60)
-    if minutes < 1:
+    if seconds < 60:
         return f'{seconds:.0f} s'
+    minutes = round(seconds / 60)
     return (
         f'{minutes} min' if minutes < 60 else f'{minutes // 60} h {minutes % 60:02} min'
     )
@@ -332,7 +339,7 @@ class LocalRuns:
                 self._display.say(f'{job.name} waits: {error}')
                 self._waiting.add(job.name)
             return
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._fail(job, str(error))
             return
         self._running[slot] = attempt

@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 from argparse import ArgumentParser
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
@@ -155,7 +156,8 @@ def _study(path: Path, overrides: Dict[str, Any]) -> Study:
     content = yaml.load(path.read_text('utf-8'), _Loader)
     needed = ('name', 'title', 'metric', 'seeds', 'variants')
     content = _fields('the study', content, STUDY, needed)
-    name, seeds = _file_name('name', content['name']), content['seeds']
+    _file_name('name', content['name'])
+    seeds = content['seeds']
     if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds):
         raise ValueError(f'seeds={seeds} is no list of integers of 0 or more')
     if len(set(seeds)) < len(seeds):
@@ -167,12 +169,12 @@ def _study(path: Path, overrides: Dict[str, Any]) -> Study:
     if not content['variants']:
         raise ValueError('variants is empty')
     common = content.get('options', {})
-    variants = {
-        key: _variant(
-            _file_name('variants', key), value, path.parent, common, overrides
-        )
-        for key, value in content['variants'].items()
-    }
+    loaded: Dict[Path, Config] = {}  # of those that share a config
+    variants = {}
+    for key, value in content['variants'].items():
+        given = common, overrides, loaded
+        name = _file_name('variants', key)
+        variants[key] = _variant(name, value, path.parent, *given)
     for variant in variants.values():
         _check_start(variant, variants)
     compare = content.get('compare', [])
@@ -188,7 +190,7 @@ def _study(path: Path, overrides: Dict[str, Any]) -> Study:
                 )
     return Study(
         path,
-        name,
+        content['name'],
         content['title'],
         content.get('text', ''),
         content.get('conclusion', ''),
@@ -201,7 +203,12 @@ def _study(path: Path, overrides: Dict[str, Any]) -> Study:
 
 
 def _variant(
-    name: str, data: Any, folder: Path, common: dict, overrides: dict
+    name: str,
+    data: Any,
+    folder: Path,
+    common: dict,
+    overrides: dict,
+    loaded: Dict[Path, Config],
 ) -> Variant:
     where = f'variant {name}'
     data = _fields(where, data, VARIANT, ('config',))
@@ -224,7 +231,9 @@ def _variant(
                 'line: write it into a config'
             )
     try:
-        cfg = Config.fromfile(path)
+        if path not in loaded:
+            loaded[path] = Config.fromfile(path)
+        cfg = deepcopy(loaded[path])
         _check_keys(cfg, options)
         cfg.merge_from_dict(parsed)
         length = cfg.train_cfg
