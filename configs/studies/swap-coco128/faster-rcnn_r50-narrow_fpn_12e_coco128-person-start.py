@@ -1,4 +1,4 @@
-# People in 128 images of COCO: 96 to train on, four times an epoch, and every
+# People in 128 images of COCO: 96 to train on, and every
 # fourth for testing. So few images teach one category at most, and that only a
 # detector that has seen others before: it starts from one of the shapes.
 _base_ = '../../demo/faster-rcnn_r50-narrow_ela_fpn_shapes.py'
@@ -61,7 +61,7 @@ train_dataloader = dict(
     dataset=dict(
         _delete_=True,
         type='RepeatDataset',
-        times=4,
+        times=1,
         dataset=dict(
             images,
             # Both sets count the same images, so none is left out.

@@ -1,4 +1,4 @@
-_base_ = './faster-rcnn_r50-narrow_fpn_12e_shapes-128.py'
+_base_ = './faster-rcnn_r50-narrow_fpn_8e_shapes-128.py'
 
 # As configs/_base_/swap.py, for a narrow network
 model = dict(
