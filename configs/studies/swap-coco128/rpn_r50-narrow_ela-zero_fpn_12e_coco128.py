@@ -1,4 +1,4 @@
-_base_ = './faster-rcnn_r50-narrow_mrla-base-zero_fpn_12e_coco128-person.py'
+_base_ = './rpn_r50-narrow_mrla-base-zero_fpn_12e_coco128.py'
 
 # Pruning as in configs/_base_/pruning/ela_coco.py
 custom_hooks = [

@@ -1,12 +1,15 @@
-# People in 128 images of COCO: 96 to train on, and every
-# fourth for testing. So few images teach one category at most, and that only a
-# detector that has seen others before: it starts from one of the shapes.
+# Objects of whatever class in 128 images of COCO, found by a region proposal
+# network: 96 to train on, and every fourth for testing. So few images teach no
+# classes. It starts from the detector of the shapes.
 _base_ = '../../demo/faster-rcnn_r50-narrow_ela_fpn_shapes.py'
 runner_type = 'Runner'
 
+detector = _base_.model
 model = dict(
+    _delete_=True,
+    type='RPN',
+    data_preprocessor=detector.data_preprocessor,
     backbone=dict(
-        _delete_=True,
         type='ResNet',
         depth=50,
         base_channels=16,
@@ -18,14 +21,17 @@ model = dict(
         style='pytorch',
         init_cfg=None,
     ),
-    roi_head=dict(bbox_head=dict(num_classes=1)),
+    neck=detector.neck,
+    rpn_head=detector.rpn_head,
+    train_cfg=dict(rpn=detector.train_cfg.rpn),
+    test_cfg=dict(rpn=detector.test_cfg.rpn),
 )
+del detector
 
 data_root = 'data/coco128/'
 images = dict(
     type='CocoDataset',
     data_root=data_root,
-    metainfo=dict(classes=('person',)),
     ann_file='annotations/instances_train2017.json',
     data_prefix=dict(img='train2017/'),
 )
@@ -61,7 +67,7 @@ train_dataloader = dict(
     dataset=dict(
         _delete_=True,
         type='RepeatDataset',
-        times=1,
+        times=2,
         dataset=dict(
             images,
             # Both sets count the same images, so none is left out.
@@ -81,7 +87,7 @@ val_dataloader = dict(
     )
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(ann_file=None)
+val_evaluator = dict(ann_file=None, metric='proposal')
 test_evaluator = val_evaluator
 
 train_cfg = dict(val_interval=12)

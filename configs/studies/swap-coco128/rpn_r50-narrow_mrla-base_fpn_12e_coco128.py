@@ -1,4 +1,4 @@
-_base_ = './faster-rcnn_r50-narrow_fpn_12e_coco128-person.py'
+_base_ = './rpn_r50-narrow_fpn_12e_coco128.py'
 
 # As configs/_base_/swap.py, for a narrow network
 model = dict(
