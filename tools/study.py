@@ -138,21 +138,20 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def check_changes(jobs, accept: bool) -> None:
     """Refuse runs that were made with other settings."""
-    texts = []
+    text = ''
     for job in jobs:
         lines = job.changes()
         if lines:
             more = [f'... and {len(lines) - 8} more'] if len(lines) > 8 else []
-            texts += [f'{job.name} in {job.work_dir}:', *lines[:8], *more]
-    if not texts:
-        return
-    if not accept:
+            text += f'\n{job.name} in {job.work_dir}:'
+            text += ''.join(f'\n  {line}' for line in [*lines[:8], *more])
+    if text and not accept:
         raise ValueError(
-            'these runs were made with other settings than the study has now:\n'
-            + '\n  '.join(texts)
-            + '\nMove them away, or take them as they are by --accept-changed'
+            f'these runs were made with other settings than the study has now:{text}\n'
+            'Move them away, or take them as they are by --accept-changed'
         )
-    print('Made with other settings, and taken as they are:\n' + '\n  '.join(texts))
+    if text:
+        print(f'Made with other settings, and taken as they are:{text}')
 
 
 def run(args: argparse.Namespace) -> int:

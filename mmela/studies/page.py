@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Iterable, List, Optional, Sequence, Tuple
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -15,6 +15,7 @@ from .schedule import duration
 from .study import Study, Variant
 
 NONE = '–'
+_LEARNED = {True: 'yes', False: 'no', None: NONE}
 
 
 def write_page(
@@ -109,7 +110,8 @@ def _table(study: Study, shown: Sequence[Variant], runs: Sequence[Row]) -> List[
         'SD is the standard deviation over seeds, CI the confidence interval of the '
         "mean by Student's t. `best` is the best validation of a run, which is chosen "
         'on the data it is measured on. Step time is the median over a run, and time '
-        'that of a whole run; both depend on what else the machine did.',
+        'that of a whole run, without the run that it starts from; both depend on '
+        'what else the machine did.',
     ]
 
 
@@ -154,6 +156,7 @@ def _pruning(
             rows.append([variant.label, a.window, _list(a.pruned), _list(a.candidates)])
             rows[-1] += [_number(a.jaccard, 2), _number(a.chance, 2)]
             rows[-1].append(', '.join(f'{c:.2f}' for c in known) or NONE)
+            rows[-1].append(_list([_LEARNED[x] for x in a.learned]))
         for row in runs:
             if row['variant'] == variant.name and row['pruned']:
                 masks.append([variant.label, str(row['seed']), row['pruned']])
@@ -168,9 +171,9 @@ def _pruning(
         'seeds agree (mean Jaccard index over pairs of seeds), and how far random '
         'choices of the same numbers would; for each seed, the correlation of the '
         'divergences with the baseline log((t+n)/t), which they have before attention '
-        'has learned anything.',
+        'has learned anything; whether the hook saw that it had.',
         '',
-        *_markdown([*head, 'correlation with the baseline'], rows),
+        *_markdown([*head, 'correlation with the baseline', 'learned'], rows),
         '',
         *_markdown(['variant', 'seed', 'pruned'], masks),
     ]
@@ -285,9 +288,9 @@ def _interval(low: Optional[float], high: Optional[float], digits: int) -> str:
     return NONE if low is None else f'{low:.{digits}f} to {high:.{digits}f}'
 
 
-def _list(counts: Sequence[int]) -> str:
-    same = len(set(counts)) == 1
-    return str(counts[0]) if same else ', '.join(map(str, counts))
+def _list(values: Sequence[Any]) -> str:
+    same = len(set(values)) == 1
+    return str(values[0]) if same else ', '.join(map(str, values))
 
 
 def _cell(text: str) -> str:

@@ -39,6 +39,7 @@ class Job:
         seed (int): The seed.
         work_dir (str): Its work directory.
         cwd (str): Where it is run, which paths of data are seen from.
+        tool (str): The training tool.
         config (str): The config.
         options (tuple[str]): Changes to it.
         after (str | None): Work directory of the run that it starts from.
@@ -53,6 +54,7 @@ class Job:
     seed: int
     work_dir: str
     cwd: str
+    tool: str
     config: str
     options: Tuple[str, ...]
     after: Optional[str]
@@ -218,6 +220,7 @@ def make_jobs(study: Study, out: Path, seeds: List[int]) -> List[Job]:
                     seed,
                     str(root / name / f'seed_{seed}'),
                     os.getcwd(),
+                    str(find('train.py')),
                     str(variant.config),
                     (*variant.options, f'randomness.seed={seed}'),
                     start and str(root / start.variant / f'seed_{seed}'),
@@ -318,7 +321,7 @@ class Attempt:
 
     def _command(self) -> List[str]:
         job, options = self.job, list(self.job.options)
-        command = [sys.executable, str(find('train.py')), job.config]
+        command = [sys.executable, job.tool, job.config]
         command += ['--work-dir', job.work_dir]
         checkpoint = job.checkpoint()
         if checkpoint is not None:

@@ -166,7 +166,7 @@ def _study(path: Path, overrides: Dict[str, Any]) -> Study:
             raise ValueError(f'prepare has {command!r}, which is no command')
     if not content['variants']:
         raise ValueError('variants is empty')
-    common = _flat(content.get('options', {}))
+    common = content.get('options', {})
     variants = {
         key: _variant(
             _file_name('variants', key), value, path.parent, common, overrides
@@ -208,8 +208,9 @@ def _variant(
     path = folder / data['config']
     if not path.is_file():
         raise ValueError(f'{where}: no config at {path}')
-    options = {'randomness.deterministic': True, **common}
-    options.update({**_flat(data.get('options', {})), **_flat(overrides)})
+    options: Dict[str, Any] = {'randomness.deterministic': True}
+    for given in (common, data.get('options', {}), overrides):
+        options.update(flatten(given, lists=False))
     if 'randomness.seed' in options:
         raise ValueError(f'{where}: randomness.seed is set by the seeds of the study')
     texts = tuple(option_texts(options))
@@ -302,7 +303,9 @@ def _fields(where: str, data: Any, kinds: Dict[str, type], needed: Sequence) -> 
         raise ValueError(f'{where} is {data!r:.99}, but has to be a mapping')
     for key, value in data.items():
         if key not in kinds:
-            raise ValueError(f'{where} has the key {key!r}; known are {_names(kinds)}')
+            raise ValueError(
+                f'{where} has the key {key!r}; known are {", ".join(kinds)}'
+            )
         kind = (int, float) if kinds[key] is float else kinds[key]
         if not isinstance(value, kind) or isinstance(value, bool) > (kind is bool):
             name = kinds[key].__name__
@@ -311,10 +314,6 @@ def _fields(where: str, data: Any, kinds: Dict[str, type], needed: Sequence) -> 
         if key not in data:
             raise ValueError(f'{where} has no {key}')
     return dict(data)
-
-
-def _names(keys: Sequence[str]) -> str:
-    return ', '.join(keys)
 
 
 def _file_name(where: str, name: Any) -> str:
@@ -326,20 +325,11 @@ def _file_name(where: str, name: Any) -> str:
     return name
 
 
-def _flat(options: dict, prefix: str = '') -> Dict[str, Any]:
-    """Nested options by dotted keys."""
-    flat: Dict[str, Any] = {}
-    for key, value in options.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flat(value, f'{prefix}{key}.'))
-        else:
-            flat[f'{prefix}{key}'] = value
-    return flat
-
-
 def option_texts(options: Dict[str, Any]) -> List[str]:
     """Options as ``--cfg-options`` reads them, each ``KEY=VALUE``."""
-    return [f'{key}={_text(value)}' for key, value in _flat(options).items()]
+    return [
+        f'{key}={_text(value)}' for key, value in flatten(options, lists=False).items()
+    ]
 
 
 def _text(value: Any) -> str:
@@ -377,24 +367,25 @@ def _check_keys(cfg: Config, options: Dict[str, Any]) -> None:
             )
 
 
-def flatten(settings: Any, prefix: str = '') -> Dict[str, Any]:
+def flatten(settings: Any, prefix: str = '', lists: bool = True) -> Dict[str, Any]:
     """The leaves of nested plain values, by dotted keys.
 
     Args:
         settings (Any): Dicts, lists and plain values.
         prefix (str): What the keys begin with. Defaults to nothing.
+        lists (bool): Whether to look into lists. Defaults to True.
 
     Returns:
-        dict[str, Any]: The leaves.
+        dict[str, Any]: The leaves; an empty dict or list is one.
     """
     items: List[Tuple[Any, Any]] = []
     if isinstance(settings, dict):
         items = list(settings.items())
-    elif isinstance(settings, list):
+    elif isinstance(settings, list) and lists:
         items = list(enumerate(settings))
     if not items:
-        return {prefix[:-1]: settings}
+        return {prefix[:-1]: settings} if prefix else {}
     leaves: Dict[str, Any] = {}
     for key, value in items:
-        leaves.update(flatten(value, f'{prefix}{key}.'))
+        leaves.update(flatten(value, f'{prefix}{key}.', lists))
     return leaves
