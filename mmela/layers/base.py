@@ -261,6 +261,8 @@ class QKVLayerAttention(LayerAttention):
             ``small_init`` is not in (0, 1].
     """
 
+    random_start: Tensor
+
     def __init__(
         self,
         channels: int,
