@@ -266,8 +266,10 @@ class HookedLayerAttentionMixin(LayerAttentionArguments):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        if hasattr(self, '_freeze_stages'):
-            self._freeze_stages()  # some freeze no sooner than in train()
+        # Some freeze no sooner than in train(). With no stage to freeze
+        # MMPretrain's vision transformer freezes its embeddings nevertheless.
+        if getattr(self, 'frozen_stages', 0) > 0:
+            self._freeze_stages()
         self.layer_attn_stages = nn.ModuleList()
         before = None
         for index, spec in enumerate(self.attention_stages()):
