@@ -244,12 +244,24 @@ class QKVLayerAttention(LayerAttention):
         token_norm_cfg (dict, optional): Normalization of the tokens of a
             transformer before they are attended over, which their stage asks
             for (MRLA, algorithms 2 and 4). Defaults to None.
+        small_init (float, optional): Start with this normalization weight,
+            such as 0.2. For networks that start from the weights of a plain
+            ResNet, too: their output is at first not quite that of the ResNet,
+            but the attention takes part from the first iteration on, and
+            learns, where with ``zero_init`` it hardly ever grows. Where the
+            backbone evaluates its norms (``norm_eval=True``), give one that
+            normalizes then, such as
+            ``norm_cfg=dict(type='GN', num_groups=32)``. Defaults to None,
+            which means 1.
         init_cfg (dict, optional): Initialization config. Defaults to None.
 
     Raises:
-        ValueError: As :class:`LayerAttention` does, or if ``zero_init`` is set
-            without a normalization.
+        ValueError: As :class:`LayerAttention` does, if ``zero_init`` or
+            ``small_init`` is set without a normalization, if both are, or if
+            ``small_init`` is not in (0, 1].
     """
+
+    random_start: Tensor
 
     def __init__(
         self,
@@ -260,6 +272,7 @@ class QKVLayerAttention(LayerAttention):
         value_act_cfg: Optional[dict] = None,
         zero_init: bool = False,
         token_norm_cfg: Optional[dict] = None,
+        small_init: Optional[float] = None,
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(channels, head_dim, drop_path, init_cfg)
@@ -268,7 +281,21 @@ class QKVLayerAttention(LayerAttention):
                 'zero_init=True sets the weight of the normalization to 0, but '
                 'norm_cfg=None has none'
             )
+        if small_init is not None:
+            if zero_init:
+                raise ValueError(
+                    f'small_init={small_init} starts with another normalization '
+                    'weight than zero_init=True; set one of them'
+                )
+            if norm_cfg is None:
+                raise ValueError(
+                    f'small_init={small_init} sets the weight of the normalization, '
+                    'but norm_cfg=None has none'
+                )
+            if not 0 < small_init <= 1:
+                raise ValueError(f'small_init={small_init} is not in (0, 1]')
         self.zero_init = zero_init
+        self.small_init = small_init
         self.query = channel_conv(channels)
         self.key = channel_conv(channels)
         self.value = nn.Conv2d(
@@ -282,6 +309,11 @@ class QKVLayerAttention(LayerAttention):
             self.pre_norm = build_norm_layer(token_norm_cfg, channels)[1]
         self.reset_parameters()
 
+    @property
+    def from_plain(self) -> bool:
+        """bool: Whether it is for a network that starts from plain weights."""
+        return self.zero_init or self.small_init is not None
+
     def reset_parameters(self) -> None:
         """Draw the weights anew."""
         self.query.reset_parameters()
@@ -292,10 +324,12 @@ class QKVLayerAttention(LayerAttention):
         # evaluated with its initial statistics and corrects nothing, so there
         # the true fan of a depth-wise convolution counts. So it does where
         # there is no norm.
-        fan_out = 9 if self.zero_init or self.norm is None else 9 * self.channels
+        published = self.norm is not None and not self.from_plain
+        fan_out = 9 * self.channels if published else 9
         nn.init.normal_(self.value.weight, std=math.sqrt(2 / fan_out))
         if self.norm is not None:
-            nn.init.constant_(self.norm.weight, 0.0 if self.zero_init else 1.0)
+            weight = 0.0 if self.zero_init else self.small_init or 1.0
+            nn.init.constant_(self.norm.weight, weight)
             nn.init.constant_(self.norm.bias, 0.0)
 
     def init_weights(self) -> None:

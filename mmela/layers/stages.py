@@ -176,8 +176,8 @@ class AttentionStage(nn.Module):
                     raise RuntimeError(
                         'the checkpoint has a trained layer attention at '
                         f'{prefix}{block}, but the network has none there, as '
-                        'zero_init=True and the stage is frozen; set '
-                        'zero_init=False to use it'
+                        'the stage is frozen and zero_init or small_init is set; '
+                        'set neither to use it'
                     )
                 if rest:
                     del state_dict[key]

@@ -31,10 +31,10 @@ class LayerAttentionArguments:
         layer_attention (dict): Config of the layer attention: ``MLA``,
             ``MRLABase``, ``MRLALight`` or ``KCLA``. ``channels`` is filled in;
             so is ``norm_cfg`` with that of the backbone, made trainable, where
-            it is not given. With ``zero_init=True`` the blocks of stages that
-            the backbone freezes get none: it would stay zero. (But for
-            attentions whose memory crosses stages, which the next stage goes
-            on with.) Defaults to ``dict(type='MRLABase')``.
+            it is not given. With ``zero_init`` or ``small_init`` the blocks of
+            stages that the backbone freezes get none: it would stay as it
+            starts. (But for attentions whose memory crosses stages, which the
+            next stage goes on with.) Defaults to ``dict(type='MRLABase')``.
         attention_blocks (Sequence[Sequence[int]], optional): For each stage,
             the indices of the blocks that have an attention, from 0 and in
             order. That is how ``tools/convert/slim.py`` writes a pruned
@@ -78,8 +78,8 @@ class LayerAttentionArguments:
         if self._stages_without:
             print_log(
                 f'{type(self).__name__}: no layer attention in frozen stage(s) '
-                f'{", ".join(map(str, self._stages_without))}: with zero_init=True '
-                'it would never be trained and never change the output',
+                f'{", ".join(map(str, self._stages_without))}: it would never be '
+                'trained',
                 'current',
             )
 
@@ -137,8 +137,11 @@ class LayerAttentionArguments:
             frozen (bool): Whether the backbone does not train it.
         """
         if self.attention_blocks is None:
-            zero = self.layer_attention.get('zero_init', False)
-            if frozen and zero and not self._crosses_stages():
+            new = (
+                self.layer_attention.get('zero_init', False)
+                or self.layer_attention.get('small_init') is not None
+            )
+            if frozen and new and not self._crosses_stages():
                 self._stages_without.append(index + 1)
                 return ()
             return range(depth)
@@ -194,6 +197,8 @@ class LayerAttentionArguments:
                 crossing = dict(previous_channels=before[1], stride=stride)
                 stage.take_over_from(before[0])
             arguments = {**defaults, **self.layer_attention, **crossing}
+            if frozen and arguments.pop('small_init', None) is not None:
+                arguments['zero_init'] = True  # there for the next stage alone
             stage.attach(i, self._attention_class(channels, **arguments))
         stage.left_out = index + 1 in self._stages_without
 
@@ -261,8 +266,10 @@ class HookedLayerAttentionMixin(LayerAttentionArguments):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        if hasattr(self, '_freeze_stages'):
-            self._freeze_stages()  # some freeze no sooner than in train()
+        # Some freeze no sooner than in train(). With no stage to freeze
+        # MMPretrain's vision transformer freezes its embeddings nevertheless.
+        if getattr(self, 'frozen_stages', 0) > 0:
+            self._freeze_stages()
         self.layer_attn_stages = nn.ModuleList()
         before = None
         for index, spec in enumerate(self.attention_stages()):
