@@ -104,6 +104,9 @@ def _table(study: Study, shown: Sequence[Variant], runs: Sequence[Row]) -> List[
         active = active[:-2] if active.endswith('.0') else active
         rows[-1] += [mean('best', digits), active, mean('step_time', 3)]
         rows[-1] += [mean('memory', 0), NONE if wall is None else duration(wall)]
+    # Nothing is logged of memory on a CPU, nor is there a best of every metric
+    known = [i for i, name in enumerate(head) if any(row[i] != NONE for row in rows)]
+    head, *rows = ([row[i] for i in known] for row in (head, *rows))
     return [
         *_markdown(head, rows),
         '',
