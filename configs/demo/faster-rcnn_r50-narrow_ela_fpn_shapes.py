@@ -109,5 +109,9 @@ default_hooks = dict(
     checkpoint=dict(max_keep_ckpts=7),
 )
 # A third faster on a CPU
-custom_hooks = [*_base_.custom_hooks, dict(type='MemoryFormatHook')]
+custom_hooks = [
+    # One epoch is hardly enough to learn: then decide after the second or third.
+    dict(_base_.custom_hooks[0], put_off_until=3),
+    dict(type='MemoryFormatHook'),
+]
 randomness = dict(seed=0)
