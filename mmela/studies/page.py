@@ -104,6 +104,13 @@ def _table(study: Study, shown: Sequence[Variant], runs: Sequence[Row]) -> List[
         active = active[:-2] if active.endswith('.0') else active
         rows[-1] += [mean('best', digits), active, mean('step_time', 3)]
         rows[-1] += [mean('memory', 0), NONE if wall is None else duration(wall)]
+    # Nothing is logged of memory on a CPU, nor is there a best of every metric
+    known = [
+        i
+        for i, name in enumerate(head)
+        if name not in ('best', 'memory (MB)') or any(row[i] != NONE for row in rows)
+    ]
+    head, *rows = ([row[i] for i in known] for row in (head, *rows))
     return [
         *_markdown(head, rows),
         '',
@@ -241,7 +248,7 @@ def _plot(study: Study, shown: Sequence[Variant], runs: Sequence[Row]):
         for place, variant in enumerate(shown):
             values = finals(runs, variant.name)
             s = spread(list(values.values()))
-            if s.low is not None:
+            if s.low is not None and s.high is not None:
                 axes.plot([s.low, s.high], [place] * 2, color=theme.ink, linewidth=1.4)
             if s.mean is not None:
                 axes.plot(s.mean, place, '|', color=theme.ink, markersize=13, mew=2)

@@ -223,8 +223,8 @@ def make_jobs(
                     tool or str(find('train.py')),
                     str(variant.config),
                     (*variant.options, f'randomness.seed={seed}'),
-                    start and str(root / start.variant / f'seed_{seed}'),
-                    start and vars(start),
+                    str(root / start.variant / f'seed_{seed}') if start else None,
+                    dict(vars(start)) if start else None,
                     {**variant.settings, 'randomness': seeded},
                     variant.unit,
                     variant.length,
@@ -255,7 +255,8 @@ class Attempt:
     """
 
     def __init__(self, job: Job, threads: int, device: Optional[str] = None) -> None:
-        self.job, self.process = job, None
+        self.job = job
+        self.process: Optional[subprocess.Popen] = None  # None if it is done
         self._code: Optional[int] = None
         job.folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(job.folder / '.study.lock', os.O_RDWR | os.O_CREAT)
@@ -329,7 +330,7 @@ class Attempt:
         command += ['--work-dir', job.work_dir]
         if checkpoint is not None:
             command += ['--resume', str(checkpoint)]
-        elif job.start is not None:
+        elif job.start is not None and job.after is not None:
             path = Path(job.after, job.start['checkpoint'])
             if not path.is_file():
                 raise FileNotFoundError(f'{job.name} starts from {path}: no such file')
@@ -341,25 +342,29 @@ class Attempt:
 
     def poll(self) -> Optional[int]:
         """End of the process: its exit code, None while it goes on."""
-        if self._code is None and self.process.poll() is not None:
-            self._end(self.process.returncode)
+        if self._code is None and self.process is not None:
+            code = self.process.poll()
+            if code is not None:
+                self._end(code)
         return self._code
 
     def kill(self) -> None:
         """End the process and those that it started."""
-        if self.poll() is None:
-            self._kill_group()
+        if self.poll() is None and self.process is not None:
+            self._kill_group(self.process.pid)
             self._end(self.process.wait())
 
-    def _kill_group(self) -> None:
+    @staticmethod
+    def _kill_group(number: int) -> None:
         try:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(number, signal.SIGKILL)
         except ProcessLookupError:
             pass
 
     def _end(self, code: int) -> None:
         if self.process is not None:
-            self._kill_group()  # loaders that have outlived it hold the lock
+            # Loaders of data that have outlived it hold the lock
+            self._kill_group(self.process.pid)
             record = self.job.record
             last = record['attempts'][-1]
             last.update(seconds=time.time() - last['started'], exit=code)

@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 
 from ..command_line import one_line
 
-STUDY = {
+STUDY: Dict[str, type] = {
     'name': str,
     'title': str,
     'text': str,
@@ -27,7 +27,7 @@ STUDY = {
     'variants': dict,
     'compare': list,
 }
-VARIANT = {
+VARIANT: Dict[str, type] = {
     'config': str,
     'label': str,
     'options': dict,
@@ -35,7 +35,7 @@ VARIANT = {
     'hidden': bool,
     'paper': float,
 }
-START = {'variant': str, 'checkpoint': str, 'how': str}
+START: Dict[str, type] = {'variant': str, 'checkpoint': str, 'how': str}
 # Differ between runs of the same training
 _NOT_COMPARED = ('work_dir', 'load_from', 'resume', 'launcher')
 

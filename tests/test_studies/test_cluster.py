@@ -13,8 +13,10 @@ ray = pytest.importorskip('ray')
 
 
 @pytest.fixture
-def local(monkeypatch):
+def local(monkeypatch, tmp_path_factory):
     monkeypatch.setenv('RAY_USAGE_STATS_ENABLED', '0')
+    # Where newer versions keep a token
+    monkeypatch.setenv('HOME', str(tmp_path_factory.mktemp('home')))
     yield connect('local', 1, None)
     ray.shutdown()
 

@@ -177,6 +177,7 @@ def test_page(made, tmp_path):
     text = paths[0].read_text()
     assert text.startswith('# A tiny study\n\nWhy | this.\n')
     assert '| ELA $x$ | 1 | 0.2500 | – | – | 0.5 | 0.3000 |' in text
+    assert '| step time (s) | time |' in text  # no memory on a CPU
     assert '| plain | 0 | – | – | – | – | – |' in text
     assert '| ELA $x$ − plain | 0 | – | – | – |' in text
     assert 'Without a result: plain seed 0 (missing), ela seed 1 (missing)' in text

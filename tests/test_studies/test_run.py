@@ -189,3 +189,13 @@ def test_the_record_is_whole_or_not_there(job):
     job.write(dict(done=True))
     assert json.loads((job.folder / 'study_run.json').read_text()) == {'done': True}
     assert [p.name for p in job.folder.iterdir()] == ['study_run.json']
+
+
+def test_goes_on_with_other_settings(tmp_path):
+    """What it began with stays noted, so it is not taken for the new ones."""
+    _, (job, _) = tiny_jobs(tmp_path, options={'fail_at': 2})
+    assert finish(Attempt(job, 1)) == 3
+    _, (job, _) = tiny_jobs(tmp_path)
+    assert job.changes() == ['fail_at: 2 -> 0']
+    assert finish(Attempt(job, 1)) == 0
+    assert job.done and job.changes() == ['fail_at: 2 -> 0']
