@@ -82,6 +82,10 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
     used_by_value: Tuple[str, ...] = ()
     """tuple[str]: Submodules that ``VALUE_ONLY`` still uses."""
 
+    scale: Optional[nn.Parameter]
+    """nn.Parameter: Factor per channel, (C,), which the stage applies to what
+    is retrieved; None for none."""
+
     def __init__(
         self,
         channels: int,
@@ -102,6 +106,7 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
         self.head_dim = head_dim
         self.num_heads = channels // head_dim
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.register_parameter('scale', None)
         self._state = AttentionState.ACTIVE
         self._disabled: List[str] = []
         # The state travels in the checkpoint as a buffer; the forward pass
@@ -227,16 +232,16 @@ class QKVLayerAttention(LayerAttention):
             None, which means none.
         zero_init (bool): Start with a normalization weight of 0, so that the
             block's output is at first that of the plain residual block. For
-            networks that start from the weights of a plain ResNet. Defaults to
-            False.
+            networks that start from the weights of a plain one. Without a
+            normalization, a learnable scale per channel starts at 0 instead.
+            Defaults to False.
         token_norm_cfg (dict, optional): Normalization of the tokens of a
             transformer before they are attended over, which their stage asks
             for (MRLA, algorithms 2 and 4). Defaults to None.
         init_cfg (dict, optional): Initialization config. Defaults to None.
 
     Raises:
-        ValueError: As :class:`LayerAttention` does, or if ``zero_init`` is set
-            without a normalization.
+        ValueError: As :class:`LayerAttention` does.
     """
 
     def __init__(
@@ -251,11 +256,6 @@ class QKVLayerAttention(LayerAttention):
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(channels, head_dim, drop_path, init_cfg)
-        if zero_init and norm_cfg is None:
-            raise ValueError(
-                'zero_init=True sets the weight of the normalization to 0, but '
-                'norm_cfg=None has none'
-            )
         self.zero_init = zero_init
         self.query = channel_conv(channels)
         self.key = channel_conv(channels)
@@ -266,6 +266,8 @@ class QKVLayerAttention(LayerAttention):
             build_activation_layer(value_act_cfg) if value_act_cfg else nn.Identity()
         )
         self.norm = build_norm_layer(norm_cfg, channels)[1] if norm_cfg else None
+        if zero_init and norm_cfg is None:
+            self.scale = nn.Parameter(torch.zeros(channels))
         if token_norm_cfg:
             self.pre_norm = build_norm_layer(token_norm_cfg, channels)[1]
         self.reset_parameters()
@@ -284,6 +286,8 @@ class QKVLayerAttention(LayerAttention):
         if self.norm is not None:
             nn.init.constant_(self.norm.weight, 0.0 if self.zero_init else 1.0)
             nn.init.constant_(self.norm.bias, 0.0)
+        if self.scale is not None:
+            nn.init.constant_(self.scale, 0.0)
 
     def init_weights(self) -> None:
         """Initialize the weights, after those that a parent set by type."""
