@@ -11,6 +11,7 @@ from .discovery import (
     Block,
     Blocks,
     find_blocks,
+    find_plain_blocks,
     group,
     name_blocks,
     name_matches,
@@ -23,7 +24,7 @@ from .layers import (
     LayerAttention,
     TokenAttentionStage,
 )
-from .layers.stages import is_frozen, leave_pass, enter_pass
+from .layers.stages import enter_pass, is_frozen, leave_pass
 from .registry import LAYER_ATTENTIONS, find_layer_attention
 
 TOKEN_DEFAULTS = dict(
@@ -167,9 +168,7 @@ def attach_layer_attention(
         for index, block in enumerate(members):
             if stage.left_out or block.name in without:
                 continue
-            if attention_class.__init__ and _lacks_identity(
-                attention_class, arguments, block
-            ):
+            if _lacks_identity(attention_class, arguments, block):
                 if blocks != 'auto':
                     raise ValueError(
                         f'blocks: {block.name} takes an input of another shape than '
@@ -290,18 +289,19 @@ def _find_stages(
     batch = 2
     calls, size = _try_sizes(backbone, batch, input_size)
     if isinstance(blocks, str) and blocks == 'auto':
-        stages = group(find_blocks(calls, batch, size))
+        found = find_blocks(calls, batch, size)
+        stages = group(found or find_plain_blocks(calls, batch, size))
         if not stages:
             ran = ', '.join(sorted({type(c.module).__name__ for c in calls if c.name}))
             raise ValueError(
-                f'no block of {type(backbone).__name__} was found that adds to its '
-                'input and returns maps (B, C, H, W) or (B, H, W, C) or tokens '
+                f'no blocks of {type(backbone).__name__} were found that add to their '
+                'input, or are of one kind and follow each other, and return maps (B, C, H, W) or (B, H, W, C) or tokens '
                 f'(B, L, C), among {len(calls)} calls of {ran}. Name the blocks: '
                 "blocks=['layer1.*', 'layer2.*'] or a list of names for each stage"
             )
-        if len(stages) == 1 and stages[0][0].layout != 'BCHW':
-            (layers,), step = stages, TOKEN_STAGE_DEPTH
-            stages = [layers[i : i + step] for i in range(0, len(layers), step)]
+        if len({(s[0].layout == 'BCHW', s[0].size) for s in stages}) == 1:
+            if stages[0][0].layout != 'BCHW':
+                stages = [part for layers in stages for part in _parts(layers)]
         return stages, set()
     _check_form(blocks)
     nested = [entry for entry in blocks if not isinstance(entry, str)]
@@ -327,6 +327,11 @@ def _find_stages(
                 )
         stages.append(members)
     return stages, without
+
+
+def _parts(layers: List[Block]) -> List[List[Block]]:
+    step = TOKEN_STAGE_DEPTH
+    return [layers[i : i + step] for i in range(0, len(layers), step)]
 
 
 def _flat(blocks: Blocks) -> List[str]:
@@ -360,7 +365,7 @@ def _try_sizes(
     backbone: nn.Module, batch: int, input_size: Optional[Tuple[int, int]]
 ) -> Tuple[list, Tuple[int, int]]:
     """Calls of the backbone's modules, at the first size that it takes."""
-    sizes = [tuple(input_size)] if input_size else _sizes_to_try(backbone)
+    sizes = [tuple(input_size)] if input_size else sizes_to_try(backbone)
     parameter = next(iter(backbone.parameters()), torch.empty(0))
     reason: Optional[Exception] = None
     for size in sizes:
@@ -384,8 +389,15 @@ def _image(batch: int, size: Tuple[int, int], like: Tensor) -> Tensor:
     return x.to(like.device, like.dtype if like.is_floating_point() else None)
 
 
-def _sizes_to_try(backbone: nn.Module) -> List[Tuple[int, int]]:
-    """The size that a network says it is for, or sizes that many take."""
+def sizes_to_try(backbone: nn.Module) -> List[Tuple[int, int]]:
+    """The size that a network says it is for, or sizes that many take.
+
+    Args:
+        backbone (nn.Module): A network that takes images.
+
+    Returns:
+        list[tuple[int, int]]: Heights and widths.
+    """
     for module in backbone.modules():
         for name in ('img_size', 'input_size', 'pretrained_cfg', 'default_cfg'):
             size = getattr(module, name, None)

@@ -383,6 +383,44 @@ def find_blocks(
     return _described(calls, chosen, batch, size)
 
 
+def find_plain_blocks(
+    calls: Sequence[_Call], batch: int, size: Tuple[int, int]
+) -> List[Block]:
+    """Blocks of a network without residual connections, such as VGG.
+
+    These are consecutive modules of one kind whose outputs have one width and
+    resolution.
+
+    Args:
+        calls (Sequence): What :func:`watch` returns.
+        batch (int): Batch size of the input.
+        size (tuple[int, int]): Height and width of the input.
+
+    Returns:
+        list[Block]: In the order in which they run.
+    """
+    siblings: Dict[Tuple[int, ...], List[_Call]] = {}
+    for call in calls:
+        once = sum(other.module is call.module for other in calls) == 1
+        if call.name and once and any(True for _ in call.module.parameters()):
+            siblings.setdefault(call.parents, []).append(call)
+    fitting: List[_Call] = []
+    for members in siblings.values():
+        for one, other in zip(members, members[1:]):
+            pair = [describe(calls, call, batch, size) for call in (one, other)]
+            if (
+                type(one.module) is type(other.module)
+                and None not in pair
+                and same_features(*pair)
+                and other.derived_from >> one.index & 1
+            ):
+                fitting += [one, other]
+    unique = {call.index: call for call in fitting}
+    return _described(
+        calls, _outermost(unique[i] for i in sorted(unique)), batch, size
+    )
+
+
 def _outermost(calls: Iterable[_Call]) -> List[_Call]:
     """Those of some calls, in order, that are within no other of them."""
     chosen: List[_Call] = []
