@@ -4,7 +4,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseModule
+from mmengine.model import ModuleList
 from torch import Tensor, nn
 
 from .discovery import (
@@ -34,35 +34,40 @@ TOKEN_DEFAULTS = dict(
 )
 """dict: Defaults of the attentions of transformer layers."""
 
+NORMS_OF_MAPS = ('BN', 'BN2d', 'SyncBN', 'MMSyncBN', 'GN')
+"""tuple[str]: Normalizations that attentions on maps take over."""
+
 TOKEN_STAGE_DEPTH = 4
 """int: Layers of a stage of a transformer that has no stages (MRLA, B.1)."""
 
 
-class AttachedStages(BaseModule):
-    """The stages of :func:`attach_layer_attention`, a module of the backbone.
+class AttachedStages(ModuleList):
+    """Hooked stages, as a module of their backbone.
 
     Args:
         stages (Sequence[HookedAttentionStage]): The stages.
+
+    Attributes:
+        loaded (bool): Whether a checkpoint with their attentions was loaded.
     """
 
     def __init__(self, stages: Sequence[HookedAttentionStage]) -> None:
-        super().__init__()
-        for index, stage in enumerate(stages):
-            self.add_module(str(index), stage)
+        super().__init__(stages)
         self.loaded = False
-
-    def stages(self) -> List[HookedAttentionStage]:
-        """list[HookedAttentionStage]: The stages."""
-        return list(self._modules.values())
 
     def attentions(self) -> List[LayerAttention]:
         """list[LayerAttention]: The attentions of all stages."""
-        return [attention for stage in self.stages() for attention in stage.attentions]
+        return [attention for stage in self for attention in stage.attentions]
+
+    def init_weights(self) -> None:
+        """Initialize the attentions, after what a parent did by type."""
+        for attention in self.attentions():
+            attention.init_weights()
 
     def train(self, mode: bool = True) -> 'AttachedStages':
         """Set the mode; the attentions of frozen blocks stay in eval mode."""
         super().train(mode)
-        for stage in self.stages():
+        for stage in self:
             stage.freeze_with_blocks()
         return self
 
@@ -75,7 +80,7 @@ class AttachedStages(BaseModule):
             the memory of the stage before keeps its place, with a ``'!'``.
         """
         remaining = []
-        for stage in self.stages():
+        for stage in self:
             names = []
             for index, name in enumerate(stage.names):
                 attention = stage.attention_of(index)
@@ -274,9 +279,9 @@ class _InitWeights:
         attached = self.backbone[0].layer_attn_stages
         attached.loaded = False
         result = self.original(*args, **kwargs)
+        if not attached.loaded:
+            attached.init_weights()
         for attention in attached.attentions():
-            if not attached.loaded:
-                attention.init_weights()
             if self.reset_pruning:
                 attention.attention_state = AttentionState.ACTIVE
         return result
@@ -295,8 +300,9 @@ def _find_stages(
             ran = ', '.join(sorted({type(c.module).__name__ for c in calls if c.name}))
             raise ValueError(
                 f'no blocks of {type(backbone).__name__} were found that add to their '
-                'input, or are of one kind and follow each other, and return maps (B, C, H, W) or (B, H, W, C) or tokens '
-                f'(B, L, C), among {len(calls)} calls of {ran}. Name the blocks: '
+                'input, or are of one kind and follow each other, and return maps '
+                '(B, C, H, W) or (B, H, W, C) or tokens (B, L, C), '
+                f'among {len(calls)} calls of {ran}. Name the blocks: '
                 "blocks=['layer1.*', 'layer2.*'] or a list of names for each stage"
             )
         if len({(s[0].layout == 'BCHW', s[0].size) for s in stages}) == 1:
@@ -433,24 +439,21 @@ def _defaults(backbone: nn.Module, block: Block) -> Dict[str, Any]:
     common = dict(head_dim=head_dim, drop_path=block_drop_path(block.module))
     if block.layout != 'BCHW':
         return dict(TOKEN_DEFAULTS, **common)
-    return dict(common, norm_cfg=attention_norm_cfg(backbone))
+    norm_cfg = getattr(backbone, 'norm_cfg', None)
+    known = isinstance(norm_cfg, dict) and norm_cfg.get('type') in NORMS_OF_MAPS
+    norm_cfg = attention_norm_cfg(norm_cfg) if known else dict(type='BN')
+    return dict(common, norm_cfg=norm_cfg)
 
 
-def attention_norm_cfg(backbone: nn.Module) -> dict:
-    """Normalization of attentions on maps: that of the backbone, trainable.
+def attention_norm_cfg(norm_cfg: dict) -> dict:
+    """Normalization of attentions: that of the backbone, made trainable.
 
     Args:
-        backbone (nn.Module): A backbone.
+        norm_cfg (dict): That of the backbone.
 
     Returns:
-        dict: Its ``norm_cfg`` where that is a batch or group normalization,
-        or else ``dict(type='BN')``.
+        dict: A copy without ``requires_grad``.
     """
-    norm_cfg = getattr(backbone, 'norm_cfg', None)
-    if not isinstance(norm_cfg, dict) or norm_cfg.get('type') not in (
-        *('BN', 'BN2d', 'SyncBN', 'MMSyncBN', 'NaiveSyncBatchNorm', 'GN'),
-    ):
-        return dict(type='BN')
     # Detectors with a frozen BN have requires_grad=False in norm_cfg. The
     # norm of the attention comes from no pre-trained network: it learns.
     return {k: v for k, v in norm_cfg.items() if k != 'requires_grad'}

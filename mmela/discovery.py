@@ -416,9 +416,7 @@ def find_plain_blocks(
             ):
                 fitting += [one, other]
     unique = {call.index: call for call in fitting}
-    return _described(
-        calls, _outermost(unique[i] for i in sorted(unique)), batch, size
-    )
+    return _described(calls, _outermost(unique[i] for i in sorted(unique)), batch, size)
 
 
 def _outermost(calls: Iterable[_Call]) -> List[_Call]:

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import MODELS
 
 import mmela
 from mmela.attach import sizes_to_try
@@ -103,7 +103,8 @@ def backbones_of_configs(toolbox):
             kind = backbone['type']
             if not isinstance(kind, str):
                 backbone['type'] = kind = kind.__name__
-            key = f'{toolbox} {kind} {json.dumps(backbone, sort_keys=True, default=str)}'
+            arguments = json.dumps(backbone, sort_keys=True, default=str)
+            key = f'{toolbox} {kind} {arguments}'
             count = found.get(key, (None, 0))[1]
             found[key] = backbone, count + 1
     return found
@@ -370,7 +371,11 @@ def main(argv=None) -> None:
     for toolbox in args.what:
         timm = toolbox == 'timm'
         found = families_of_timm() if timm else backbones_of_configs(toolbox)
-        for number, (key, (cfg, count)) in enumerate(found.items(), 1):
+        # One of each kind first
+        first = {key.split(' ')[1]: key for key in reversed(list(found))}
+        order = sorted(found, key=lambda key: key not in first.values())
+        for number, key in enumerate(order, 1):
+            cfg, count = found[key]
             old = results.get(key)
             done = old is not None and (old['ok'] or not args.retry)
             if done or args.only and args.only not in ' '.join(key.split(' ')[:2]):
