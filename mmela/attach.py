@@ -1,5 +1,6 @@
 """Give any network layer attentions."""
 
+import inspect
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -181,16 +182,13 @@ def attach_layer_attention(
                         "has no identity there; leave it out, or use previous='output'"
                     )
                 continue
-            crossing = {}
+            own = {**_defaults(backbone, block), **arguments}
             if index == 0 and crosses and before is not None:
-                crossing = _crossing(before[1], members, arguments)
+                crossing = _crossing(before[1], block, own['head_dim'])
                 if crossing:
                     stage.take_over_from(before[0])
-            attention = attention_class(
-                block.channels,
-                **{**_defaults(backbone, block), **arguments, **crossing},
-            )
-            stage.attach(index, attention)
+                own.update(crossing)
+            stage.attach(index, attention_class(block.channels, **own))
         rows.append(_row(len(stages), members, stage))
         stages.append(stage)
     if not any(stage.attentions or stage.left_out for stage in stages):
@@ -377,13 +375,33 @@ def _try_sizes(
     for size in sizes:
         x = _image(batch, size, parameter)
         try:
-            return watch(backbone, x), size
+            return watch(backbone, x, *other_arguments(backbone)), size
         except Exception as error:  # of any kind: it is somebody else's code
             reason = reason or error
     raise ValueError(
         f'{type(backbone).__name__} runs with images of none of the sizes '
         f'{sizes}: {reason}; give input_size=(height, width)'
     ) from reason
+
+
+def other_arguments(backbone: nn.Module) -> List[None]:
+    """What a network needs besides its image: None for each, such as a mask.
+
+    Args:
+        backbone (nn.Module): A network that takes images.
+
+    Returns:
+        list[None]: One for each further argument that has no default.
+    """
+    parameters = list(inspect.signature(backbone.forward).parameters.values())
+    positional = (inspect.Parameter.POSITIONAL_ONLY,)
+    positional += (inspect.Parameter.POSITIONAL_OR_KEYWORD,)
+    needed = [
+        parameter
+        for parameter in parameters[1:]
+        if parameter.kind in positional and parameter.default is parameter.empty
+    ]
+    return [None] * len(needed)
 
 
 def _image(batch: int, size: Tuple[int, int], like: Tensor) -> Tensor:
@@ -486,19 +504,15 @@ def _lacks_identity(attention_class: type, arguments: dict, block: Block) -> boo
     return bool(needs)
 
 
-def _crossing(before: List[Block], members: List[Block], arguments: dict) -> dict:
+def _crossing(before: List[Block], block: Block, head_dim: int) -> dict:
     """Arguments of an attention that takes over from the stage before."""
-    if not before or not members[0].follows:
+    heads = block.channels // head_dim
+    if not before or not block.follows or not heads or before[-1].channels % heads:
         return {}
-    one, other = before[-1], members[0]
-    heads = other.channels // arguments.get('head_dim', 0 or other.channels)
-    stride = round(one.size[0] / other.size[0])
-    fits = stride >= 1 and all(
-        -(-a // stride) == b for a, b in zip(one.size, other.size)
-    )
-    if not fits or not heads or one.channels % heads:
+    stride = max(1, round(before[-1].size[0] / block.size[0]))
+    if tuple(-(-n // stride) for n in before[-1].size) != tuple(block.size):
         return {}
-    return dict(previous_channels=one.channels, stride=stride)
+    return dict(previous_channels=before[-1].channels, stride=stride)
 
 
 def _row(number: int, members: List[Block], stage: HookedAttentionStage) -> tuple:

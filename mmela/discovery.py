@@ -172,18 +172,20 @@ class _Watch(TorchFunctionMode):
         if not inputs:
             return result
         self._clock += 1
-        seen, same = 0, set()
+        seen, same, more = 0, set(), set()
         for tensor in inputs:
             seen |= getattr(tensor, '_mmela_from', 0)
         if name in _ADD:
-            same = self._note_addition(inputs, result)
+            same = more = self._note_addition(inputs, result)
         elif name in _SAME or any(result is t for t in inputs):
             same = getattr(inputs[0], '_mmela_same', set())
+            more = getattr(inputs[0], '_mmela_more', set())
         for tensor in _tensors(result):
             if isinstance(tensor, nn.Parameter):
                 continue
             tensor._mmela_from = seen | getattr(tensor, '_mmela_from', 0)
             tensor._mmela_same = set(same)
+            tensor._mmela_more = set(more)  # of these, to which was added
             if not any(tensor is t for t in inputs):
                 tensor._mmela_born = self._clock
                 if name in _SAME:
@@ -255,12 +257,7 @@ class _Watch(TorchFunctionMode):
         if out is not None:
             call.shape = tuple(out.shape)
             call.adds = out.numel() in call.sums
-            x = (*args, *kwargs.values())[:1]
-            call.identity = (
-                call.index in getattr(out, '_mmela_same', ())
-                and bool(x)
-                and out is not x[0]
-            )
+            call.identity = call.index in getattr(out, '_mmela_more', ())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

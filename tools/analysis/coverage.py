@@ -9,8 +9,9 @@ of each family of timm, gives it layer attention with ``blocks='auto'`` and
 - an attention is pruned as measured, or by name where none is measured, and
 - the slim network, built from explicit names, has the same outputs.
 
-Weights are random and images small. What was found is kept in --results, so
-that a run that was stopped goes on, and --table writes it as Markdown.
+Weights are random, images small and deep networks less deep. What was found is
+kept in --results, so that a run that was stopped goes on, and --table writes it
+as Markdown.
 
 Example:
   python tools/analysis/coverage.py mmdet mmpretrain mmseg timm \\
@@ -23,7 +24,6 @@ import json
 import logging
 import signal
 import time
-from collections import Counter
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -34,7 +34,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS
 
 import mmela
-from mmela.attach import sizes_to_try
+from mmela.attach import other_arguments, sizes_to_try
 from mmela.command_line import one_line
 from mmela.convert.slim import slim_state_dict
 from mmela.hooks import NetworkKLMeter
@@ -46,9 +46,6 @@ TOOLBOXES = ('mmdet', 'mmpretrain', 'mmseg')
 SMALL = [(64, 96), (128, 160)]
 # What does not change the structure of a backbone
 ASIDE = ('init_cfg', 'frozen_stages', 'norm_eval', 'with_cp', 'pretrained')
-# Depth of networks that are too large to try as they are
-REDUCED = dict(num_layers=4, depth=4)
-LARGE = 250e6
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -64,6 +61,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument('--table', metavar='FILE', help='Markdown file to write')
     parser.add_argument('--only', help='backbones whose name contains this')
+    parser.add_argument(
+        '--first', action='store_true', help='try one variant of each kind alone'
+    )
     parser.add_argument(
         '--retry', action='store_true', help='try again what has failed'
     )
@@ -103,6 +103,10 @@ def backbones_of_configs(toolbox):
             kind = backbone['type']
             if not isinstance(kind, str):
                 backbone['type'] = kind = kind.__name__
+            try:
+                backbone = reduced(toolbox, backbone)
+            except Exception as error:  # reported when it is tried
+                print(f'{path.name}: {one_line(error)}')
             arguments = json.dumps(backbone, sort_keys=True, default=str)
             key = f'{toolbox} {kind} {arguments}'
             count = found.get(key, (None, 0))[1]
@@ -152,37 +156,86 @@ def families_of_timm():
 
 
 def build(toolbox, cfg):
-    """A backbone with random weights, less deep where it is very large."""
-    torch.manual_seed(0)
+    """A backbone with random weights, as small as it can be built and run.
+
+    Args:
+        toolbox (str): Name of the toolbox, or ``timm``.
+        cfg (dict | str): Its config, or its name.
+
+    Returns:
+        tuple: The backbone, an input and its outputs.
+    """
+    reason = None
+    for make in _makers(toolbox, cfg):
+        try:
+            torch.manual_seed(0)
+            network = make().eval()
+        except Exception as error:
+            reason = error
+            continue
+        sizes = sizes_to_try(network)
+        for size in [*SMALL, *sizes] if len(sizes) > 2 else sizes:
+            x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
+            try:
+                with torch.no_grad():
+                    return network, x, run(network, x)
+            except TimeoutError:
+                raise
+            except Exception as error:
+                reason = error
+    raise RuntimeError(f'cannot be built or run: {one_line(reason)}')
+
+
+def _makers(toolbox, cfg):
+    """Ways to build a backbone, that of the smallest network first."""
     if toolbox == 'timm':
         import timm
 
-        return timm.create_model(cfg), ''
+        return [lambda: timm.create_model(cfg)]
+    import_module(f'{toolbox}.models')
+
+    def make(cfg):
+        with MODELS.switch_scope_and_registry(toolbox) as registry:
+            return registry.build(copy.deepcopy(cfg))
+
+    small = reduced(toolbox, cfg)
+    cfgs = [dict(small, img_size=64), dict(small, img_size=56), small, cfg]
+    return [lambda cfg=cfg: make(cfg) for cfg in cfgs]
+
+
+def reduced(toolbox, cfg):
+    """The config of a backbone with fewer blocks of the same kinds.
+
+    Args:
+        toolbox (str): Name of the toolbox.
+        cfg (dict): Config of the backbone.
+
+    Returns:
+        dict: A changed copy.
+    """
     cfg = copy.deepcopy(cfg)
     import_module(f'{toolbox}.models')
     with MODELS.switch_scope_and_registry(toolbox) as registry:
-        if _is_large(registry, cfg):
-            cfg['arch'] = _shallow(registry.get(cfg['type']), cfg['arch'])
-            return registry.build(cfg), ' (reduced in depth)'
-        return registry.build(cfg), ''
-
-
-def _is_large(registry, cfg):
-    large = ('huge', 'giant', 'eva-g', 'eva_g', 'xlarge', '-l', 'large', '12b', '8b')
-    arch = cfg.get('arch')
-    return isinstance(arch, str) and any(word in arch for word in large[:5])
-
-
-def _shallow(kind, arch):
+        kind = registry.get(cfg['type'])
     for zoo in ('arch_zoo', 'arch_settings'):
-        settings = getattr(kind, zoo, {}).get(arch)
-        if isinstance(settings, dict):
-            settings = dict(settings)
-            for key in ('num_layers', 'depth'):
-                if isinstance(settings.get(key), int):
-                    settings[key] = min(settings[key], 12)
-            return settings
-    return arch
+        zoo = getattr(kind, zoo, {})
+        arch = cfg.get('arch', cfg.get('depth'))
+        if isinstance(arch, str) and isinstance(zoo.get(arch), dict):
+            cfg['arch'] = copy.deepcopy(zoo[arch])
+    if cfg.get('depth') in (101, 152):
+        cfg['depth'] = 50
+    for node in (cfg, cfg['arch']) if isinstance(cfg.get('arch'), dict) else (cfg,):
+        for key, value in node.items():
+            if key in ('num_layers', 'depth', 'depths', 'num_blocks', 'layers'):
+                if isinstance(value, (list, tuple)) and len(value) == 4:
+                    if all(isinstance(n, int) for n in value):
+                        node[key] = [min(n, 2) for n in value]
+                elif isinstance(value, int) and key != 'depth':
+                    out = cfg.get('out_indices', -1)
+                    last = max(out) if isinstance(out, (list, tuple)) else out
+                    if last < 0:
+                        node[key] = min(value, 6)
+    return cfg
 
 
 def tensors(value):
@@ -199,7 +252,7 @@ def tensors(value):
 def run(network, x):
     # Some draw masks in every forward pass
     torch.manual_seed(1)
-    return tensors(network(x))
+    return tensors(network(x, *other_arguments(network)))
 
 
 def attach(network, size, blocks='auto'):
@@ -211,28 +264,18 @@ def attach(network, size, blocks='auto'):
     )
 
 
-def check(network):
+def check(network, x, before):
     """Attach, compare, train a step, prune and slim.
 
     Args:
         network (nn.Module): A backbone.
+        x (Tensor): An input.
+        before (list[Tensor]): Its outputs.
 
     Returns:
         str: What was attached.
     """
-    network.eval()
-    sizes = sizes_to_try(network)
-    reason = None
-    for size in [*SMALL, *sizes] if len(sizes) > 2 else sizes:
-        x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
-        try:
-            with torch.no_grad():
-                before = run(network, x)
-            break
-        except Exception as error:
-            reason = error
-    else:
-        raise RuntimeError(f'does not run: {one_line(reason)}')
+    size = tuple(x.shape[2:])
     net = attach(copy.deepcopy(network), size)
     own = {k for k in net.state_dict() if not k.startswith('layer_attn_stages.')}
     assert own == set(network.state_dict()), 'keys have changed'
@@ -274,9 +317,7 @@ def check(network):
         assert left == len(attentions) - 1, f'{left} attentions are left'
         for out, e in zip(run(slim, x), expected):
             assert torch.equal(out.nan_to_num(), e.nan_to_num()), 'slim: not equal'
-    stage = next(iter(stages.values()))
     kinds = dict.fromkeys(type(b).__name__ for s in stages.values() for b in s.blocks)
-    del stage
     how = '' if values else ', none measured'
     return f'{len(attentions)} in {len(stages)} stages of {", ".join(kinds)}{how}'
 
@@ -308,8 +349,7 @@ def attempt(toolbox, cfg, seconds):
     began = time.time()
     try:
         with limit(seconds):
-            network, note = build(toolbox, cfg)
-            note = check(network) + note
+            note = check(*build(toolbox, cfg))
         result = dict(ok=True, note=note)
     except Exception as error:
         result = dict(ok=False, note=f'{type(error).__name__}: {one_line(error)}'[:300])
@@ -317,46 +357,55 @@ def attempt(toolbox, cfg, seconds):
 
 
 def write_table(results, path):
-    """Write the results as Markdown, a row for each kind of backbone."""
+    """Write the results as Markdown, a row for each kind of backbone.
+
+    What was not tried counts as the others of its kind do, if these all agree.
+    """
     lines = [
         '# Coverage',
         '',
-        'Written by `tools/analysis/coverage.py`, which says what is tried.',
+        'Written by `tools/analysis/coverage.py`, which says what is tried: layer',
+        "attention with `blocks='auto'` on every backbone. A variant that was not",
+        'tried counts like the others of its kind if these all agree, and as not',
+        'attached if they do not.',
         '',
-        '| from | attached | of | share |',
-        '| --- | --- | --- | --- |',
+        '| from | attached | of | share | of these tried |',
+        '| --- | --- | --- | --- | --- |',
     ]
     sections = []
     for toolbox in (*TOOLBOXES, 'timm'):
-        mine = {k: v for k, v in results.items() if k.split(' ')[0] == toolbox}
-        if not mine:
+        kinds = {}
+        for key, result in results.items():
+            if key.split(' ')[0] == toolbox:
+                kinds.setdefault(key.split(' ')[1], []).append((key, result))
+        if not kinds:
             continue
-        total = sum(r['count'] for r in mine.values())
-        good = sum(r['count'] for r in mine.values() if r['ok'])
+        total = good = tried = 0
+        rows = []
+        for kind, variants in kinds.items():
+            count = sum(r['count'] for _, r in variants)
+            seen = [r for _, r in variants if r['ok'] is not None]
+            done = sum(r['count'] for r in seen if r['ok'])
+            if seen and all(r['ok'] for r in seen):
+                done = count
+            total, good = total + count, good + done
+            tried += sum(r['count'] for r in seen)
+            notes = [r['note'] for r in seen if not r['ok']]
+            notes = notes or [r['note'] for r in seen] or ['not tried']
+            name = variants[0][0].split(' ')[2] if toolbox == 'timm' else ''
+            what = f'{kind} ({name})' if name else kind
+            rows.append((what, done, count, f'{len(seen)}/{len(variants)}', notes[0]))
         version = import_module(toolbox).__version__
         what = 'families' if toolbox == 'timm' else 'backbones in configs'
         lines.append(
             f'| {toolbox} {version}, {what} | {good} | {total} | '
-            f'{100 * good / total:.1f} % |'
+            f'{100 * good / total:.1f} % | {tried} |'
         )
         sections += ['', f'## {toolbox}', '']
-        if toolbox == 'timm':
-            sections += ['| family | model | result |', '| --- | --- | --- |']
-            for key, result in mine.items():
-                _, family, name = key.split(' ')
-                word = '' if result['ok'] else 'not: '
-                sections.append(f'| {family} | {name} | {word}{result["note"]} |')
-            continue
-        sections += ['| backbone | attached | of | example or reason |']
-        sections += ['| --- | --- | --- | --- |']
-        kinds = Counter()
-        for key, result in mine.items():
-            kinds[key.split(' ')[1]] += result['count']
-        for kind, count in kinds.most_common():
-            rows = [r for k, r in mine.items() if k.split(' ')[1] == kind]
-            done = sum(r['count'] for r in rows if r['ok'])
-            notes = [r['note'] for r in rows if not r['ok']] or [rows[0]['note']]
-            sections.append(f'| {kind} | {done} | {count} | {notes[0]} |')
+        sections += ['| kind | attached | of | variants tried | example or reason |']
+        sections += ['| --- | --- | --- | --- | --- |']
+        rows.sort(key=lambda row: (-row[2], row[0]))
+        sections += ['| ' + ' | '.join(map(str, row)) + ' |' for row in rows]
     text = '\n'.join([*lines, *sections]) + '\n'
     Path(path).write_text(text, encoding='utf-8')
 
@@ -376,8 +425,9 @@ def main(argv=None) -> None:
         order = sorted(found, key=lambda key: key not in first.values())
         for number, key in enumerate(order, 1):
             cfg, count = found[key]
-            old = results.get(key)
-            done = old is not None and (old['ok'] or not args.retry)
+            old = results.setdefault(key, dict(ok=None, count=count))
+            done = old['ok'] or (old['ok'] is False and not args.retry)
+            done = done or (args.first and key not in first.values())
             if done or args.only and args.only not in ' '.join(key.split(' ')[:2]):
                 continue
             results[key] = dict(attempt(toolbox, cfg, args.seconds), count=count)
