@@ -141,9 +141,9 @@ def attach_layer_attention(
     Raises:
         KeyError: If there is no layer attention of that ``type``.
         TypeError: If ``layer_attention`` is not a dict with a ``type``.
-        ValueError: If the network has layer attentions already, no block of
-            it fits, ``blocks`` is or names none, or ``head_dim`` does not
-            divide the channels of a block.
+        ValueError: If the network is an ``nn.Sequential`` or has layer
+            attentions already, no block of it fits, ``blocks`` is or names
+            none, or ``head_dim`` does not divide the channels of a block.
 
     Example:
         >>> import torch, torchvision
@@ -156,6 +156,11 @@ def attach_layer_attention(
     arguments, attention_class = check_layer_attention(layer_attention)
     if any(isinstance(module, LayerAttention) for module in backbone.modules()):
         raise ValueError(f'{type(backbone).__name__} has layer attentions already')
+    if isinstance(backbone, nn.Sequential):
+        raise ValueError(
+            'an nn.Sequential would run its attentions as one of its layers; make '
+            'it part of a module whose forward() calls it, and give that one'
+        )
     if hasattr(backbone, '_freeze_stages'):
         backbone._freeze_stages()  # some freeze no sooner than in train()
     found, without = _find_stages(backbone, blocks, input_size)

@@ -14,7 +14,7 @@ from mmela.hooks import NetworkKLMeter
 from mmela.layers import AttentionState, LayerAttention
 from mmela.pruning import FixedCount
 from mmela.structure import attention_stages, layer_attentions, network_of, prune
-from tests.helpers.attachable import Nested, Patches, TwoBranches
+from tests.helpers.attachable import Nested, Patches, Trunk, TwoBranches
 from tests.helpers.backbones import ATTENTIONS
 
 NETWORKS = {
@@ -102,7 +102,7 @@ def test_measured_pruned_and_slimmed(name):
 def test_slim_network_whose_attentions_cross_stages(first):
     """The first of a stage takes over; without it, nothing is taken over."""
     torch.manual_seed(0)
-    plain = nn.Sequential(Nested().groups)
+    plain = Trunk(*Nested().groups)
     kwargs = dict(type='KCLA', head_dim=4)
     network = attach(copy.deepcopy(plain), **kwargs).eval()
     names = list(layer_attentions(network))
@@ -164,13 +164,15 @@ def test_bad_blocks(blocks, message):
 
 
 def test_where_nothing_fits():
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3))
+    network = Trunk(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3))
     with pytest.raises(
-        ValueError, match='no blocks .* Conv2d. Name the blocks: blocks='
+        ValueError, match='no blocks .* Conv2d, Seq.* Name the blocks: blocks='
     ):
         attach(network)
     with pytest.raises(ValueError, match='runs with images of none of the sizes'):
         attach(nn.Linear(7, 7))
+    with pytest.raises(ValueError, match='an nn.Sequential would run its attentions'):
+        attach(nn.Sequential(Patches(8)))
     with pytest.raises(ValueError, match='has layer attentions already'):
         attach(attach(Patches(8)))
 
@@ -211,12 +213,14 @@ def test_identity_of_a_block_with_a_downsample():
             x = self.conv(x).relu()
             return x + self.scale(x)
 
-    network = nn.Sequential(Other(), nn.Sequential(*Nested().groups[0][1]))
+    network = Trunk(Other(), nn.Sequential(*Nested().groups[0][1]))
     light = attach(copy.deepcopy(network), 'MRLALight')
-    assert [s.names for s in light.layer_attn_stages] == [('0', '1.0', '1.1')]
+    assert [s.names for s in light.layer_attn_stages] == [
+        ('body.0', 'body.1.0', 'body.1.1')
+    ]
     assert len(layer_attentions(light)) == 2
-    with pytest.raises(ValueError, match='0 takes an input of another shape'):
-        attach(network, 'MRLALight', blocks=['0', '1.*'])
+    with pytest.raises(ValueError, match='body.0 takes an input of another'):
+        attach(network, 'MRLALight', blocks=['body.0', 'body.1.*'])
 
 
 def test_frozen_blocks():

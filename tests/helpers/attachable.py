@@ -108,3 +108,14 @@ class Nested(nn.Module):
     def forward(self, x):
         x = self.groups(x)
         return self.join(torch.cat([self.short(x), self.blocks(self.main(x))], 1))
+
+
+class Trunk(nn.Module):
+    """Modules one after the other."""
+
+    def __init__(self, *modules):
+        super().__init__()
+        self.body = nn.Sequential(*modules)
+
+    def forward(self, x):
+        return self.body(x)
