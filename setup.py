@@ -154,6 +154,7 @@ if __name__ == '__main__':
         'tests': requirements('tests'),
     }
     extras['all'] = sorted(set(sum(extras.values(), [])))
+    extras['study'] = ['ray>=2.9,<3']  # large, and for tools/study.py --address alone
     forks = toolboxes('mmdet', 'mmpretrain', 'mmseg', fork=True)
     extras['onedl'] = forks + torchvision + segmentation
     setup(

@@ -100,4 +100,6 @@ default_hooks = dict(
     # Back to epoch 6, before the last pruning: see tools/demo.py
     checkpoint=dict(max_keep_ckpts=7),
 )
+# A third faster on a CPU
+custom_hooks = [*_base_.custom_hooks, dict(type='MemoryFormatHook')]
 randomness = dict(seed=0)

@@ -18,6 +18,8 @@ def kl_plot(
 ) -> Plot:
     """KL divergence of each attention as a bar, the pruned ones marked.
 
+    A dot is its shape part, a tick what it is in uniform attention.
+
     Args:
         decision (PruningDecision): The decision.
         labels (tuple[str, str]): What to call the layers that the policy
@@ -33,7 +35,9 @@ def kl_plot(
     log = positive.size and values.min() >= 0 and values.max() > 5 * np.median(positive)
     quantiles = {x.quantile for x in layers if x.quantile is not None}
     policy = known_policy(decision)
-    threshold = policy and policy.threshold_divergence(layers)
+    by_total = decision.policy.get('criterion', 'total') == 'total'
+    threshold = policy and by_total and policy.threshold_divergence(layers)
+    threshold = threshold or None
 
     def plot(figure: Figure, theme: Theme) -> None:
         figure.set_size_inches(WIDTH, 1.1 + 0.19 * len(layers))
@@ -54,6 +58,26 @@ def kl_plot(
                     linewidth=1,
                     label=label,
                 )
+        for key, marker, label in (
+            ('shape', 'o', 'shape part'),
+            ('baseline', '|', 'uniform attention'),
+        ):
+            points = [
+                (getattr(x, key), i)
+                for i, x in enumerate(layers)
+                if getattr(x, key) is not None
+            ]
+            if points:
+                axes.plot(
+                    *zip(*points),
+                    ls='none',
+                    marker=marker,
+                    markersize=4.5 if marker == 'o' else 11,
+                    markeredgewidth=1 if marker == 'o' else 1.6,
+                    markeredgecolor=theme.ink,
+                    markerfacecolor=theme.paper,
+                    label=label,
+                )
         if log:
             axes.set_xscale('log')
             axes.set_xlim(positive.min() / 3, values.max() * 8)
@@ -72,7 +96,7 @@ def kl_plot(
             left = axes.get_xlim()[0]
             axes.annotate(
                 note,
-                (left if kl is None else max(kl, left), index),
+                (left if kl is None else max(kl, layer.baseline or 0, left), index),
                 xytext=(3, 0),
                 textcoords='offset points',
                 va='center',
@@ -82,7 +106,9 @@ def kl_plot(
                 color=theme.ink,
                 bbox=dict(facecolor=theme.paper, edgecolor='none', pad=0.6),
             )
-        if len(quantiles) == 1:  # with one for each stage, none stands for all
+        if (
+            len(quantiles) == 1 and by_total
+        ):  # with one for each stage, none stands for all
             gamma = decision.policy.get('gamma')
             axes.axvline(
                 *quantiles,
@@ -112,7 +138,8 @@ def kl_plot(
         axes.set_xlabel('KL divergence from the attention before (nats)')
         if axes.get_legend_handles_labels()[0]:
             # With more, the names would be wider than the picture.
-            legend_above(axes, 3 if threshold is None else 2)
+            count = len(axes.get_legend_handles_labels()[0])
+            legend_above(axes, 2 if threshold is not None or count > 3 else 3)
 
     return plot
 

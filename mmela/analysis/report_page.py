@@ -160,6 +160,7 @@ attentions</h3>
 eps {{ decision.eps }}; a pruned attention is
 {{ 'skipped, but its key and value stay' if decision.keep_value
    else 'removed whole' }}.
+{% if decision.warning %}<strong>{{ decision.warning }}.</strong>{% endif %}
 {% if before.seconds and after.seconds %}Median step time:
 {{ '%.4g'|format(before.seconds) }} s before ({{ before.count }} logged
 values), {{ '%.4g'|format(after.seconds) }} s after ({{ after.count }} logged
@@ -167,8 +168,10 @@ values){{ change(before.seconds, after.seconds) }}.
 {% else %}There is no step time logged both before and after.{% endif %}</p>
 <div class="pictures"><figure>
 {{ picture(bars, 'KL divergence of each attention, kept or pruned') }}
-<figcaption>KL divergence between the weights of adjacent attentions; a small
-one means that a layer retrieves what the one before did.</figcaption></figure>
+<figcaption>KL divergence between the weights of adjacent attentions, the sum
+of two parts: the shape, which is small where a layer retrieves what the one
+before did, and how much it looks at its own token. Uniform attention has the
+divergence of the tick, by its position alone.</figcaption></figure>
 {% if curve %}<figure>
 {{ picture(curve, 'Mapped against normalised KL divergence') }}
 <figcaption>What the policy makes of it: below the threshold is redundant.
@@ -176,12 +179,16 @@ Layers that it does not map, such as those above the quantile, are not
 shown.</figcaption></figure>{% endif %}</div>
 <div class="box" tabindex="0" role="region" aria-label="Decisions"><table>
 <tr><th>layer attention</th><th class="number">KL</th>
+<th class="number">shape</th><th class="number">own</th>
+<th class="number">uniform</th>
 <th class="number">normalised</th><th class="number">mapped</th>
 <th>decision</th></tr>
 {% for layer in decision.layers %}
 <tr{% if layer.pruned %} class="pruned"{% endif %}>
 <td>{{ '✕ ' if layer.pruned }}{{ layer.name|short }}</td>
-{{ cell(layer.divergence, '4g') }}{{ cell(layer.normalized, '4g') }}
+{{ cell(layer.divergence, '4g') }}{{ cell(layer.shape, '3g') }}
+{{ cell(layer.own, '3g') }}{{ cell(layer.baseline, '3g') }}
+{{ cell(layer.normalized, '4g') }}
 {{ cell(layer.mapped, '4g') }}<td>{{ layer.reason }}</td></tr>
 {% endfor %}
 </table></div>

@@ -16,22 +16,28 @@ def decision_table(layers: Sequence[LayerDecision]) -> str:
     """Format a decision.
 
     Args:
-        layers (Sequence[LayerDecision]): Decision on each attention.
+        layers (Sequence[LayerDecision]): Decision on each attention; its
+            divergence, the two parts of that, and what it is in uniform
+            attention.
 
     Returns:
-        str: A table of 100 columns at most.
+        str: A table of 120 columns at most.
     """
     rows = []
     for layer in layers:
         name = layer.name
         if name.endswith('.layer_attn'):
             name = name[: -len('.layer_attn')]
+        parts = (layer.shape, layer.own, layer.baseline)
+        judged = (layer.normalized, layer.mapped)
         numbers = [
-            '' if value is None else f'{value:.4g}'
-            for value in (layer.divergence, layer.normalized, layer.mapped)
+            '' if value is None else f'{value:.{digits}g}'
+            for digits, values in ((4, [layer.divergence]), (3, parts), (4, judged))
+            for value in values
         ]
         rows.append([name, *numbers, layer.reason])
-    columns = ['layer attention', '>KL', '>normalised', '>mapped', 'decision']
+    columns = ['layer attention', '>KL', '>shape', '>own', '>uniform']
+    columns += ['>normalised', '>mapped', 'decision']
     return _table(columns, rows)
 
 
@@ -43,7 +49,7 @@ def step_time_table(speeds: Sequence[Tuple[int, float, int]]) -> str:
             step time in seconds and number of steps, in order.
 
     Returns:
-        str: A table of 100 columns at most.
+        str: A table of 120 columns at most.
     """
     rows = []
     for active, seconds, count in speeds:
@@ -62,6 +68,6 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     buffer = io.StringIO()
-    Console(file=buffer, width=100).print(table)
+    Console(file=buffer, width=120).print(table)
     lines = (line.rstrip() for line in buffer.getvalue().splitlines())
     return '\n'.join(line for line in lines if line)

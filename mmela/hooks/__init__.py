@@ -1,4 +1,10 @@
 from .layer_attention_pruning_hook import LayerAttentionPruningHook
+from .memory_format_hook import MemoryFormatHook
 from .meter import KLMeter, NetworkKLMeter
 
-__all__ = ['KLMeter', 'LayerAttentionPruningHook', 'NetworkKLMeter']
+__all__ = [
+    'KLMeter',
+    'LayerAttentionPruningHook',
+    'MemoryFormatHook',
+    'NetworkKLMeter',
+]

@@ -57,6 +57,12 @@ class LayerAttentionPruningHook(Hook):
         log_interval (int): Write the divergences measured so far to the
             visualizer each so many iterations of a window, which waits for
             the device. 0 writes them with the decision alone. Defaults to 50.
+        put_off_until (int, optional): Put a decision off while the attentions
+            have not learned yet, see :func:`~mmela.pruning.has_learned`: a
+            window is then measured once more, by as many epochs or iterations,
+            until they have, up to this one, where it is decided all the same.
+            A window that runs into the next is given up for it. Defaults to
+            None, which decides in any case, with a warning.
         followers (dict[str, str], optional): Modules of the model that get
             the structure of others, such as ``dict(teacher='student')`` where
             a teacher is the running mean of a student. Networks that are not
@@ -90,6 +96,7 @@ class LayerAttentionPruningHook(Hook):
         reduction: str = 'mean_kl',
         eps: float = 1e-8,
         log_interval: int = 50,
+        put_off_until: Optional[int] = None,
         followers: Optional[Dict[str, str]] = None,
     ) -> None:
         self.windows = check_windows(windows)
@@ -102,6 +109,15 @@ class LayerAttentionPruningHook(Hook):
         self.reduction = reduction
         self.eps = eps
         self.log_interval = log_interval
+        if put_off_until is not None and (
+            type(put_off_until) is not int
+            or not any(window[1] < put_off_until for window in self.windows)
+        ):
+            raise ValueError(
+                f'put_off_until={put_off_until!r} is not an integer above the end of '
+                f'a window; the windows are {self.windows}'
+            )
+        self.put_off_until = put_off_until
         self.followers = dict(followers or {})
         # As pruning.json has them
         self.settings = dict(
@@ -111,6 +127,7 @@ class LayerAttentionPruningHook(Hook):
             keep_value=keep_value,
             reduction=reduction,
             eps=eps,
+            put_off_until=put_off_until,
         )
         try:
             json.dumps(self.settings)
@@ -125,7 +142,7 @@ class LayerAttentionPruningHook(Hook):
 
     def before_train(self, runner) -> None:
         """Check that the hook fits the run, and take up a resumed window."""
-        check_run(runner, self.windows, self.by_epoch)
+        check_run(runner, self.windows, self.by_epoch, self.put_off_until)
         check_wrapper(runner.model)
         self._stages = measured_stages(
             runner.model, trained_parameters(runner), self.followers, runner.logger
@@ -154,6 +171,9 @@ class LayerAttentionPruningHook(Hook):
         done = self._done(runner)
         resumes = loaded is not None and runner.iter > 0
         if resumes:
+            for name, start in loaded.get('random_start', {}).items():
+                if name in self._attentions:
+                    self._attentions[name].random_start = start
             self.history = [
                 PruningDecision.from_dict(data, self.settings)
                 for data in loaded['history']
@@ -164,9 +184,8 @@ class LayerAttentionPruningHook(Hook):
             keep_earlier(self._report_path(runner))
         if resumes and loaded['window'] is not None:
             self._resume_window(runner, loaded['window'], done)
-        decided = [decision.window for decision in self.history]
-        missed = [w for w in self.windows if w[1] <= done and w not in decided]
-        if missed:
+        missed = [w for w in self._undecided() if w[1] <= done]
+        if missed and self._open is None:
             rest = '' if self.windows[-1][1] > done else ', and no window is left'
             runner.logger.warning(
                 f'Windows {missed} are past without a decision, as the run stands '
@@ -175,18 +194,21 @@ class LayerAttentionPruningHook(Hook):
 
     def _resume_window(self, runner, saved: dict, done: int) -> None:
         """Go on with a window that a checkpoint was saved in."""
-        window = tuple(saved['window'])
-        if window not in self.windows or not window[0] <= done <= window[1]:
+        first, last = window = tuple(saved['window'])
+        put_off = saved.get('put_off', 0)
+        known = (first - put_off, last - put_off) in self.windows
+        if not known or not first - 1 <= done <= last:
             return
-        # Version 0.1 saved no other sums than these.
         stands = saved.get('done', done)
-        if stands != done:
+        # Before 0.2 there were sums of the divergences, not of their parts.
+        if stands != done or 'put_off' not in saved:
             runner.logger.warning(
                 f'The sums of window {window} in the checkpoint stand after '
-                f'{self._unit} {stands} and the run after {done}: they are dropped.'
+                f'{self._unit} {stands} and the run after {done}, or are of an '
+                'earlier version: they are dropped.'
             )
             return
-        self._open_window(window).load_state_dict(saved)
+        self._open_window(window, put_off).load_state_dict(saved)
         runner.logger.info(f'Continue to measure window {window}')
         if done == window[1]:  # saved at its end, but before the decision
             self._close_window(runner, runner.iter)
@@ -201,9 +223,13 @@ class LayerAttentionPruningHook(Hook):
         """Epochs or iterations done, without the one in progress."""
         return runner.epoch if self.by_epoch else runner.iter
 
-    def _open_window(self, window: Window) -> Measurement:
+    def _undecided(self) -> List[Window]:
+        decided = [decision.planned for decision in self.history]
+        return [window for window in self.windows if window not in decided]
+
+    def _open_window(self, window: Window, put_off: int = 0) -> Measurement:
         meter = NetworkKLMeter(self._stages, self.reduction, self.eps)
-        self._open = Measurement(window, meter)
+        self._open = Measurement(window, meter, put_off)
         return self._open
 
     def before_train_epoch(self, runner) -> None:
@@ -222,9 +248,8 @@ class LayerAttentionPruningHook(Hook):
         """Begin an epoch or iteration."""
         done = self._done(runner)
         if self._open is None:
-            decided = [decision.window for decision in self.history]
-            for window in self.windows:
-                if window[0] <= done + 1 <= window[1] and window not in decided:
+            for window in self._undecided():
+                if window[0] <= done + 1 <= window[1]:
                     self._open_window(window)
                     if done + 1 > window[0]:
                         runner.logger.warning(
@@ -264,7 +289,13 @@ class LayerAttentionPruningHook(Hook):
                     f'{stage} has not run in window {measured.window}: its layer '
                     'attentions are not measured, and kept.'
                 )
-            where = dict(window=measured.window, unit=self._unit, iteration=iteration)
+            where = dict(
+                window=measured.window,
+                unit=self._unit,
+                iteration=iteration,
+                put_off=measured.put_off,
+                seed=[runner.seed or 0, iteration],
+            )
             try:
                 message = [measured.meter.decide(self.policy, self.keep_value, **where)]
             except ValueError as error:
@@ -273,10 +304,28 @@ class LayerAttentionPruningHook(Hook):
         decision = message[0]
         if isinstance(decision, str):
             raise ValueError(decision)
+        if decision.warning and self._put_off(runner, decision):
+            return
         prune_run(runner, decision.pruned, self.keep_value, self.followers)
         self.history.append(decision)
         self._write_report(runner)
         self._log(runner, decision)
+
+    def _put_off(self, runner, decision: PruningDecision) -> bool:
+        """Measure a window once more, if it may be put off."""
+        first, last = decision.window
+        length = last - first + 1
+        if self.put_off_until is None or last + length > self.put_off_until:
+            return False
+        why = f'{decision.warning}: window {decision.window} '
+        taken = [w for w in self.windows if first < w[0] <= last + length]
+        if taken:
+            runner.logger.info(why + f'is given up for window {taken[0]}.')
+        else:
+            again = (first + length, last + length)
+            runner.logger.info(why + f'is put off to {again}.')
+            self._open_window(again, decision.put_off + length)
+        return True
 
     # -- report ------------------------------------------------------------
 
@@ -287,7 +336,7 @@ class LayerAttentionPruningHook(Hook):
         """Write what the open window has measured so far."""
         if is_main_process():
             scalars = {
-                f'layer_attention/kl/{name}': value
+                f'layer_attention/kl/{name}': value.total
                 for name, value in self._open.meter.compute().items()
                 if value is not None
             }
@@ -302,10 +351,14 @@ class LayerAttentionPruningHook(Hook):
             f'{before} -> {after} active attentions, {self.policy}\n'
             + decision_table(decision.layers)
         )
+        if decision.warning:
+            runner.logger.warning(f'{decision.warning}.')
         scalars = {'layer_attention/active': after}
         for layer in decision.layers:
             for key, value in (
                 ('kl', layer.divergence),
+                ('kl_shape', layer.shape),
+                ('kl_own', layer.own),
                 ('normalized', layer.normalized),
                 ('mapped', layer.mapped),
                 ('pruned', int(layer.pruned)),
@@ -335,6 +388,10 @@ class LayerAttentionPruningHook(Hook):
         done = checkpoint['meta']['epoch' if self.by_epoch else 'iter']
         checkpoint[CHECKPOINT_KEY] = dict(
             history=[decision.to_dict() for decision in self.history],
+            random_start={
+                name: attention.random_start
+                for name, attention in self._attentions.items()
+            },
             window=self._open and self._open.state_dict(done),
         )
 

@@ -17,10 +17,12 @@ class Measurement:
     Args:
         window (tuple[int, int]): First and last epoch or iteration.
         meter (NetworkKLMeter): Measures.
+        put_off (int): By how much the window was put off. Defaults to 0.
     """
 
-    def __init__(self, window: Window, meter: NetworkKLMeter) -> None:
+    def __init__(self, window: Window, meter: NetworkKLMeter, put_off: int = 0) -> None:
         self.window = window
+        self.put_off = put_off
         self.meter = meter
         self.begin(window[0] - 1)
         self._running = False
@@ -48,8 +50,8 @@ class Measurement:
                 it counts as done.
 
         Returns:
-            dict | None: ``window``, ``done`` (after how many epochs or
-            iterations the sums stand) and ``sums``. None within an iteration
+            dict | None: ``window``, ``put_off``, ``done`` (after how many
+            epochs or iterations the sums stand) and ``sums``. None within an iteration
             on several ranks, of which this one has not all sums.
         """
         done, sums = self._done, self._sums
@@ -58,7 +60,10 @@ class Measurement:
                 return None
             done, sums = done + 1, self.meter.sums
         return dict(
-            window=list(self.window), done=done, sums=self.meter.state_dict(sums)
+            window=list(self.window),
+            put_off=self.put_off,
+            done=done,
+            sums=self.meter.state_dict(sums),
         )
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:

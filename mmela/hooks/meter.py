@@ -1,11 +1,19 @@
-from typing import Any, Dict, List, Optional
+from statistics import median
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 import torch
 from mmengine.dist import all_reduce, is_main_process
 from torch import Tensor
 
 from ..layers import AttentionState
-from ..pruning import PruningDecision, PruningPolicy, attention_kl, safe_log
+from ..pruning import (
+    Divergence,
+    PruningDecision,
+    PruningPolicy,
+    deviation,
+    safe_log,
+    split_kl,
+)
 from ..structure import AttentionStage
 
 REDUCTIONS = ('mean_kl', 'mean_distribution')
@@ -72,7 +80,7 @@ class KLMeter:
         size = (
             sum(self.tokens.values())
             if reduction == 'mean_distribution'
-            else max(len(self.tokens) - 1, 0)
+            else 2 * max(len(self.tokens) - 1, 0)
         )
         # The last element counts the distributions, samples times heads, that
         # the others are sums over. One tensor means one reduction over ranks.
@@ -93,30 +101,36 @@ class KLMeter:
             sums = [log_p.exp().sum((0, 1)) for log_p in log_probs]
         else:
             sums = [
-                attention_kl(log_p, log_q, self.eps).sum()[None]
+                part.sum()[None]
                 for log_p, log_q in zip(log_probs, log_probs[1:])
+                for part in split_kl(log_p, log_q, self.eps)
             ]
         count = scores[0].new_full((1,), scores[0][..., 0].numel())
         self.sums += torch.cat([*sums, count.double()])
 
-    def compute(self) -> Dict[str, Optional[float]]:
+    def compute(self) -> Dict[str, Optional[Divergence]]:
         """KL divergence of each active attention from its predecessor.
 
         Returns:
-            dict[str, float | None]: By name within the stage; None for the
+            dict[str, Divergence | None]: By name within the stage; None for the
             first, and for all where the stage has not run.
         """
         sums, count = self.sums[:-1].cpu(), self.sums[-1].cpu()
-        values: List[Optional[float]] = [None] * (len(self.tokens) - 1)
-        if count and self.reduction == 'mean_kl':
-            values = (sums / count).tolist()
-        elif count:
-            parts = (sums / count).split(list(self.tokens.values()))
-            log_probs = list(map(safe_log, parts))
-            values = [
-                float(attention_kl(log_p, log_q, self.eps))
+        if not count:
+            return dict.fromkeys(self.tokens)
+        tokens = list(self.tokens.values())
+        if self.reduction == 'mean_kl':
+            parts = (sums / count).view(-1, 2).tolist()
+        else:
+            log_probs = list(map(safe_log, (sums / count).split(tokens)))
+            parts = [
+                list(map(float, split_kl(log_p, log_q, self.eps)))
                 for log_p, log_q in zip(log_probs, log_probs[1:])
             ]
+        values = [
+            Divergence(shape, own, before, now - before)
+            for (shape, own), before, now in zip(parts, tokens, tokens[1:])
+        ]
         return dict(zip(self.tokens, [None, *values]))
 
 
@@ -216,11 +230,11 @@ class NetworkKLMeter:
         for name, sums in state['sums'].items():
             self.meters[name].sums.copy_(sums)
 
-    def compute(self) -> Dict[str, Optional[float]]:
+    def compute(self) -> Dict[str, Optional[Divergence]]:
         """KL divergences of all active attentions.
 
         Returns:
-            dict[str, float | None]: By name, in order; None where there is
+            dict[str, Divergence | None]: By name, in order; None where there is
             none, as for the first of a stage.
         """
         return {
@@ -242,7 +256,11 @@ class NetworkKLMeter:
         ]
 
     def decide(
-        self, policy: PruningPolicy, keep_value: bool = False, **where
+        self,
+        policy: PruningPolicy,
+        keep_value: bool = False,
+        seed: Union[int, Sequence[int]] = 0,
+        **where,
     ) -> PruningDecision:
         """Have a policy decide on what was measured.
 
@@ -250,7 +268,10 @@ class NetworkKLMeter:
             policy (PruningPolicy): The policy.
             keep_value (bool): What becomes of what is pruned, see
                 :func:`mmela.structure.prune`. Defaults to False.
-            **where: ``window``, ``unit`` and ``iteration`` of the decision.
+            seed (int | Sequence[int]): For a policy that chooses by chance.
+                Defaults to 0.
+            **where: ``window``, ``unit``, ``iteration`` and ``put_off`` of the
+                decision.
 
         Returns:
             PruningDecision: The decision; nothing is changed by it.
@@ -261,13 +282,26 @@ class NetworkKLMeter:
         values = self.compute()
         stages = [name for name, meter in self.meters.items() for _ in meter.tokens]
         return PruningDecision(
-            policy(values.values(), stages, values),
+            policy(values.values(), stages, values, seed),
             policy.config,
             self.reduction,
             self.eps,
             keep_value,
+            deviation=deviation(values.values()),
+            movement=self._movement(),
             **where,
         )
+
+    def _movement(self) -> Optional[float]:
+        """Median of :meth:`~mmela.layers.LayerAttention.movement`."""
+        found = [
+            attention.movement()
+            for stage in self.stages.values()
+            for attention in stage.attentions
+            if attention.active
+        ]
+        known = [value for value in found if value is not None]
+        return median(known) if known else None
 
 
 def _check_same(key: str, found, expected) -> None:

@@ -1,4 +1,4 @@
-from typing import List, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import IterBasedTrainLoop
@@ -46,17 +46,24 @@ def check_windows(windows: Sequence[Window]) -> List[Window]:
     return checked
 
 
-def check_run(runner, windows: Sequence[Window], by_epoch: bool) -> None:
+def check_run(
+    runner,
+    windows: Sequence[Window],
+    by_epoch: bool,
+    put_off_until: Optional[int] = None,
+) -> None:
     """Check that windows fit a run, and warn of what would go wrong in it.
 
     Args:
         runner (Runner): The runner, before training.
         windows (Sequence[tuple[int, int]]): Of :func:`check_windows`.
         by_epoch (bool): Whether they count epochs; otherwise iterations.
+        put_off_until (int, optional): Up to where one may be put off. Defaults
+            to None.
 
     Raises:
         ValueError: If the loop counts something else, or the training ends
-            before a window does.
+            before a window does or may do.
     """
     iter_based = isinstance(runner.train_loop, IterBasedTrainLoop)
     if by_epoch and iter_based:
@@ -72,9 +79,13 @@ def check_run(runner, windows: Sequence[Window], by_epoch: bool) -> None:
             'give the windows in epochs and set by_epoch=True'
         )
     end = runner.max_epochs if by_epoch else runner.max_iters
+    unit = 'epochs' if by_epoch else 'iterations'
+    if put_off_until is not None and put_off_until > end:
+        raise ValueError(
+            f'put_off_until={put_off_until} is after the last of {end} {unit}'
+        )
     for window in windows[-1:]:
         if window[1] > end:
-            unit = 'epochs' if by_epoch else 'iterations'
             raise ValueError(f'window {window} ends after the last of {end} {unit}')
         if window[1] == end:
             runner.logger.warning(

@@ -79,6 +79,9 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
     the stage before, as ``memory.before``. Its constructor then takes
     ``previous_channels`` and ``stride``."""
 
+    random_start: Optional[Tensor] = None
+    """Tensor | None: Weights of query and key as they were drawn."""
+
     used_by_value: Tuple[str, ...] = ()
     """tuple[str]: Submodules that ``VALUE_ONLY`` still uses."""
 
@@ -137,6 +140,15 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
     def active(self) -> bool:
         """bool: Whether the attention is computed."""
         return self.attention_state == AttentionState.ACTIVE
+
+    def movement(self) -> Optional[float]:
+        """How far query and key have come from their random start.
+
+        Returns:
+            float | None: Norm of the change relative to that of the start;
+            None for an attention without query and key.
+        """
+        return None
 
     @property
     def attention_state(self) -> AttentionState:
@@ -276,6 +288,7 @@ class QKVLayerAttention(LayerAttention):
         """Draw the weights anew."""
         self.query.reset_parameters()
         self.key.reset_parameters()
+        self.random_start = self._query_and_key()
         # Published: Kaiming over the fan-out without regard to the groups; the
         # norm corrects the scale. In a pre-trained detector the norm is often
         # evaluated with its initial statistics and corrects nothing, so there
@@ -296,6 +309,15 @@ class QKVLayerAttention(LayerAttention):
         else:
             self.reset_parameters()
             self._is_init = True
+
+    def _query_and_key(self) -> Tensor:
+        """Weights of query and key, (2 k,), on the CPU."""
+        weights = [self.query.weight, self.key.weight]
+        return torch.cat([w.detach().flatten() for w in weights]).float().cpu()
+
+    def movement(self) -> float:
+        change = self._query_and_key() - self.random_start
+        return float(change.norm() / self.random_start.norm())
 
     def heads(self, y: Tensor) -> Tensor:
         """(B, 1, C) to (B, G, d), in at least single precision."""

@@ -1,6 +1,6 @@
 """Which layer attentions are redundant: pure functions of KL divergences."""
 
-from .divergence import attention_kl, safe_log
+from .divergence import Divergence, attention_kl, safe_log, split_kl
 from .ebqm import EBQMResult, ebqm
 from .policies import (
     EBQM,
@@ -12,8 +12,10 @@ from .policies import (
 )
 from .record import LayerDecision, PruningDecision, PruningReport
 from .registry import PRUNING_POLICIES
+from .signal import deviation, has_learned
 
 __all__ = [
+    'Divergence',
     'EBQM',
     'EBQMResult',
     'FixedCount',
@@ -26,6 +28,9 @@ __all__ = [
     'Threshold',
     'attention_kl',
     'build_policy',
+    'deviation',
     'ebqm',
+    'has_learned',
     'safe_log',
+    'split_kl',
 ]

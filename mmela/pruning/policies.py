@@ -5,9 +5,12 @@ from typing import Dict, List, Optional, Sequence, Tuple, Union
 import numpy as np
 from scipy import special
 
+from .divergence import Divergence
 from .ebqm import EBQMResult, beta_cdf, check_kl, check_number, map_quantiles
 from .record import LayerDecision
 from .registry import PRUNING_POLICIES
+
+CRITERIA = ('total', 'shape', 'random', 'position')
 
 
 class PruningPolicy(metaclass=ABCMeta):
@@ -20,8 +23,18 @@ class PruningPolicy(metaclass=ABCMeta):
             first, which is never pruned, included. Defaults to 1.
         max_pruned (int, optional): Most attentions that one decision prunes.
             Defaults to None.
+        criterion (str): What is judged. ``'total'``: the KL divergence, as in
+            the paper. ``'shape'``: its part that says whether both attentions
+            mix what they share alike, see
+            :func:`~mmela.pruning.split_kl`; an attention whose predecessor
+            sees one token has no shape and is kept. Two controls tell what the
+            choice itself is worth, as they prune the same number of
+            attentions: ``'random'`` deals the divergences of a pool out by
+            chance, ``'position'`` in the order of ``log((t + n) / t)``, which
+            falls along a stage; of equal ones the earlier layer gets the
+            smaller. Defaults to ``'total'``.
 
-    Where a limit binds, the smallest KL divergences are pruned first; of equal
+    Where a limit binds, the smallest judged values are pruned first; of equal
     ones the earlier layer.
 
     Raises:
@@ -35,7 +48,14 @@ class PruningPolicy(metaclass=ABCMeta):
         scope: str = 'network',
         min_active_per_stage: int = 1,
         max_pruned: Optional[int] = None,
+        criterion: str = 'total',
     ) -> None:
+        if criterion not in CRITERIA:
+            raise ValueError(
+                f'criterion={criterion!r} is unknown; allowed are '
+                f'{", ".join(map(repr, CRITERIA))}'
+            )
+        self.criterion = criterion
         if scope not in ('network', 'stage'):
             raise ValueError(
                 f"scope={scope!r} is unknown; allowed are 'network' and 'stage'"
@@ -86,21 +106,21 @@ class PruningPolicy(metaclass=ABCMeta):
         return None
 
     def threshold_divergence(self, layers: Sequence[LayerDecision]) -> Optional[float]:
-        """The divergence below which this policy found attentions redundant.
+        """The value below which this policy found attentions redundant.
 
         Args:
             layers (Sequence[LayerDecision]): What it decided.
 
         Returns:
-            float | None: In nats; None where there is no such divergence, as
-            the policy counts layers, or judges each stage by itself.
+            float | None: In nats; None where there is no such value, as the
+            policy counts layers, or judges each stage by itself.
         """
         grid = np.linspace(0, 1, 201)
         curve = self.map(grid)
         points = [
-            (layer.divergence, layer.normalized)
+            (layer.value, layer.normalized)
             for layer in layers
-            if layer.divergence is not None and layer.normalized is not None
+            if layer.value is not None and layer.normalized is not None
         ]
         if curve is None or self.threshold is None or self.scope != 'network':
             return None
@@ -115,28 +135,33 @@ class PruningPolicy(metaclass=ABCMeta):
 
     def __call__(
         self,
-        divergences: Sequence[Optional[float]],
+        divergences: Sequence[Union[Divergence, float, None]],
         stages: Optional[Sequence[str]] = None,
         names: Optional[Sequence[str]] = None,
+        seed: Union[int, Sequence[int]] = 0,
     ) -> Tuple[LayerDecision, ...]:
         """Decide which attentions are redundant.
 
         Args:
-            divergences (Sequence[float | None]): KL divergence of each active
-                attention from the one before it, in the order of the network,
-                (L,). None where it is not measured, as for the first of a
-                stage; such an attention is kept.
+            divergences (Sequence[Divergence | float | None]): KL divergence of
+                each active attention from the one before it, in the order of
+                the network, (L,). None where it is not measured, as for the
+                first of a stage; such an attention is kept. A float is the
+                total alone.
             stages (Sequence[str], optional): Name of the stage of each, (L,).
                 Defaults to one stage.
             names (Sequence[str], optional): Names of the attentions, (L,).
                 Defaults to ``layer 0`` and so on.
+            seed (int | Sequence[int]): For ``criterion='random'``. Defaults
+                to 0.
 
         Returns:
             tuple[LayerDecision]: The decisions and the numbers behind them.
 
         Raises:
-            ValueError: If a divergence is NaN or infinite, or the lengths
-                differ.
+            ValueError: If a divergence is NaN or infinite, the lengths
+                differ, or the criterion needs the parts of a divergence that
+                is a float.
         """
         divergences = list(divergences)
         count = len(divergences)
@@ -147,29 +172,44 @@ class PruningPolicy(metaclass=ABCMeta):
                 f'divergences has {count} entries, stages {len(stages)} and names '
                 f'{len(names)}; they must agree'
             )
-        layers = []
-        pools: Dict[str, Dict[int, float]] = {}
-        for index, (name, stage, value) in enumerate(zip(names, stages, divergences)):
-            if value is not None:
-                key = stage if self.scope == 'stage' else ''
-                value = pools.setdefault(key, {})[index] = float(value)
+        layers: List[LayerDecision] = []
+        pools: Dict[str, List[int]] = {}
+        for index, (name, stage, given) in enumerate(zip(names, stages, divergences)):
             first = 'first of its stage, ' if stages.index(stage) == index else ''
-            reason = f'kept: {first}not measured'
-            layers.append(
-                LayerDecision(
-                    name, stage, value, threshold=self.threshold, reason=reason
-                )
+            layer = LayerDecision(
+                name,
+                stage,
+                threshold=self.threshold,
+                reason=f'kept: {first}not measured',
             )
+            if given is not None:
+                layer = _measured(layer, given)
+                if self.criterion == 'shape' and getattr(given, 'shared', 0) == 1:
+                    layer = replace(layer, reason='kept: one token has no shape')
+                else:
+                    key = stage if self.scope == 'stage' else ''
+                    pools.setdefault(key, []).append(index)
+            layers.append(layer)
+        check_kl(
+            [layer.divergence for layer in layers if layer.divergence is not None],
+            [layer.name for layer in layers if layer.divergence is not None],
+        )
+        rng = np.random.default_rng(seed)
         for pool in pools.values():
-            result = self.decide(
-                check_kl(list(pool.values()), [names[index] for index in pool])
-            )
-            for index, skip, selected, normalized, mapped in zip(
-                pool, result.skip, result.selected, result.normalized, result.mapped
+            values = self._judged([layers[index] for index in pool], rng)
+            result = self.decide(values)
+            for index, value, skip, selected, normalized, mapped in zip(
+                pool,
+                values,
+                result.skip,
+                result.selected,
+                result.normalized,
+                result.mapped,
             ):
                 layers[index] = self._explain(
                     replace(
                         layers[index],
+                        value=float(value),
                         normalized=_optional(normalized),
                         mapped=_optional(mapped),
                         quantile=_optional(result.quantile),
@@ -178,6 +218,29 @@ class PruningPolicy(metaclass=ABCMeta):
                     )
                 )
         return self._limit(layers)
+
+    def _judged(
+        self, layers: Sequence[LayerDecision], rng: np.random.Generator
+    ) -> np.ndarray:
+        """The values of a pool that the criterion has the policy judge, (M,)."""
+        totals = np.array([layer.divergence for layer in layers], dtype=np.float64)
+        if self.criterion == 'total':
+            return totals
+        if self.criterion == 'random':
+            return rng.permutation(totals)
+        key = 'shape' if self.criterion == 'shape' else 'baseline'
+        for layer in layers:
+            if getattr(layer, key) is None:
+                raise ValueError(
+                    f'criterion={self.criterion!r} needs the parts of a divergence, '
+                    f'but that of {layer.name} is the number {layer.divergence}'
+                )
+        found = np.array([getattr(layer, key) for layer in layers], dtype=np.float64)
+        if self.criterion == 'shape':
+            return found
+        dealt = np.empty_like(totals)
+        dealt[np.argsort(found, kind='stable')] = np.sort(totals)
+        return dealt
 
     def _explain(self, layer: LayerDecision) -> LayerDecision:
         """Give the reason for a decision on a measured attention."""
@@ -193,14 +256,14 @@ class PruningPolicy(metaclass=ABCMeta):
         return replace(layer, reason=reason)
 
     def _limit(self, layers: List[LayerDecision]) -> Tuple[LayerDecision, ...]:
-        """Keep what the limits forbid to prune, the largest divergences."""
+        """Keep what the limits forbid to prune, the largest values."""
         left: Dict[str, int] = {}
         for layer in layers:
             left[layer.stage] = left.get(layer.stage, 0) + 1
         wanted = [
-            (layer.divergence, index)
+            (layer.value, index)
             for index, layer in enumerate(layers)
-            if layer.pruned and layer.divergence is not None
+            if layer.pruned and layer.value is not None
         ]
         pruned = 0
         for _, index in sorted(wanted):  # ties go by position
@@ -248,6 +311,21 @@ def build_policy(cfg: Union[dict, PruningPolicy, None] = None) -> PruningPolicy:
         return policy(**arguments)
     except TypeError as error:
         raise ValueError(f'policy={dict(cfg)!r}: {error}') from error
+
+
+def _measured(
+    layer: LayerDecision, divergence: Union[Divergence, float]
+) -> LayerDecision:
+    """Note what was measured."""
+    if not isinstance(divergence, Divergence):
+        return replace(layer, divergence=float(divergence))
+    return replace(
+        layer,
+        divergence=divergence.total,
+        shape=divergence.shape,
+        own=divergence.own,
+        baseline=divergence.baseline,
+    )
 
 
 def _optional(value: float) -> Optional[float]:

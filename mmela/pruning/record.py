@@ -9,7 +9,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
+from .signal import has_learned, learning_state
+
 FORMAT = 2
+NUMBERS = (
+    'divergence',
+    'shape',
+    'own',
+    'baseline',
+    'value',
+    'normalized',
+    'mapped',
+    'threshold',
+    'quantile',
+)
 # What format 1 kept once for all decisions
 _SETTINGS = ('policy', 'reduction', 'eps', 'keep_value')
 
@@ -23,11 +36,19 @@ class LayerDecision:
         stage (str): Name of its stage, ``backbone.layer1``.
         divergence (float | None): KL divergence from the active attention
             before it in nats; None where it was not measured.
+        shape (float | None): The part of it that says whether both mix alike
+            what they share, see :func:`~mmela.pruning.split_kl`; None where
+            it is not known.
+        own (float | None): The other part: how much the attention looks at
+            its own token.
+        baseline (float | None): The divergence of uniform attention there.
+        value (float | None): What the policy judged by its criterion, the
+            divergence or what stands for it.
         normalized (float | None): What the policy made of it before mapping.
         mapped (float | None): What was compared with ``threshold``.
         threshold (float | None): None for a policy without one.
-        quantile (float | None): The largest divergence that a candidate of
-            its pool may have.
+        quantile (float | None): The largest value that a candidate of its
+            pool may have.
         selected (bool): Whether it was a candidate.
         pruned (bool): Whether it was pruned.
         reason (str): Why it was pruned or kept.
@@ -36,6 +57,10 @@ class LayerDecision:
     name: str
     stage: str
     divergence: Optional[float] = None
+    shape: Optional[float] = None
+    own: Optional[float] = None
+    baseline: Optional[float] = None
+    value: Optional[float] = None
     normalized: Optional[float] = None
     mapped: Optional[float] = None
     threshold: Optional[float] = None
@@ -64,13 +89,15 @@ class LayerDecision:
                 and data.get('reason') != 'kept: above the quantile'
             )
             data = {key: data[key] for key in cls.__annotations__ if key in data}
+        # There was no criterion but the divergence itself.
+        data.setdefault('value', data.get('divergence'))
         try:
             layer = cls(**data)
         except TypeError as error:
             raise ValueError(f'a layer has the keys {sorted(data)}: {error}') from error
         for key in ('name', 'stage'):
             check_name(getattr(layer, key))
-        for key in ('divergence', 'normalized', 'mapped', 'threshold', 'quantile'):
+        for key in NUMBERS:
             value = getattr(layer, key)
             if value is not None and not math.isfinite(_check(key, value, float)):
                 raise ValueError(f'{key}={value} is not finite')
@@ -98,6 +125,12 @@ class PruningDecision:
             that was measured; None outside of a training.
         unit (str | None): ``'epoch'`` or ``'iteration'``.
         iteration (int | None): Training iterations done before it.
+        put_off (int): By how many epochs or iterations the window was put off
+            as the attentions had not learned yet.
+        deviation (float | None): See :func:`~mmela.pruning.deviation`; None
+            where nothing was measured.
+        movement (float | None): How far query and key have come from their
+            random start, as of :func:`~mmela.pruning.has_learned`.
     """
 
     layers: Tuple[LayerDecision, ...]
@@ -108,6 +141,30 @@ class PruningDecision:
     window: Optional[Tuple[int, int]] = None
     unit: Optional[str] = None
     iteration: Optional[int] = None
+    put_off: int = 0
+    deviation: Optional[float] = None
+    movement: Optional[float] = None
+
+    @property
+    def learned(self) -> Optional[bool]:
+        """bool | None: See :func:`~mmela.pruning.has_learned`."""
+        return has_learned(self.deviation, self.movement)
+
+    @property
+    def warning(self) -> Optional[str]:
+        """str | None: Why the decision says nothing of the data, a sentence
+        without its full stop; None where it does, or is a control."""
+        control = self.policy.get('criterion') in ('random', 'position')
+        if self.learned is not False or control:
+            return None
+        return learning_state(self.deviation, self.movement)
+
+    @property
+    def planned(self) -> Optional[Tuple[int, int]]:
+        """tuple[int, int] | None: The window before it was put off."""
+        if self.window is None:
+            return None
+        return self.window[0] - self.put_off, self.window[1] - self.put_off
 
     @property
     def pruned(self) -> Tuple[str, ...]:
@@ -121,7 +178,7 @@ class PruningDecision:
 
     def to_dict(self) -> Dict[str, Any]:
         """Plain values, which JSON can hold."""
-        return json.loads(json.dumps(asdict(self)))
+        return json.loads(json.dumps(dict(asdict(self), learned=self.learned)))
 
     @classmethod
     def from_dict(
@@ -154,8 +211,11 @@ class PruningDecision:
         _check('keep_value', decision.keep_value, bool)
         if decision.unit not in (None, 'epoch', 'iteration'):
             raise ValueError(f'unit={decision.unit!r} is not epoch or iteration')
-        if decision.iteration is not None:
-            _check('iteration', decision.iteration, int)
+        for key, kind in dict(
+            iteration=int, put_off=int, deviation=float, movement=float
+        ).items():
+            if getattr(decision, key) is not None:
+                _check(key, getattr(decision, key), kind)
         return decision
 
 

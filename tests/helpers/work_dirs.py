@@ -5,7 +5,7 @@ import json
 import numpy as np
 import torch
 
-from mmela.pruning import PruningDecision, PruningReport, build_policy
+from mmela.pruning import Divergence, PruningDecision, PruningReport, build_policy
 
 POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.2)
 BLOCKS = dict(layer1=3, layer2=4, layer3=6, layer4=3)
@@ -20,9 +20,11 @@ def pruning(window, iteration, names, seed, policy=POLICY, spread=1.0):
     """A decision as the hook records it."""
     kl = np.exp(spread * np.random.default_rng(seed).normal(size=len(names)))
     stages = ['.'.join(name.split('.')[:2]) for name in names]
-    values = [
-        None if stages.index(stage) == i else kl[i] for i, stage in enumerate(stages)
-    ]
+    values = []
+    for i, stage in enumerate(stages):
+        seen = i - stages.index(stage)
+        parts = 0.25 * kl[i], 0.75 * kl[i]
+        values.append(Divergence(*parts, seen, 1) if seen else None)
     built = build_policy(policy)
     return PruningDecision(
         built(values, stages, names),

@@ -67,8 +67,15 @@ def test_numbers(synthetic):
         assert decision.pruned and len(decision.active) > 3
         for layer in decision.layers:
             numbers = [
-                '' if value is None else f'{value:.4g}'
-                for value in (layer.divergence, layer.normalized, layer.mapped)
+                '' if value is None else f'{value:.{digits}g}'
+                for value, digits in (
+                    (layer.divergence, 4),
+                    (layer.shape, 3),
+                    (layer.own, 3),
+                    (layer.baseline, 3),
+                    (layer.normalized, 4),
+                    (layer.mapped, 4),
+                )
             ]
             name = ('✕ ' if layer.pruned else '') + layer.name[
                 len('backbone.') : -len('.layer_attn')
@@ -139,7 +146,7 @@ def test_summary(synthetic):
         'pictures',
     ):
         assert str(work_dir / name) in text
-    assert max(map(len, text.splitlines())) <= max(100, len(str(work_dir)) + 60)
+    assert max(map(len, text.splitlines())) <= max(120, len(str(work_dir)) + 60)
 
 
 def test_out(synthetic, tmp_path):
@@ -264,8 +271,23 @@ def lines_of(decision):
     return {
         line.get_label(): line.get_xdata()[0]
         for line in figure.axes[0].lines
-        if not line.get_label().startswith('_')
+        if not line.get_label().startswith('_') and line.get_linestyle() != 'None'
     }
+
+
+def test_parts_are_drawn():
+    names = [f'backbone.layer1.{i}.layer_attn' for i in range(6)]
+    decision = pruning((1, 1), 20, names, 0)
+    figure = Figure()
+    kl_plot(decision)(figure, LIGHT)
+    dots = {line.get_label(): line for line in figure.axes[0].lines}
+    assert list(dots['shape part'].get_ydata()) == [1, 2, 3, 4, 5]
+    assert list(dots['shape part'].get_xdata()) == [
+        layer.shape for layer in decision.layers[1:]
+    ]
+    assert list(dots['uniform attention'].get_xdata()) == pytest.approx(
+        np.log([2, 3 / 2, 4 / 3, 5 / 4, 6 / 5])
+    )
 
 
 def test_quantile_of_the_default_policy_is_drawn():

@@ -1,5 +1,7 @@
+import numpy as np
 import pytest
 import torch
+from scipy.stats import entropy
 
 from mmela.hooks import KLMeter, NetworkKLMeter
 from mmela.layers import AttentionState, SequentialAttentionStage
@@ -33,7 +35,7 @@ def measure(stage, batches, **kwargs):
 def values(meter):
     found = list(meter.compute().values())
     assert found[:1] == [None]
-    return found[1:]
+    return [divergence.total for divergence in found[1:]]
 
 
 BATCHES = [torch.randn(n, CHANNELS, 5, 5) for n in (3, 1)]
@@ -52,6 +54,47 @@ def test_mean_distribution(states):
     means = [p.mean((0, 1)) for p in probs]
     expected = [padded_kl(p, q) for p, q in zip(means, means[1:])]
     assert values(meter) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize('states', [(0, 0, 0), (0, 1, 0)])
+@pytest.mark.parametrize('reduction', ['mean_kl', 'mean_distribution'])
+def test_parts(states, reduction):
+    """By scipy, on the distributions; what is new has its eps as well."""
+    meter, probs = measure(make_stage(states), BATCHES, reduction=reduction)
+    if reduction == 'mean_distribution':
+        probs = [p.mean((0, 1)) for p in probs]
+    for divergence, p, q in zip(list(meter.compute().values())[1:], probs, probs[1:]):
+        shared, new = np.split(q, [p.shape[-1]], axis=-1)
+        eps = (1e-8 * np.log(1e-8 / new)).sum(-1)
+        own = (eps - np.log(1 - new.sum(-1))).mean()
+        assert divergence.shape == pytest.approx(
+            entropy(p, shared, axis=-1).mean(), rel=1e-6, abs=1e-9
+        )
+        assert divergence.own == pytest.approx(own, rel=1e-6)
+        assert divergence.shared == p.shape[-1]
+        assert divergence.more == q.shape[-1] - p.shape[-1]
+        assert divergence.baseline == pytest.approx(np.log(q.shape[-1] / p.shape[-1]))
+
+
+def test_decision_knows_how_far_query_and_key_have_come():
+    stage = make_stage()
+    for attention in stage.attentions:
+        start = attention.random_start
+        size = len(start) // 2
+        # The key stays, the query goes as far as the start is long.
+        attention.key.weight.data.copy_(start[size:].view(1, 1, -1))
+        step = torch.zeros(size)
+        step[0] = start.norm()
+        attention.query.weight.data.copy_((start[:size] + step).view(1, 1, -1))
+    meter = NetworkKLMeter(dict(layer1=stage))
+    meter.attach()
+    stage(BATCHES[0])
+    decision = meter.decide(EBQM())
+    assert decision.movement == pytest.approx(1)
+    ratios = [
+        abs(layer.divergence / layer.baseline - 1) for layer in decision.layers[1:]
+    ]
+    assert decision.deviation == pytest.approx(sum(ratios) / 2)
 
 
 def test_every_sample_counts_the_same():
@@ -100,8 +143,7 @@ def test_state_dict_goes_on(reduction):
         meter.attach()
         stage(batch)
         meter.detach()
-    found = list(second.compute().values())[1:]
-    assert found == pytest.approx(values(whole), rel=1e-9)
+    assert values(second) == pytest.approx(values(whole), rel=1e-9)
     # What version 0.1 saved
     second.load_state_dict(first.state_dict()['sums'])
     assert torch.equal(second.sums, first.sums)

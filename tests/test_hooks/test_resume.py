@@ -96,9 +96,7 @@ def test_users_checkpoint_in_an_iteration_window(steps, tmp_path, name):
 def test_sums_of_another_point_are_dropped(steps, tmp_path):
     """As where a user gives the checkpoint a count of their own."""
     runner = resume(still(tmp_path, STEPS, iterations=True), steps / 'count.pth')
-    assert 'stand after iteration 4 and the run after 2: they are dropped' in log_of(
-        runner
-    )
+    assert 'stand after iteration 4 and the run after 2, or are of' in log_of(runner)
     assert 'measured from 3 on' in log_of(runner)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax
 from scipy.stats import entropy
 
-from mmela.pruning import attention_kl, safe_log
+from mmela.pruning import Divergence, attention_kl, safe_log, split_kl
 
 inf = math.inf
 # Scores as they come, saturated, and masked
@@ -143,3 +143,62 @@ def test_later_block_must_see_more(tokens):
 def test_bad_eps(eps):
     with pytest.raises(ValueError, match=f'eps={eps}'):
         attention_kl(np.zeros(1), np.zeros(2), eps=eps)
+
+
+def test_parts_by_hand():
+    # P = (3/4, 1/4), Q = (1/4, 1/4, 1/2): Q' = (1/2, 1/2), and 1/2 is new.
+    # Shape: 3/4 ln(3/2) + 1/4 ln(1/2) = 0.130812; own: ln 2 + eps term
+    shape, own = split_kl(log(0.75, 0.25), log(0.25, 0.25, 0.5), eps=1e-2)
+    assert shape == pytest.approx(0.130812, abs=1e-6)
+    assert own == pytest.approx(0.693147 - 0.039120, abs=1e-6)
+
+
+@given(
+    st.lists(st.floats(-30, 30), min_size=2, max_size=6),
+    st.lists(st.floats(-30, 30), min_size=3, max_size=9),
+)
+def test_parts_add_up(first, second):
+    """To eq. 8 as it stands, term by term, whatever the attentions."""
+    p, q = log_softmax(first), log_softmax(second + [0.0] * len(first))
+    shape, own = split_kl(p, q)
+    eps = 1e-8
+    padded = np.concatenate([np.exp(p), np.full(len(q) - len(p), eps)])
+    total = (padded * (np.log(padded) - q)).sum()
+    assert shape >= 0
+    assert shape + own == pytest.approx(total, rel=1e-9, abs=1e-9)
+    for part, same in zip((shape, own), split_kl(torch.tensor(p), torch.tensor(q))):
+        assert float(same) == pytest.approx(float(part), abs=1e-9)
+
+
+@given(
+    st.lists(st.floats(-20, 20), min_size=1, max_size=6),
+    st.lists(st.floats(-5, 20), min_size=1, max_size=3),
+)
+def test_equal_mixtures_have_no_shape(shared, new):
+    """However much the later attention looks at its own tokens."""
+    p, q = log_softmax(shared), log_softmax(shared + new)
+    shape, own = split_kl(p, q, eps=1e-12)
+    assert shape == pytest.approx(0, abs=1e-9)
+    assert own == pytest.approx(-np.log(np.exp(q[: len(p)]).sum()), abs=1e-9)
+
+
+@pytest.mark.parametrize('tokens, more', [(1, 1), (3, 1), (5, 2)])
+def test_uniform_attention_has_the_baseline(tokens, more):
+    p, q = np.zeros(tokens), np.zeros(tokens + more)
+    shape, own = split_kl(log_softmax(p), log_softmax(q), eps=1e-12)
+    divergence = Divergence(float(shape), float(own), tokens, more)
+    assert divergence.shape == pytest.approx(0, abs=1e-12)
+    assert divergence.baseline == pytest.approx(math.log((tokens + more) / tokens))
+    assert divergence.total == pytest.approx(divergence.baseline, abs=1e-9)
+
+
+def test_parts_where_nothing_shared_is_kept():
+    shape, own = split_kl(log(0.5, 0.5), log(0.0, 0.0, 1.0))
+    assert (shape, own) == (0, inf)
+
+
+def test_a_number_that_is_none_is_not_hidden():
+    """NaN must reach the check that names the layer."""
+    for kind in (np.array, torch.tensor):
+        parts = split_kl(kind([math.nan, 0.0]), kind([-1.0, -1.0, -1.0]))
+        assert math.isnan(parts[0])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mmela.pruning import FixedCount, PruningDecision, build_policy, ebqm
+from mmela.pruning import Divergence, FixedCount, PruningDecision, build_policy, ebqm
 
 nan = math.nan
 
@@ -399,9 +399,106 @@ def test_build_policy_takes_what_a_config_may_hold():
         scope='network',
         min_active_per_stage=1,
         max_pruned=None,
+        criterion='total',
         gamma=0.5,
         alpha=2.0,
         beta=5.0,
         mu=0.2,
         mapping='beta',
     )
+
+
+PARTS = [
+    Divergence(*pair, t, 1)
+    for t, pair in enumerate(
+        [(0.0, 0.1), (0.9, 0.2), (0.1, 0.8), (0.4, 0.1), (0.2, 0.6)], 1
+    )
+]
+# Totals 0.1, 1.1, 0.9, 0.5, 0.8
+
+
+@pytest.mark.parametrize(
+    'criterion, two, by_ebqm',
+    [
+        # Up to the median 0.1, 0.5, 0.8, normalised 0, 0.57, 1: mapped 0, 0.94, 1
+        ('total', [0, 3], [0]),
+        # Of 0.9, 0.1, 0.4, 0.2; the first has no shape.
+        ('shape', [2, 4], [2]),
+        # log((t + 1) / t) falls along the stage.
+        ('position', [3, 4], [4]),
+    ],
+)
+def test_criteria(criterion, two, by_ebqm):
+    for policy, expected in (
+        (dict(type='FixedCount', count=2), two),
+        (dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.6), by_ebqm),
+    ):
+        layers = build_policy(dict(policy, criterion=criterion))(PARTS)
+        assert [i for i, layer in enumerate(layers) if layer.pruned] == expected
+        for layer, part in zip(layers, PARTS):
+            assert layer.divergence == part.total
+            assert (layer.shape, layer.own) == (part.shape, part.own)
+            assert layer.baseline == part.baseline
+
+
+def test_one_token_has_no_shape():
+    layers = build_policy(dict(type='EBQM', criterion='shape'))(PARTS)
+    assert layers[0].reason == 'kept: one token has no shape'
+    assert layers[0].value is None and layers[1].value == 0.9
+
+
+@pytest.mark.parametrize('scope', ['network', 'stage'])
+@pytest.mark.parametrize('criterion', ['random', 'position'])
+def test_controls_prune_as_many(criterion, scope):
+    """With the divergences themselves, dealt out otherwise."""
+    rng = np.random.default_rng(0)
+    measured = [
+        None if i % 6 == 0 else Divergence(*rng.exponential(size=2), i % 6, 1)
+        for i in range(24)
+    ]
+    stages = [f'layer{i // 6}' for i in range(24)]
+    decide = {
+        name: build_policy(dict(type='EBQM', mu=0.9, scope=scope, criterion=name))
+        for name in ('total', criterion)
+    }
+    total, control = (policy(measured, stages, seed=3) for policy in decide.values())
+    assert total != control
+    for stage in set(stages) if scope == 'stage' else [None]:
+        pools = [
+            [x for x in layers if stage in (None, x.stage) and x.value is not None]
+            for layers in (total, control)
+        ]
+        counts = [sum(x.pruned for x in pool) for pool in pools]
+        assert counts[0] == counts[1] > 0
+        values = [sorted(x.value for x in pool) for pool in pools]
+        assert values[0] == values[1]
+        if criterion == 'position':
+            order = sorted(pools[1], key=lambda x: x.value)
+            baselines = [x.baseline for x in order]
+            assert baselines == sorted(baselines)
+
+
+def test_random_choice_is_that_of_its_seed():
+    policy = build_policy(dict(type='FixedCount', count=3, criterion='random'))
+    measured = [Divergence(0.1 * i, 0.2, i, 1) for i in range(1, 12)]
+    choices = {
+        tuple(x.pruned for x in policy(measured, seed=[seed, 7])) for seed in range(30)
+    }
+    assert len(choices) > 20
+    # Each is as likely as any other: 3 of 11, within 4 deviations of chance.
+    shares = np.mean(
+        [[x.pruned for x in policy(measured, seed=s)] for s in range(400)], 0
+    )
+    assert np.abs(shares - 3 / 11).max() < 4 * np.sqrt(3 / 11 * 8 / 11 / 400)
+    assert policy(measured, seed=[1, 7]) == policy(measured, seed=[1, 7])
+
+
+@pytest.mark.parametrize('criterion', ['shape', 'position'])
+def test_numbers_without_parts_are_refused(criterion):
+    with pytest.raises(ValueError, match=f"'{criterion}' needs the parts.*layer 1"):
+        build_policy(dict(type='EBQM', criterion=criterion))([None, 0.5])
+
+
+def test_unknown_criterion_is_refused():
+    with pytest.raises(ValueError, match="criterion='kl' is unknown.*'position'"):
+        build_policy(dict(type='EBQM', criterion='kl'))

@@ -51,6 +51,8 @@ def test_images(images, tmp_path, capsys):
     assert '12 images for training, 6 for testing' in capsys.readouterr().out
     with pytest.raises(SystemExit, match='exists already'):
         TOOL['main']([str(images), str(out)])
+    TOOL['main']([str(images), str(out), '--keep'])  # for commands run again
+    assert 'is there already' in capsys.readouterr().out
 
 
 def test_a_fixed_part_of_the_images(images, tmp_path):

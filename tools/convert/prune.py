@@ -119,6 +119,8 @@ def main(argv=None) -> None:
         raise SystemExit(f'error: {one_line(error)}') from error
     prune(model, decision.pruned, args.keep_value)
     print(decision_table(decision.layers))
+    if decision.warning:
+        print(f'warning: {decision.warning}.')
 
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -146,7 +146,15 @@ def main(argv: Optional[List[str]] = None) -> None:
         type=int,
         help='only so many images of each class and split, the first by name',
     )
+    parser.add_argument(
+        '--keep',
+        action='store_true',
+        help='do nothing where OUT holds something already, instead of failing',
+    )
     args = parser.parse_args(argv)
+    if args.keep and args.out.is_dir() and any(args.out.iterdir()):
+        print(f'{args.out} is there already')
+        return
     if not args.archive.is_file():
         raise SystemExit(f'error: no file {args.archive}')
     try:

@@ -1,0 +1,1 @@
+"""Studies: variants times seeds of ordinary configs, run, compared, written down."""

@@ -1,0 +1,299 @@
+"""The page of a study: what was asked, run and found."""
+
+import time
+from pathlib import Path
+from typing import Iterable, List, Optional, Sequence, Tuple
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..__main__ import PACKAGE
+from ..analysis.drawing import MARKERS, WIDTH, Theme, draw, plain_text
+from .results import Row, agreements, difference, finals, spread
+from .run import Job
+from .schedule import duration
+from .study import Study, Variant
+
+NONE = '–'
+
+
+def write_page(
+    study: Study,
+    jobs: Sequence[Job],
+    runs: Sequence[Row],
+    layers: Sequence[Row],
+    tables: Sequence[Path],
+    path: Path,
+    command: str,
+) -> List[Path]:
+    """Write the page and its picture.
+
+    Args:
+        study (Study): The study; its texts are those of a person.
+        jobs (Sequence[Job]): The runs.
+        runs (Sequence[dict]): A row for each run.
+        layers (Sequence[dict]): A row for each layer and decision.
+        tables (Sequence[Path]): The tables beside the page.
+        path (Path): The page, ``NAME.md``.
+        command (str): The command that ran the study.
+
+    Returns:
+        list[Path]: What was written.
+    """
+    shown = [v for v in study.variants.values() if not v.hidden]
+    pictures: Tuple[Path, ...] = ()
+    lines = [f'# {study.title}', '', study.text.strip(), '']
+    if study.conclusion:
+        lines += ['## Conclusion', '', study.conclusion.strip(), '']
+    lines += ['## Results', '', _counts(study, runs), '', *_table(study, shown, runs)]
+    if any(row['final'] is not None for row in runs):
+        pictures = draw(_plot(study, shown, runs), path.with_suffix('.png'))
+        light, dark = (picture.name for picture in pictures)
+        lines += [
+            '',
+            '<picture><source media="(prefers-color-scheme: dark)" '
+            f'srcset="{dark}"><img alt="{_cell(study.metric)} of each variant: a dot '
+            f'for each seed, the mean and its 95 % confidence interval" src="{light}">'
+            '</picture>',
+            '',
+            'A dot for each seed, in the same shape throughout, under the mean and its '
+            'confidence interval.',
+        ]
+    lines += _comparisons(study, runs) + _seeds(study, shown, runs)
+    lines += _pruning(study, shown, runs, layers)
+    lines += _made(study, jobs, runs, tables, command)
+    path.write_text('\n'.join(lines) + '\n', 'utf-8')
+    return [path, *pictures]
+
+
+def _counts(study: Study, runs: Sequence[Row]) -> str:
+    seeds = ', '.join(map(str, study.seeds))
+    text = f'`{study.metric}` at the end of the training, seeds {seeds}.'
+    missing = [row for row in runs if row['final'] is None]
+    if missing:
+        names = ', '.join(
+            f'{r["variant"]} seed {r["seed"]} ({_why(r)})' for r in missing
+        )
+        text += f' **Without a result: {names}.**'
+    return text
+
+
+def _why(row: Row) -> str:
+    return 'no such metric' if row['status'] == 'done' else row['status']
+
+
+def _table(study: Study, shown: Sequence[Variant], runs: Sequence[Row]) -> List[str]:
+    paper = any(v.paper is not None for v in shown)
+    digits = _digits(runs)
+    head = ['variant', 'n', 'mean', 'SD', '95 % CI', *(['paper'] if paper else [])]
+    head += ['best', 'active attentions', 'step time (s)', 'memory (MB)', 'time']
+    rows = []
+    for variant in shown:
+        s = spread(list(finals(runs, variant.name).values()))
+        rows.append([variant.label, str(s.n), _number(s.mean, digits)])
+        rows[-1] += [_number(s.deviation, digits), _interval(s.low, s.high, digits)]
+        if paper:
+            rows[-1].append(NONE if variant.paper is None else f'{variant.paper:g}')
+
+        def mean(key: str, digits: int, name: str = variant.name) -> str:
+            return _number(spread(list(finals(runs, name, key).values())).mean, digits)
+
+        wall = spread(list(finals(runs, variant.name, 'wall_time').values())).mean
+        active = mean('active', 1)
+        active = active[:-2] if active.endswith('.0') else active
+        rows[-1] += [mean('best', digits), active, mean('step_time', 3)]
+        rows[-1] += [mean('memory', 0), NONE if wall is None else duration(wall)]
+    return [
+        *_markdown(head, rows),
+        '',
+        'SD is the standard deviation over seeds, CI the confidence interval of the '
+        "mean by Student's t. `best` is the best validation of a run, which is chosen "
+        'on the data it is measured on. Step time is the median over a run, and time '
+        'that of a whole run; both depend on what else the machine did.',
+    ]
+
+
+def _comparisons(study: Study, runs: Sequence[Row]) -> List[str]:
+    if not study.compare:
+        return []
+    digits, rows = _digits(runs), []
+    for name, against in study.compare:
+        s = difference(runs, name, against)
+        labels = [study.variants[key].label for key in (name, against)]
+        rows.append([' − '.join(labels), str(s.n), _number(s.mean, digits, '+')])
+        rows[-1] += [_interval(s.low, s.high, digits), _number(s.p, 3)]
+    head = ['difference', 'seeds', 'mean', '95 % CI', 'p']
+    return [
+        '',
+        '## Comparisons',
+        '',
+        'Differences paired by seed; p is that of the paired t test, not corrected for '
+        'the number of comparisons.',
+        '',
+        *_markdown(head, rows),
+    ]
+
+
+def _seeds(study: Study, shown: Sequence[Variant], runs: Sequence[Row]) -> List[str]:
+    digits, rows = _digits(runs), []
+    for variant in shown:
+        values = finals(runs, variant.name)
+        cells = [_number(values.get(seed), digits) for seed in study.seeds]
+        rows.append([variant.label, *cells])
+    head = ['variant', *(f'seed {seed}' for seed in study.seeds)]
+    return ['', '## Each seed', '', *_markdown(head, rows)]
+
+
+def _pruning(
+    study: Study, shown: Sequence[Variant], runs: Sequence[Row], layers: Sequence[Row]
+) -> List[str]:
+    rows, masks = [], []
+    for variant in shown:
+        for a in agreements(layers, variant.name):
+            known = a.correlation
+            rows.append([variant.label, a.window, _list(a.pruned), _list(a.candidates)])
+            rows[-1] += [_number(a.jaccard, 2), _number(a.chance, 2)]
+            rows[-1].append(', '.join(f'{c:.2f}' for c in known) or NONE)
+        for row in runs:
+            if row['variant'] == variant.name and row['pruned']:
+                masks.append([variant.label, str(row['seed']), row['pruned']])
+    if not masks:
+        return []
+    head = ['variant', 'window', 'pruned', 'of', 'Jaccard', 'by chance']
+    return [
+        '',
+        '## What was pruned',
+        '',
+        'Attentions that each seed pruned, of those with a divergence; how far the '
+        'seeds agree (mean Jaccard index over pairs of seeds), and how far random '
+        'choices of the same numbers would; for each seed, the correlation of the '
+        'divergences with the baseline log((t+n)/t), which they have before attention '
+        'has learned anything.',
+        '',
+        *_markdown([*head, 'correlation with the baseline'], rows),
+        '',
+        *_markdown(['variant', 'seed', 'pruned'], masks),
+    ]
+
+
+def _made(
+    study: Study,
+    jobs: Sequence[Job],
+    runs: Sequence[Row],
+    tables: Sequence[Path],
+    command: str,
+) -> List[str]:
+    lines = [
+        '',
+        '## How it was made',
+        '',
+        '```bash',
+        *study.prepare,
+        command,
+        '```',
+        '',
+    ]
+    rows = []
+    for variant in study.variants.values():
+        start = variant.start
+        text = '' if start is None else f'{start.how} {start.checkpoint} of '
+        text += start.variant if start else ''
+        options = ' '.join(f'`{option}`' for option in variant.options)
+        rows.append([variant.name, f'`{portable(variant.config)}`', options, text])
+    lines += _markdown(['variant', 'config', 'options', 'starts from'], rows)
+    machines: dict = {}
+    for row in runs:
+        if row['cpu']:
+            key = f'{row["cpu"]}, {row["cores"]} cores, '
+            key += f'{row["gpu"] or "no GPU"}, torch {row["torch"]}, '
+            key += f'mmela {row["mmela"]} ({row["revision"] or "no revision"}), '
+            key += f'{row["threads"]} thread' + 's' * (row['threads'] != 1)
+            machines[key] = machines.get(key, 0) + 1
+    lines += ['', *(f'- {count} runs: {key}' for key, count in machines.items())]
+    days = [a['started'] for job in jobs for a in job.record.get('attempts', [])]
+    if days:
+        first, last = (
+            time.strftime('%Y-%m-%d', time.gmtime(f(days))) for f in (min, max)
+        )
+        lines.append(f'- run {first}' + (f' to {last}' if last != first else ''))
+    for job in jobs:
+        changed = job.changes() if job.record else []
+        if changed:
+            lines.append(f'- {job.name} was made with other settings: {changed[0]}')
+    files = ', '.join(f'[{table.name}]({table.name})' for table in tables)
+    lines += [
+        '',
+        f'All numbers: {files}. This page is written by `tools/study.py`; its texts '
+        f'are those of `{portable(study.path)}`.',
+    ]
+    return lines
+
+
+def _plot(study: Study, shown: Sequence[Variant], runs: Sequence[Row]):
+    """A dot for each seed, the mean and its confidence interval."""
+
+    def plot(figure: Figure, theme: Theme) -> None:
+        figure.set_size_inches(WIDTH, 0.8 + 0.42 * len(shown))
+        axes = figure.subplots()
+        for place, variant in enumerate(shown):
+            values = finals(runs, variant.name)
+            s = spread(list(values.values()))
+            if s.low is not None:
+                axes.plot([s.low, s.high], [place] * 2, color=theme.ink, linewidth=1.4)
+            if s.mean is not None:
+                axes.plot(s.mean, place, '|', color=theme.ink, markersize=13, mew=2)
+            for index, seed in enumerate(study.seeds):
+                if seed in values:
+                    axes.plot(
+                        values[seed],
+                        place + 0.2,
+                        MARKERS[index % len(MARKERS)],
+                        color=theme.lines[index % len(theme.lines)],
+                        markersize=4.5,
+                        linestyle='none',
+                    )
+        axes.set_yticks(range(len(shown)), [plain_text(v.label) for v in shown])
+        axes.set_ylim(len(shown) - 0.6, -0.4)
+        axes.set_xlabel(plain_text(study.metric))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.grid(axis='x', color=theme.faint, linewidth=0.6)
+
+    return plot
+
+
+def portable(path: Path) -> str:
+    """A path as seen from the checkout; the name alone outside of it."""
+    for root in (PACKAGE.parent, PACKAGE / '.mim'):
+        try:
+            return path.resolve().relative_to(root.resolve()).as_posix()
+        except ValueError:
+            continue
+    return path.name
+
+
+def _digits(runs: Iterable[Row]) -> int:
+    """Digits after the point that tell results apart: percent or a share."""
+    values = [abs(row['final']) for row in runs if row['final'] is not None]
+    return 2 if max(values, default=0) > 1.5 else 4
+
+
+def _number(value: Optional[float], digits: int, sign: str = '') -> str:
+    return NONE if value is None else f'{value:{sign}.{digits}f}'
+
+
+def _interval(low: Optional[float], high: Optional[float], digits: int) -> str:
+    return NONE if low is None else f'{low:.{digits}f} to {high:.{digits}f}'
+
+
+def _list(counts: Sequence[int]) -> str:
+    same = len(set(counts)) == 1
+    return str(counts[0]) if same else ', '.join(map(str, counts))
+
+
+def _cell(text: str) -> str:
+    return ' '.join(text.replace('|', '&#124;').split())
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
+    lines = [head, ['---'] * len(head), *rows]
+    return [f'| {" | ".join(map(_cell, line))} |' for line in lines]

@@ -1,0 +1,329 @@
+"""What the runs of a study gave: tidy tables and statistics."""
+
+import csv
+from itertools import combinations
+from pathlib import Path
+from statistics import median
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+from scipy import stats
+from scipy.spatial.distance import pdist
+
+from ..analysis.work_dir import Run, short_name
+from .run import Job
+from .study import Study
+
+# Columns of the table of runs before and after the metrics of the study
+COLUMNS = ('study', 'variant', 'label', 'seed', 'status', 'final', 'best', 'best_at')
+MORE = (
+    'attentions',
+    'active',
+    'pruned',
+    'step_time',
+    'step_times',
+    'memory',
+    'wall_time',
+    'attempts',
+    'threads',
+    'cpu',
+    'cores',
+    'gpu',
+    'torch',
+    'mmela',
+    'revision',
+)
+LAYER_COLUMNS = (
+    'variant',
+    'seed',
+    'window',
+    'layer',
+    'stage',
+    'divergence',
+    'shape',
+    'own',
+    'baseline',
+    'value',
+    'pruned',
+)
+Row = Dict[str, Any]
+
+
+def collect(study: Study, jobs: Iterable[Job]) -> Tuple[List[Row], List[Row]]:
+    """Read what runs left in their work directories.
+
+    Args:
+        study (Study): The study.
+        jobs (Iterable[Job]): The runs.
+
+    Returns:
+        tuple[list[dict], list[dict]]: A row for each run, and one for each
+        layer of each pruning decision. What is not known is None; numbers of
+        the end are those of runs that are done.
+    """
+    runs, layers = [], []
+    for job in jobs:
+        row: Row = dict.fromkeys((*COLUMNS, *MORE))
+        label = study.variants[job.variant].label
+        row.update(study=study.name, variant=job.variant, label=label, seed=job.seed)
+        row['status'] = 'done' if job.done else 'missing'
+        results = job.results()
+        if results is not None:
+            if not job.done:
+                row['status'] = f'at {job.unit} {results.done} of {job.length}'
+            _add_results(row, study.metric, job, results)
+            layers += _layers(job, results)
+        _add_attempts(row, job.record.get('attempts', []))
+        runs.append(row)
+    return runs, layers
+
+
+def _add_results(row: Row, metric: str, job: Job, results: Run) -> None:
+    times = [v['time'] for v in results.training.values() if 'time' in v]
+    periods = [p.seconds for p in results.step_times() if p.seconds is not None]
+    memory = [v['memory'] for v in results.training.values() if 'memory' in v]
+    pruned = [
+        f'{_window(decision)}: ' + (' '.join(map(short_name, decision.pruned)) or '-')
+        for decision in results.decisions
+    ]
+    row.update(
+        pruned='; '.join(pruned) or None,
+        step_time=median(times) if times else None,
+        step_times=' '.join(f'{seconds:.4g}' for seconds in periods) or None,
+        memory=max(memory, default=None),
+    )
+    if not job.done:
+        return
+    row.update(results.metrics.get(max(results.metrics, default=0), {}))
+    row['final'] = row.get(metric)
+    row['best_at'], row['best'] = results.best(metric) or (None, None)
+    parameters = results.parameters()
+    if parameters is not None:
+        row.update(attentions=parameters.attentions, active=parameters.active)
+
+
+def _add_attempts(row: Row, attempts: Sequence[dict]) -> None:
+    seconds = [a['seconds'] for a in attempts if a['seconds'] is not None]
+    row.update(attempts=len(attempts), wall_time=round(sum(seconds), 1) or None)
+    if attempts:
+        row.update(attempts[-1]['machine'], threads=attempts[-1]['threads'])
+
+
+def _window(decision: Any) -> str:
+    first, last = decision.window
+    return f'{decision.unit} {first}' + (f'-{last}' if last > first else '')
+
+
+def _layers(job: Job, results: Run) -> List[Row]:
+    return [
+        dict(
+            variant=job.variant,
+            seed=job.seed,
+            window=_window(decision),
+            layer=short_name(layer.name),
+            stage=short_name(layer.stage),
+            divergence=layer.divergence,
+            # Not in the reports of earlier versions
+            **{k: getattr(layer, k, None) for k in LAYER_COLUMNS[6:10]},
+            pruned=layer.pruned,
+        )
+        for decision in results.decisions
+        for layer in decision.layers
+    ]
+
+
+def write_tables(runs: List[Row], layers: List[Row], path: Path) -> List[Path]:
+    """Write ``NAME.csv``, and ``NAME_layers.csv`` if there are decisions.
+
+    Args:
+        runs (list[dict]): A row for each run.
+        layers (list[dict]): A row for each layer and decision.
+        path (Path): ``NAME.csv``.
+
+    Returns:
+        list[Path]: What was written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = (*COLUMNS, *MORE)
+    metrics = dict.fromkeys(k for row in runs for k in row if k not in known)
+    tables = [(path, (*COLUMNS, *metrics, *MORE), runs)]
+    if layers:
+        second = path.with_name(f'{path.stem}_layers.csv')
+        tables.append((second, LAYER_COLUMNS, layers))
+    for target, columns, rows in tables:
+        with open(target, 'w', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, columns, lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(rows)
+    return [target for target, _, _ in tables]
+
+
+# -- statistics ------------------------------------------------------------
+
+
+class Spread(NamedTuple):
+    """A sample of numbers.
+
+    Attributes:
+        n (int): How many.
+        mean (float | None): None of no numbers.
+        deviation (float | None): Standard deviation; None of fewer than two.
+        low (float | None): Lower end of the 95 % confidence interval of the
+            mean by Student's t; None of fewer than two.
+        high (float | None): Upper end.
+        p (float | None): Of the t test that the mean is 0; None of fewer than
+            two, or where all are 0.
+    """
+
+    n: int
+    mean: Optional[float] = None
+    deviation: Optional[float] = None
+    low: Optional[float] = None
+    high: Optional[float] = None
+    p: Optional[float] = None
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Describe numbers.
+
+    Args:
+        values (Sequence[float]): The numbers.
+
+    Returns:
+        Spread: Their mean and how sure it is.
+    """
+    if len(values) < 2:
+        return Spread(len(values), *map(float, values))
+    mean = float(np.mean(values))
+    if np.ptp(values) == 0:  # the test divides by the deviation
+        return Spread(len(values), mean, 0.0, mean, mean, None if mean == 0 else 0.0)
+    test = stats.ttest_1samp(values, 0)
+    low, high = map(float, test.confidence_interval(0.95))
+    deviation = float(stats.tstd(values))
+    return Spread(len(values), mean, deviation, low, high, float(test.pvalue))
+
+
+def finals(runs: Iterable[Row], variant: str, key: str = 'final') -> Dict[int, float]:
+    """A number of a variant by seed, of the seeds that have it."""
+    return {
+        row['seed']: row[key]
+        for row in runs
+        if row['variant'] == variant and row.get(key) is not None
+    }
+
+
+def difference(runs: Sequence[Row], variant: str, against: str) -> Spread:
+    """Differences of the final metric, paired by seed.
+
+    Args:
+        runs (Sequence[dict]): A row for each run.
+        variant (str): A variant.
+        against (str): The one that it is compared with.
+
+    Returns:
+        Spread: Of the differences of the seeds that both have; its ``p`` is
+        that of the paired t test.
+    """
+    a, b = finals(runs, variant), finals(runs, against)
+    return spread([a[seed] - b[seed] for seed in a if seed in b])
+
+
+def expected_jaccard(first: int, second: int, both: int, m: int, k: int) -> float:
+    """Jaccard index that two random choices have on average.
+
+    Args:
+        first (int): Attentions that the first may choose.
+        second (int): Those that the second may choose.
+        both (int): Those that both may choose.
+        m (int): How many the first chooses.
+        k (int): How many the second chooses.
+
+    Returns:
+        float: The exact expectation. Two empty choices agree: 1.
+    """
+    if not m + k:
+        return 1.0
+    mean = 0.0
+    # How many that both may choose the first one takes, and of them the second
+    for j in range(min(both, m) + 1):
+        for i in range(min(j, k) + 1):
+            chance = stats.hypergeom.pmf(j, first, both, m)
+            chance *= stats.hypergeom.pmf(i, second, j, k)
+            mean += chance * i / (m + k - i)
+    return float(mean)
+
+
+class Agreement(NamedTuple):
+    """How far the seeds of a variant agree on what is pruned.
+
+    Attributes:
+        window (str): The decision.
+        pruned (list[int]): How many each seed prunes.
+        candidates (list[int]): Of how many that have a divergence.
+        jaccard (float | None): Mean Jaccard index over pairs of seeds; None of
+            fewer than two.
+        chance (float | None): What random choices of the same numbers have.
+        correlation (list[float]): Of each seed, Pearson's correlation of the
+            divergences with the baseline; of those seeds that have one.
+    """
+
+    window: str
+    pruned: List[int]
+    candidates: List[int]
+    jaccard: Optional[float]
+    chance: Optional[float]
+    correlation: List[float]
+
+
+def agreements(layers: Iterable[Row], variant: str) -> List[Agreement]:
+    """Compare the decisions of the seeds of a variant.
+
+    Args:
+        layers (Iterable[dict]): A row for each layer and decision.
+        variant (str): The variant.
+
+    Returns:
+        list[Agreement]: For each decision.
+    """
+    windows: Dict[str, Dict[int, List[Row]]] = {}
+    for row in layers:
+        if row['variant'] == variant and row['divergence'] is not None:
+            window = windows.setdefault(row['window'], {})
+            window.setdefault(row['seed'], []).append(row)
+    found = []
+    for window, seeds in windows.items():
+        open_ = [{r['layer'] for r in rows} for rows in seeds.values()]
+        masks = [{r['layer'] for r in rows if r['pruned']} for rows in seeds.values()]
+        jaccard = chance = None
+        if len(masks) > 1:
+            names = sorted(set.union(*open_))
+            table = np.array([[name in mask for name in names] for mask in masks])
+            jaccard = float(np.mean(1 - pdist(table, 'jaccard')))
+            pairs = combinations(zip(open_, masks), 2)
+            chance = float(
+                np.mean(
+                    [
+                        expected_jaccard(len(o), len(q), len(o & q), len(m), len(k))
+                        for (o, m), (q, k) in pairs
+                    ]
+                )
+            )
+        found.append(
+            Agreement(
+                window,
+                list(map(len, masks)),
+                list(map(len, open_)),
+                jaccard,
+                chance,
+                [c for c in map(_correlation, seeds.values()) if c is not None],
+            )
+        )
+    return found
+
+
+def _correlation(rows: List[Row]) -> Optional[float]:
+    """Correlation of divergences with the baseline; None where undefined."""
+    pairs = [(r['divergence'], r['baseline']) for r in rows if r['baseline']]
+    if len(pairs) < 3 or any(np.ptp(column) == 0 for column in zip(*pairs)):
+        return None
+    return float(stats.pearsonr(*zip(*pairs))[0])

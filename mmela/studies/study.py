@@ -1,0 +1,400 @@
+"""What a study file asks for."""
+
+import inspect
+import json
+import re
+from argparse import ArgumentParser
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import yaml
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+
+from ..command_line import one_line
+
+STUDY = {
+    'name': str,
+    'title': str,
+    'text': str,
+    'conclusion': str,
+    'metric': str,
+    'seeds': list,
+    'prepare': list,
+    'options': dict,
+    'variants': dict,
+    'compare': list,
+}
+VARIANT = {
+    'config': str,
+    'label': str,
+    'options': dict,
+    'start': dict,
+    'hidden': bool,
+    'paper': float,
+}
+START = {'variant': str, 'checkpoint': str, 'how': str}
+# Differ between runs of the same training
+_NOT_COMPARED = ('work_dir', 'load_from', 'resume', 'launcher')
+
+
+@dataclass(frozen=True)
+class Start:
+    """Which run of the same seed another one starts from.
+
+    Attributes:
+        variant (str): Its variant.
+        checkpoint (str): File name of its checkpoint.
+        how (str): ``'resume'`` goes on in epoch, optimizer and logs;
+            ``'load'`` takes the weights only.
+    """
+
+    variant: str
+    checkpoint: str
+    how: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the study's table.
+
+    Attributes:
+        name (str): Name, also of its folder.
+        label (str): How the page calls it.
+        config (Path): The config.
+        options (tuple[str]): Changes to it, each ``KEY=VALUE``.
+        start (Start | None): Where its runs start; None from the config.
+        hidden (bool): Only there to start others from.
+        paper (float | None): The published figure.
+        settings (dict): The config with its changes, of plain values.
+        unit (str): What its length is counted in, ``'epoch'`` or ``'iter'``.
+        length (int): Epochs or iterations.
+    """
+
+    name: str
+    label: str
+    config: Path
+    options: Tuple[str, ...]
+    start: Optional[Start]
+    hidden: bool
+    paper: Optional[float]
+    settings: dict
+    unit: str
+    length: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, checked.
+
+    Attributes:
+        path (Path): The file.
+        name (str): Name of the folder of its runs and of its page.
+        title (str): Title of the page.
+        text (str): What is asked and why.
+        conclusion (str): What a person concluded.
+        metric (str): Name of the validation metric that is compared.
+        seeds (tuple[int]): Seeds of each variant.
+        prepare (tuple[str]): Commands to run before.
+        variants (dict[str, Variant]): By name, in order.
+        compare (tuple[tuple[str, str]]): Variant, and against which.
+    """
+
+    path: Path
+    name: str
+    title: str
+    text: str
+    conclusion: str
+    metric: str
+    seeds: Tuple[int, ...]
+    prepare: Tuple[str, ...]
+    variants: Dict[str, Variant]
+    compare: Tuple[Tuple[str, str], ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which yaml takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                line = node.start_mark.line + 1
+                raise ValueError(
+                    f'{key!r} is there twice in what begins in line {line}'
+                )
+        return super().construct_mapping(node, deep)
+
+
+def read_study(
+    path: Union[str, Path], overrides: Optional[Dict[str, Any]] = None
+) -> Study:
+    """Read and check a study file and each config that it names.
+
+    Args:
+        path (str | Path): The file.
+        overrides (dict, optional): Changes to all configs, as of
+            ``--cfg-options``. Defaults to none.
+
+    Returns:
+        Study: The study.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If something in it is not as it has to be.
+    """
+    path = Path(path)
+    try:
+        return _study(path, overrides or {})
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f'{path}: {one_line(error)}') from error
+
+
+def _study(path: Path, overrides: Dict[str, Any]) -> Study:
+    content = yaml.load(path.read_text('utf-8'), _Loader)
+    needed = ('name', 'title', 'metric', 'seeds', 'variants')
+    content = _fields('the study', content, STUDY, needed)
+    name, seeds = _file_name('name', content['name']), content['seeds']
+    if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds):
+        raise ValueError(f'seeds={seeds} is no list of integers of 0 or more')
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f'seeds={seeds} names a seed twice')
+    prepare = content.get('prepare', [])
+    for command in prepare:
+        if not isinstance(command, str):
+            raise ValueError(f'prepare has {command!r}, which is no command')
+    if not content['variants']:
+        raise ValueError('variants is empty')
+    common = _flat(content.get('options', {}))
+    variants = {
+        key: _variant(
+            _file_name('variants', key), value, path.parent, common, overrides
+        )
+        for key, value in content['variants'].items()
+    }
+    for variant in variants.values():
+        _check_start(variant, variants)
+    compare = content.get('compare', [])
+    shown = [v.name for v in variants.values() if not v.hidden]
+    for pair in compare:
+        if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1]:
+            raise ValueError(f'compare has {pair!r}, which is no pair of variants')
+        for key in pair:
+            if key not in shown:
+                raise ValueError(
+                    f'compare names {key!r}, which is none of the variants shown: '
+                    f'{", ".join(shown)}'
+                )
+    return Study(
+        path,
+        name,
+        content['title'],
+        content.get('text', ''),
+        content.get('conclusion', ''),
+        content['metric'],
+        tuple(seeds),
+        tuple(prepare),
+        variants,
+        tuple((a, b) for a, b in compare),
+    )
+
+
+def _variant(
+    name: str, data: Any, folder: Path, common: dict, overrides: dict
+) -> Variant:
+    where = f'variant {name}'
+    data = _fields(where, data, VARIANT, ('config',))
+    path = folder / data['config']
+    if not path.is_file():
+        raise ValueError(f'{where}: no config at {path}')
+    options = {'randomness.deterministic': True, **common}
+    options.update({**_flat(data.get('options', {})), **_flat(overrides)})
+    if 'randomness.seed' in options:
+        raise ValueError(f'{where}: randomness.seed is set by the seeds of the study')
+    texts = tuple(option_texts(options))
+    parser = ArgumentParser()
+    parser.add_argument('--set', nargs='*', action=DictAction, default={})
+    parsed = parser.parse_args(['--set', *texts]).set if texts else {}
+    for key, value in options.items():
+        if _plain(parsed.get(key)) != _plain(value):
+            raise ValueError(
+                f'{where}: the option {key}={value!r} cannot be given on a command '
+                'line: write it into a config'
+            )
+    try:
+        cfg = Config.fromfile(path)
+        _check_keys(cfg, options)
+        cfg.merge_from_dict(parsed)
+        length = cfg.train_cfg
+    except Exception as error:  # whatever a config's code may raise
+        raise ValueError(
+            f'{where}: {path} cannot be used: {type(error).__name__}: {error}'
+        ) from error
+    unit = 'epoch' if length and 'max_epochs' in length else 'iter'
+    length = (length or {}).get(f'max_{unit}s')
+    if type(length) is not int or length < 1:
+        raise ValueError(
+            f'{where}: train_cfg of {path} has neither max_epochs nor max_iters'
+        )
+    settings = {k: v for k, v in cfg.to_dict().items() if k not in _NOT_COMPARED}
+    start = data.get('start')
+    if start is not None:
+        start = Start(**_fields(f'{where}: start', start, START, tuple(START)))
+        if start.how not in ('resume', 'load'):
+            raise ValueError(f'{where}: start has how={start.how!r}: resume or load')
+    return Variant(
+        name,
+        data.get('label', name),
+        path,
+        texts,
+        start,
+        data.get('hidden', False),
+        data.get('paper'),
+        _plain(settings),
+        unit,
+        length,
+    )
+
+
+def _check_start(variant: Variant, variants: Dict[str, Variant]) -> None:
+    """Check that the start of a variant will be there."""
+    if variant.start is None:
+        return
+    where, start, seen = f'variant {variant.name}', variant.start, [variant.name]
+    while start is not None:
+        if start.variant not in variants:
+            raise ValueError(
+                f'variant {seen[-1]} starts from {start.variant!r}, which is none of '
+                f'the variants {", ".join(variants)}'
+            )
+        seen.append(start.variant)
+        if start.variant in seen[:-1]:
+            raise ValueError(f'variants start from each other: {" <- ".join(seen)}')
+        start = variants[start.variant].start
+    start = variant.start
+    if Path(start.checkpoint).name != start.checkpoint:
+        raise ValueError(
+            f'{where}: start has checkpoint={start.checkpoint!r}, which is no file name'
+        )
+    origin = variants[start.variant]
+    hook = (origin.settings.get('default_hooks') or {}).get('checkpoint') or {}
+    found = re.fullmatch(r'(epoch|iter)_(\d+)\.pth', start.checkpoint)
+    unit = 'epoch' if hook.get('by_epoch', True) else 'iter'
+    if found and unit == origin.unit:
+        steps = list(range(hook.get('interval', 1), origin.length + 1)) or [0]
+        steps = [s for s in steps if s % hook.get('interval', 1) == 0]
+        if hook.get('save_last', True) and origin.length not in steps:
+            steps.append(origin.length)
+        keep = hook.get('max_keep_ckpts', -1)
+        kept = [f'{unit}_{step}.pth' for step in (steps[-keep:] if keep > 0 else steps)]
+        if start.checkpoint not in kept:
+            raise ValueError(
+                f'{where} starts from {start.checkpoint} of {origin.name}, which keeps '
+                f'only {", ".join(kept)}: see interval and max_keep_ckpts of '
+                'default_hooks.checkpoint'
+            )
+
+
+def _fields(where: str, data: Any, kinds: Dict[str, type], needed: Sequence) -> dict:
+    """Check the keys of a mapping and the types of its values."""
+    if not isinstance(data, dict):
+        raise ValueError(f'{where} is {data!r:.99}, but has to be a mapping')
+    for key, value in data.items():
+        if key not in kinds:
+            raise ValueError(f'{where} has the key {key!r}; known are {_names(kinds)}')
+        kind = (int, float) if kinds[key] is float else kinds[key]
+        if not isinstance(value, kind) or isinstance(value, bool) > (kind is bool):
+            name = kinds[key].__name__
+            raise ValueError(f'{where} has {key}={value!r:.99}, which is no {name}')
+    for key in needed:
+        if key not in data:
+            raise ValueError(f'{where} has no {key}')
+    return dict(data)
+
+
+def _names(keys: Sequence[str]) -> str:
+    return ', '.join(keys)
+
+
+def _file_name(where: str, name: Any) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r'\w[\w.\-]*', name):
+        raise ValueError(
+            f'{where} has {name!r}, which is no name: letters, digits, dots, '
+            'underscores and hyphens'
+        )
+    return name
+
+
+def _flat(options: dict, prefix: str = '') -> Dict[str, Any]:
+    """Nested options by dotted keys."""
+    flat: Dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f'{prefix}{key}.'))
+        else:
+            flat[f'{prefix}{key}'] = value
+    return flat
+
+
+def option_texts(options: Dict[str, Any]) -> List[str]:
+    """Options as ``--cfg-options`` reads them, each ``KEY=VALUE``."""
+    return [f'{key}={_text(value)}' for key, value in _flat(options).items()]
+
+
+def _text(value: Any) -> str:
+    """A value as ``--cfg-options`` reads it."""
+    if isinstance(value, (list, tuple)):
+        return '[' + ','.join(map(_text, value)) + ']'
+    return str(value)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back."""
+    return json.loads(json.dumps(value, default=repr, sort_keys=True))
+
+
+def _check_keys(cfg: Config, options: Dict[str, Any]) -> None:
+    """Refuse options that would make a new branch of a config.
+
+    mmengine adds what is not there, so a slip of the pen would train the
+    unchanged config. The last part of a key may be new.
+    """
+    for key in options:
+        first, *rest = key.split('.')
+        if first in cfg and rest:
+            node: Any = cfg[first]
+            for part in rest[:-1]:
+                try:
+                    node = node[int(part) if isinstance(node, (list, tuple)) else part]
+                except (IndexError, KeyError, TypeError, ValueError):
+                    raise ValueError(
+                        f'the option {key}: the config has no such {part!r}'
+                    ) from None
+        elif first not in cfg and first not in inspect.signature(Runner).parameters:
+            raise ValueError(
+                f'the option {key} has {first!r}, which the config has not'
+            )
+
+
+def flatten(settings: Any, prefix: str = '') -> Dict[str, Any]:
+    """The leaves of nested plain values, by dotted keys.
+
+    Args:
+        settings (Any): Dicts, lists and plain values.
+        prefix (str): What the keys begin with. Defaults to nothing.
+
+    Returns:
+        dict[str, Any]: The leaves.
+    """
+    items: List[Tuple[Any, Any]] = []
+    if isinstance(settings, dict):
+        items = list(settings.items())
+    elif isinstance(settings, list):
+        items = list(enumerate(settings))
+    if not items:
+        return {prefix[:-1]: settings}
+    leaves: Dict[str, Any] = {}
+    for key, value in items:
+        leaves.update(flatten(value, f'{prefix}{key}.'))
+    return leaves

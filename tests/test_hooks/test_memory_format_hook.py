@@ -1,0 +1,49 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from mmela.hooks import MemoryFormatHook
+from tests.helpers.backbones import ATTENTIONS, build
+
+
+def runner(**parts):
+    return SimpleNamespace(model=nn.ModuleDict(parts))
+
+
+def test_channels_last_within_and_contiguous_maps_without():
+    backbone = build('mmdet', 'ELAResNet', ATTENTIONS['MRLABase'])
+    backbone.eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = backbone(x)
+        run, hook = runner(backbone=backbone), MemoryFormatHook()
+        hook.before_train(run)
+        hook.before_val(run)  # within the training: once is enough
+        seen = []
+        backbone.layer1.register_forward_hook(lambda m, args, out: seen.append(out))
+        outs = backbone(x)
+    assert len(backbone._forward_hooks) == 1
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert not seen[0].is_contiguous()
+    for out, e in zip(outs, expected):
+        assert out.is_contiguous()
+        torch.testing.assert_close(out, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('when', ['before_val', 'before_test'])
+def test_a_part_by_name_without_training(when):
+    run = runner(neck=nn.ModuleDict(dict(a=nn.Conv2d(4, 4, 3), b=nn.Conv2d(4, 4, 3))))
+    getattr(MemoryFormatHook('neck.b'), when)(run)
+    x = torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last)
+    a, b = run.model.neck.a, run.model.neck.b
+    assert not a(x).is_contiguous()
+    assert b(x).is_contiguous()
+    assert b.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_unknown_part_is_named_with_what_there_is():
+    hook = MemoryFormatHook('backbon')
+    with pytest.raises(ValueError, match="'backbon' is not in ModuleDict.*'backbone'"):
+        hook.before_train(runner(backbone=nn.Identity()))
