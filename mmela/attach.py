@@ -161,8 +161,7 @@ def attach_layer_attention(
             'an nn.Sequential would run its attentions as one of its layers; make '
             'it part of a module whose forward() calls it, and give that one'
         )
-    if hasattr(backbone, '_freeze_stages'):
-        backbone._freeze_stages()  # some freeze no sooner than in train()
+    freeze_stages(backbone)
     found, without = _find_stages(backbone, blocks, input_size)
     if attention_class.crosses_stages:
         arguments.setdefault('cross_stage', True)
@@ -264,6 +263,21 @@ def check_layer_attention(layer_attention: Optional[dict]) -> Tuple[dict, type]:
         )
     arguments = dict(layer_attention)
     return arguments, find_layer_attention(arguments.pop('type'))
+
+
+def freeze_stages(backbone: nn.Module) -> None:
+    """Freeze the stages of a toolbox's backbone that are to be frozen.
+
+    Some freeze no sooner than in ``train()``.
+
+    Args:
+        backbone (nn.Module): The backbone.
+    """
+    # Vision transformers ask before they call it, and not in it.
+    if getattr(backbone, 'frozen_stages', -1) > 0:
+        freeze = getattr(backbone, '_freeze_stages', None)
+        if freeze is not None:
+            freeze()
 
 
 class _InitWeights:

@@ -48,7 +48,8 @@ def slim_state_dict(model: nn.Module) -> Tuple[Dict[str, Tensor], AttentionBlock
         if hasattr(module, 'remaining_attention_blocks'):
             blocks[name] = module.remaining_attention_blocks()
         elif isinstance(module, AttachedStages):
-            blocks[name.rpartition('.')[0]] = module.remaining_blocks()
+            # Those of a class of mmela are named by it already
+            blocks.setdefault(name.rpartition('.')[0], module.remaining_blocks())
     return state_dict, blocks
 
 

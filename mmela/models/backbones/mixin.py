@@ -9,6 +9,7 @@ from ...attach import (
     attention_norm_cfg,
     block_drop_path,
     check_layer_attention,
+    freeze_stages,
 )
 from ...layers import (
     AttentionStage,
@@ -251,8 +252,7 @@ class HookedLayerAttentionMixin(LayerAttentionArguments):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        if hasattr(self, '_freeze_stages'):
-            self._freeze_stages()  # some freeze no sooner than in train()
+        freeze_stages(self)
         stages: List[HookedAttentionStage] = []
         before = None
         for index, spec in enumerate(self.attention_stages()):
