@@ -120,8 +120,9 @@ def attach_layer_attention(
             32 that divides them; ``drop_path``, that of the block;
             ``norm_cfg``, that of the backbone, for maps (B, C, H, W), and a
             layer norm before the attention and a GELU for transformers. With
-            ``zero_init=True`` the blocks of stages that the backbone freezes
-            get none: it would stay zero. Defaults to ``dict(type='MRLABase')``.
+            ``zero_init`` or ``small_init`` the blocks of stages that the
+            backbone freezes get none: it would stay as it starts.
+            Defaults to ``dict(type='MRLABase')``.
         blocks (str | Sequence): ``'auto'`` finds the residual blocks, and
             puts consecutive ones of one width and resolution into stages; a
             transformer without stages gets stages of four. Or names or
@@ -172,9 +173,8 @@ def attach_layer_attention(
         before = (stages[-1], found[len(stages) - 1]) if stages else None
         frozen = all(is_frozen(block.module) for block in members)
         crosses = arguments.get('cross_stage', False)
-        stage.left_out = bool(
-            frozen and arguments.get('zero_init') and not crosses and members
-        )
+        new = starts_from_plain(arguments)
+        stage.left_out = bool(frozen and new and not crosses and members)
         for index, block in enumerate(members):
             if stage.left_out or block.name in without:
                 continue
@@ -192,6 +192,7 @@ def attach_layer_attention(
                 if crossing:
                     stage.take_over_from(before[0])
                 own.update(crossing)
+            own = attention_arguments(own, frozen)
             stage.attach(index, attention_class(block.channels, **own))
         rows.append(_row(len(stages), members, stage))
         stages.append(stage)
@@ -263,6 +264,35 @@ def check_layer_attention(layer_attention: Optional[dict]) -> Tuple[dict, type]:
         )
     arguments = dict(layer_attention)
     return arguments, find_layer_attention(arguments.pop('type'))
+
+
+def starts_from_plain(arguments: dict) -> bool:
+    """Whether attentions are for a network that starts from plain weights.
+
+    Args:
+        arguments (dict): Their arguments.
+
+    Returns:
+        bool: Whether ``zero_init`` or ``small_init`` is set. In a stage that
+        is frozen they would stay as they start.
+    """
+    return bool(arguments.get('zero_init')) or arguments.get('small_init') is not None
+
+
+def attention_arguments(arguments: dict, frozen: bool) -> dict:
+    """Arguments of an attention of a block that may be frozen.
+
+    Args:
+        arguments (dict): Those of the attentions of the network.
+        frozen (bool): Whether the block is.
+
+    Returns:
+        dict: The same, or with ``zero_init`` for ``small_init`` in a frozen
+        block: there it is for the next stage alone, which goes on with it.
+    """
+    if not frozen or arguments.get('small_init') is None:
+        return arguments
+    return {**arguments, 'small_init': None, 'zero_init': True}
 
 
 def freeze_stages(backbone: nn.Module) -> None:

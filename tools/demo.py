@@ -1,9 +1,10 @@
 """Main job: train, prune and evaluate a small detector from nothing.
 
 Renders a small data set in COCO format, trains the demo Faster R-CNN with a
-narrow ELA-ResNet-50 on it, prunes redundant layer attentions after epochs 1
-and 7, evaluates with COCO metrics, measures the attention maps before the last
-pruning and at the end, and writes a report with pictures.
+narrow ELA-ResNet-50 on it, prunes redundant layer attentions once they have
+learned and again after epoch 7, evaluates with COCO metrics, measures the
+attention maps before the last pruning and at the end, and writes a report with
+pictures.
 
 Examples:
   python tools/demo.py

@@ -11,7 +11,6 @@ Examples:
 """
 
 import argparse
-import os
 import shlex
 from functools import partial
 from pathlib import Path
@@ -23,30 +22,28 @@ from mmela.studies.cluster import connect, run_ray
 from mmela.studies.page import portable, write_page
 from mmela.studies.results import collect, write_tables
 from mmela.studies.run import make_jobs
-from mmela.studies.schedule import LocalRuns, plan, prepare, select, visible_gpus
+from mmela.studies.schedule import (
+    LocalRuns,
+    plan,
+    prepare,
+    select,
+    visible_cores,
+    visible_gpus,
+)
 from mmela.studies.study import option_texts, read_study
 
 PAGES = Path(__file__).resolve().parents[1] / 'docs' / 'results'
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f'{number} is not 1 or more')
-    return number
+def between(kind: type, low: float, high: float = float('inf')):
+    """A type of arguments: a number from ``low`` to ``high``."""
 
+    def number(text: str):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f'{value} is not {low} to {high}')
+        return value
 
-def not_negative(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f'{number} is not 0 or more')
-    return number
-
-
-def share(text: str) -> float:
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f'{number} is not 0 to 1')
     return number
 
 
@@ -80,13 +77,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--jobs',
-        type=positive,
+        type=between(int, 1),
         metavar='N',
         help='runs side by side (default: one for each GPU, or else as many as '
         'the cores allow)',
     )
     parser.add_argument(
-        '--threads', type=positive, default=1, help='threads of a run (default: 1)'
+        '--threads',
+        type=between(int, 1),
+        default=1,
+        help='threads of a run (default: 1)',
     )
     parser.add_argument(
         '--only',
@@ -105,7 +105,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--retries',
-        type=not_negative,
+        type=between(int, 0),
         default=2,
         help='how often a run that died is started again (default: 2)',
     )
@@ -123,7 +123,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--gpus-per-run',
-        type=share,
+        type=between(float, 0, 1),
         metavar='N',
         help='on a cluster: GPUs of a run, up to 1, which several may share '
         '(default: 1 if the cluster has any)',
@@ -138,21 +138,20 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def check_changes(jobs, accept: bool) -> None:
     """Refuse runs that were made with other settings."""
-    texts = []
+    text = ''
     for job in jobs:
         lines = job.changes()
         if lines:
             more = [f'... and {len(lines) - 8} more'] if len(lines) > 8 else []
-            texts += [f'{job.name} in {job.work_dir}:', *lines[:8], *more]
-    if not texts:
-        return
-    if not accept:
+            text += f'\n{job.name} in {job.work_dir}:'
+            text += ''.join(f'\n  {line}' for line in [*lines[:8], *more])
+    if text and not accept:
         raise ValueError(
-            'these runs were made with other settings than the study has now:\n'
-            + '\n  '.join(texts)
-            + '\nMove them away, or take them as they are by --accept-changed'
+            f'these runs were made with other settings than the study has now:{text}\n'
+            'Move them away, or take them as they are by --accept-changed'
         )
-    print('Made with other settings, and taken as they are:\n' + '\n  '.join(texts))
+    if text:
+        print(f'Made with other settings, and taken as they are:{text}')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -172,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
     jobs = select([job for job in every if job.seed in seeds], args.only)
     check_changes(jobs, args.accept_changed)
     gpus, slots = 0.0, args.jobs or len(visible_gpus())
-    slots = slots or max(1, len(os.sched_getaffinity(0)) // args.threads)
+    slots = slots or max(1, visible_cores() // args.threads)
     if args.address:
         gpus, slots = connect(args.address, args.threads, args.gpus_per_run)
     for line in plan(jobs, every, slots):
@@ -204,8 +203,15 @@ def run(args: argparse.Namespace) -> int:
 
 def final_metric(metric: str, job) -> str:
     """The result of a run, for a line."""
-    results = job.results()
-    values = results.metrics.get(max(results.metrics), {}) if results.metrics else {}
+    try:
+        results = job.results()
+    except ValueError as error:
+        return one_line(error)
+    values = (
+        results.metrics.get(max(results.metrics), {})
+        if results and results.metrics
+        else {}
+    )
     if metric in values:
         return f'{metric} {values[metric]:.4g}'
     return f'it has no {metric!r}, but {", ".join(values) or "no metric"}'

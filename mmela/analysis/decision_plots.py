@@ -36,8 +36,7 @@ def kl_plot(
     quantiles = {x.quantile for x in layers if x.quantile is not None}
     policy = known_policy(decision)
     by_total = decision.policy.get('criterion', 'total') == 'total'
-    threshold = policy and by_total and policy.threshold_divergence(layers)
-    threshold = threshold or None
+    threshold = policy.threshold_divergence(layers) if policy and by_total else None
 
     def plot(figure: Figure, theme: Theme) -> None:
         figure.set_size_inches(WIDTH, 1.1 + 0.19 * len(layers))
@@ -106,9 +105,8 @@ def kl_plot(
                 color=theme.ink,
                 bbox=dict(facecolor=theme.paper, edgecolor='none', pad=0.6),
             )
-        if (
-            len(quantiles) == 1 and by_total
-        ):  # with one for each stage, none stands for all
+        # With one for each stage, none stands for all.
+        if len(quantiles) == 1 and by_total:
             gamma = decision.policy.get('gamma')
             axes.axvline(
                 *quantiles,
@@ -136,9 +134,9 @@ def kl_plot(
         for boundary in boundaries[:-1]:
             axes.axhline(boundary - 0.5, color=theme.faint, lw=0.8, zorder=0)
         axes.set_xlabel('KL divergence from the attention before (nats)')
-        if axes.get_legend_handles_labels()[0]:
+        count = len(axes.get_legend_handles_labels()[0])
+        if count:
             # With more, the names would be wider than the picture.
-            count = len(axes.get_legend_handles_labels()[0])
             legend_above(axes, 2 if threshold is not None or count > 3 else 3)
 
     return plot

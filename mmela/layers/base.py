@@ -250,11 +250,24 @@ class QKVLayerAttention(LayerAttention):
         token_norm_cfg (dict, optional): Normalization of the tokens of a
             transformer before they are attended over, which their stage asks
             for (MRLA, algorithms 2 and 4). Defaults to None.
+        small_init (float, optional): Start with this normalization weight, or
+            scale without a normalization, such as 0.2. For networks that start from the
+            weights of a plain one, too: their output is at first not quite that
+            of the plain one, but the attention takes part from the first
+            iteration on, and learns, where with ``zero_init`` it hardly ever
+            grows. Where the
+            backbone evaluates its norms (``norm_eval=True``), give one that
+            normalizes then, such as
+            ``norm_cfg=dict(type='GN', num_groups=32)``. Defaults to None,
+            which means 1.
         init_cfg (dict, optional): Initialization config. Defaults to None.
 
     Raises:
-        ValueError: As :class:`LayerAttention` does.
+        ValueError: As :class:`LayerAttention` does, if both ``zero_init`` and
+            ``small_init`` are set, or if ``small_init`` is not in (0, 1].
     """
+
+    random_start: Tensor
 
     def __init__(
         self,
@@ -265,10 +278,20 @@ class QKVLayerAttention(LayerAttention):
         value_act_cfg: Optional[dict] = None,
         zero_init: bool = False,
         token_norm_cfg: Optional[dict] = None,
+        small_init: Optional[float] = None,
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(channels, head_dim, drop_path, init_cfg)
+        if small_init is not None:
+            if zero_init:
+                raise ValueError(
+                    f'small_init={small_init} starts with another normalization '
+                    'weight than zero_init=True; set one of them'
+                )
+            if not 0 < small_init <= 1:
+                raise ValueError(f'small_init={small_init} is not in (0, 1]')
         self.zero_init = zero_init
+        self.small_init = small_init
         self.query = channel_conv(channels)
         self.key = channel_conv(channels)
         self.value = nn.Conv2d(
@@ -278,11 +301,16 @@ class QKVLayerAttention(LayerAttention):
             build_activation_layer(value_act_cfg) if value_act_cfg else nn.Identity()
         )
         self.norm = build_norm_layer(norm_cfg, channels)[1] if norm_cfg else None
-        if zero_init and norm_cfg is None:
+        if self.from_plain and norm_cfg is None:
             self.scale = nn.Parameter(torch.zeros(channels))
         if token_norm_cfg:
             self.pre_norm = build_norm_layer(token_norm_cfg, channels)[1]
         self.reset_parameters()
+
+    @property
+    def from_plain(self) -> bool:
+        """bool: Whether it is for a network that starts from plain weights."""
+        return self.zero_init or self.small_init is not None
 
     def reset_parameters(self) -> None:
         """Draw the weights anew."""
@@ -294,13 +322,15 @@ class QKVLayerAttention(LayerAttention):
         # evaluated with its initial statistics and corrects nothing, so there
         # the true fan of a depth-wise convolution counts. So it does where
         # there is no norm.
-        fan_out = 9 if self.zero_init or self.norm is None else 9 * self.channels
+        published = self.norm is not None and not self.from_plain
+        fan_out = 9 * self.channels if published else 9
         nn.init.normal_(self.value.weight, std=math.sqrt(2 / fan_out))
+        weight = 0.0 if self.zero_init else self.small_init or 1.0
         if self.norm is not None:
-            nn.init.constant_(self.norm.weight, 0.0 if self.zero_init else 1.0)
+            nn.init.constant_(self.norm.weight, weight)
             nn.init.constant_(self.norm.bias, 0.0)
         if self.scale is not None:
-            nn.init.constant_(self.scale, 0.0)
+            nn.init.constant_(self.scale, weight)
 
     def init_weights(self) -> None:
         """Initialize the weights, after those that a parent set by type."""

@@ -64,7 +64,8 @@ class KCLA(QKVLayerAttention):
             to None, which means that nothing is taken over.
         stride (int): Stride between the stages. Defaults to 1.
         **kwargs: ``norm_cfg``, ``value_act_cfg``, ``zero_init``,
-            ``token_norm_cfg`` and ``init_cfg``, see :class:`QKVLayerAttention`.
+            ``token_norm_cfg``, ``small_init`` and ``init_cfg``, see
+            :class:`QKVLayerAttention`.
 
     Raises:
         ValueError: If ``head_attention`` is unknown, ``temperature`` is not

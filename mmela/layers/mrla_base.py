@@ -31,8 +31,8 @@ class MRLABase(QKVLayerAttention):
         backend (str): How the sum is computed, see
             :func:`mmela.ops.layer_weighted_sum`. Defaults to ``'auto'``.
         **kwargs: ``drop_path``, ``norm_cfg``, ``value_act_cfg``,
-            ``zero_init``, ``token_norm_cfg`` and ``init_cfg``, see
-            :class:`QKVLayerAttention`.
+            ``zero_init``, ``token_norm_cfg``, ``small_init`` and ``init_cfg``,
+            see :class:`QKVLayerAttention`.
 
     Raises:
         ValueError: If there is no such ``backend``, or as

@@ -37,8 +37,8 @@ class MRLALight(QKVLayerAttention):
             active attention before it in the stage, 0 for the first, as eq. 8
             has it. Defaults to ``'identity'``.
         **kwargs: ``drop_path``, ``norm_cfg``, ``value_act_cfg``,
-            ``zero_init``, ``token_norm_cfg`` and ``init_cfg``, see
-            :class:`QKVLayerAttention`.
+            ``zero_init``, ``token_norm_cfg``, ``small_init`` and ``init_cfg``,
+            see :class:`QKVLayerAttention`.
 
     Raises:
         ValueError: If ``previous`` is neither of the two, or as

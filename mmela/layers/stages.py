@@ -189,12 +189,12 @@ class AttentionStage(nn.Module):
         if self.left_out:
             for key in [k for k in state_dict if k.startswith(prefix)]:
                 block, _, rest = key[len(prefix) :].partition('.layer_attn.')
-                if rest == 'norm.weight' and state_dict[key].any():
+                if rest in ('norm.weight', 'scale') and state_dict[key].any():
                     raise RuntimeError(
                         'the checkpoint has a trained layer attention at '
                         f'{prefix}{block}, but the network has none there, as '
-                        'zero_init=True and the stage is frozen; set '
-                        'zero_init=False to use it'
+                        'the stage is frozen and zero_init or small_init is set; '
+                        'set neither to use it'
                     )
                 if rest:
                     del state_dict[key]

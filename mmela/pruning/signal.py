@@ -56,18 +56,18 @@ def has_learned(
     return deviation >= MIN_DEVIATION and not still
 
 
-def learning_state(deviation: float, movement: Optional[float]) -> str:
+def learning_state(deviation: Optional[float], movement: Optional[float]) -> str:
     """Say why :func:`has_learned` is False.
 
     Args:
-        deviation (float): See :func:`has_learned`.
+        deviation (float | None): See :func:`has_learned`.
         movement (float | None): See :func:`has_learned`.
 
     Returns:
         str: A sentence without its full stop.
     """
     found = []
-    if deviation < MIN_DEVIATION:
+    if deviation is not None and deviation < MIN_DEVIATION:
         found.append(
             f'their divergences are within {deviation:.0%} of those of uniform '
             'attention, so what is pruned depends on the position'

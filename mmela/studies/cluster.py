@@ -1,6 +1,7 @@
 """The runs of a study on a Ray cluster."""
 
 import os
+import socket
 import time
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -38,9 +39,12 @@ def connect(address: str, threads: int, gpus: Optional[float]) -> Tuple[float, i
     # Workers import the mmela of this process, from the shared file system
     paths = filter(None, [str(PACKAGE.parent), os.environ.get('PYTHONPATH')])
     environ = {'env_vars': {'PYTHONPATH': os.pathsep.join(paths)}}
+    host, _, port = address.replace('ray://', '').rpartition(':')
     try:
+        if host and port.isdigit():  # Ray would try for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address, runtime_env=environ, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f'no Ray cluster at {address!r}: {error}') from error
     has = ray.cluster_resources()
     if gpus is None:
@@ -82,7 +86,7 @@ def train(job: Job, threads: int, retries: int, failed: Optional[str]) -> Option
                 attempt = Attempt(job, threads)
             except Taken:  # by what another driver runs, or what is about to end
                 time.sleep(PAUSE)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 return str(error)
         try:
             while True:

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Iterable, List, Optional, Sequence, Tuple
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -15,6 +15,7 @@ from .schedule import duration
 from .study import Study, Variant
 
 NONE = '–'
+_LEARNED = {True: 'yes', False: 'no', None: NONE}
 
 
 def write_page(
@@ -103,13 +104,21 @@ def _table(study: Study, shown: Sequence[Variant], runs: Sequence[Row]) -> List[
         active = active[:-2] if active.endswith('.0') else active
         rows[-1] += [mean('best', digits), active, mean('step_time', 3)]
         rows[-1] += [mean('memory', 0), NONE if wall is None else duration(wall)]
+    # Nothing is logged of memory on a CPU, nor is there a best of every metric
+    known = [
+        i
+        for i, name in enumerate(head)
+        if name not in ('best', 'memory (MB)') or any(row[i] != NONE for row in rows)
+    ]
+    head, *rows = ([row[i] for i in known] for row in (head, *rows))
     return [
         *_markdown(head, rows),
         '',
         'SD is the standard deviation over seeds, CI the confidence interval of the '
         "mean by Student's t. `best` is the best validation of a run, which is chosen "
         'on the data it is measured on. Step time is the median over a run, and time '
-        'that of a whole run; both depend on what else the machine did.',
+        'that of a whole run, without the run that it starts from; both depend on '
+        'what else the machine did.',
     ]
 
 
@@ -154,6 +163,7 @@ def _pruning(
             rows.append([variant.label, a.window, _list(a.pruned), _list(a.candidates)])
             rows[-1] += [_number(a.jaccard, 2), _number(a.chance, 2)]
             rows[-1].append(', '.join(f'{c:.2f}' for c in known) or NONE)
+            rows[-1].append(_list([_LEARNED[x] for x in a.learned]))
         for row in runs:
             if row['variant'] == variant.name and row['pruned']:
                 masks.append([variant.label, str(row['seed']), row['pruned']])
@@ -168,9 +178,9 @@ def _pruning(
         'seeds agree (mean Jaccard index over pairs of seeds), and how far random '
         'choices of the same numbers would; for each seed, the correlation of the '
         'divergences with the baseline log((t+n)/t), which they have before attention '
-        'has learned anything.',
+        'has learned anything; whether the hook saw that it had.',
         '',
-        *_markdown([*head, 'correlation with the baseline'], rows),
+        *_markdown([*head, 'correlation with the baseline', 'learned'], rows),
         '',
         *_markdown(['variant', 'seed', 'pruned'], masks),
     ]
@@ -238,7 +248,7 @@ def _plot(study: Study, shown: Sequence[Variant], runs: Sequence[Row]):
         for place, variant in enumerate(shown):
             values = finals(runs, variant.name)
             s = spread(list(values.values()))
-            if s.low is not None:
+            if s.low is not None and s.high is not None:
                 axes.plot([s.low, s.high], [place] * 2, color=theme.ink, linewidth=1.4)
             if s.mean is not None:
                 axes.plot(s.mean, place, '|', color=theme.ink, markersize=13, mew=2)
@@ -285,9 +295,9 @@ def _interval(low: Optional[float], high: Optional[float], digits: int) -> str:
     return NONE if low is None else f'{low:.{digits}f} to {high:.{digits}f}'
 
 
-def _list(counts: Sequence[int]) -> str:
-    same = len(set(counts)) == 1
-    return str(counts[0]) if same else ', '.join(map(str, counts))
+def _list(values: Sequence[Any]) -> str:
+    same = len(set(values)) == 1
+    return str(values[0]) if same else ', '.join(map(str, values))
 
 
 def _cell(text: str) -> str:

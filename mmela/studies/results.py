@@ -45,6 +45,7 @@ LAYER_COLUMNS = (
     'baseline',
     'value',
     'pruned',
+    'learned',
 )
 Row = Dict[str, Any]
 
@@ -123,9 +124,12 @@ def _layers(job: Job, results: Run) -> List[Row]:
             layer=short_name(layer.name),
             stage=short_name(layer.stage),
             divergence=layer.divergence,
-            # Not in the reports of earlier versions
-            **{k: getattr(layer, k, None) for k in LAYER_COLUMNS[6:10]},
+            shape=layer.shape,
+            own=layer.own,
+            baseline=layer.baseline,
+            value=layer.value,
             pruned=layer.pruned,
+            learned=decision.learned,
         )
         for decision in results.decisions
         for layer in decision.layers
@@ -257,7 +261,9 @@ class Agreement(NamedTuple):
     """How far the seeds of a variant agree on what is pruned.
 
     Attributes:
-        window (str): The decision.
+        window (str): The decision; where it was put off, of each seed.
+        learned (list[bool | None]): Whether each seed saw what attention has
+            learned.
         pruned (list[int]): How many each seed prunes.
         candidates (list[int]): Of how many that have a divergence.
         jaccard (float | None): Mean Jaccard index over pairs of seeds; None of
@@ -268,6 +274,7 @@ class Agreement(NamedTuple):
     """
 
     window: str
+    learned: List[Optional[bool]]
     pruned: List[int]
     candidates: List[int]
     jaccard: Optional[float]
@@ -285,15 +292,18 @@ def agreements(layers: Iterable[Row], variant: str) -> List[Agreement]:
     Returns:
         list[Agreement]: For each decision.
     """
-    windows: Dict[str, Dict[int, List[Row]]] = {}
+    seeds: Dict[int, Dict[str, List[Row]]] = {}
     for row in layers:
         if row['variant'] == variant and row['divergence'] is not None:
-            window = windows.setdefault(row['window'], {})
-            window.setdefault(row['seed'], []).append(row)
+            windows = seeds.setdefault(row['seed'], {})
+            windows.setdefault(row['window'], []).append(row)
     found = []
-    for window, seeds in windows.items():
-        open_ = [{r['layer'] for r in rows} for rows in seeds.values()]
-        masks = [{r['layer'] for r in rows if r['pruned']} for rows in seeds.values()]
+    # The first decision of each seed, then the second, whatever their windows
+    for number in range(max(map(len, seeds.values()), default=0)):
+        each = [list(s.items())[number] for s in seeds.values() if len(s) > number]
+        decisions = [rows for _, rows in each]
+        open_ = [{r['layer'] for r in rows} for rows in decisions]
+        masks = [{r['layer'] for r in rows if r['pruned']} for rows in decisions]
         jaccard = chance = None
         if len(masks) > 1:
             names = sorted(set.union(*open_))
@@ -310,12 +320,13 @@ def agreements(layers: Iterable[Row], variant: str) -> List[Agreement]:
             )
         found.append(
             Agreement(
-                window,
+                ', '.join(dict.fromkeys(window for window, _ in each)),
+                [rows[0]['learned'] for rows in decisions],
                 list(map(len, masks)),
                 list(map(len, open_)),
                 jaccard,
                 chance,
-                [c for c in map(_correlation, seeds.values()) if c is not None],
+                [c for c in map(_correlation, decisions) if c is not None],
             )
         )
     return found

@@ -14,7 +14,7 @@ import zipfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -34,11 +34,11 @@ class Job:
     """A run of a study, of plain values only, as it may go to another machine.
 
     Attributes:
-        study (str): Name of the study.
         variant (str): Name of the variant.
         seed (int): The seed.
         work_dir (str): Its work directory.
         cwd (str): Where it is run, which paths of data are seen from.
+        tool (str): The training tool.
         config (str): The config.
         options (tuple[str]): Changes to it.
         after (str | None): Work directory of the run that it starts from.
@@ -48,11 +48,11 @@ class Job:
         length (int): Epochs or iterations.
     """
 
-    study: str
     variant: str
     seed: int
     work_dir: str
     cwd: str
+    tool: str
     config: str
     options: Tuple[str, ...]
     after: Optional[str]
@@ -97,7 +97,7 @@ class Job:
         record = self.record
         if not self.done and not any(self.folder.glob('*.pth')):
             return []  # nothing that would be mixed or lost
-        if not record:
+        if record.get('settings') is None:
             return ['it was not made by a study, so its settings are unknown']
         old = flatten({**record['settings'], 'start': record['start']})
         new = flatten({**self.settings, 'start': self.start})
@@ -182,13 +182,16 @@ def _show(leaves: Dict[str, Any], key: str) -> str:
     return repr(leaves[key]) if key in leaves else 'not there'
 
 
-def make_jobs(study: Study, out: Path, seeds: List[int]) -> List[Job]:
+def make_jobs(
+    study: Study, out: Path, seeds: Sequence[int], tool: Optional[str] = None
+) -> List[Job]:
     """The runs of a study: all variants of a seed before the next seed.
 
     Args:
         study (Study): The study.
         out (Path): Folder of all studies.
-        seeds (list[int]): The seeds.
+        seeds (Sequence[int]): The seeds.
+        tool (str, optional): The training tool. Defaults to mmela's.
 
     Returns:
         list[Job]: The runs, each after the one that it starts from.
@@ -213,15 +216,15 @@ def make_jobs(study: Study, out: Path, seeds: List[int]) -> List[Job]:
             seeded = {**(variant.settings.get('randomness') or {}), 'seed': seed}
             jobs.append(
                 Job(
-                    study.name,
                     name,
                     seed,
                     str(root / name / f'seed_{seed}'),
                     os.getcwd(),
+                    tool or str(find('train.py')),
                     str(variant.config),
                     (*variant.options, f'randomness.seed={seed}'),
-                    start and str(root / start.variant / f'seed_{seed}'),
-                    start and vars(start),
+                    str(root / start.variant / f'seed_{seed}') if start else None,
+                    dict(vars(start)) if start else None,
                     {**variant.settings, 'randomness': seeded},
                     variant.unit,
                     variant.length,
@@ -252,7 +255,9 @@ class Attempt:
     """
 
     def __init__(self, job: Job, threads: int, device: Optional[str] = None) -> None:
-        self.job, self.process = job, None
+        self.job = job
+        self.process: Optional[subprocess.Popen] = None  # None if it is done
+        self._code: Optional[int] = None
         job.folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(job.folder / '.study.lock', os.O_RDWR | os.O_CREAT)
         try:
@@ -273,10 +278,15 @@ class Attempt:
         for attempt in attempts:  # of a process that was killed
             if attempt['seconds'] is None and log.exists():
                 attempt['seconds'] = log.stat().st_mtime - attempt['started']
-        if job.done or job.is_complete():
-            settings = {'settings': job.settings, 'start': job.start}
-            job.write({**settings, **record, 'attempts': attempts, 'done': True})
-            self._code = 0
+        checkpoint = job.checkpoint()
+        complete = job.done or job.is_complete()
+        made = dict(settings=job.settings, start=job.start)
+        if complete or checkpoint is not None:  # what it began with
+            made = {key: record.get(key) for key in made}
+        record = {**made, 'done': complete, 'attempts': attempts}
+        if complete:
+            job.write(record)
+            self._end(0)
             return
         environ = dict(os.environ)
         environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
@@ -286,20 +296,18 @@ class Attempt:
         environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         if device is not None:
             environ['CUDA_VISIBLE_DEVICES'] = device
-        command = self._command()
+        command = self._command(checkpoint)
         now = dict(started=time.time(), seconds=None, exit=None, machine=machine())
-        record = dict(
-            settings=job.settings,
-            start=job.start,
-            done=False,
-            attempts=[*attempts, {**now, 'threads': threads}],
-        )
+        attempts.append({**now, 'threads': threads})
         job.write(record)
         libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
+        driver = os.getpid()
 
-        def die_with_parent() -> None:
+        def die_with_driver() -> None:
             if libc is not None:
                 libc.prctl(_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != driver:
+                os._exit(1)
 
         with open(log, 'ab') as output:
             output.write(f'$ {" ".join(command)}\n'.encode())
@@ -313,17 +321,16 @@ class Attempt:
                 env=environ,
                 pass_fds=[self._lock],
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=die_with_driver,
             )
 
-    def _command(self) -> List[str]:
+    def _command(self, checkpoint: Optional[Path]) -> List[str]:
         job, options = self.job, list(self.job.options)
-        command = [sys.executable, str(find('train.py')), job.config]
+        command = [sys.executable, job.tool, job.config]
         command += ['--work-dir', job.work_dir]
-        checkpoint = job.checkpoint()
         if checkpoint is not None:
             command += ['--resume', str(checkpoint)]
-        elif job.start is not None:
+        elif job.start is not None and job.after is not None:
             path = Path(job.after, job.start['checkpoint'])
             if not path.is_file():
                 raise FileNotFoundError(f'{job.name} starts from {path}: no such file')
@@ -335,27 +342,35 @@ class Attempt:
 
     def poll(self) -> Optional[int]:
         """End of the process: its exit code, None while it goes on."""
-        if self.process is None:
-            code = self._code
-        else:
+        if self._code is None and self.process is not None:
             code = self.process.poll()
-            if code is None:
-                return None
-            self._note(code)
-        os.close(self._lock)
-        return code
-
-    def _note(self, code: int) -> None:
-        record = self.job.record
-        last = record['attempts'][-1]
-        last.update(seconds=time.time() - last['started'], exit=code)
-        self.job.write({**record, 'done': code == 0})
+            if code is not None:
+                self._end(code)
+        return self._code
 
     def kill(self) -> None:
         """End the process and those that it started."""
-        if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self._note(self.process.wait())
+        if self.poll() is None and self.process is not None:
+            self._kill_group(self.process.pid)
+            self._end(self.process.wait())
+
+    @staticmethod
+    def _kill_group(number: int) -> None:
+        try:
+            os.killpg(number, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def _end(self, code: int) -> None:
+        if self.process is not None:
+            # Loaders of data that have outlived it hold the lock
+            self._kill_group(self.process.pid)
+            record = self.job.record
+            last = record['attempts'][-1]
+            last.update(seconds=time.time() - last['started'], exit=code)
+            self.job.write({**record, 'done': code == 0})
+        self._code = code
+        os.close(self._lock)
 
 
 @lru_cache(maxsize=None)

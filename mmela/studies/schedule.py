@@ -12,7 +12,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Sequence, Set, Tupl
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ..__main__ import find
 from .run import Attempt, Job, Taken, is_done
@@ -44,6 +44,13 @@ def visible_gpus() -> List[str]:
     given = os.environ.get('CUDA_VISIBLE_DEVICES', '')
     names = [name.strip() for name in given.split(',') if name.strip()]
     return names[:count] if names else [str(i) for i in range(count)]
+
+
+def visible_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def prepare(commands: Sequence[str]) -> None:
@@ -115,19 +122,19 @@ def first_step(job: Job) -> int:
 
 def simulate(jobs: Sequence[Job], seconds: Dict[str, float], slots: int) -> float:
     """Seconds that runs take side by side, in their order."""
-    free, ends = [0.0] * max(1, slots), {}
+    free, ends = [0.0] * max(1, slots), {'': 0.0}
     for job in jobs:
         free.sort()
-        begin = max(free[0], ends.get(job.after, 0.0))
+        begin = max(free[0], ends.get(job.after or '', 0.0))
         ends[job.work_dir] = free[0] = begin + seconds[job.work_dir]
     return max(free)
 
 
 def duration(seconds: float) -> str:
     """Seconds for a reader: ``1 h 05 min``."""
-    minutes = round(seconds / 60)
-    if minutes < 1:
+    if seconds < 60:
         return f'{seconds:.0f} s'
+    minutes = round(seconds / 60)
     return (
         f'{minutes} min' if minutes < 60 else f'{minutes // 60} h {minutes % 60:02} min'
     )
@@ -190,7 +197,7 @@ class Display:
         terminal = self.console.is_terminal
         self.bars = Progress(*columns, console=self.console, disable=not terminal)
         self._all = self.bars.add_task('all runs', total=total, text='')
-        self._bars: Dict[str, int] = {}
+        self._bars: Dict[str, TaskID] = {}
         self._total, self._done = total, done
 
     def say(self, text: str) -> None:
@@ -290,9 +297,10 @@ class LocalRuns:
                 while (self._pending or self._running) and not interrupts.name:
                     self._look_at_running()
                     for job in list(self._pending):
-                        if self._names.get(job.after) in self._failures:
-                            self._fail(job, f'{self._names[job.after]} failed')
-                        elif job.after not in self._names or is_done(job.after):
+                        first = self._names.get(job.after or '', '')
+                        if first in self._failures:
+                            self._fail(job, f'{first} failed')
+                        elif not job.after or not first or is_done(job.after):
                             self._start(job)
                     self._display.show([a.job for a in self._running.values()])
                     time.sleep(PAUSE)
@@ -332,7 +340,7 @@ class LocalRuns:
                 self._display.say(f'{job.name} waits: {error}')
                 self._waiting.add(job.name)
             return
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._fail(job, str(error))
             return
         self._running[slot] = attempt

@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 from argparse import ArgumentParser
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
@@ -14,7 +15,7 @@ from mmengine.runner import Runner
 
 from ..command_line import one_line
 
-STUDY = {
+STUDY: Dict[str, type] = {
     'name': str,
     'title': str,
     'text': str,
@@ -26,7 +27,7 @@ STUDY = {
     'variants': dict,
     'compare': list,
 }
-VARIANT = {
+VARIANT: Dict[str, type] = {
     'config': str,
     'label': str,
     'options': dict,
@@ -34,7 +35,7 @@ VARIANT = {
     'hidden': bool,
     'paper': float,
 }
-START = {'variant': str, 'checkpoint': str, 'how': str}
+START: Dict[str, type] = {'variant': str, 'checkpoint': str, 'how': str}
 # Differ between runs of the same training
 _NOT_COMPARED = ('work_dir', 'load_from', 'resume', 'launcher')
 
@@ -155,7 +156,8 @@ def _study(path: Path, overrides: Dict[str, Any]) -> Study:
     content = yaml.load(path.read_text('utf-8'), _Loader)
     needed = ('name', 'title', 'metric', 'seeds', 'variants')
     content = _fields('the study', content, STUDY, needed)
-    name, seeds = _file_name('name', content['name']), content['seeds']
+    _file_name('name', content['name'])
+    seeds = content['seeds']
     if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds):
         raise ValueError(f'seeds={seeds} is no list of integers of 0 or more')
     if len(set(seeds)) < len(seeds):
@@ -166,13 +168,13 @@ def _study(path: Path, overrides: Dict[str, Any]) -> Study:
             raise ValueError(f'prepare has {command!r}, which is no command')
     if not content['variants']:
         raise ValueError('variants is empty')
-    common = _flat(content.get('options', {}))
-    variants = {
-        key: _variant(
-            _file_name('variants', key), value, path.parent, common, overrides
-        )
-        for key, value in content['variants'].items()
-    }
+    common = content.get('options', {})
+    loaded: Dict[Path, Config] = {}  # of those that share a config
+    variants = {}
+    for key, value in content['variants'].items():
+        given = common, overrides, loaded
+        name = _file_name('variants', key)
+        variants[key] = _variant(name, value, path.parent, *given)
     for variant in variants.values():
         _check_start(variant, variants)
     compare = content.get('compare', [])
@@ -188,7 +190,7 @@ def _study(path: Path, overrides: Dict[str, Any]) -> Study:
                 )
     return Study(
         path,
-        name,
+        content['name'],
         content['title'],
         content.get('text', ''),
         content.get('conclusion', ''),
@@ -201,15 +203,21 @@ def _study(path: Path, overrides: Dict[str, Any]) -> Study:
 
 
 def _variant(
-    name: str, data: Any, folder: Path, common: dict, overrides: dict
+    name: str,
+    data: Any,
+    folder: Path,
+    common: dict,
+    overrides: dict,
+    loaded: Dict[Path, Config],
 ) -> Variant:
     where = f'variant {name}'
     data = _fields(where, data, VARIANT, ('config',))
     path = folder / data['config']
     if not path.is_file():
         raise ValueError(f'{where}: no config at {path}')
-    options = {'randomness.deterministic': True, **common}
-    options.update({**_flat(data.get('options', {})), **_flat(overrides)})
+    options: Dict[str, Any] = {'randomness.deterministic': True}
+    for given in (common, data.get('options', {}), overrides):
+        options.update(flatten(given, lists=False))
     if 'randomness.seed' in options:
         raise ValueError(f'{where}: randomness.seed is set by the seeds of the study')
     texts = tuple(option_texts(options))
@@ -223,7 +231,9 @@ def _variant(
                 'line: write it into a config'
             )
     try:
-        cfg = Config.fromfile(path)
+        if path not in loaded:
+            loaded[path] = Config.fromfile(path)
+        cfg = deepcopy(loaded[path])
         _check_keys(cfg, options)
         cfg.merge_from_dict(parsed)
         length = cfg.train_cfg
@@ -302,7 +312,9 @@ def _fields(where: str, data: Any, kinds: Dict[str, type], needed: Sequence) -> 
         raise ValueError(f'{where} is {data!r:.99}, but has to be a mapping')
     for key, value in data.items():
         if key not in kinds:
-            raise ValueError(f'{where} has the key {key!r}; known are {_names(kinds)}')
+            raise ValueError(
+                f'{where} has the key {key!r}; known are {", ".join(kinds)}'
+            )
         kind = (int, float) if kinds[key] is float else kinds[key]
         if not isinstance(value, kind) or isinstance(value, bool) > (kind is bool):
             name = kinds[key].__name__
@@ -311,10 +323,6 @@ def _fields(where: str, data: Any, kinds: Dict[str, type], needed: Sequence) -> 
         if key not in data:
             raise ValueError(f'{where} has no {key}')
     return dict(data)
-
-
-def _names(keys: Sequence[str]) -> str:
-    return ', '.join(keys)
 
 
 def _file_name(where: str, name: Any) -> str:
@@ -326,20 +334,11 @@ def _file_name(where: str, name: Any) -> str:
     return name
 
 
-def _flat(options: dict, prefix: str = '') -> Dict[str, Any]:
-    """Nested options by dotted keys."""
-    flat: Dict[str, Any] = {}
-    for key, value in options.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flat(value, f'{prefix}{key}.'))
-        else:
-            flat[f'{prefix}{key}'] = value
-    return flat
-
-
 def option_texts(options: Dict[str, Any]) -> List[str]:
     """Options as ``--cfg-options`` reads them, each ``KEY=VALUE``."""
-    return [f'{key}={_text(value)}' for key, value in _flat(options).items()]
+    return [
+        f'{key}={_text(value)}' for key, value in flatten(options, lists=False).items()
+    ]
 
 
 def _text(value: Any) -> str:
@@ -377,24 +376,25 @@ def _check_keys(cfg: Config, options: Dict[str, Any]) -> None:
             )
 
 
-def flatten(settings: Any, prefix: str = '') -> Dict[str, Any]:
+def flatten(settings: Any, prefix: str = '', lists: bool = True) -> Dict[str, Any]:
     """The leaves of nested plain values, by dotted keys.
 
     Args:
         settings (Any): Dicts, lists and plain values.
         prefix (str): What the keys begin with. Defaults to nothing.
+        lists (bool): Whether to look into lists. Defaults to True.
 
     Returns:
-        dict[str, Any]: The leaves.
+        dict[str, Any]: The leaves; an empty dict or list is one.
     """
     items: List[Tuple[Any, Any]] = []
     if isinstance(settings, dict):
         items = list(settings.items())
-    elif isinstance(settings, list):
+    elif isinstance(settings, list) and lists:
         items = list(enumerate(settings))
     if not items:
-        return {prefix[:-1]: settings}
+        return {prefix[:-1]: settings} if prefix else {}
     leaves: Dict[str, Any] = {}
     for key, value in items:
-        leaves.update(flatten(value, f'{prefix}{key}.'))
+        leaves.update(flatten(value, f'{prefix}{key}.', lists))
     return leaves

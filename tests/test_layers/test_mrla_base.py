@@ -154,6 +154,19 @@ def test_gradients_reach_all_parameters():
                 assert param.grad.abs().sum() > 0, (index, name)
 
 
+@pytest.mark.parametrize(
+    'kwargs, words',
+    [
+        (dict(small_init=0.2, zero_init=True), 'small_init=0.2 .* zero_init=True'),
+        (dict(small_init=0), r'small_init=0 is not in \(0, 1\]'),
+        (dict(small_init=1.5), 'small_init=1.5 is not'),
+    ],
+)
+def test_small_init_is_checked(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        MRLABase(16, head_dim=4, **kwargs)
+
+
 def test_zero_init_starts_as_identity_and_learns():
     attentions, xs = make(2, zero_init=True), inputs(2)
     for step in range(2):

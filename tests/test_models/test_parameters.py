@@ -113,9 +113,14 @@ def test_every_config_reads_and_is_listed(path):
 
 
 def test_nothing_is_written_twice():
-    """A statement with more than two literals is in one config alone."""
+    """A statement with more than two literals is in one config alone.
+
+    But for studies: what was run stays as it was run, whatever changes beside it.
+    """
     places = {}
     for path in sorted((ROOT / 'configs').rglob('*.py')):
+        if 'studies' in path.parts:
+            continue
         for statement in ast.parse(path.read_text('utf-8')).body:
             literals = [n for n in ast.walk(statement) if isinstance(n, ast.Constant)]
             if len(literals) > 2 and statement.targets[0].id != '_base_':

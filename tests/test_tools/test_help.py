@@ -43,6 +43,7 @@ FILES = {
     'dataset/make_lesions.py': [['convert', 'OUT', '--images', 'FOLDER',
                                  '--masks', 'FOLDER']],
     'demo.py': [['--cfg-options', 'data_root=FOLDER']],
+    'study.py': [['STUDY', '--dry-run']],
     'test.py': [['CONFIG', 'CHECKPOINT']],
     'train.py': [['CONFIG']],
 }  # yapf: disable
@@ -94,6 +95,7 @@ def files(tmp_path_factory):
         CONFIG=config,
         CHECKPOINT=checkpoint,
         IMAGE=folder / 'image.jpg',
+        STUDY=ROOT / 'configs' / 'studies' / 'paper_kcla_table5.yml',
         WORK_DIR=folder,
         FOLDER=folder,
     )

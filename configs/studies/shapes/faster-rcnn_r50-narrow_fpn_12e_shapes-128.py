@@ -36,6 +36,15 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
+# As the demo's, but with one learning rate for all parameters
+optim_wrapper = dict(
+    _delete_=True,
+    _scope_='mmdet',
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    clip_grad=dict(max_norm=10),
+)
+
 train_cfg = dict(val_interval=12)
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=2))
 custom_hooks = [dict(type='MemoryFormatHook')]

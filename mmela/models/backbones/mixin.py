@@ -6,10 +6,12 @@ from torch import nn
 from ...attach import (
     TOKEN_DEFAULTS,
     AttachedStages,
+    attention_arguments,
     attention_norm_cfg,
     block_drop_path,
     check_layer_attention,
     freeze_stages,
+    starts_from_plain,
 )
 from ...layers import (
     AttentionStage,
@@ -32,10 +34,10 @@ class LayerAttentionArguments:
         layer_attention (dict): Config of the layer attention: ``MLA``,
             ``MRLABase``, ``MRLALight`` or ``KCLA``. ``channels`` is filled in;
             so is ``norm_cfg`` with that of the backbone, made trainable, where
-            it is not given. With ``zero_init=True`` the blocks of stages that
-            the backbone freezes get none: it would stay zero. (But for
-            attentions whose memory crosses stages, which the next stage goes
-            on with.) Defaults to ``dict(type='MRLABase')``.
+            it is not given. With ``zero_init`` or ``small_init`` the blocks of
+            stages that the backbone freezes get none: it would stay as it
+            starts. (But for attentions whose memory crosses stages, which the
+            next stage goes on with.) Defaults to ``dict(type='MRLABase')``.
         attention_blocks (Sequence[Sequence[int]], optional): For each stage,
             the indices of the blocks that have an attention, from 0 and in
             order. That is how ``tools/convert/slim.py`` writes a pruned
@@ -73,8 +75,8 @@ class LayerAttentionArguments:
         if self._stages_without:
             print_log(
                 f'{type(self).__name__}: no layer attention in frozen stage(s) '
-                f'{", ".join(map(str, self._stages_without))}: with zero_init=True '
-                'it would never be trained and never change the output',
+                f'{", ".join(map(str, self._stages_without))}: it would never be '
+                'trained',
                 'current',
             )
 
@@ -132,8 +134,8 @@ class LayerAttentionArguments:
             frozen (bool): Whether the backbone does not train it.
         """
         if self.attention_blocks is None:
-            zero = self.layer_attention.get('zero_init', False)
-            if frozen and zero and not self._crosses_stages():
+            new = starts_from_plain(self.layer_attention)
+            if frozen and new and not self._crosses_stages():
                 self._stages_without.append(index + 1)
                 return ()
             return range(depth)
@@ -189,6 +191,7 @@ class LayerAttentionArguments:
                 crossing = dict(previous_channels=before[1], stride=stride)
                 stage.take_over_from(before[0])
             arguments = {**defaults, **self.layer_attention, **crossing}
+            arguments = attention_arguments(arguments, frozen)
             stage.attach(i, self._attention_class(channels, **arguments))
         stage.left_out = index + 1 in self._stages_without
 

@@ -150,6 +150,31 @@ def test_zero_init_leaves_frozen_stages_alone(frozen_stages, monkeypatch):
     assert len(build(frozen_stages=1, layer_attention=kcla).layer1.attentions) == 0
 
 
+def test_small_init_leaves_frozen_stages_alone_and_takes_part():
+    config = dict(small_init=0.2, norm_cfg=dict(type='GN', num_groups=4))
+    model = build(frozen_stages=1, norm_eval=True, layer_attention=config)
+    model.init_weights()
+    model.train()
+    assert not model.layer1.attentions
+    attention = model.layer2[0].layer_attn
+    assert (attention.norm.weight == 0.2).all()
+    for out in model(torch.randn(2, 3, 64, 64))[1:]:
+        out.square().mean().backward(retain_graph=True)
+    # Unlike with zero_init all of it has a gradient at once.
+    assert all(param.grad.any() for param in attention.value.parameters())
+    query = model.layer2[1].layer_attn.query.weight  # the first sees one token
+    assert query.grad.any()
+
+
+def test_small_init_where_a_frozen_stage_keeps_its_attention():
+    kcla = dict(type='KCLA', head_dim=8, small_init=0.2)
+    model = build(frozen_stages=1, layer_attention=kcla)
+    model.init_weights()
+    # It would be random for ever, so it adds nothing.
+    assert not model.layer1[0].layer_attn.norm.weight.any()
+    assert (model.layer2[0].layer_attn.norm.weight == 0.2).all()
+
+
 @pytest.mark.parametrize('blocks', [[1, 0], [0, 0], [0, 3], [-1]])
 def test_attention_blocks_in_order_and_once_each(blocks):
     with pytest.raises(ValueError, match=r'attention_blocks\[1\].* 0 to 3') as error:

@@ -1,0 +1,11 @@
+_base_ = './rpn_r50-narrow_mrla-base-zero_fpn_12e_coco128.py'
+
+# Pruning as in configs/_base_/pruning/ela_coco.py
+custom_hooks = [
+    dict(
+        type='LayerAttentionPruningHook',
+        windows=[(1, 1), (7, 7)],
+        policy=dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.2),
+    ),
+    *_base_.custom_hooks,
+]

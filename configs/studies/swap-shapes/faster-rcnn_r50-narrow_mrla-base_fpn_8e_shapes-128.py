@@ -1,0 +1,22 @@
+_base_ = './faster-rcnn_r50-narrow_fpn_8e_shapes-128.py'
+
+# As configs/_base_/swap.py, for a narrow network
+model = dict(
+    backbone=dict(
+        type='ELAResNet',
+        layer_attention=dict(
+            type='MRLABase',
+            head_dim=16,
+            small_init=0.2,
+            norm_cfg=dict(type='GN', num_groups=8),
+        ),
+    )
+)
+optim_wrapper = dict(
+    paramwise_cfg=dict(
+        custom_keys={
+            'layer_attn.query': dict(lr_mult=10, decay_mult=0),
+            'layer_attn.key': dict(lr_mult=10, decay_mult=0),
+        }
+    )
+)

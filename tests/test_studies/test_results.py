@@ -1,0 +1,212 @@
+"""Tables, statistics and the page."""
+
+import csv
+import itertools
+
+import pytest
+
+from mmela.studies.page import write_page
+from mmela.studies.results import (
+    agreements,
+    collect,
+    difference,
+    expected_jaccard,
+    spread,
+    write_tables,
+)
+from tests.helpers.studies import tiny_jobs
+from tests.helpers.work_dirs import make_work_dir
+
+
+def test_spread():
+    """t of 2 degrees of freedom: 4.30265 at 97.5 %, and sqrt(12) has p 0.0742."""
+    s = spread([1, 2, 3])
+    assert (s.n, s.mean, s.deviation) == (3, 2, 1)
+    half = 4.30265 / 3**0.5
+    assert (s.low, s.high) == pytest.approx((2 - half, 2 + half), abs=1e-4)
+    assert s.p == pytest.approx(0.0742, abs=1e-4)
+
+
+def test_spread_of_few():
+    assert spread([]) == (0, None, None, None, None, None)
+    assert spread([5]) == (1, 5, None, None, None, None)
+    assert spread([5, 5]) == (2, 5, 0, 5, 5, 0)
+    assert spread([0.0, 0.0]).p is None
+
+
+def row(variant, seed, final):
+    return dict(variant=variant, seed=seed, final=final)
+
+
+def test_differences_are_paired():
+    """Of the seeds that both have: 1, 2 and 3."""
+    runs = [row('a', 0, 9.0), row('b', 1, 10.0), row('b', 2, 20.0), row('b', 3, 30.0)]
+    runs += [row('a', 1, 11.0), row('a', 2, 22.0), row('a', 3, 33.0), row('a', 4, 1.0)]
+    runs += [row('b', 4, None)]
+    assert difference(runs, 'a', 'b') == spread([1.0, 2.0, 3.0])
+
+
+def brute_force(first, second, m, k):
+    """The mean over all pairs of choices."""
+    values = []
+    for a in itertools.combinations(first, m):
+        for b in itertools.combinations(second, k):
+            values.append(len(set(a) & set(b)) / len(set(a) | set(b)))
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize(
+    'first, second, m, k',
+    [
+        ('abcdef', 'abcdef', 2, 2),
+        ('abcdef', 'abcdef', 1, 4),
+        ('abcdef', 'abcdef', 6, 3),
+        ('abcde', 'cdefgh', 3, 2),
+        ('abc', 'def', 2, 2),
+        ('abc', 'abc', 0, 2),
+    ],
+)
+def test_jaccard_by_chance(first, second, m, k):
+    both = len(set(first) & set(second))
+    found = expected_jaccard(len(first), len(second), both, m, k)
+    assert found == pytest.approx(brute_force(first, second, m, k))
+
+
+def test_two_empty_choices_agree():
+    assert expected_jaccard(4, 4, 4, 0, 0) == 1
+
+
+def layers(seed, window, pruned, names='abcd', learned=True, values=None):
+    return [
+        dict(
+            variant='ela',
+            seed=seed,
+            window=window,
+            layer=name,
+            divergence=None if i == 0 else (values or [0, 3, 2, 1])[i],
+            baseline=[None, 0.7, 0.4, 0.3][i],
+            pruned=name in pruned,
+            learned=learned,
+        )
+        for i, name in enumerate(names)
+    ]
+
+
+def test_agreement():
+    """Jaccard of {b}, {b}: 1, and of {b}, {b, c}: 1/2, twice."""
+    rows = layers(0, 'epoch 1', 'b') + layers(1, 'epoch 1', 'b', learned=False)
+    rows += layers(2, 'epoch 1-2', 'bc', values=[0, 0.7, 0.4, 0.3])
+    rows += layers(0, 'epoch 4', '', 'acd')
+    (first, second) = agreements(rows, 'ela')
+    assert first.window == 'epoch 1, epoch 1-2'
+    assert first.learned == [True, False, True]
+    assert (first.pruned, first.candidates) == ([1, 1, 2], [3, 3, 3])
+    assert first.jaccard == pytest.approx((1 + 0.5 + 0.5) / 3)
+    chance = brute_force('bcd', 'bcd', 1, 1) + 2 * brute_force('bcd', 'bcd', 1, 2)
+    assert first.chance == pytest.approx(chance / 3)
+    # By hand: deviations 1, 0, -1 and 7/30, -2/30, -5/30
+    by_hand = (12 / 30) / (2 * 78 / 900) ** 0.5
+    assert first.correlation == pytest.approx([by_hand, by_hand, 1])
+    assert second.window == 'epoch 4' and second.jaccard is None
+    assert second.correlation == []  # of two
+    assert agreements(rows, 'plain') == []
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Seed 0 of ela is done, seed 1 of it and plain have not run."""
+    study, jobs = tiny_jobs(
+        tmp_path,
+        seeds=(0, 1),
+        text='Why | this.',
+        metric='coco/bbox_mAP',
+        variants=dict(
+            ela=dict(config='tiny.py', label='ELA $x$', paper=0.5),
+            plain=dict(config='tiny.py'),
+        ),
+        compare=[['ela', 'plain']],
+    )
+    decisions = make_work_dir(jobs[0].folder)
+    machine = dict(
+        cpu='Some CPU', cores=2, gpu=None, torch='2', mmela='0', revision='r'
+    )
+    attempts = [
+        dict(started=1e9, seconds=s, exit=0, machine=machine, threads=1) for s in (5, 6)
+    ]
+    jobs[0].write(
+        dict(settings=jobs[0].settings, start=None, done=True, attempts=attempts)
+    )
+    return study, jobs, decisions
+
+
+def test_tables(made, tmp_path):
+    study, jobs, (first, second) = made
+    runs, rows = collect(study, jobs)
+    paths = write_tables(runs, rows, tmp_path / 'page' / 'tiny.csv')
+    assert [p.name for p in paths] == ['tiny.csv', 'tiny_layers.csv']
+    ela, plain, *_ = table = list(csv.DictReader(paths[0].open()))
+    assert [r['variant'] for r in table] == ['ela', 'plain', 'ela', 'plain']
+    # Of tests/helpers/work_dirs.py: 0.25 at the end, 0.3 in epoch 3
+    assert (ela['final'], ela['coco/bbox_mAP']) == ('0.25', '0.25')
+    assert float(ela['best']) == pytest.approx(0.3) and ela['best_at'] == '3'
+    assert float(ela['coco/bbox_mAP_50']) == pytest.approx(0.8)
+    assert int(ela['active']) == len(second.active)
+    assert ela['attentions'] == '16'
+    assert ela['step_times'] == '0.5 0.2083 0.125'  # 1/1, 1/2 and 1/3, 1/4 of 0.5
+    assert (ela['wall_time'], ela['attempts']) == ('11', '2')
+    assert (ela['cpu'], ela['gpu'], ela['revision']) == ('Some CPU', '', 'r')
+    names = [name.split('.', 1)[1][: -len('.layer_attn')] for name in first.pruned]
+    assert ela['pruned'].startswith(f'epoch 1: {" ".join(names)}; epoch 3: ')
+    assert (plain['status'], plain['final'], plain['cpu']) == ('missing', '', '')
+    detail = list(csv.DictReader(paths[1].open()))
+    assert len(detail) == len(first.layers) + len(second.layers)
+    for layer, found in zip(first.layers, detail):
+        assert found['pruned'] == str(layer.pruned)
+        for key in ('divergence', 'shape', 'own', 'baseline'):
+            value = getattr(layer, key)
+            assert found[key] == ('' if value is None else str(value))
+
+
+def test_page(made, tmp_path):
+    study, jobs, _ = made
+    runs, rows = collect(study, jobs)
+    paths = write_page(
+        study, jobs, runs, rows, [], tmp_path / 'tiny.md', 'python tools/study.py a'
+    )
+    assert [p.name for p in paths] == ['tiny.md', 'tiny.png', 'tiny_dark.png']
+    text = paths[0].read_text()
+    assert text.startswith('# A tiny study\n\nWhy | this.\n')
+    assert '| ELA $x$ | 1 | 0.2500 | – | – | 0.5 | 0.3000 |' in text
+    assert '| step time (s) | time |' in text  # no memory on a CPU
+    assert '| plain | 0 | – | – | – | – | – |' in text
+    assert '| ELA $x$ − plain | 0 | – | – | – |' in text
+    assert 'Without a result: plain seed 0 (missing), ela seed 1 (missing)' in text
+    assert '| ELA $x$ | 0.2500 | – |' in text
+    assert 'python tools/study.py a\n' in text and 'Some CPU, 2 cores, no GPU' in text
+    assert 'run 2001-09-09' in text and 'Conclusion' not in text
+    for word in ('nan', 'None', str(tmp_path)):
+        assert word not in text
+
+
+def test_conclusion(made, tmp_path):
+    """What a person wrote is in the file, so a page written again has it."""
+    _, jobs, _ = made
+    path = tmp_path / 'tiny.yml'
+    path.write_text(path.read_text() + 'conclusion: It helps.\n')
+    from mmela.studies.study import read_study
+
+    study = read_study(path)
+    for _ in range(2):
+        runs, rows = collect(study, jobs)
+        page = tmp_path / 'tiny.md'
+        write_page(study, jobs, runs, rows, [], page, 'a')
+        assert '## Conclusion\n\nIt helps.\n' in page.read_text()
+
+
+def test_nothing_has_run(tmp_path):
+    study, jobs = tiny_jobs(tmp_path)
+    runs, rows = collect(study, jobs)
+    assert rows == [] and [r['status'] for r in runs] == ['missing'] * 2
+    paths = write_tables(runs, rows, tmp_path / 'tiny.csv')
+    paths += write_page(study, jobs, runs, rows, paths, tmp_path / 'tiny.md', 'a')
+    assert [p.name for p in paths] == ['tiny.csv', 'tiny.md']

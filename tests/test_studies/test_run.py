@@ -1,0 +1,201 @@
+"""One run: what there is of it, and the process that trains it."""
+
+import json
+import time
+import zipfile
+
+import pytest
+
+from mmela.studies.run import LOG, Attempt, Taken, read_record
+from tests.helpers.studies import tiny_jobs
+
+
+def finish(attempt):
+    """Wait for the end of an attempt."""
+    while attempt.poll() is None:
+        time.sleep(0.02)
+    return attempt.process and attempt.process.returncode
+
+
+@pytest.fixture
+def job(tmp_path):
+    return tiny_jobs(tmp_path)[1][0]
+
+
+def checkpoint(folder, number, whole=True):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f'epoch_{number}.pth'
+    if whole:
+        with zipfile.ZipFile(path, 'w') as file:
+            file.writestr('state', '5')
+    else:
+        path.write_bytes(b'PK\x03\x04 half a file')
+    return path
+
+
+def test_jobs_start_after_what_they_start_from(tmp_path):
+    start = dict(variant='base', checkpoint='epoch_1.pth', how='load')
+    _, jobs = tiny_jobs(
+        tmp_path,
+        seeds=(0, 3),
+        variants=dict(
+            ela=dict(config='tiny.py', start=start), base=dict(config='tiny.py')
+        ),
+        compare=[],
+    )
+    names = ['base seed 0', 'ela seed 0', 'base seed 3', 'ela seed 3']
+    assert [job.name for job in jobs] == names
+    assert jobs[1].after == jobs[0].work_dir and jobs[3].after == jobs[2].work_dir
+    assert jobs[2].work_dir == str(tmp_path / 'out' / 'tiny' / 'base' / 'seed_3')
+    assert jobs[2].options == ('randomness.deterministic=True', 'randomness.seed=3')
+    assert jobs[2].settings['randomness'] == {'deterministic': True, 'seed': 3}
+
+
+def test_trains(job):
+    """Three epochs of state <- 31 state + seed, from seed + 1."""
+    assert finish(Attempt(job, 2)) == 0
+    assert job.done and job.validated()
+    assert job.results().metrics[3]['accuracy/top1'] == 31**3 % 1009 / 10.09
+    record = read_record(job.work_dir)
+    assert record['settings'] == job.settings and record['start'] is None
+    (attempt,) = record['attempts']
+    assert attempt['exit'] == 0 and attempt['threads'] == 2
+    assert 0 < attempt['seconds'] < 60
+    assert attempt['machine']['cores'] >= 1
+    assert job.progress() == (1.0, 'epoch 3/3, 1/1')
+    # Nothing is started for what is done
+    assert Attempt(job, 1).process is None
+
+
+def test_threads_and_device(job, tmp_path):
+    tool = tmp_path / 'show.py'
+    names = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'CUDA_VISIBLE_DEVICES')
+    tool.write_text(f'import os\nprint([os.environ[n] for n in {names}])\n')
+    job = type(job)(**{**vars(job), 'tool': str(tool)})
+    assert finish(Attempt(job, 3, '7')) == 0
+    assert "['3', '3', '7']" in (job.folder / LOG).read_text()
+
+
+def test_goes_on_from_the_last_whole_checkpoint(job):
+    checkpoint(job.folder, 1)
+    checkpoint(job.folder, 2, whole=False)
+    (job.folder / 'epoch_x.pth').touch()
+    assert job.checkpoint().name == 'epoch_1.pth'
+    assert finish(Attempt(job, 1)) == 0
+    # Two more epochs from 5
+    assert job.results().metrics[3]['accuracy/top1'] == 31**2 * 5 % 1009 / 10.09
+
+
+def test_killed_in_its_last_validation(job):
+    """The last epoch is trained again, as its validation is missing."""
+    checkpoint(job.folder, 2)
+    checkpoint(job.folder, 3)
+    assert not job.is_complete() and job.checkpoint().name == 'epoch_2.pth'
+
+
+def test_killed_before_it_was_noted(job):
+    assert finish(Attempt(job, 1)) == 0
+    record = job.record
+    record['done'], record['attempts'][0]['seconds'] = False, None
+    job.write(record)
+    attempt = Attempt(job, 1)
+    assert attempt.process is None and attempt.poll() == 0 and job.done
+    assert len(job.record['attempts']) == 1
+    assert job.record['attempts'][0]['seconds'] > 0
+
+
+@pytest.mark.parametrize('how, steps', [('load', 3), ('resume', 2)])
+def test_starts_from_another(tmp_path, how, steps):
+    start = dict(variant='base', checkpoint='epoch_1.pth', how=how)
+    _, (base, other) = tiny_jobs(
+        tmp_path,
+        variants=dict(
+            base=dict(config='tiny.py'), other=dict(config='tiny.py', start=start)
+        ),
+        compare=[],
+    )
+    with pytest.raises(FileNotFoundError, match='other seed 0 starts from .*epoch_1'):
+        Attempt(other, 1)
+    checkpoint(base.folder, 1)
+    assert finish(Attempt(other, 1)) == 0
+    metric = other.results().metrics[3]['accuracy/top1']
+    assert metric == 31**steps * 5 % 1009 / 10.09
+    # From its own checkpoint, once it has one
+    other.write({**other.record, 'done': False})
+    (other.folder / 'epoch_3.pth').unlink()
+    assert other.checkpoint().parent == other.folder
+    assert finish(Attempt(other, 1)) == 0
+    assert other.results().metrics[3]['accuracy/top1'] == metric
+
+
+def test_one_process_at_a_time(tmp_path):
+    _, (job, _) = tiny_jobs(tmp_path, options={'hold': 'never'})
+    attempt = Attempt(job, 1)
+    with pytest.raises(Taken, match='seed_0'):
+        Attempt(job, 1)
+    attempt.kill()
+    attempt.poll()
+    second = Attempt(job, 1)
+    second.kill()
+    assert [a['exit'] for a in job.record['attempts']] == [-9, -9]
+
+
+def test_changed_settings(tmp_path):
+    _, (job, _) = tiny_jobs(tmp_path)
+    assert job.changes() == []
+    assert finish(Attempt(job, 1)) == 0
+    assert job.changes() == []
+    changed = dict(options={'custom_hooks.0.policy.gamma': 0.3, 'die_at': 9})
+    _, (job, _) = tiny_jobs(tmp_path, **changed)
+    assert sorted(job.changes()) == [
+        'custom_hooks.0.policy.gamma: 0.5 -> 0.3',
+        'die_at: 0 -> 9',
+    ]
+    _, (job, _) = tiny_jobs(tmp_path, options={'factor': 31})
+    assert job.changes() == []
+
+
+def test_changed_before_anything_was_trained(tmp_path):
+    """Then nothing is lost."""
+    _, (job, _) = tiny_jobs(tmp_path, options={'fail_at': 1})
+    assert finish(Attempt(job, 1)) == 3
+    _, (job, _) = tiny_jobs(tmp_path)
+    assert job.changes() == []
+
+
+def test_of_something_else(job):
+    checkpoint(job.folder, 1)
+    assert 'not made by a study' in job.changes()[0]
+
+
+@pytest.mark.parametrize(
+    'text, share, shown',
+    [
+        ('', 0, 'starting'),
+        ('- Epoch(train)   [2][ 50/100]  lr: 1', 0.5, 'epoch 2/3, 50/100'),
+        ('- Epoch(train) [1][10/100]\n- Epoch(val) [1][3/3]', 0.1 / 3, 'epoch 1/3'),
+        ('- Iter(train) [ 300/1000]  lr: 1', 0.3, 'iteration 300/1000'),
+    ],
+)
+def test_progress(job, text, share, shown):
+    job.folder.mkdir(parents=True)
+    (job.folder / LOG).write_text(text)
+    found, told = job.progress()
+    assert found == pytest.approx(share) and told.startswith(shown)
+
+
+def test_the_record_is_whole_or_not_there(job):
+    job.folder.mkdir(parents=True)
+    job.write(dict(done=True))
+    assert json.loads((job.folder / 'study_run.json').read_text()) == {'done': True}
+    assert [p.name for p in job.folder.iterdir()] == ['study_run.json']
+
+
+def test_goes_on_with_other_settings(tmp_path):
+    """What it began with stays noted, so it is not taken for the new ones."""
+    _, (job, _) = tiny_jobs(tmp_path, options={'fail_at': 2})
+    assert finish(Attempt(job, 1)) == 3
+    _, (job, _) = tiny_jobs(tmp_path)
+    assert job.changes() == ['fail_at: 2 -> 0']
+    assert finish(Attempt(job, 1)) == 0
+    assert job.done and job.changes() == ['fail_at: 2 -> 0']
