@@ -222,7 +222,8 @@ def with_layer_attention(backbone: Any, **kwargs) -> nn.Module:
     Args:
         backbone (dict): Config of the backbone.
         **kwargs: ``layer_attention``, ``blocks``, ``reset_pruning`` and
-            ``input_size`` of :func:`attach_layer_attention`.
+            ``input_size`` of :func:`attach_layer_attention`; ``init_cfg``
+            takes the place of that of the backbone.
 
     Returns:
         nn.Module: The backbone.
@@ -239,6 +240,8 @@ def with_layer_attention(backbone: Any, **kwargs) -> nn.Module:
             'WithLayerAttention needs the config of a backbone such as '
             f"backbone=dict(type='SwinTransformer'), got {backbone!r}"
         )
+    if 'init_cfg' in kwargs:  # what tools set to None before they load weights
+        backbone = {**backbone, 'init_cfg': kwargs.pop('init_cfg')}
     return attach_layer_attention(MODELS.build(backbone), **kwargs)
 
 

@@ -205,6 +205,15 @@ def test_layer_wise_learning_rates():
     assert own == {max(plain.values())}
 
 
+def test_init_cfg_takes_the_place_of_the_backbones():
+    """As tools do that load weights afterwards, by ``backbone.init_cfg=None``."""
+    init = dict(type='Pretrained', checkpoint='is not there.pth')
+    resnet = dict(type='ResNet', depth=18, init_cfg=init)
+    cfg = with_layer_attention(resnet)
+    assert build_in('mmpretrain', cfg).init_cfg == init
+    assert build_in('mmpretrain', dict(cfg, init_cfg=None)).init_cfg is None
+
+
 def test_bad_backbone():
     with pytest.raises(TypeError, match="needs the config .* got 'ResNet'"):
         build_in('mmpretrain', with_layer_attention('ResNet'))

@@ -167,6 +167,16 @@ def test_small_init_is_checked(kwargs, words):
         MRLABase(16, head_dim=4, **kwargs)
 
 
+@pytest.mark.parametrize(
+    'kwargs, start', [(dict(zero_init=True), 0.0), (dict(small_init=0.25), 0.25)]
+)
+def test_without_a_norm_a_scale_has_the_start(kwargs, start):
+    attention = MRLABase(C, head_dim=D, norm_cfg=None, **kwargs)
+    torch.testing.assert_close(attention.scale, torch.full((C,), start))
+    assert MRLABase(C, head_dim=D, norm_cfg=None).scale is None
+    assert MRLABase(C, head_dim=D, **kwargs).scale is None
+
+
 def test_zero_init_starts_as_identity_and_learns():
     attentions, xs = make(2, zero_init=True), inputs(2)
     for step in range(2):

@@ -171,7 +171,8 @@ def build(toolbox, cfg):
     for make in _makers(toolbox, cfg):
         try:
             torch.manual_seed(0)
-            network = make().eval()
+            network = make()
+            network.eval()  # that of some returns nothing
         except Exception as error:
             reason = error
             continue
