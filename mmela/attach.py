@@ -196,7 +196,7 @@ def attach_layer_attention(
             stage.attach(index, attention_class(block.channels, **own))
         rows.append(_row(len(stages), members, stage))
         stages.append(stage)
-    if not any(stage.attentions or stage.left_out for stage in stages):
+    if not any(stage.attentions or stage.left_out for stage in stages) and not without:
         raise ValueError(f'blocks={blocks} leaves no block with a layer attention')
     attached = AttachedStages(stages)
     parameter = next(iter(backbone.parameters()), torch.empty(0))
