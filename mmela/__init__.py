@@ -13,8 +13,16 @@ allow_checkpoint_classes()
 keep_loading_safe()
 
 from . import hooks, layers  # noqa: E402  (registration)
+from .attach import attach_layer_attention  # noqa: E402
 from .registry import LAYER_ATTENTIONS, register_backbones  # noqa: E402
 
 register_backbones()
 
-__all__ = ['LAYER_ATTENTIONS', '__version__', 'hooks', 'layers', 'register_backbones']
+__all__ = [
+    'LAYER_ATTENTIONS',
+    '__version__',
+    'attach_layer_attention',
+    'hooks',
+    'layers',
+    'register_backbones',
+]

@@ -1,6 +1,7 @@
 """Registries of mmela, and how the toolboxes get its backbones."""
 
 from importlib import import_module
+from inspect import isclass
 from typing import Union
 
 from mmengine.registry import MODELS, Registry
@@ -24,8 +25,9 @@ def find_layer_attention(type: Union[str, type]) -> type:
         KeyError: If there is none of that name.
     """
     found = LAYER_ATTENTIONS.get(type) if isinstance(type, str) else type
-    if found is None:
-        names = ', '.join(sorted(LAYER_ATTENTIONS.module_dict))
+    if not isclass(found):  # a function, which builds backbones
+        classes = LAYER_ATTENTIONS.module_dict.items()
+        names = ', '.join(sorted(name for name, kind in classes if isclass(kind)))
         raise KeyError(f'there is no layer attention {type!r}; allowed are {names}')
     return found
 

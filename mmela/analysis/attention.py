@@ -182,11 +182,7 @@ def stage_blocks(
         list[tuple[nn.Module, LayerAttention | None]]: In order.
     """
     if isinstance(stage, HookedAttentionStage):
-        slots = dict(stage.named_children())
-        return [
-            (block, getattr(slots.get(str(i)), 'layer_attn', None))
-            for i, block in enumerate(stage.blocks)
-        ]
+        return [(block, stage.attention_of(i)) for i, block in enumerate(stage.blocks)]
     return [(block, getattr(block, 'layer_attn', None)) for block in stage]
 
 

@@ -1,14 +1,15 @@
 import copy
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Tuple, Union
 
 from mmengine.config import Config, ConfigDict
 from torch import Tensor, nn
 
+from ..attach import AttachedStages
 from ..hooks import LayerAttentionPruningHook
 from ..layers import AttentionState
 from ..structure import layer_attentions
 
-AttentionBlocks = Dict[str, List[List[int]]]
+AttentionBlocks = Dict[str, List[List[Union[int, str]]]]
 
 
 def slim_state_dict(model: nn.Module) -> Tuple[Dict[str, Tensor], AttentionBlocks]:
@@ -20,10 +21,11 @@ def slim_state_dict(model: nn.Module) -> Tuple[Dict[str, Tensor], AttentionBlock
         model (nn.Module): A network with layer attentions.
 
     Returns:
-        tuple[dict[str, Tensor], dict[str, list[list[int]]]]: The state dict
-        without the keys of pruned attentions, and the blocks that still have
-        an attention: for each backbone, by its name in the network such as
-        ``backbone``, a list of block indices per stage.
+        tuple[dict[str, Tensor], dict[str, list[list[int | str]]]]: The state
+        dict without the keys of pruned attentions, and the blocks that still
+        have an attention: for each backbone, by its name in the network such
+        as ``backbone``, a list of block indices per stage. Or of names, of a
+        backbone that :func:`mmela.attach_layer_attention` gave attentions.
 
     Raises:
         ValueError: If there is no layer attention in the network.
@@ -41,11 +43,14 @@ def slim_state_dict(model: nn.Module) -> Tuple[Dict[str, Tensor], AttentionBlock
         for key, value in model.state_dict().items()
         if not key.startswith(pruned)
     }
-    return state_dict, {
-        name: module.remaining_attention_blocks()
-        for name, module in model.named_modules()
-        if hasattr(module, 'remaining_attention_blocks')
-    }
+    blocks: AttentionBlocks = {}
+    for name, module in model.named_modules():
+        if hasattr(module, 'remaining_attention_blocks'):
+            blocks[name] = module.remaining_attention_blocks()
+        elif isinstance(module, AttachedStages):
+            # Those of a class of mmela are named by it already
+            blocks.setdefault(name.rpartition('.')[0], module.remaining_blocks())
+    return state_dict, blocks
 
 
 def slim_config(cfg: Config, blocks: AttentionBlocks) -> Config:
@@ -55,7 +60,7 @@ def slim_config(cfg: Config, blocks: AttentionBlocks) -> Config:
 
     Args:
         cfg (Config): Config of the network.
-        blocks (dict[str, list[list[int]]]): What :func:`slim_state_dict`
+        blocks (dict[str, list[list[int | str]]]): What :func:`slim_state_dict`
             returns.
 
     Returns:
@@ -73,7 +78,8 @@ def slim_config(cfg: Config, blocks: AttentionBlocks) -> Config:
             raise ValueError(
                 f'the network has a backbone {name}, but its config has none there'
             )
-        node['attention_blocks'] = stages
+        attached = any(isinstance(block, str) for stage in stages for block in stage)
+        node['blocks' if attached else 'attention_blocks'] = stages
     cfg['custom_hooks'] = [
         hook for hook in cfg.get('custom_hooks') or [] if not _is_pruning_hook(hook)
     ]

@@ -85,6 +85,10 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
     used_by_value: Tuple[str, ...] = ()
     """tuple[str]: Submodules that ``VALUE_ONLY`` still uses."""
 
+    scale: Optional[nn.Parameter]
+    """nn.Parameter: Factor per channel, (C,), which the stage applies to what
+    is retrieved; None for none."""
+
     def __init__(
         self,
         channels: int,
@@ -105,6 +109,7 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
         self.head_dim = head_dim
         self.num_heads = channels // head_dim
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.register_parameter('scale', None)
         self._state = AttentionState.ACTIVE
         self._disabled: List[str] = []
         # The state travels in the checkpoint as a buffer; the forward pass
@@ -239,16 +244,18 @@ class QKVLayerAttention(LayerAttention):
             None, which means none.
         zero_init (bool): Start with a normalization weight of 0, so that the
             block's output is at first that of the plain residual block. For
-            networks that start from the weights of a plain ResNet. Defaults to
-            False.
+            networks that start from the weights of a plain one. Without a
+            normalization, a learnable scale per channel starts at 0 instead.
+            Defaults to False.
         token_norm_cfg (dict, optional): Normalization of the tokens of a
             transformer before they are attended over, which their stage asks
             for (MRLA, algorithms 2 and 4). Defaults to None.
-        small_init (float, optional): Start with this normalization weight,
-            such as 0.2. For networks that start from the weights of a plain
-            ResNet, too: their output is at first not quite that of the ResNet,
-            but the attention takes part from the first iteration on, and
-            learns, where with ``zero_init`` it hardly ever grows. Where the
+        small_init (float, optional): Start with this normalization weight, or
+            scale without a normalization, such as 0.2. For networks that start from the
+            weights of a plain one, too: their output is at first not quite that
+            of the plain one, but the attention takes part from the first
+            iteration on, and learns, where with ``zero_init`` it hardly ever
+            grows. Where the
             backbone evaluates its norms (``norm_eval=True``), give one that
             normalizes then, such as
             ``norm_cfg=dict(type='GN', num_groups=32)``. Defaults to None,
@@ -256,9 +263,8 @@ class QKVLayerAttention(LayerAttention):
         init_cfg (dict, optional): Initialization config. Defaults to None.
 
     Raises:
-        ValueError: As :class:`LayerAttention` does, if ``zero_init`` or
-            ``small_init`` is set without a normalization, if both are, or if
-            ``small_init`` is not in (0, 1].
+        ValueError: As :class:`LayerAttention` does, if both ``zero_init`` and
+            ``small_init`` are set, or if ``small_init`` is not in (0, 1].
     """
 
     random_start: Tensor
@@ -276,21 +282,11 @@ class QKVLayerAttention(LayerAttention):
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(channels, head_dim, drop_path, init_cfg)
-        if zero_init and norm_cfg is None:
-            raise ValueError(
-                'zero_init=True sets the weight of the normalization to 0, but '
-                'norm_cfg=None has none'
-            )
         if small_init is not None:
             if zero_init:
                 raise ValueError(
                     f'small_init={small_init} starts with another normalization '
                     'weight than zero_init=True; set one of them'
-                )
-            if norm_cfg is None:
-                raise ValueError(
-                    f'small_init={small_init} sets the weight of the normalization, '
-                    'but norm_cfg=None has none'
                 )
             if not 0 < small_init <= 1:
                 raise ValueError(f'small_init={small_init} is not in (0, 1]')
@@ -305,6 +301,8 @@ class QKVLayerAttention(LayerAttention):
             build_activation_layer(value_act_cfg) if value_act_cfg else nn.Identity()
         )
         self.norm = build_norm_layer(norm_cfg, channels)[1] if norm_cfg else None
+        if self.from_plain and norm_cfg is None:
+            self.scale = nn.Parameter(torch.zeros(channels))
         if token_norm_cfg:
             self.pre_norm = build_norm_layer(token_norm_cfg, channels)[1]
         self.reset_parameters()
@@ -327,10 +325,12 @@ class QKVLayerAttention(LayerAttention):
         published = self.norm is not None and not self.from_plain
         fan_out = 9 * self.channels if published else 9
         nn.init.normal_(self.value.weight, std=math.sqrt(2 / fan_out))
+        weight = 0.0 if self.zero_init else self.small_init or 1.0
         if self.norm is not None:
-            weight = 0.0 if self.zero_init else self.small_init or 1.0
             nn.init.constant_(self.norm.weight, weight)
             nn.init.constant_(self.norm.bias, 0.0)
+        if self.scale is not None:
+            nn.init.constant_(self.scale, weight)
 
     def init_weights(self) -> None:
         """Initialize the weights, after those that a parent set by type."""

@@ -47,6 +47,16 @@ def forward_pass() -> Iterator[None]:
         _running.passes.pop()
 
 
+def enter_pass(module: nn.Module, args: tuple) -> None:
+    """Forward pre-hook of a network: a :func:`forward_pass` begins."""
+    _running.passes.append({})
+
+
+def leave_pass(module: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook of a network, always called: its pass ends."""
+    _running.passes.pop()
+
+
 def current_pass() -> Dict[Any, Any]:
     """What belongs to the innermost :func:`forward_pass` of this thread.
 
@@ -69,6 +79,7 @@ class AttentionStage(nn.Module):
     """
 
     observer: Optional[Callable[[List[Tensor]], None]] = None
+    _channels_first = True
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -126,7 +137,13 @@ class AttentionStage(nn.Module):
         if state == AttentionState.VALUE_ONLY:
             attention.store(x, memory)
             return output
-        return output + attention.drop_path(restore(attention(x, memory)))
+        retrieved = restore(attention(x, memory))
+        if attention.scale is not None:
+            # Here and not in the attention, as it counts for class tokens too
+            scale = attention.scale.to(retrieved.dtype)
+            on_maps = self._channels_first
+            retrieved = retrieved * (scale[:, None, None] if on_maps else scale)
+        return output + attention.drop_path(retrieved)
 
     def _to_map(
         self, attention: LayerAttention, output: Tensor, args: tuple
@@ -172,7 +189,7 @@ class AttentionStage(nn.Module):
         if self.left_out:
             for key in [k for k in state_dict if k.startswith(prefix)]:
                 block, _, rest = key[len(prefix) :].partition('.layer_attn.')
-                if rest == 'norm.weight' and state_dict[key].any():
+                if rest in ('norm.weight', 'scale') and state_dict[key].any():
                     raise RuntimeError(
                         'the checkpoint has a trained layer attention at '
                         f'{prefix}{block}, but the network has none there, as '
@@ -237,21 +254,41 @@ class HookedAttentionStage(AttentionStage):
     For backbones whose forward pass loops over blocks that are not a
     ``Sequential`` of one stage each, such as transformers. The blocks stay
     where the backbone has them, with their keys; this module holds their
-    attentions as ``<block>.layer_attn`` and runs each from a forward hook.
+    attentions as ``<block>.layer_attn`` and runs each from a forward hook. A
+    block may return several things, of which the first is its output.
 
     Args:
         blocks (Sequence[nn.Module]): The blocks of the stage, in order.
+        names (Sequence[str], optional): Their names in the backbone, which
+            name the attentions, with ``-`` for dots. Defaults to None, which
+            means their indices.
+        shortcuts (dict[int, nn.Module], optional): By index of the block, the
+            module that brings its input to the shape of its output, such as a
+            downsample. Defaults to None: inputs have that shape.
 
     Attributes:
         blocks (tuple[nn.Module]): The blocks.
+        names (tuple[str]): Their names.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        names: Optional[Sequence[str]] = None,
+        shortcuts: Optional[Dict[int, nn.Module]] = None,
+    ) -> None:
         super().__init__()
-        # In a tuple, so that they do not become submodules
+        # In tuples, so that they do not become submodules
         self.blocks = tuple(blocks)
+        self.names = tuple(names or map(str, range(len(blocks))))
+        self._slots = tuple(
+            # A name that is one of this module's own attributes gets a dash
+            f'{name}-' if hasattr(self, name) else name.replace('.', '-')
+            for name in self.names
+        )
+        self._shortcuts = tuple((shortcuts or {}).items())
         for index, block in enumerate(blocks):
-            block.register_forward_hook(_Hook(self, index))
+            block.register_forward_hook(_Hook(self, index), with_kwargs=True)
 
     def attach(self, index: int, attention: LayerAttention) -> None:
         """Give a block its layer attention.
@@ -260,18 +297,40 @@ class HookedAttentionStage(AttentionStage):
             index (int): Index of the block.
             attention (LayerAttention): Its attention.
         """
-        self.add_module(str(index), nn.ModuleDict(dict(layer_attn=attention)))
+        slot = nn.ModuleDict(dict(layer_attn=attention))
+        self.add_module(self._slots[index], slot)
+        shortcut = dict(self._shortcuts).get(index)
+        if attention.needs_identity and shortcut is not None:
+            shortcut.register_forward_hook(_keep_in_pass)
 
-    def run(self, index: int, args: tuple, output: Tensor) -> Tensor:
+    def attention_of(self, index: int) -> Optional[LayerAttention]:
+        """Layer attention of a block.
+
+        Args:
+            index (int): Index of the block.
+
+        Returns:
+            LayerAttention | None: None if it has none.
+        """
+        slot = self._modules.get(self._slots[index])
+        return None if slot is None else slot.layer_attn
+
+    def named_attentions(self) -> Dict[str, LayerAttention]:
+        """As that of :class:`AttentionStage`."""
+        found = [(slot, self._modules.get(slot)) for slot in self._slots]
+        return {f'{name}.layer_attn': m.layer_attn for name, m in found if m}
+
+    def run(self, index: int, args: tuple, output: Any) -> Any:
         """Run what follows a block.
 
         Args:
             index (int): Index of the block.
             args (tuple): Its arguments; the first is its input.
-            output (Tensor): Its output.
+            output (Tensor | tuple | list): Its output.
 
         Returns:
-            Tensor: The output with what its attention retrieves.
+            Tensor | tuple | list: The output with what its attention
+            retrieves.
 
         Raises:
             RuntimeError: If there is no :func:`forward_pass`, or it began
@@ -287,26 +346,41 @@ class HookedAttentionStage(AttentionStage):
                 'mmela.layers.forward_pass() from the first block on'
             )
         memory = memories[self]
-        slot = self._modules.get(str(index))
-        if slot is not None:
-            attention = slot.layer_attn
+        attention = self.attention_of(index)
+        if attention is not None:
             if attention.needs_identity and attention.active:
-                memory.identity = self._identity(attention, args)
-            output = self.attend(attention, output, memory, *args)
+                memory.identity = self._identity(index, attention, args, output)
+            if isinstance(output, (tuple, list)):
+                first = self.attend(attention, output[0], memory, args, output)
+                output = type(output)([first, *output[1:]])
+            else:
+                output = self.attend(attention, output, memory, args, output)
         if index == len(self.blocks) - 1:
             del memories[self]
             self._end(memory)
         return output
 
-    def _identity(self, attention: LayerAttention, args: tuple) -> Tensor:
+    def _identity(
+        self, index: int, attention: LayerAttention, args: tuple, output: Any
+    ) -> Tensor:
         """Identity input of a block that is called with ``args``."""
-        return args[0]
+        shortcut = dict(self._shortcuts).get(index)
+        if shortcut is None:
+            return args[0]
+        identity = current_pass().pop(shortcut, None)
+        out = output[0] if isinstance(output, (tuple, list)) else output
+        if identity is None or out.requires_grad and not identity.requires_grad:
+            # As in `_run_with_identity`: reentrant checkpointing
+            identity = shortcut(args[0])
+            current_pass().pop(shortcut, None)
+        return identity
 
     def freeze_with_blocks(self) -> None:
         """Freeze the attentions of blocks that have no trainable parameter."""
-        for name, slot in self.named_children():
-            if is_frozen(self.blocks[int(name)]):
-                slot.eval().requires_grad_(False)
+        for index, block in enumerate(self.blocks):
+            attention = self.attention_of(index)
+            if attention is not None and is_frozen(block):
+                attention.eval().requires_grad_(False)
 
 
 class TokenAttentionStage(HookedAttentionStage):
@@ -318,40 +392,50 @@ class TokenAttentionStage(HookedAttentionStage):
 
     Args:
         blocks (Sequence[nn.Module]): The layers of the stage, in order; their
-            input and output are tokens, (B, L, C).
-        resolution (callable): Takes the arguments of a layer and returns
-            height and width of the map.
+            input and output are tokens, (B, L, C), or (B, H, W, C).
+        resolution (callable, optional): Takes the arguments and the output of
+            a layer and returns height and width of the map. Not asked for
+            (B, H, W, C). Defaults to None.
         num_extra_tokens (int): Number of tokens that precede the patch tokens.
             Defaults to 0.
+        **kwargs: ``names`` of :class:`HookedAttentionStage`.
     """
+
+    _channels_first = False
 
     def __init__(
         self,
         blocks: Sequence[nn.Module],
-        resolution: Callable[[tuple], Tuple[int, int]],
+        resolution: Optional[Callable[[tuple, Any], Tuple[int, int]]] = None,
         num_extra_tokens: int = 0,
+        **kwargs,
     ) -> None:
-        super().__init__(blocks)
+        super().__init__(blocks, **kwargs)
         self.resolution = resolution
         self.num_extra_tokens = num_extra_tokens
 
     def _to_map(self, attention, output, args):
         tokens = attention.pre_norm(output)
+        if tokens.dim() == 4:
+            return tokens.permute(0, 3, 1, 2), lambda y: y.permute(0, 2, 3, 1)
         extra = tokens[:, : self.num_extra_tokens]
 
         def restore(retrieved: Tensor) -> Tensor:
             # Joined before stochastic depth: one draw for all of a sample
             return torch.cat([extra, retrieved.flatten(2).transpose(1, 2)], dim=1)
 
-        return self._patches(tokens, args), restore
+        return self._patches(tokens, *args), restore
 
-    def _identity(self, attention, args):
-        return self._patches(attention.identity_norm(args[0]), args)
+    def _identity(self, index, attention, args, output):
+        tokens = attention.identity_norm(args[0])
+        if tokens.dim() == 4:
+            return tokens.permute(0, 3, 1, 2)
+        return self._patches(tokens, args, output)
 
-    def _patches(self, tokens: Tensor, args: tuple) -> Tensor:
+    def _patches(self, tokens: Tensor, args: tuple, output: Any) -> Tensor:
         """(B, L, C) to (B, C, H, W), without the extra tokens."""
         patches = tokens[:, self.num_extra_tokens :].transpose(1, 2)
-        return patches.unflatten(2, tuple(self.resolution(args)))
+        return patches.unflatten(2, tuple(self.resolution(args, output)))
 
 
 class _Hook:
@@ -365,8 +449,8 @@ class _Hook:
         self.stage = stage
         self.index = index
 
-    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return self.stage.run(self.index, args, output)
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any):
+        return self.stage.run(self.index, (*args, *kwargs.values()), output)
 
 
 def is_frozen(block: nn.Module) -> bool:
@@ -408,6 +492,11 @@ def _run_with_identity(block: nn.Module, x: Tensor) -> Tuple[Tensor, Tensor]:
         # once more.
         identity = downsample(x)
     return out, identity
+
+
+def _keep_in_pass(module: nn.Module, args: tuple, output: Tensor) -> None:
+    """Forward hook: keep the output in the forward pass."""
+    current_pass()[module] = output
 
 
 def _keep_output(module: nn.Module, args: tuple, output: Tensor) -> None:

@@ -158,7 +158,6 @@ def test_gradients_reach_all_parameters():
     'kwargs, words',
     [
         (dict(small_init=0.2, zero_init=True), 'small_init=0.2 .* zero_init=True'),
-        (dict(small_init=0.2, norm_cfg=None), 'norm_cfg=None has none'),
         (dict(small_init=0), r'small_init=0 is not in \(0, 1\]'),
         (dict(small_init=1.5), 'small_init=1.5 is not'),
     ],
@@ -166,6 +165,16 @@ def test_gradients_reach_all_parameters():
 def test_small_init_is_checked(kwargs, words):
     with pytest.raises(ValueError, match=words):
         MRLABase(16, head_dim=4, **kwargs)
+
+
+@pytest.mark.parametrize(
+    'kwargs, start', [(dict(zero_init=True), 0.0), (dict(small_init=0.25), 0.25)]
+)
+def test_without_a_norm_a_scale_has_the_start(kwargs, start):
+    attention = MRLABase(C, head_dim=D, norm_cfg=None, **kwargs)
+    torch.testing.assert_close(attention.scale, torch.full((C,), start))
+    assert MRLABase(C, head_dim=D, norm_cfg=None).scale is None
+    assert MRLABase(C, head_dim=D, **kwargs).scale is None
 
 
 def test_zero_init_starts_as_identity_and_learns():

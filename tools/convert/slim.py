@@ -107,7 +107,7 @@ def main(argv=None) -> None:
         'outputs differ by 0'
     )
     for name, stages in blocks.items():
-        print(f'{out_config}: {name}.attention_blocks={stages}')
+        print(f'{out_config}: blocks with attention in {name}: {stages}')
 
 
 if __name__ == '__main__':

@@ -1,9 +1,18 @@
 from typing import Any, List, Optional, Sequence, Tuple
 
-from mmcv.cnn.bricks import DropPath
 from mmengine.logging import print_log
 from torch import nn
 
+from ...attach import (
+    TOKEN_DEFAULTS,
+    AttachedStages,
+    attention_arguments,
+    attention_norm_cfg,
+    block_drop_path,
+    check_layer_attention,
+    freeze_stages,
+    starts_from_plain,
+)
 from ...layers import (
     AttentionStage,
     AttentionState,
@@ -13,14 +22,8 @@ from ...layers import (
     forward_pass,
 )
 from ...layers.stages import is_frozen
-from ...registry import find_layer_attention
 
-TOKEN_DEFAULTS = dict(
-    norm_cfg=None,
-    value_act_cfg=dict(type='GELU'),
-    token_norm_cfg=dict(type='LN', eps=1e-6),
-)
-"""dict: Defaults of the attentions of transformer layers."""
+__all__ = ['TOKEN_DEFAULTS', 'HookedLayerAttentionMixin', 'LayerAttentionMixin']
 
 
 class LayerAttentionArguments:
@@ -61,18 +64,12 @@ class LayerAttentionArguments:
         reset_pruning: bool = False,
         **kwargs,
     ) -> None:
-        if layer_attention is None:
-            layer_attention = dict(type='MRLABase')
-        if not isinstance(layer_attention, dict) or 'type' not in layer_attention:
-            raise TypeError(
-                'layer_attention must be a dict with a type such '
-                f"as dict(type='MRLABase'), got {layer_attention}"
-            )
         # The backbone's constructor builds its stages, which needs them.
-        self.layer_attention = dict(layer_attention)
+        self.layer_attention, self._attention_class = check_layer_attention(
+            layer_attention
+        )
         self.attention_blocks = attention_blocks
         self.reset_pruning = reset_pruning
-        self._attention_class = find_layer_attention(self.layer_attention.pop('type'))
         self._stages_without: List[int] = []
         super().__init__(*args, **kwargs)
         if self._stages_without:
@@ -137,10 +134,7 @@ class LayerAttentionArguments:
             frozen (bool): Whether the backbone does not train it.
         """
         if self.attention_blocks is None:
-            new = (
-                self.layer_attention.get('zero_init', False)
-                or self.layer_attention.get('small_init') is not None
-            )
+            new = starts_from_plain(self.layer_attention)
             if frozen and new and not self._crosses_stages():
                 self._stages_without.append(index + 1)
                 return ()
@@ -191,23 +185,18 @@ class LayerAttentionArguments:
         named = self._blocks_with_attention(index, len(blocks), frozen)
         for i in named:
             if shared_drop_path:
-                defaults['drop_path'] = _drop_path(blocks[i])
+                defaults['drop_path'] = block_drop_path(blocks[i])
             crossing = {}
             if i == 0 and before is not None and self._crosses_stages():
                 crossing = dict(previous_channels=before[1], stride=stride)
                 stage.take_over_from(before[0])
             arguments = {**defaults, **self.layer_attention, **crossing}
-            if frozen and arguments.pop('small_init', None) is not None:
-                arguments['zero_init'] = True  # there for the next stage alone
+            arguments = attention_arguments(arguments, frozen)
             stage.attach(i, self._attention_class(channels, **arguments))
         stage.left_out = index + 1 in self._stages_without
 
     def _attention_norm_cfg(self) -> dict:
-        # Detectors with a frozen BN have requires_grad=False in norm_cfg. The
-        # norm of the attention comes from no pre-trained network: it learns.
-        norm_cfg = dict(self.norm_cfg)
-        norm_cfg.pop('requires_grad', None)
-        return norm_cfg
+        return attention_norm_cfg(self.norm_cfg)
 
 
 class LayerAttentionMixin(LayerAttentionArguments):
@@ -266,11 +255,8 @@ class HookedLayerAttentionMixin(LayerAttentionArguments):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        # Some freeze no sooner than in train(). With no stage to freeze
-        # MMPretrain's vision transformer freezes its embeddings nevertheless.
-        if getattr(self, 'frozen_stages', 0) > 0:
-            self._freeze_stages()
-        self.layer_attn_stages = nn.ModuleList()
+        freeze_stages(self)
+        stages: List[HookedAttentionStage] = []
         before = None
         for index, spec in enumerate(self.attention_stages()):
             stage, channels, stride, defaults = spec
@@ -285,10 +271,11 @@ class HookedLayerAttentionMixin(LayerAttentionArguments):
                 shared_drop_path=True,
                 **defaults,
             )
-            stage.freeze_with_blocks()
-            self.layer_attn_stages.append(stage)
+            stages.append(stage)
             before = stage, channels
-        self._check_attention_blocks(len(self.layer_attn_stages))
+        self._check_attention_blocks(len(stages))
+        self.layer_attn_stages = AttachedStages(stages)
+        self.layer_attn_stages.train(self.training)
 
     def _stages(self) -> Sequence[AttentionStage]:
         return self.layer_attn_stages
@@ -309,11 +296,3 @@ class HookedLayerAttentionMixin(LayerAttentionArguments):
             attentions.
         """
         raise NotImplementedError
-
-
-def _drop_path(block: nn.Module) -> float:
-    """Probability of the stochastic depth of a block."""
-    for module in block.modules():
-        if isinstance(module, DropPath):
-            return float(module.drop_prob)
-    return 0.0

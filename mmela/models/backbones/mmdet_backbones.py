@@ -105,6 +105,6 @@ class ELAPyramidVisionTransformerV2(
         return tuple(super().forward(x))
 
 
-def _second(args: tuple) -> Tuple[int, int]:
+def _second(args: tuple, output: Tensor) -> Tuple[int, int]:
     """Layers of PVT are called with their tokens and the map's size."""
     return args[1]

@@ -1,4 +1,4 @@
-from typing import List, Tuple
+from typing import Any, List, Tuple
 
 from mmpretrain.models.backbones import (
     EfficientNet,
@@ -188,7 +188,7 @@ class _PatchResolution:
     def _remember(self, module: nn.Module, args: tuple, output: tuple) -> None:
         current_pass()[self] = output[1]
 
-    def __call__(self, args: tuple) -> Tuple[int, int]:
+    def __call__(self, args: tuple, output: Any) -> Tuple[int, int]:
         return current_pass()[self]
 
 

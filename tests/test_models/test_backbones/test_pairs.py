@@ -179,6 +179,31 @@ def test_frozen_blocks_freeze_their_attention():
     assert not model.layer_attn_stages[0].attentions[0].training
 
 
+@pytest.mark.parametrize(
+    'scope, backbone',
+    [
+        ('mmpretrain', 'ELAVisionTransformer'),
+        ('mmpretrain', 'ELAEfficientNet'),
+        ('mmdet', 'ELAPyramidVisionTransformerV2'),
+    ],
+)
+def test_all_is_trained_where_nothing_is_frozen(scope, backbone):
+    model = build(scope, backbone, ATTENTIONS['MRLABase'])
+    model.train()
+    assert not [n for n, p in model.named_parameters() if not p.requires_grad]
+
+
+def test_init_weights_keeps_zero_init_of_hooked_attentions():
+    """The backbone's own sets every norm weight to 1."""
+    model = build(
+        'mmpretrain', 'ELAEfficientNet', dict(ATTENTIONS['MRLABase'], zero_init=True)
+    )
+    model.init_weights()
+    for stage in model.layer_attn_stages:
+        for attention in stage.attentions:
+            assert (attention.norm.weight == 0).all()
+
+
 def test_tokens_against_their_equations():
     """MRLA-light in a transformer (MRLA, algorithm 4), token by token."""
     model = build('mmpretrain', 'ELAVisionTransformer', ATTENTIONS['MRLALight']).eval()

@@ -1,0 +1,359 @@
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import mmela
+from mmela import attach_layer_attention
+from mmela.attach import AttachedStages
+from mmela.convert.slim import slim_state_dict
+from mmela.hooks import NetworkKLMeter
+from mmela.layers import AttentionState, LayerAttention
+from mmela.pruning import FixedCount
+from mmela.structure import attention_stages, layer_attentions, network_of, prune
+from tests.helpers.attachable import Nested, Patches, Trunk, TwoBranches
+from tests.helpers.backbones import ATTENTIONS
+
+NETWORKS = {
+    'nested': Nested,
+    'branches': TwoBranches,
+    'tokens': lambda: Patches(8, 1),
+    'channels-last': lambda: Patches(8, last=True),
+}
+SIZE = (16, 24)
+
+
+def image():
+    return torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def attach(network, type='MRLABase', **kwargs):
+    blocks = kwargs.pop('blocks', 'auto')
+    attention = dict(dict(type=type), **kwargs)
+    return attach_layer_attention(network, attention, blocks, input_size=SIZE)
+
+
+def outputs(network):
+    out = network(image())
+    return out if isinstance(out, tuple) else (out,)
+
+
+@pytest.mark.parametrize(
+    'name, attention', list(itertools.product(NETWORKS, ATTENTIONS)), ids=str
+)
+def test_zero_init_changes_nothing_and_learns(name, attention):
+    torch.manual_seed(0)
+    plain = NETWORKS[name]()
+    network = copy.deepcopy(plain)
+    kwargs = dict(ATTENTIONS[attention], zero_init=True)
+    assert attach(network, **kwargs) is network
+    attached = {k for k in network.state_dict() if k.startswith('layer_attn_stages.')}
+    assert set(network.state_dict()) - attached == set(plain.state_dict())
+    for mode in (True, False):
+        for out, expected in zip(outputs(network.train(mode)), outputs(plain)):
+            assert torch.equal(out, expected)
+
+    network.train()
+    attentions = layer_attentions(network)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        sum(out.square().mean() for out in outputs(network)).backward()
+        optimizer.step()
+    for attention in attentions.values():
+        for key, param in attention.named_parameters():
+            assert param.grad is not None, key
+    assert sum(a.value.weight.grad.abs().sum() for a in attentions.values()) > 0
+    # They have an effect now
+    active = outputs(network.eval())
+    prune(network, list(attentions))
+    for out, other in zip(outputs(network), active):
+        assert not torch.equal(out, other)
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_measured_pruned_and_slimmed(name):
+    torch.manual_seed(0)
+    plain = NETWORKS[name]()
+    network = attach(copy.deepcopy(plain)).eval()
+    whole = nn.ModuleDict(dict(backbone=network))
+    stages = attention_stages(whole)
+    assert {network_of(whole, stage) for stage in stages} == {'backbone'}
+    meter = NetworkKLMeter(stages)
+    meter.attach()
+    outputs(network)
+    meter.detach()
+    decision = meter.decide(FixedCount(count=1))
+    assert len(decision.pruned) == 1
+    prune(whole, decision.pruned)
+    state, blocks = slim_state_dict(whole)
+    state = {k.partition('.')[2]: v for k, v in state.items()}
+    slim = attach(copy.deepcopy(plain), blocks=blocks['backbone']).eval()
+    slim.load_state_dict(state, strict=True)
+    assert len(layer_attentions(slim)) == len(layer_attentions(whole)) - 1
+    for out, expected in zip(outputs(slim), outputs(network)):
+        assert torch.equal(out, expected)
+
+
+def test_slim_network_without_any_attention():
+    plain = Nested()
+    network = attach(copy.deepcopy(plain)).eval()
+    prune(network, list(layer_attentions(network)))
+    blocks = network.layer_attn_stages.remaining_blocks()
+    slim = attach(copy.deepcopy(plain), blocks=blocks).eval()
+    assert not layer_attentions(slim)
+    for out, expected in zip(outputs(slim), outputs(plain.eval())):
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize('first', [True, False])
+def test_slim_network_whose_attentions_cross_stages(first):
+    """The first of a stage takes over; without it, nothing is taken over."""
+    torch.manual_seed(0)
+    plain = Trunk(*Nested().groups)
+    kwargs = dict(type='KCLA', head_dim=4)
+    network = attach(copy.deepcopy(plain), **kwargs).eval()
+    names = list(layer_attentions(network))
+    crossing = [
+        name
+        for name, attention in layer_attentions(network).items()
+        if hasattr(attention, 'cross_stage')
+    ]
+    assert crossing == [names[-1]]
+    prune(network, [crossing[0] if first else names[0]])
+    state, blocks = slim_state_dict(network)
+    slim = attach(copy.deepcopy(plain), blocks=blocks[''], **kwargs).eval()
+    slim.load_state_dict(state, strict=True)
+    assert torch.equal(slim(image()), network(image()))
+
+
+def test_names_of_attentions():
+    network = attach(Nested())
+    assert list(layer_attentions(network))[:2] == [
+        'layer_attn_stages.0.groups-0-0.layer_attn',
+        'layer_attn_stages.0.groups-0-1-0.layer_attn',
+    ]
+    for name, attention in layer_attentions(network).items():
+        assert network.get_submodule(name) is attention
+
+
+@pytest.mark.parametrize(
+    'blocks, expected',
+    [
+        (['layers.*'], [['layers.0', 'layers.1', 'layers.2']]),
+        (['layers.2', 'layers.0'], [['layers.0', 'layers.2']]),
+        ([['layers.0'], ['layers.1', 'layers.2']], None),
+        ([['layers.0'], []], None),
+    ],
+)
+def test_blocks_by_name(blocks, expected):
+    network = attach(Patches(8), blocks=blocks)
+    found = [list(stage.names) for stage in network.layer_attn_stages]
+    assert found == (expected or blocks)
+
+
+@pytest.mark.parametrize(
+    'blocks, message',
+    [
+        ('all', "blocks='all' is not 'auto', a list"),
+        ([], r'blocks=\[\] is not'),
+        ([1], 'is not'),
+        (['layers.0', ['layers.1']], 'is not'),
+        (['layers.0', 'layers.0'], "'layers.0' more than once"),
+        (['blocks.*'], r"no module 'blocks.\*' runs in the backbone; there are proj"),
+        ([['layers.0', 'proj']], r'blocks\[0\]: .* have one width and resolution'),
+        (['layers.0.norm'], 'layers.0.norm runs more than once'),
+        (['!layers.0'], 'leaves no block'),
+    ],
+)
+def test_bad_blocks(blocks, message):
+    with pytest.raises(ValueError, match=message):
+        attach(Patches(8), blocks=blocks)
+
+
+def test_where_nothing_fits():
+    network = Trunk(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3))
+    with pytest.raises(
+        ValueError, match='no blocks .* Conv2d, Seq.* Name the blocks: blocks='
+    ):
+        attach(network)
+    with pytest.raises(ValueError, match='runs with images of none of the sizes'):
+        attach(nn.Linear(7, 7))
+    with pytest.raises(ValueError, match='an nn.Sequential would run its attentions'):
+        attach(nn.Sequential(Patches(8)))
+    with pytest.raises(ValueError, match='has layer attentions already'):
+        attach(attach(Patches(8)))
+
+
+@pytest.mark.parametrize(
+    'attention, error, message',
+    [
+        ('MRLABase', TypeError, 'must be a dict with a type'),
+        (dict(type='Nothing'), KeyError, "no layer attention 'Nothing'; .* KCLA, MLA"),
+        (dict(type='WithLayerAttention'), KeyError, 'no layer attention'),
+        (dict(type='MRLABase', head_dim=3), ValueError, 'does not divide the 8'),
+    ],
+)
+def test_bad_layer_attention(attention, error, message):
+    with pytest.raises(error, match=message):
+        attach_layer_attention(Patches(8), attention)
+
+
+def test_identity_of_a_block_with_a_downsample():
+    """MRLA-light takes it from the block, and asks for it where it is missing."""
+    network = attach(Nested(), 'MRLALight').eval()
+    stage = network.layer_attn_stages[0]
+    attention, block = stage.attentions[0], stage.blocks[0]
+    seen = {}
+    block.down.register_forward_hook(lambda m, a, out: seen.update(identity=out))
+    attention.register_forward_hook(
+        lambda m, args, out: seen.update(memory=args[1].identity)
+    )
+    outputs(network)
+    assert torch.equal(seen['memory'], seen['identity'])
+
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.scale = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            x = self.conv(x).relu()
+            return x + self.scale(x)
+
+    network = Trunk(Other(), nn.Sequential(*Nested().groups[0][1]))
+    light = attach(copy.deepcopy(network), 'MRLALight')
+    assert [s.names for s in light.layer_attn_stages] == [
+        ('body.0', 'body.1.0', 'body.1.1')
+    ]
+    assert len(layer_attentions(light)) == 2
+    with pytest.raises(ValueError, match='body.0 takes an input of another'):
+        attach(network, 'MRLALight', blocks=['body.0', 'body.1.*'])
+
+
+def test_frozen_blocks():
+    network = Patches(8)
+    network.layers[0].requires_grad_(False)
+    for zero_init in (False, True):
+        net = attach(copy.deepcopy(network), zero_init=zero_init).train()
+        stage = net.layer_attn_stages[0]
+        assert [a.training for a in stage.attentions] == [False, True, True]
+        assert not any(p.requires_grad for p in stage.attentions[0].parameters())
+    network.layers.requires_grad_(False)
+    assert len(layer_attentions(attach(copy.deepcopy(network)))) == 3
+    net = attach(network, zero_init=True)
+    assert not layer_attentions(net) and net.layer_attn_stages[0].left_out
+
+
+def test_copies_are_on_their_own():
+    network = attach(Patches(8, 1)).eval()
+    expected = outputs(network)[0]
+    for clone in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert torch.equal(outputs(clone)[0], expected)
+        prune(clone, list(layer_attentions(clone)))
+        assert not torch.equal(outputs(clone)[0], expected)
+        assert torch.equal(outputs(network)[0], expected)
+
+
+def test_traced_and_after_an_error():
+    network = attach(Patches(8, 1)).eval()
+    x = image()
+    expected = network(x)
+    with pytest.raises(RuntimeError):
+        network(x[:, :2])
+    with torch.no_grad():
+        traced = torch.jit.trace(network, x, check_trace=False)
+        torch.testing.assert_close(traced(x), expected)
+        torch.testing.assert_close(network(x), expected)
+
+
+def test_other_resolution_than_that_of_the_trial():
+    network = attach(Patches(8, 1)).eval()
+    assert network(torch.randn(1, 3, 20, 44)).shape == (1, 1 + 5 * 11, 8)
+
+
+def test_on_a_meta_device():
+    with torch.device('meta'):
+        network = Patches(8, 1)
+    network = attach(network)
+    assert {p.device.type for p in network.parameters()} == {'meta'}
+    assert len(layer_attentions(network)) == 3
+
+
+def test_weights_are_initialized_as_asked():
+    class Network(Patches):
+        def init_weights(self):
+            for module in self.modules():
+                for param in module.parameters(recurse=False):
+                    nn.init.constant_(param, 7.0)
+
+    network = attach(Network(8), zero_init=True)
+    network.init_weights()
+    assert (network.proj.weight == 7).all()
+    for attention in layer_attentions(network).values():
+        assert (attention.scale == 0).all()
+        assert not (attention.value.weight == 7).any()
+
+    class Loading(Patches):
+        def init_weights(self):
+            self.load_state_dict(saved)
+
+    network = attach(Loading(8))
+    prune(network, ['layer_attn_stages.0.layers-1.layer_attn'])
+    saved = copy.deepcopy(network.state_dict())
+    for reset in (False, True):
+        network = attach_layer_attention(
+            Loading(8), reset_pruning=reset, input_size=SIZE
+        )
+        network.init_weights()
+        for key, value in network.state_dict().items():
+            if not key.endswith('.state'):
+                assert torch.equal(value, saved[key]), key
+        states = [a.attention_state for a in layer_attentions(network).values()]
+        pruned = AttentionState.ACTIVE if reset else AttentionState.PRUNED
+        assert states == [0, pruned, 0]
+
+
+def test_stages_of_a_transformer_without_stages():
+    network = Patches(8)
+    network.layers = nn.ModuleList(copy.deepcopy(network.layers[0]) for _ in range(10))
+    network = attach(network)
+    assert [len(stage.blocks) for stage in network.layer_attn_stages] == [4, 4, 2]
+    assert isinstance(network.layer_attn_stages, AttachedStages)
+
+
+def test_table_of_what_was_found(monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        mmela.attach, 'print_log', lambda text, *args: said.append(text)
+    )
+    attach(Patches(8, 1))
+    (text,) = said
+    assert text.splitlines()[0] == 'Layer attention of Patches:'
+    cells = [cell.strip() for cell in text.splitlines()[-1].strip('|').split('|')]
+    assert cells == [
+        *('0', '3', 'layers.0 ... layers.2', 'Layer', '8', '8'),
+        '4x6, BLC, 1 more',
+    ]
+
+
+@pytest.mark.parametrize(
+    'name, kinds',
+    [
+        ('mobilenet_v2', {'InvertedResidual'}),
+        ('regnet_x_400mf', {'ResBottleneckBlock'}),
+        ('swin_v2_t', {'SwinTransformerBlockV2'}),
+        ('vit_b_32', {'EncoderBlock'}),
+    ],
+)
+def test_torchvision(name, kinds):
+    models = pytest.importorskip('torchvision.models')
+    network = models.get_model(name, weights=None)
+    size = (224, 224) if 'vit' in name else (64, 96)
+    attach_layer_attention(network, input_size=size)
+    stages = list(network.layer_attn_stages)
+    assert {type(block).__name__ for s in stages for block in s.blocks} == kinds
+    assert all(isinstance(a, LayerAttention) for s in stages for a in s.attentions)
