@@ -16,6 +16,7 @@ from torch import nn
 
 from ...layers import HookedAttentionStage, TokenAttentionStage
 from ...layers.stages import current_pass
+from .. import heads  # noqa: F401  (registration)
 from .mixin import TOKEN_DEFAULTS, HookedLayerAttentionMixin, LayerAttentionMixin
 from .resnet_cifar import (  # noqa: F401  registers them
     BottleneckResNet_CIFAR,
