@@ -126,7 +126,10 @@ class AttentionStage(nn.Module):
         if state == AttentionState.VALUE_ONLY:
             attention.store(x, memory)
             return output
-        return output + attention.drop_path(restore(attention(x, memory)))
+        retrieved = restore(attention(x, memory))
+        if attention.replaces:
+            return retrieved
+        return output + attention.drop_path(retrieved)
 
     def _to_map(
         self, attention: LayerAttention, output: Tensor, args: tuple

@@ -192,9 +192,9 @@ class LayerAttentionArguments:
         for i in named:
             if shared_drop_path:
                 defaults['drop_path'] = _drop_path(blocks[i])
-            crossing = {}
+            crossing = dict(block=i) if self._attention_class.takes_block else {}
             if i == 0 and before is not None and self._crosses_stages():
-                crossing = dict(previous_channels=before[1], stride=stride)
+                crossing.update(previous_channels=before[1], stride=stride)
                 stage.take_over_from(before[0])
             arguments = {**defaults, **self.layer_attention, **crossing}
             if frozen and arguments.pop('small_init', None) is not None:
@@ -266,8 +266,10 @@ class HookedLayerAttentionMixin(LayerAttentionArguments):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        if hasattr(self, '_freeze_stages'):
-            self._freeze_stages()  # some freeze no sooner than in train()
+        # Some freeze no sooner than in train(). With no stage to freeze
+        # MMPretrain's vision transformer freezes its embeddings nevertheless.
+        if getattr(self, 'frozen_stages', 0) > 0:
+            self._freeze_stages()
         self.layer_attn_stages = nn.ModuleList()
         before = None
         for index, spec in enumerate(self.attention_stages()):
