@@ -24,6 +24,7 @@ def learning_rates(cfg, epochs, per_epoch=4):
     schedulers = []
     for scheduler in cfg.param_scheduler:
         scheduler = dict(scheduler, optimizer=optimizer)
+        scheduler.setdefault('end', epochs)  # as the runner does
         name = scheduler['type']
         if scheduler.pop('convert_to_iter_based', False):
             cls = PARAM_SCHEDULERS.get(name)
