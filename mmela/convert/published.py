@@ -1,6 +1,6 @@
 """Checkpoints of the published MRLA and KCLA networks in mmela's layout.
 
-MRLA: https://github.com/joyfang1106/MRLA,
+MRLA: https://github.com/joyfang1106/MRLA (its ResNets and DeiT),
 KCLA: https://github.com/bgx666/KCLA (its CIFAR folder has MRLA too).
 """
 

@@ -142,7 +142,9 @@ class PublishedNetwork:
             state[f'{name}.W{letter}.weight'] = self._randn(1, 1, size) / 4
         self._make_conv(f'{name}.Wv', channels, 1, 3)
         if self.arch != 'kcla':
-            self._make_norm(self.norm_name(stage, block), channels, 0.4)
+            # What takes the place of the output is no small part of it
+            scale = 2.0 if self.arch == 'mla_eq4' else 0.4
+            self._make_norm(self.norm_name(stage, block), channels, scale)
             if self.arch == 'mrla_light':
                 name = self.block_name(stage, block)
                 state[f'{name}.mrla.lambda_t'] = self._randn(channels, 1, 1)
@@ -411,9 +413,9 @@ class PublishedDeiT:
 
     def self_attention(self, name, x):
         heads = self.dims // 64
-        q, k, v = self.linear(f'{name}.qkv', x).chunk(3, -1)
+        qkv = self.linear(f'{name}.qkv', x).chunk(3, -1)
         out = []
-        for q, k, v in zip(*(y.chunk(heads, -1) for y in (q, k, v))):
+        for q, k, v in zip(*(y.chunk(heads, -1) for y in qkv)):
             out.append((q @ k.transpose(1, 2) / 8).softmax(-1) @ v)
         return self.linear(f'{name}.proj', torch.cat(out, -1))
 
