@@ -263,3 +263,17 @@ def test_without_mmdet_and_with_mmcv_lite(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert 'pruned 1' in result.stdout
     assert (tmp_path / 'run' / 'pruning.json').is_file()
+
+
+def test_vision_transformer_trains_its_embeddings():
+    """Nothing is frozen that nobody has asked to freeze."""
+    arch = dict(embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=32)
+    cfg = dict(type='ELAVisionTransformer', arch=arch, img_size=32)
+    cfg['layer_attention'] = dict(type='MRLABase', head_dim=16)
+    net = MODELS.build(cfg)
+    net.train()
+    assert all(p.requires_grad for p in net.parameters())
+    net = MODELS.build(dict(cfg, frozen_stages=1))
+    frozen = {n for n, p in net.named_parameters() if not p.requires_grad}
+    assert 'pos_embed' in frozen and 'layers.0.ln1.weight' in frozen
+    assert not any(n.startswith('layers.1') for n in frozen)
