@@ -192,6 +192,8 @@ def attach_layer_attention(
                 if crossing:
                     stage.take_over_from(before[0])
                 own.update(crossing)
+            if attention_class.takes_block:
+                own['block'] = index
             own = attention_arguments(own, frozen)
             stage.attach(index, attention_class(block.channels, **own))
         rows.append(_row(len(stages), members, stage))

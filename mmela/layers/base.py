@@ -70,6 +70,10 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
     """bool: Whether the attention yields a distribution over layers, which is
     what redundancy is measured on."""
 
+    takes_block = False
+    """bool: Whether the constructor takes the index of the block in its
+    stage, as ``block``."""
+
     needs_identity = False
     """bool: Whether the stage shall hand over the identity input of the
     block, as ``memory.identity``."""
@@ -78,6 +82,10 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
     """bool: Whether the first attention of a stage takes over the memory of
     the stage before, as ``memory.before``. Its constructor then takes
     ``previous_channels`` and ``stride``."""
+
+    replaces = False
+    """bool: Whether what is retrieved takes the place of the block's output
+    instead of being added to it."""
 
     random_start: Optional[Tensor] = None
     """Tensor | None: Weights of query and key as they were drawn."""
@@ -307,6 +315,9 @@ class QKVLayerAttention(LayerAttention):
             self.pre_norm = build_norm_layer(token_norm_cfg, channels)[1]
         self.reset_parameters()
 
+    relu = True
+    """bool: Whether :meth:`norm_relu` has a ReLU after the normalization."""
+
     @property
     def from_plain(self) -> bool:
         """bool: Whether it is for a network that starts from plain weights."""
@@ -364,6 +375,8 @@ class QKVLayerAttention(LayerAttention):
         if self.norm is None:
             return out
         out = self.norm(out)
+        if not self.relu:
+            return out
         if not self.training:
             return F.relu(out)
         # ReLU with gradient 1 at 0: with zero_init all of `out` is 0, and the

@@ -143,6 +143,8 @@ class AttentionStage(nn.Module):
             scale = attention.scale.to(retrieved.dtype)
             on_maps = self._channels_first
             retrieved = retrieved * (scale[:, None, None] if on_maps else scale)
+        if attention.replaces:
+            return retrieved
         return output + attention.drop_path(retrieved)
 
     def _to_map(

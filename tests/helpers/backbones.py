@@ -41,6 +41,13 @@ MMPRETRAIN = {
         drop_path_rate=0.1,
         head_dim=16,
     ),
+    'ELACeiT': dict(
+        arch=dict(embed_dims=32, num_layers=6, num_heads=2, feedforward_channels=64),
+        layers_per_stage=3,
+        img_size=64,
+        drop_path_rate=0.1,
+        head_dim=16,
+    ),
 }
 MMDET = {
     'ELAResNet': dict(NARROW, stem_channels=8, out_indices=(0, 2)),

@@ -186,9 +186,9 @@ class LayerAttentionArguments:
         for i in named:
             if shared_drop_path:
                 defaults['drop_path'] = block_drop_path(blocks[i])
-            crossing = {}
+            crossing = dict(block=i) if self._attention_class.takes_block else {}
             if i == 0 and before is not None and self._crosses_stages():
-                crossing = dict(previous_channels=before[1], stride=stride)
+                crossing.update(previous_channels=before[1], stride=stride)
                 stage.take_over_from(before[0])
             arguments = {**defaults, **self.layer_attention, **crossing}
             arguments = attention_arguments(arguments, frozen)
