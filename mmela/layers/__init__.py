@@ -1,8 +1,14 @@
+from . import plugins
+from .ba import BA
 from .base import AttentionState, LayerAttention, QKVLayerAttention, StageMemory
+from .branch import BranchAttention, Plugin
+from .dia import DIA
+from .dla import DLABase, DLALight
 from .kcla import KCLA
 from .mla import MLA
 from .mrla_base import MRLABase
 from .mrla_light import MRLALight
+from .rla_g import RLAg
 from .stages import (
     AttentionStage,
     HookedAttentionStage,
@@ -12,17 +18,25 @@ from .stages import (
 )
 
 __all__ = [
+    'BA',
+    'DIA',
     'KCLA',
     'MLA',
     'AttentionStage',
     'AttentionState',
+    'BranchAttention',
+    'DLABase',
+    'DLALight',
     'HookedAttentionStage',
     'LayerAttention',
     'MRLABase',
     'MRLALight',
+    'Plugin',
     'QKVLayerAttention',
+    'RLAg',
     'SequentialAttentionStage',
     'StageMemory',
     'TokenAttentionStage',
     'forward_pass',
+    'plugins',
 ]

@@ -79,6 +79,18 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
     the stage before, as ``memory.before``. Its constructor then takes
     ``previous_channels`` and ``stride``."""
 
+    before_sum = False
+    """bool: Whether it works within the block instead of after it, see
+    :meth:`connect`; the stage then adds nothing to the block's output."""
+
+    needs_memory = True
+    """bool: Whether it has any use for the memory, if it is ``before_sum``."""
+
+    shared: Tuple[str, ...] = ()
+    """tuple[str]: Submodules that the attentions of a stage have in common and
+    the first of them holds. The constructor of the others takes that one as
+    ``first``."""
+
     random_start: Optional[Tensor] = None
     """Tensor | None: Weights of query and key as they were drawn."""
 
@@ -129,6 +141,19 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
         """Extend the memory without attending over it (``VALUE_ONLY``)."""
         raise NotImplementedError(f'{type(self).__name__} has no key and value to keep')
 
+    def connect(self, block: nn.Module) -> List[Tuple[nn.Module, str]]:
+        """Meet the block, for attentions that reach into it.
+
+        Args:
+            block (nn.Module): The block.
+
+        Returns:
+            list[tuple[nn.Module, str]]: Submodules of the block, each with the
+            name of a method that takes the submodule's input, its output and
+            the memory, and returns what takes the place of the output.
+        """
+        return []
+
     # -- what is left of it --------------------------------------------------
 
     @property
@@ -172,9 +197,14 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
         stays frozen.
         """
         for name, param in self.named_parameters():
-            used = self._state == AttentionState.ACTIVE or (
-                self._state == AttentionState.VALUE_ONLY
-                and name.split('.')[0] in self.used_by_value
+            part = name.split('.')[0]
+            used = (
+                self._state == AttentionState.ACTIVE
+                or (
+                    self._state == AttentionState.VALUE_ONLY
+                    and part in self.used_by_value
+                )
+                or part in self.shared
             )
             if not used and param.requires_grad:
                 param.requires_grad_(False)
