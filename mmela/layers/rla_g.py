@@ -27,6 +27,9 @@ class RLAg(BranchAttention):
     convolution of :math:`f` is written as the sum of one over ``X`` (the
     block's own) and one over ``h`` (here), which is the same.
 
+    In the authors' code the sum is made in place before :math:`g_1`, so that
+    their :math:`F^t` is in effect :math:`X^{t+1}`; here it is as in the paper.
+
     The classifier sees the output of the last block alone, as the authors'
     detectors do; their classifiers see :math:`h` beside it (0.03 M more).
 
@@ -113,7 +116,7 @@ class RLAg(BranchAttention):
             hidden = F.adaptive_avg_pool2d(hidden, x.shape[2:])
         hidden = self.norm(hidden + self.first.reduce(x))
         memory.hidden = self.first.recur(hidden.tanh())
-        return x
+        return x.clone()  # the block adds to it in place
 
     def signature(self) -> str:
         return f'RLAg(hidden={self.hidden})'

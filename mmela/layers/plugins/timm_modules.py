@@ -1,4 +1,4 @@
-from typing import Any
+from importlib import import_module
 
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -7,9 +7,18 @@ from torch import Tensor, nn
 class _TimmModule(nn.Module):
     """An attention module of timm, which is imported when one is built."""
 
+    source = ''
+
     def __init__(self, in_channels: int, **kwargs) -> None:
         super().__init__()
-        self.module = _timm_layers(self)[type(self).source](in_channels, **kwargs)
+        file, _, name = type(self).source.partition('.')
+        try:
+            layers = import_module(f'timm.layers.{file}')
+        except ImportError as error:
+            raise ImportError(
+                f"{type(self).__name__} is timm's: pip install timm, or mmela[timm]"
+            ) from error
+        self.module = getattr(layers, name)(in_channels, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
@@ -31,7 +40,7 @@ class ECA(_TimmModule):
         ImportError: If timm is not installed.
     """
 
-    source = 'EcaModule'
+    source = 'eca.EcaModule'
 
 
 @MODELS.register_module()
@@ -48,14 +57,4 @@ class CBAM(_TimmModule):
         ImportError: If timm is not installed.
     """
 
-    source = 'CbamModule'
-
-
-def _timm_layers(module: nn.Module) -> Any:
-    try:
-        from timm import layers
-    except ImportError as error:
-        raise ImportError(
-            f"{type(module).__name__} is timm's: pip install timm, or mmela[timm]"
-        ) from error
-    return vars(layers)
+    source = 'cbam.CbamModule'
