@@ -1,4 +1,5 @@
 from . import plugins
+from .augmented_conv import AA
 from .ba import BA
 from .base import AttentionState, LayerAttention, QKVLayerAttention, StageMemory
 from .branch import BranchAttention, Plugin
@@ -18,6 +19,7 @@ from .stages import (
 )
 
 __all__ = [
+    'AA',
     'BA',
     'DIA',
     'KCLA',

@@ -72,8 +72,8 @@ class Plugin(BranchAttention):
     The toolboxes have no layer attention there but plugins, MMPretrain not
     even those: this brings any to every backbone, and ``attention_blocks`` of
     the backbone says to which blocks. Those of mmela are
-    ``SqueezeExcitation``, ``ECA``, ``CBAM``, ``BAM``, ``DoubleAttention`` and
-    ``AttentionAugmentation``; mmcv has ``ContextBlock`` and ``NonLocal2d``.
+    ``SqueezeExcitation``, ``ECA``, ``CBAM``, ``BAM`` and ``DoubleAttention``;
+    mmcv has ``ContextBlock`` and ``NonLocal2d``.
 
     Args:
         channels (int): Channels ``C`` of the block's output.
