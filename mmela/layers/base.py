@@ -284,11 +284,18 @@ class QKVLayerAttention(LayerAttention):
             ``norm_cfg=dict(type='GN', num_groups=32)``. Defaults to None,
             which means 1.
         init_cfg (dict, optional): Initialization config. Defaults to None.
+        value_conv (bool): Whether the value is a convolution of the output;
+            without, it is the output itself (MRLA, table 4, c). Defaults to
+            True.
+        fc_reduction (int, optional): Query and key are linear maps to so many
+            times fewer channels (MRLA, table 4, d, which 16 has the parameters
+            of). Defaults to None, which means 1-D convolutions.
 
     Raises:
         ValueError: As :class:`LayerAttention` does, if ``zero_init`` or
-            ``small_init`` is set without a normalization, if both are, or if
-            ``small_init`` is not in (0, 1].
+            ``small_init`` is set without a normalization, if both are, if
+            ``small_init`` is not in (0, 1], or if ``fc_reduction`` does not
+            divide ``head_dim``.
     """
 
     def __init__(
@@ -302,8 +309,14 @@ class QKVLayerAttention(LayerAttention):
         token_norm_cfg: Optional[dict] = None,
         small_init: Optional[float] = None,
         init_cfg: Optional[dict] = None,
+        value_conv: bool = True,
+        fc_reduction: Optional[int] = None,
     ) -> None:
         super().__init__(channels, head_dim, drop_path, init_cfg)
+        if fc_reduction is not None and (fc_reduction < 1 or head_dim % fc_reduction):
+            raise ValueError(
+                f'fc_reduction={fc_reduction} does not divide head_dim={head_dim}'
+            )
         if zero_init and norm_cfg is None:
             raise ValueError(
                 'zero_init=True sets the weight of the normalization to 0, but '
@@ -324,11 +337,18 @@ class QKVLayerAttention(LayerAttention):
                 raise ValueError(f'small_init={small_init} is not in (0, 1]')
         self.zero_init = zero_init
         self.small_init = small_init
-        self.query = channel_conv(channels)
-        self.key = channel_conv(channels)
-        self.value = nn.Conv2d(
-            channels, channels, 3, padding=1, groups=channels, bias=False
-        )
+        if fc_reduction is None:
+            self.query: nn.Module = channel_conv(channels)
+            self.key: nn.Module = channel_conv(channels)
+        else:
+            width = channels // fc_reduction
+            self.query = nn.Linear(channels, width, bias=False)
+            self.key = nn.Linear(channels, width, bias=False)
+        self.value: nn.Module = nn.Identity()
+        if value_conv:
+            self.value = nn.Conv2d(
+                channels, channels, 3, padding=1, groups=channels, bias=False
+            )
         self.value_act = (
             build_activation_layer(value_act_cfg) if value_act_cfg else nn.Identity()
         )
@@ -344,9 +364,10 @@ class QKVLayerAttention(LayerAttention):
 
     def reset_parameters(self) -> None:
         """Draw the weights anew."""
-        self.query.reset_parameters()
-        self.key.reset_parameters()
-        self.random_start = self._query_and_key()
+        if hasattr(self, 'query'):
+            self.query.reset_parameters()
+            self.key.reset_parameters()
+            self.random_start = self._query_and_key()
         # Published: Kaiming over the fan-out without regard to the groups; the
         # norm corrects the scale. In a pre-trained detector the norm is often
         # evaluated with its initial statistics and corrects nothing, so there
@@ -354,7 +375,8 @@ class QKVLayerAttention(LayerAttention):
         # there is no norm.
         published = self.norm is not None and not self.from_plain
         fan_out = 9 * self.channels if published else 9
-        nn.init.normal_(self.value.weight, std=math.sqrt(2 / fan_out))
+        if isinstance(self.value, nn.Conv2d):
+            nn.init.normal_(self.value.weight, std=math.sqrt(2 / fan_out))
         if self.norm is not None:
             weight = 0.0 if self.zero_init else self.small_init or 1.0
             nn.init.constant_(self.norm.weight, weight)
@@ -373,13 +395,18 @@ class QKVLayerAttention(LayerAttention):
         weights = [self.query.weight, self.key.weight]
         return torch.cat([w.detach().flatten() for w in weights]).float().cpu()
 
-    def movement(self) -> float:
+    def movement(self) -> Optional[float]:
+        if not hasattr(self, 'query'):
+            return None
         change = self._query_and_key() - self.random_start
         return float(change.norm() / self.random_start.norm())
 
     def heads(self, y: Tensor) -> Tensor:
-        """(B, 1, C) to (B, G, d), in at least single precision."""
-        y = y.view(-1, self.num_heads, self.head_dim)
+        """(B, 1, C) to (B, G, d), in at least single precision.
+
+        With ``fc_reduction``, ``d`` and ``C`` are so many times fewer.
+        """
+        y = y.view(-1, self.num_heads, y.shape[-1] // self.num_heads)
         return y.to(torch.promote_types(y.dtype, torch.float32))
 
     def per_channel(self, weight: Tensor, x: Tensor) -> Tensor:
