@@ -39,7 +39,8 @@ def make(scope, backbone, name):
     ],
 )
 def test_training_step(scope, backbone, name):
-    net = make(scope, backbone, name).train()
+    net = make(scope, backbone, name)
+    net.train()
     attentions = [m for m in net.modules() if isinstance(m, LayerAttention)]
     assert attentions
     outs = net(torch.randn(2, 3, 64, 64))
