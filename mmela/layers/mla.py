@@ -82,7 +82,7 @@ class MLA(MRLABase):
         values = [self.value_act(self.value(y)) for y in memory.inputs]
         # A product and a sum, not a matmul, which autocast would do in half
         scores = (query * torch.stack(keys, dim=2)).sum(-1)  # (B, G, t)
-        scores = scores / math.sqrt(self.head_dim)
+        scores = scores / math.sqrt(query.shape[-1])
         memory.scores.append(scores)
         attn = scores.softmax(-1)
         return self.norm_relu(layer_weighted_sum(attn, values, self.backend))

@@ -74,7 +74,7 @@ class MRLABase(QKVLayerAttention):
         query = self.heads(self.query(pooled)).unsqueeze(2)  # (B, G, 1, d)
         # A product and a sum, not a matmul, which autocast would do in half
         scores = (query * torch.stack(memory.keys, dim=2)).sum(-1)  # (B, G, t)
-        scores = scores / math.sqrt(self.head_dim)
+        scores = scores / math.sqrt(query.shape[-1])
         memory.scores.append(scores)
         attn = scores.softmax(-1)
         return self.norm_relu(layer_weighted_sum(attn, memory.values, self.backend))

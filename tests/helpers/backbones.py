@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 
+from mmela.registry import find_layer_attention
+
 ATTENTIONS = {
     'MLA': dict(type='MLA'),
     'MRLABase': dict(type='MRLABase'),
@@ -78,7 +80,9 @@ def registry(scope):
 def build(scope, backbone, attention):
     kwargs = dict(MMPRETRAIN if scope == 'mmpretrain' else MMDET)[backbone]
     kwargs = copy.deepcopy(kwargs)
-    attention = dict(attention, head_dim=kwargs.pop('head_dim'))
+    head_dim = kwargs.pop('head_dim')
+    if not find_layer_attention(attention['type']).before_sum:
+        attention = dict(attention, head_dim=head_dim)
     if attention['type'] == 'KCLA' and backbone in NOT_DIVISIBLE:
         attention['cross_stage'] = False
     torch.manual_seed(0)
