@@ -204,7 +204,8 @@ def attach_layer_attention(
             stage.attach(index, attention_class(block.channels, **own))
         rows.append(_row(len(stages), members, stage))
         stages.append(stage)
-    if not any(stage.attentions or stage.left_out for stage in stages):
+    slim = bool(without) and not isinstance(blocks[0], str)
+    if not slim and not any(stage.attentions or stage.left_out for stage in stages):
         raise ValueError(f'blocks={blocks} leaves no block with a layer attention')
     attached = AttachedStages(stages)
     parameter = next(iter(backbone.parameters()), torch.empty(0))

@@ -98,6 +98,17 @@ def test_measured_pruned_and_slimmed(name):
         assert torch.equal(out, expected)
 
 
+def test_slim_network_without_any_attention():
+    plain = Nested()
+    network = attach(copy.deepcopy(plain)).eval()
+    prune(network, list(layer_attentions(network)))
+    blocks = network.layer_attn_stages.remaining_blocks()
+    slim = attach(copy.deepcopy(plain), blocks=blocks).eval()
+    assert not layer_attentions(slim)
+    for out, expected in zip(outputs(slim), outputs(plain.eval())):
+        assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize('first', [True, False])
 def test_slim_network_whose_attentions_cross_stages(first):
     """The first of a stage takes over; without it, nothing is taken over."""

@@ -225,7 +225,10 @@ def _variant(
     parser.add_argument('--set', nargs='*', action=DictAction, default={})
     parsed = parser.parse_args(['--set', *texts]).set if texts else {}
     for key, value in options.items():
-        if _plain(parsed.get(key)) != _plain(value):
+        read = parsed.get(key)
+        # YAML has no tuples: '(192,192)' is one.
+        is_tuple = isinstance(read, tuple) and isinstance(value, str)
+        if not is_tuple and _plain(read) != _plain(value):
             raise ValueError(
                 f'{where}: the option {key}={value!r} cannot be given on a command '
                 'line: write it into a config'

@@ -22,7 +22,10 @@ def test_reads(tmp_path):
                 start=start,
                 paper=75,
             ),
-            windows=dict(PLAIN, options={'custom_hooks.0.windows': [[1, 2], [5, 5]]}),
+            windows=dict(
+                PLAIN,
+                options={'custom_hooks.0.windows': [[1, 2], [5, 5]], 'factor': '(1,2)'},
+            ),
         ),
         compare=[['ela', 'windows']],
         prepare=['python make.py'],
@@ -44,6 +47,7 @@ def test_reads(tmp_path):
     assert ela.settings['factor'] == 8 and plain.settings['factor'] == 7
     assert ela.settings['custom_hooks'][0]['policy'] == {'gamma': 0.3}
     assert windows.options[-1] == 'custom_hooks.0.windows=[[1,2],[5,5]]'
+    assert windows.settings['factor'] == [1, 2]  # as JSON has a tuple
     assert windows.settings['custom_hooks'][0]['windows'] == [[1, 2], [5, 5]]
     assert (ela.unit, ela.length) == ('epoch', 3)
 
