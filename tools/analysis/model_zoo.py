@@ -1,6 +1,7 @@
 """Count parameters and FLOPs of every config beside the papers' figures.
 
-Reads configs/papers.yml, builds each model and writes what it counts to
+Reads configs/papers.yml, writes the configs of rows that have none (a network
+with an attention of configs/_base_), builds each model and writes what it counts to
 metafile.yml and README.md of each folder of configs, and to docs/model_zoo.md.
 FLOPs are those of mmengine.analysis for one image, a multiplication with its
 addition counted once; elementwise operations are not counted. All is counted
@@ -70,6 +71,37 @@ def load_papers() -> dict:
             if 'note' in row:
                 row['note'] = notes[row['note']]
     return papers
+
+
+def write_config(folder: str, name: str) -> None:
+    """Write the config of a row that has no file yet.
+
+    ``NETWORK-ATTENTION_RECIPE`` is ``NETWORK_RECIPE`` of the same folder with
+    the attention of ``configs/_base_/attentions``.
+
+    Args:
+        folder (str): Folder in ``configs``.
+        name (str): Name of the config without suffix.
+
+    Raises:
+        SystemExit: If the network or the attention has no config.
+    """
+    path = ROOT / 'configs' / folder / f'{name}.py'
+    if path.is_file():
+        return
+    network, _, recipe = name.partition('_')
+    network, _, attention = network.partition('-')
+    data = dict(cifar='cifar', imagenet='in1k').get(folder)
+    bases = [
+        f'./{network}_{recipe}.py',
+        f'../_base_/attentions/{attention}_{data}.py',
+    ]
+    for base in bases:
+        if not (path.parent / base).is_file():
+            raise SystemExit(f'error: {path} is not there, nor is its base {base}')
+    path.write_text(
+        f'_base_ = {bases!r}\n\nmodel = dict(backbone=_base_.backbone)\n', 'utf-8'
+    )
 
 
 def build(folder: str, name: str) -> nn.Module:
@@ -308,6 +340,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     for folder, section in papers.items():
         if args.folders and folder not in args.folders:
             continue
+        for row in section['rows']:
+            write_config(folder, row['config'])
         rows = count_section(folder, section, args.reuse)
         for row in rows:
             if not parameters_agree(row, row['count']) and 'note' not in row:

@@ -63,7 +63,9 @@ def test_efficientnet(name):
     for module in net.modules():
         if isinstance(module, LayerAttention):
             module.attention_state = 2
-    assert not torch.allclose(net(x)[-1], before[-1])
+    # Random weights make the features small.
+    change = (net(x)[-1] - before[-1]).abs().max()
+    assert change > 1e-3 * before[-1].abs().max()
 
 
 def test_transformers_have_no_branch():
