@@ -1,6 +1,6 @@
 _base_ = './resnet38-ela_1xb128-10e_cifar10-16px.py'
 
-# All norms but those of stage 1 train, and so may those of the attention.
+# As configs/_base_/swap.py: norms train, but for those of stage 1.
 model = dict(
     backbone=dict(
         norm_eval=False,

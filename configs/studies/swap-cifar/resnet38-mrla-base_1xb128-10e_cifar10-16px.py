@@ -1,6 +1,6 @@
 _base_ = './resnet38_1xb128-10e_cifar10-16px.py'
 
-# As configs/_base_/swap.py, for a narrow network
+# A small start, with a norm that normalizes under norm_eval too
 model = dict(
     backbone=dict(
         type='ELABottleneckResNet_CIFAR',

@@ -1,6 +1,6 @@
 _base_ = './rpn_r50-narrow_fpn_12e_coco128.py'
 
-# As configs/_base_/swap.py, for a narrow network
+# A small start, with a norm that normalizes under norm_eval too
 model = dict(
     backbone=dict(
         type='ELAResNet',

@@ -1,6 +1,6 @@
 _base_ = './faster-rcnn_r50-narrow_mrla-base_fpn_8e_shapes-128.py'
 
-# Pruning as in configs/_base_/swap.py, in windows for eight epochs
+# Windows after query and key have learned
 custom_hooks = [
     dict(
         type='LayerAttentionPruningHook',
