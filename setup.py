@@ -151,6 +151,7 @@ if __name__ == '__main__':
         'mmpretrain': toolboxes('mmpretrain') + torchvision,
         'mmseg': toolboxes('mmseg') + torchvision + segmentation,
         'cam': ['grad-cam>=1.5,<2'],
+        'timm': ['timm>=0.9'],  # ECA and CBAM
         'tests': requirements('tests'),
     }
     extras['all'] = sorted(set(sum(extras.values(), [])))

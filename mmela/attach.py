@@ -142,8 +142,9 @@ def attach_layer_attention(
     Raises:
         KeyError: If there is no layer attention of that ``type``.
         TypeError: If ``layer_attention`` is not a dict with a ``type``.
-        ValueError: If the network is an ``nn.Sequential`` or has layer
-            attentions already, no block of it fits, ``blocks`` is or names
+        ValueError: If the layer attention works within the blocks of ResNets
+            alone, the network is an ``nn.Sequential`` or has layer attentions
+            already, no block of it fits, ``blocks`` is or names
             none, or ``head_dim`` does not divide the channels of a block.
 
     Example:
@@ -155,6 +156,11 @@ def attach_layer_attention(
         torch.Size([2, 1000])
     """
     arguments, attention_class = check_layer_attention(layer_attention)
+    if attention_class.before_sum:
+        raise ValueError(
+            f'{attention_class.__name__} works within the residual blocks of ResNets '
+            'and their relatives, which have classes of their own: ELAResNet'
+        )
     if any(isinstance(module, LayerAttention) for module in backbone.modules()):
         raise ValueError(f'{type(backbone).__name__} has layer attentions already')
     if isinstance(backbone, nn.Sequential):
@@ -192,6 +198,8 @@ def attach_layer_attention(
                 if crossing:
                     stage.take_over_from(before[0])
                 own.update(crossing)
+            if attention_class.takes_block:
+                own['block'] = index
             own = attention_arguments(own, frozen)
             stage.attach(index, attention_class(block.channels, **own))
         rows.append(_row(len(stages), members, stage))

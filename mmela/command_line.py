@@ -9,12 +9,41 @@ from mmengine.config import Config
 from .compat.versions import is_installed
 
 
+def find_config(config: str) -> Path:
+    """Find a config, which may be one that a toolbox ships.
+
+    Args:
+        config (str): Its path, or ``SCOPE::PATH`` as in ``_base_``, such as
+            ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py``.
+
+    Returns:
+        Path: The file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If ``SCOPE`` is no installed toolbox.
+    """
+    scope, shipped, name = config.partition('::')
+    path = Path(config)
+    if shipped:
+        if not is_installed(scope):
+            raise ValueError(
+                f'{config}: {scope!r} is no installed toolbox: mmdet, mmpretrain or '
+                'mmseg'
+            )
+        path = Path(find_spec(scope).origin).parent / '.mim' / 'configs' / name
+    if not path.is_file():
+        raise FileNotFoundError(f'no config at {path}')
+    return path
+
+
 def find_tool(config: str, name: str) -> Path:
     """Find a tool of the toolbox that a config is written for.
 
     Args:
-        config (str): Path of the config. Its ``default_scope`` names the
-            toolbox: ``mmdet``, ``mmpretrain`` or ``mmseg``.
+        config (str): The config, as :func:`find_config` takes it. Its
+            ``default_scope`` names the toolbox: ``mmdet``, ``mmpretrain`` or
+            ``mmseg``.
         name (str): File name of the tool, e.g. ``train.py``.
 
     Returns:
@@ -25,9 +54,7 @@ def find_tool(config: str, name: str) -> Path:
             such tool.
         ValueError: If the config names no toolbox that is installed.
     """
-    if not Path(config).is_file():
-        raise FileNotFoundError(f'no config at {config}')
-    scope = Config.fromfile(config).get('default_scope')
+    scope = Config.fromfile(find_config(config)).get('default_scope')
     if not scope or not is_installed(scope):
         raise ValueError(
             f'{config} has default_scope={scope!r}, which is no '
@@ -46,7 +73,8 @@ def run_tool(
 
     Args:
         name (str): File name of the tool, e.g. ``train.py``.
-        argv (list[str]): Its command-line arguments; the config comes first.
+        argv (list[str]): Its command-line arguments; the config comes first, as
+            :func:`find_config` takes it.
         usage (str): What to print where the config is missing.
         files (tuple[str]): What the arguments after the config are, each a
             file or an address. Defaults to none.
@@ -67,7 +95,7 @@ def run_tool(
             break
         if '://' not in path and not Path(path).is_file():
             raise SystemExit(f'error: no {label} at {path}')
-    sys.argv = [str(tool), *argv]
+    sys.argv = [str(tool), str(find_config(argv[0])), *argv[1:]]
     runpy.run_path(str(tool), run_name='__main__')
 
 

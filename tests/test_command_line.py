@@ -1,6 +1,6 @@
 import pytest
 
-from mmela.command_line import find_tool, run_tool
+from mmela.command_line import find_config, find_tool, run_tool
 
 
 def test_finds_the_tool_of_the_configs_toolbox(config_dir):
@@ -19,6 +19,18 @@ def test_errors_name_what_is_wrong(tmp_path):
         find_tool(str(config), 'train.py')
     with pytest.raises(SystemExit, match='error: no config at nowhere.py'):
         run_tool('train.py', ['nowhere.py'], 'usage')
+
+
+def test_config_that_a_toolbox_ships():
+    pytest.importorskip('mmpretrain')
+    name = 'resnet/resnet18_8xb16_cifar10.py'
+    path = find_config(f'mmpretrain::{name}')
+    assert path.is_file() and path.match(f'.mim/configs/{name}')
+    assert find_tool(f'mmpretrain::{name}', 'train.py').name == 'train.py'
+    with pytest.raises(FileNotFoundError, match='no config at .*/nothing.py'):
+        find_config('mmpretrain::nothing.py')
+    with pytest.raises(ValueError, match="'mmnothing' is no installed toolbox"):
+        find_config('mmnothing::resnet.py')
 
 
 @pytest.mark.parametrize('argv, code', [([], 2), (['--help'], 0)])

@@ -2,6 +2,8 @@
 
 usage: python tools/train.py CONFIG [arguments of the toolbox's train.py]
 
+CONFIG is a file, or one that a toolbox ships such as
+mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py.
 Most used: --work-dir DIR, --resume [CHECKPOINT], --amp, --auto-scale-lr,
 --cfg-options KEY=VALUE ...
 

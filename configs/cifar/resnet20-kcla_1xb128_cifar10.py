@@ -1,3 +1,4 @@
 _base_ = ['./resnet20_1xb128_cifar10.py', '../_base_/attentions/kcla_cifar.py']
 
 model = dict(backbone=_base_.backbone)
+randomness = dict(seed=42)  # KCLA, section V

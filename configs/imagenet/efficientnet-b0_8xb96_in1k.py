@@ -1,5 +1,6 @@
-# Schedule, AutoAugment and stochastic depth as for MRLA (appendix B.1), without
-# the dropout before the classifier, for which MMPretrain's head has no option.
+# Schedule, AutoAugment, stochastic depth, dropout before the classifier and
+# momentum of the batch norm (0.99 in TensorFlow's terms) as for MRLA (appendix
+# B.1).
 _base_ = [
     'mmpretrain::_base_/models/efficientnet_b0.py',
     'mmpretrain::_base_/datasets/imagenet_bs32.py',
@@ -7,7 +8,14 @@ _base_ = [
     'mmpretrain::_base_/default_runtime.py',
 ]
 
-model = dict(backbone=dict(drop_path_rate=0.2))
+custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
+
+model = dict(
+    backbone=dict(
+        drop_path_rate=0.2, norm_cfg=dict(type='BN', momentum=0.01, eps=1e-3)
+    ),
+    head=dict(type='DropoutLinearClsHead', dropout=0.2),
+)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),

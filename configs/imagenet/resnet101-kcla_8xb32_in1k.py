@@ -1,3 +1,3 @@
-_base_ = ['./resnet101_8xb32_in1k.py', '../_base_/attentions/kcla_in1k.py']
+_base_ = './resnet50-kcla_8xb32_in1k.py'
 
-model = dict(backbone=_base_.backbone)
+model = dict(backbone=dict(depth=101))

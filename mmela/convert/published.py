@@ -1,6 +1,6 @@
 """Checkpoints of the published MRLA and KCLA networks in mmela's layout.
 
-MRLA: https://github.com/joyfang1106/MRLA,
+MRLA: https://github.com/joyfang1106/MRLA (its ResNets and DeiT),
 KCLA: https://github.com/bgx666/KCLA (its CIFAR folder has MRLA too).
 """
 
@@ -12,13 +12,37 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-ARCHS = ('mrla_base', 'mrla_light', 'mla', 'kcla')
+ARCHS = (
+    'mrla_base',
+    'mrla_base_no_relu',
+    'mrla_light',
+    'mla',
+    'mla_eq4',
+    'kcla',
+    'deit_mrla_base',
+    'deit_mrla_light',
+)
 TARGETS = ('classifier', 'detector', 'backbone')
 
-_TYPES = dict(mrla_base='MRLABase', mrla_light='MRLALight', mla='MLA', kcla='KCLA')
+# What the keys alone do not say: networks of one layout
+_SAME_KEYS = ('mrla_base', 'mrla_base_no_relu', 'mla')
+_ATTENTIONS = dict(
+    mrla_base=dict(type='MRLABase'),
+    mrla_base_no_relu=dict(type='MRLABase', relu=False),
+    mrla_light=dict(type='MRLALight'),
+    mla=dict(type='MLA'),
+    mla_eq4=dict(type='MLA', replace=True),
+    kcla=dict(type='KCLA'),
+    # Algorithm 2 has no GELU
+    deit_mrla_base=dict(type='MRLABase', head_dim=16, value_act_cfg=None),
+    deit_mrla_light=dict(type='MRLALight', head_dim=16),
+)
+_DEIT = ('deit_mrla_base', 'deit_mrla_light')
+_DEIT_NAMES = {192: 'deit-tiny', 384: 'deit-small', 768: 'deit-base'}
+_DEIT_LAYERS_PER_STAGE = 4
 # What the published code sets. No tensor of MRLA's depends on it, and it is
 # not always what the paper says: that has 32 for every ResNet.
-_HEAD_DIM = dict(mrla_base=16, mrla_light=32)
+_HEAD_DIM = dict(mrla_base=16, mrla_base_no_relu=16, mrla_light=32, mla_eq4=32)
 _CIFAR_HEAD_DIM = 16
 _DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 
@@ -33,6 +57,7 @@ _NORM = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 _OPTIONAL = 'num_batches_tracked'  # not in checkpoints of torch < 0.4.1
 _SCALES = 'layer_attn.scales'
 _CROSS_STAGE = 'layer_attn.cross_stage.'
+_RESTART_KEY = r'layer(\d+)\.(\d+)\.layer_attn\.cross_stage\.key\.weight'
 _DETECTOR_PARTS = ('neck.', 'rpn_head.', 'roi_head.', 'bbox_head.', 'mask_head.')
 
 
@@ -122,8 +147,8 @@ def strip_module(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
 def detect_arch(keys: Iterable[str]) -> str:
     """Tell the architecture of a published network from its keys.
 
-    The CIFAR network with the attention of MRLA eq. 3 has the same keys as
-    that with MRLA-base, and is taken for it.
+    MRLA-base with and without a ReLU, and the CIFAR network with the attention
+    of MRLA eq. 3, have the same keys: say which it is.
 
     Args:
         keys (Iterable[str]): Keys of its state dict.
@@ -132,16 +157,25 @@ def detect_arch(keys: Iterable[str]) -> str:
         str: One of :data:`ARCHS`.
 
     Raises:
-        ValueError: If the keys are of none of them.
+        ValueError: If the keys are of none of them, or of several.
     """
     parts = {part for key in keys for part in key.split('.')}
-    for arch, sign in (
-        ('kcla', 'bn_attention'),
-        ('mrla_light', 'lambda_t'),
-        ('mrla_base', 'bn_mrla'),
+    for arch, signs in (
+        ('kcla', {'bn_attention'}),
+        ('deit_mrla_light', {'normx', 'lambda_t'}),
+        ('deit_mrla_base', {'normx'}),
+        ('mrla_light', {'lambda_t'}),
+        ('mla_eq4', {'bn_la'}),
     ):
-        if sign in parts:
+        if signs <= parts:
             return arch
+    if 'bn_mrla' in parts:
+        raise ValueError(
+            f'networks of {", ".join(_SAME_KEYS)} have the same keys; say by arch '
+            'which of them this is. mrla_base is what the authors train on ImageNet '
+            "with a deep stem, mrla_base_no_relu their variant with ResNet's stem, "
+            'and on CIFAR mrla_base is that of KCLA and mla its layer attention'
+        )
     raise ValueError(
         'the keys are of no published network with layer '
         f'attention; known are {", ".join(ARCHS)}'
@@ -173,17 +207,12 @@ def map_published_keys(
         raise ValueError(
             f'target={target!r} is unknown; allowed are {", ".join(TARGETS)}'
         )
-    if any('.bn_la.' in key for key in state_dict):
-        raise ValueError(
-            'the published ImageNet network of MRLA eq. 4 (keys bn_la) '
-            'replaces the output of a block by BN(O), where MLA adds '
-            'ReLU(BN(O)) to it: the converted network would compute something '
-            'else'
-        )
     if arch is None:
         arch = detect_arch(state_dict)
     elif arch not in ARCHS:
         raise ValueError(f'arch={arch!r} is unknown; allowed are {", ".join(ARCHS)}')
+    if arch in _DEIT:
+        return _map_deit(state_dict, arch, target)
     detector = any(key.startswith('backbone.') for key in state_dict)
     if detector and target == 'classifier':
         raise ValueError(
@@ -204,16 +233,8 @@ def map_published_keys(
         else:
             unknown.append(key)
     if unknown:
-        hint = ''
-        # Published for block 11 of stage 3 of ResNet-101
-        if arch == 'kcla' and any('.u_Wk.' in key for key in unknown):
-            hint = (
-                ' (mmela starts the running mean of KCLA anew only between '
-                'stages, not within one)'
-            )
         raise ValueError(
-            f'arch={arch!r} has no place for {len(unknown)} '
-            f'keys{hint}: {", ".join(unknown)}'
+            f'arch={arch!r} has no place for {len(unknown)} keys: {", ".join(unknown)}'
         )
     twice = [key for key, count in Counter(mapped.values()).items() if count > 1]
     if twice:
@@ -243,12 +264,16 @@ def published_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
         arch (str): One of :data:`ARCHS`.
 
     Returns:
-        dict: Config of an ``ELAResNet`` or ``ELABottleneckResNet_CIFAR``. Its
-        ``depth`` is None where no standard network has as many blocks.
+        dict: Config of an ``ELAResNet``, an ``ELABottleneckResNet_CIFAR`` or an
+        ``ELAVisionTransformer``. The ``depth`` of a ResNet is None where no
+        standard network has as many blocks.
 
     Raises:
-        ValueError: If a tensor that tells the sizes has another shape.
+        ValueError: If a tensor that tells the sizes has another shape, or
+            KCLA restarts in some stages at blocks where it does not in others.
     """
+    if arch in _DEIT:
+        return _deit_backbone(converted, arch)
     prefix = 'backbone.' if 'backbone.layer1.0.conv1.weight' in converted else ''
     tensors = {
         key[len(prefix) :]: value
@@ -278,7 +303,125 @@ def published_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
         cfg['base_channels'] = width
     if deep:
         cfg['deep_stem'] = True
-    cfg['layer_attention'] = dict(type=_TYPES[arch], head_dim=head_dim)
+    cfg['layer_attention'] = dict(_ATTENTIONS[arch], head_dim=head_dim)
+    restarts = {
+        (int(match[1]), int(match[2]))
+        for match in map(re.compile(_RESTART_KEY).fullmatch, tensors)
+        if match and int(match[2]) > 0
+    }
+    if restarts:
+        indices = sorted({block for _, block in restarts})
+        for stage, depth in enumerate(blocks, 1):
+            for block in indices:
+                if block < depth and (stage, block) not in restarts:
+                    raise ValueError(
+                        f'block {block} restarts in some stages but not in stage '
+                        f'{stage}; mmela has no such KCLA'
+                    )
+        cfg['layer_attention']['restart_blocks'] = tuple(indices)
+    return cfg
+
+
+def _deit_leaves(arch: str) -> Tuple[Dict[str, str], Dict[str, str]]:
+    """New by published key within a block, and of its attention."""
+    block = {
+        f'{old}.{name}': f'{new}.{name}'
+        for old, new in (
+            ('norm1', 'ln1'),
+            ('attn.qkv', 'attn.qkv'),
+            ('attn.proj', 'attn.proj'),
+            ('norm2', 'ln2'),
+            ('mlp.fc1', 'ffn.layers.0.0'),
+            ('mlp.fc2', 'ffn.layers.1'),
+        )
+        for name in ('weight', 'bias')
+    }
+    attention = {
+        f'mrla.mrla.{old}.weight': f'{new}.weight'
+        for old, new in (('Wq', 'query'), ('Wk', 'key'), ('Wv', 'value'))
+    }
+    norms = {'mrla.normx': 'pre_norm'}
+    if arch == 'deit_mrla_light':
+        norms['mrla.normo'] = 'identity_norm'
+        attention['mrla.lambda_t'] = 'lambda_o'
+    for old, new in norms.items():
+        for name in ('weight', 'bias'):
+            attention[f'{old}.{name}'] = f'{new}.{name}'
+    return block, attention
+
+
+def _map_deit(state_dict: Dict[str, Tensor], arch: str, target: str) -> KeyMap:
+    """Say where each key of a published DeiT goes."""
+    if target == 'detector':
+        raise ValueError(
+            f"target='detector' is for ResNets; allowed for arch={arch!r} are "
+            "target='classifier' and target='backbone'"
+        )
+    prefix = '' if target == 'backbone' else 'backbone.'
+    names = {'cls_token': 'cls_token', 'pos_embed': 'pos_embed'}
+    for name in ('weight', 'bias'):
+        names[f'patch_embed.proj.{name}'] = f'patch_embed.projection.{name}'
+        names[f'norm.{name}'] = f'ln1.{name}'
+    numbers = [re.match(r'blocks\.(\d{1,3})\.', key) for key in state_dict]
+    depth = 1 + max([int(match[1]) for match in numbers if match], default=0)
+    block, attention = _deit_leaves(arch)
+    for i in range(depth):
+        stage, index = divmod(i, _DEIT_LAYERS_PER_STAGE)
+        where = f'layer_attn_stages.{stage}.{index}.layer_attn.'
+        for old, new in block.items():
+            names[f'blocks.{i}.{old}'] = f'layers.{i}.{new}'
+        for old, new in attention.items():
+            names[f'blocks.{i}.{old}'] = where + new
+    mapped = {old: prefix + new for old, new in names.items()}
+    dropped = {}
+    for name in ('weight', 'bias'):
+        if target == 'classifier':
+            mapped[f'head.{name}'] = f'head.layers.head.{name}'
+        elif f'head.{name}' in state_dict:
+            dropped[f'head.{name}'] = 'classifier, which the target has not'
+    unknown = [key for key in state_dict if key not in mapped and key not in dropped]
+    if unknown:
+        raise ValueError(
+            f'arch={arch!r} has no place for {len(unknown)} keys: {", ".join(unknown)}'
+        )
+    missing = [key for key in mapped if key not in state_dict]
+    if missing:
+        raise ValueError(
+            f'{len(missing)} keys are missing that '
+            f'arch={arch!r}, target={target!r} needs: {", ".join(missing)}'
+        )
+    return KeyMap(
+        {old: mapped[old] for old in state_dict if old in mapped}, dropped, arch
+    )
+
+
+def _deit_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
+    """Config of the vision transformer that a converted checkpoint is for."""
+    prefix = 'backbone.' if 'backbone.pos_embed' in converted else ''
+    tensors = {
+        key[len(prefix) :]: value
+        for key, value in converted.items()
+        if key.startswith(prefix)
+    }
+    _, tokens, dims = _shape(tensors, 'pos_embed', 3)
+    patch = _shape(tensors, 'patch_embed.projection.weight', 4)[-1]
+    side = math.isqrt(tokens - 1)
+    if side * side != tokens - 1:
+        raise ValueError(
+            f'pos_embed has {tokens} tokens, which are no class token and a square'
+        )
+    depth = len({key.split('.')[1] for key in tensors if key.startswith('layers.')})
+    cfg = dict(type='ELAVisionTransformer', arch=_DEIT_NAMES.get(dims))
+    if cfg['arch'] is None or depth != 12:
+        cfg['arch'] = dict(
+            embed_dims=dims,
+            num_layers=depth,
+            # 64 channels a head, as in all that are published
+            num_heads=max(1, dims // 64),
+            feedforward_channels=_shape(tensors, 'layers.0.ffn.layers.1.weight', 2)[1],
+        )
+    cfg.update(img_size=side * patch, patch_size=patch)
+    cfg['layer_attention'] = dict(_ATTENTIONS[arch])
     return cfg
 
 
@@ -326,6 +469,9 @@ def _block_leaves(arch: str) -> Dict[str, str]:
         convs['kcla.u_Wk'] = f'{_CROSS_STAGE}key'
         convs['kcla.head_att'] = 'layer_attn.head_attention'
         others['kcla.norm_d'] = _SCALES
+    elif arch == 'mla_eq4':
+        layers = ['la']
+        norms['bn_la'] = 'layer_attn.norm'
     else:
         layers = ['mrla.mrla']
         norms['bn_mrla'] = 'layer_attn.norm'
@@ -385,8 +531,12 @@ def _place_in_backbone(
                 'the published forward pass never reads it: the first stage has no '
                 'stage before it'
             )
-        if block > 0:
-            return None, None
+        # Published for block 11 of stage 3 of a ResNet-101
+        if block > 0 and new == f'{_CROSS_STAGE}reduce.weight':
+            return None, (
+                'the published forward pass never reads it: within a stage the '
+                'channels stay'
+            )
     return f'layer{stage}.{block}.{new}', None
 
 
@@ -415,7 +565,12 @@ def _missing_keys(
             absent = [_SCALES]
             if not any(name.startswith(f'{where}downsample.') for name in names):
                 absent.append('downsample.')
-            if stage == 1 or block > 0:
+            restarts = block > 0 and any(
+                name.startswith(where + _CROSS_STAGE) for name in names
+            )
+            if restarts:
+                absent.append(f'{_CROSS_STAGE}reduce')
+            elif stage == 1 or block > 0:
                 absent.append(_CROSS_STAGE)
             needed |= {
                 where + leaf

@@ -70,6 +70,10 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
     """bool: Whether the attention yields a distribution over layers, which is
     what redundancy is measured on."""
 
+    takes_block = False
+    """bool: Whether the constructor takes the index of the block in its
+    stage, as ``block``."""
+
     needs_identity = False
     """bool: Whether the stage shall hand over the identity input of the
     block, as ``memory.identity``."""
@@ -78,6 +82,22 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
     """bool: Whether the first attention of a stage takes over the memory of
     the stage before, as ``memory.before``. Its constructor then takes
     ``previous_channels`` and ``stride``."""
+
+    replaces = False
+    """bool: Whether what is retrieved takes the place of the block's output
+    instead of being added to it."""
+
+    before_sum = False
+    """bool: Whether it works within the block instead of after it, see
+    :meth:`connect`; the stage then adds nothing to the block's output."""
+
+    needs_memory = True
+    """bool: Whether it has any use for the memory, if it is ``before_sum``."""
+
+    shared: Tuple[str, ...] = ()
+    """tuple[str]: Submodules that the attentions of a stage have in common and
+    the first of them holds. The constructor of the others takes that one as
+    ``first``."""
 
     random_start: Optional[Tensor] = None
     """Tensor | None: Weights of query and key as they were drawn."""
@@ -134,6 +154,19 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
         """Extend the memory without attending over it (``VALUE_ONLY``)."""
         raise NotImplementedError(f'{type(self).__name__} has no key and value to keep')
 
+    def connect(self, block: nn.Module) -> List[Tuple[nn.Module, str]]:
+        """Meet the block, for attentions that reach into it.
+
+        Args:
+            block (nn.Module): The block.
+
+        Returns:
+            list[tuple[nn.Module, str]]: Submodules of the block, each with the
+            name of a method that takes the submodule's input, its output and
+            the memory, and returns what takes the place of the output.
+        """
+        return []
+
     # -- what is left of it --------------------------------------------------
 
     @property
@@ -177,9 +210,14 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
         stays frozen.
         """
         for name, param in self.named_parameters():
-            used = self._state == AttentionState.ACTIVE or (
-                self._state == AttentionState.VALUE_ONLY
-                and name.split('.')[0] in self.used_by_value
+            part = name.split('.')[0]
+            used = (
+                self._state == AttentionState.ACTIVE
+                or (
+                    self._state == AttentionState.VALUE_ONLY
+                    and part in self.used_by_value
+                )
+                or part in self.shared
             )
             if not used and param.requires_grad:
                 param.requires_grad_(False)
@@ -261,10 +299,17 @@ class QKVLayerAttention(LayerAttention):
             ``norm_cfg=dict(type='GN', num_groups=32)``. Defaults to None,
             which means 1.
         init_cfg (dict, optional): Initialization config. Defaults to None.
+        value_conv (bool): Whether the value is a convolution of the output;
+            without, it is the output itself (MRLA, table 4, c). Defaults to
+            True.
+        fc_reduction (int, optional): Query and key are linear maps to so many
+            times fewer channels (MRLA, table 4, d, which 16 has the parameters
+            of). Defaults to None, which means 1-D convolutions.
 
     Raises:
         ValueError: As :class:`LayerAttention` does, if both ``zero_init`` and
-            ``small_init`` are set, or if ``small_init`` is not in (0, 1].
+            ``small_init`` are set, if ``small_init`` is not in (0, 1], or if
+            ``fc_reduction`` does not divide ``head_dim``.
     """
 
     random_start: Tensor
@@ -280,8 +325,14 @@ class QKVLayerAttention(LayerAttention):
         token_norm_cfg: Optional[dict] = None,
         small_init: Optional[float] = None,
         init_cfg: Optional[dict] = None,
+        value_conv: bool = True,
+        fc_reduction: Optional[int] = None,
     ) -> None:
         super().__init__(channels, head_dim, drop_path, init_cfg)
+        if fc_reduction is not None and (fc_reduction < 1 or head_dim % fc_reduction):
+            raise ValueError(
+                f'fc_reduction={fc_reduction} does not divide head_dim={head_dim}'
+            )
         if small_init is not None:
             if zero_init:
                 raise ValueError(
@@ -292,11 +343,18 @@ class QKVLayerAttention(LayerAttention):
                 raise ValueError(f'small_init={small_init} is not in (0, 1]')
         self.zero_init = zero_init
         self.small_init = small_init
-        self.query = channel_conv(channels)
-        self.key = channel_conv(channels)
-        self.value = nn.Conv2d(
-            channels, channels, 3, padding=1, groups=channels, bias=False
-        )
+        if fc_reduction is None:
+            self.query: nn.Module = channel_conv(channels)
+            self.key: nn.Module = channel_conv(channels)
+        else:
+            width = channels // fc_reduction
+            self.query = nn.Linear(channels, width, bias=False)
+            self.key = nn.Linear(channels, width, bias=False)
+        self.value: nn.Module = nn.Identity()
+        if value_conv:
+            self.value = nn.Conv2d(
+                channels, channels, 3, padding=1, groups=channels, bias=False
+            )
         self.value_act = (
             build_activation_layer(value_act_cfg) if value_act_cfg else nn.Identity()
         )
@@ -307,6 +365,9 @@ class QKVLayerAttention(LayerAttention):
             self.pre_norm = build_norm_layer(token_norm_cfg, channels)[1]
         self.reset_parameters()
 
+    relu = True
+    """bool: Whether :meth:`norm_relu` has a ReLU after the normalization."""
+
     @property
     def from_plain(self) -> bool:
         """bool: Whether it is for a network that starts from plain weights."""
@@ -314,9 +375,10 @@ class QKVLayerAttention(LayerAttention):
 
     def reset_parameters(self) -> None:
         """Draw the weights anew."""
-        self.query.reset_parameters()
-        self.key.reset_parameters()
-        self.random_start = self._query_and_key()
+        if hasattr(self, 'query'):
+            self.query.reset_parameters()
+            self.key.reset_parameters()
+            self.random_start = self._query_and_key()
         # Published: Kaiming over the fan-out without regard to the groups; the
         # norm corrects the scale. In a pre-trained detector the norm is often
         # evaluated with its initial statistics and corrects nothing, so there
@@ -324,7 +386,8 @@ class QKVLayerAttention(LayerAttention):
         # there is no norm.
         published = self.norm is not None and not self.from_plain
         fan_out = 9 * self.channels if published else 9
-        nn.init.normal_(self.value.weight, std=math.sqrt(2 / fan_out))
+        if isinstance(self.value, nn.Conv2d):
+            nn.init.normal_(self.value.weight, std=math.sqrt(2 / fan_out))
         weight = 0.0 if self.zero_init else self.small_init or 1.0
         if self.norm is not None:
             nn.init.constant_(self.norm.weight, weight)
@@ -345,13 +408,18 @@ class QKVLayerAttention(LayerAttention):
         weights = [self.query.weight, self.key.weight]
         return torch.cat([w.detach().flatten() for w in weights]).float().cpu()
 
-    def movement(self) -> float:
+    def movement(self) -> Optional[float]:
+        if not hasattr(self, 'query'):
+            return None
         change = self._query_and_key() - self.random_start
         return float(change.norm() / self.random_start.norm())
 
     def heads(self, y: Tensor) -> Tensor:
-        """(B, 1, C) to (B, G, d), in at least single precision."""
-        y = y.view(-1, self.num_heads, self.head_dim)
+        """(B, 1, C) to (B, G, d), in at least single precision.
+
+        With ``fc_reduction``, ``d`` and ``C`` are so many times fewer.
+        """
+        y = y.view(-1, self.num_heads, y.shape[-1] // self.num_heads)
         return y.to(torch.promote_types(y.dtype, torch.float32))
 
     def per_channel(self, weight: Tensor, x: Tensor) -> Tensor:
@@ -364,6 +432,8 @@ class QKVLayerAttention(LayerAttention):
         if self.norm is None:
             return out
         out = self.norm(out)
+        if not self.relu:
+            return out
         if not self.training:
             return F.relu(out)
         # ReLU with gradient 1 at 0: with zero_init all of `out` is 0, and the

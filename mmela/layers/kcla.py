@@ -1,6 +1,6 @@
 import math
 from dataclasses import dataclass
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -63,6 +63,15 @@ class KCLA(QKVLayerAttention):
             the first attention of a stage, filled in by the backbone. Defaults
             to None, which means that nothing is taken over.
         stride (int): Stride between the stages. Defaults to 1.
+        relu (bool): Have a ReLU after the normalization; the authors'
+            segmentation networks have none. Defaults to True.
+        restart_blocks (Sequence[int]): Blocks, from 0, that normalize the mean
+            of those before them and go on with it as one token, as the first
+            block of a stage does. The authors' ResNets for ImageNet have
+            (11,), which the third stage of a ResNet-101 reaches. Defaults to
+            ().
+        block (int): Index of the block in its stage, filled in by the backbone.
+            Defaults to 0.
         **kwargs: ``norm_cfg``, ``value_act_cfg``, ``zero_init``,
             ``token_norm_cfg``, ``small_init`` and ``init_cfg``, see
             :class:`QKVLayerAttention`.
@@ -88,6 +97,7 @@ class KCLA(QKVLayerAttention):
         before: Optional['KCLA.Memory'] = None
 
     crosses_stages = True
+    takes_block = True
 
     def __init__(
         self,
@@ -101,6 +111,9 @@ class KCLA(QKVLayerAttention):
         cross_stage: bool = True,
         previous_channels: Optional[int] = None,
         stride: int = 1,
+        relu: bool = True,
+        restart_blocks: Sequence[int] = (),
+        block: int = 0,
         **kwargs,
     ) -> None:
         if head_attention not in HEAD_ATTENTIONS:
@@ -113,6 +126,7 @@ class KCLA(QKVLayerAttention):
         super().__init__(channels, head_dim, drop_path, **kwargs)
         self.exp_norm = exp_norm
         self.recurrent = recurrent
+        self.relu = relu
         self.temperature = temperature
         self.crosses_stages = cross_stage
         log_scale = math.log(temperature)
@@ -124,11 +138,12 @@ class KCLA(QKVLayerAttention):
         self.head_attention_type = head_attention
         if head_attention == 'linear':
             self.head_attention = nn.Linear(self.num_heads, self.num_heads, bias=False)
-        if cross_stage and previous_channels is not None:
+        self.restarts = block > 0 and block in restart_blocks
+        if self.restarts or cross_stage and previous_channels is not None:
             self.cross_stage = CrossStage(
                 channels,
                 self.num_heads,
-                previous_channels,
+                None if self.restarts else previous_channels,
                 stride,
                 kwargs.get('norm_cfg') or dict(type='BN'),
             )
@@ -180,9 +195,12 @@ class KCLA(QKVLayerAttention):
         return scaled.clamp_max(10).exp() if self.exp_norm else scaled
 
     def _take_over(self, memory: Memory) -> None:
-        """Start the stage with the mean of the stage before."""
-        # None too where all attentions there are pruned, or there is none
-        mean, memory.before = getattr(memory.before, 'mean', None), None
+        """Start with the mean of the stage before, or of the blocks before."""
+        if self.restarts:
+            mean = memory.mean
+        else:
+            # None too where all attentions there are pruned, or there is none
+            mean, memory.before = getattr(memory.before, 'mean', None), None
         if hasattr(self, 'cross_stage') and mean is not None:
             memory.mean, key = self.cross_stage(mean)
             memory.mass = self._weigh(self.heads(key).norm(dim=-1))
@@ -191,7 +209,7 @@ class KCLA(QKVLayerAttention):
         return (
             f'{super().signature()[:-1]}, temperature={self.temperature:g}, '
             f'exp_norm={self.exp_norm}, head_attention={self.head_attention_type}, '
-            f'recurrent={self.recurrent})'
+            f'recurrent={self.recurrent}{"" if self.relu else ", relu=False"})'
         )
 
 
@@ -204,7 +222,8 @@ class CrossStage(nn.Module):
     Args:
         channels (int): Channels ``C`` of the next stage.
         heads (int): Its number of heads ``G``.
-        previous_channels (int): Channels ``C'`` of the stage.
+        previous_channels (int, optional): Channels ``C'`` of the stage; None
+            within a stage, where there is no convolution.
         stride (int): Stride between the two.
         norm_cfg (dict): Normalization.
 
@@ -216,26 +235,31 @@ class CrossStage(nn.Module):
         self,
         channels: int,
         heads: int,
-        previous_channels: int,
+        previous_channels: Optional[int],
         stride: int,
         norm_cfg: dict,
     ) -> None:
         super().__init__()
-        if previous_channels % heads:
+        if previous_channels is not None and previous_channels % heads:
             raise ValueError(
                 f'the {previous_channels} channels of a stage cannot be '
                 f'shared out among the {heads} heads of the next; choose '
                 'another head_dim or cross_stage=False'
             )
-        self.reduce = nn.Conv2d(
-            previous_channels, channels, 1, stride, groups=heads, bias=False
+        self.reduce = (
+            nn.Identity()
+            if previous_channels is None
+            else nn.Conv2d(
+                previous_channels, channels, 1, stride, groups=heads, bias=False
+            )
         )
         self.norm = build_norm_layer(norm_cfg, channels)[1]
         self.key = channel_conv(channels)
 
     def reset_parameters(self) -> None:
         """Draw the weights anew."""
-        nn.init.kaiming_normal_(self.reduce.weight, mode='fan_out')
+        if isinstance(self.reduce, nn.Conv2d):
+            nn.init.kaiming_normal_(self.reduce.weight, mode='fan_out')
         nn.init.xavier_uniform_(self.key.weight)
         nn.init.constant_(self.norm.weight, 1.0)
         nn.init.constant_(self.norm.bias, 0.0)

@@ -33,10 +33,15 @@ class MLA(MRLABase):
     Args:
         channels (int): Channels ``C`` of the block's output.
         head_dim (int): Channels ``d`` of one head. Defaults to 32.
+        replace (bool): Let BN(O) take the place of the block's output instead
+            of adding ReLU(BN(O)) to it, as in the network of eq. 4 that the
+            authors published for ImageNet. Defaults to False.
         **kwargs: See :class:`MRLABase`.
 
     Raises:
-        ValueError: As :class:`MRLABase` does.
+        ValueError: If ``replace`` is set together with ``drop_path``,
+            ``zero_init``, ``small_init`` or ``relu``, or as
+            :class:`MRLABase` does.
     """
 
     @dataclass
@@ -55,6 +60,21 @@ class MLA(MRLABase):
 
     used_by_value = ('pre_norm',)
 
+    def __init__(
+        self, channels: int, head_dim: int = 32, replace: bool = False, **kwargs
+    ) -> None:
+        if replace:
+            # Each of them speaks of what is added to the output
+            for name in ('drop_path', 'zero_init', 'small_init', 'relu'):
+                if kwargs.get(name):
+                    raise ValueError(
+                        f'replace=True adds nothing to the output of a block, so '
+                        f'{name}={kwargs[name]} cannot be set'
+                    )
+            kwargs['relu'] = False
+        super().__init__(channels, head_dim, **kwargs)
+        self.replaces = replace
+
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         self.store(x, memory)
         query = self.heads(self.query(memory.pooled[-1])).unsqueeze(2)
@@ -62,7 +82,7 @@ class MLA(MRLABase):
         values = [self.value_act(self.value(y)) for y in memory.inputs]
         # A product and a sum, not a matmul, which autocast would do in half
         scores = (query * torch.stack(keys, dim=2)).sum(-1)  # (B, G, t)
-        scores = scores / math.sqrt(self.head_dim)
+        scores = scores / math.sqrt(query.shape[-1])
         memory.scores.append(scores)
         attn = scores.softmax(-1)
         return self.norm_relu(layer_weighted_sum(attn, values, self.backend))
@@ -71,3 +91,7 @@ class MLA(MRLABase):
         """Leave the output of the block in the memory."""
         memory.inputs.append(x)
         memory.pooled.append(pool(x))
+
+    def signature(self) -> str:
+        replace = ', replace=True' if self.replaces else ''
+        return f'{super().signature()[:-1]}{replace})'

@@ -30,6 +30,8 @@ class MRLABase(QKVLayerAttention):
         head_dim (int): Channels ``d`` of one head. Defaults to 32.
         backend (str): How the sum is computed, see
             :func:`mmela.ops.layer_weighted_sum`. Defaults to ``'auto'``.
+        relu (bool): Have a ReLU after the normalization; some of the networks
+            that the authors published have none. Defaults to True.
         **kwargs: ``drop_path``, ``norm_cfg``, ``value_act_cfg``,
             ``zero_init``, ``token_norm_cfg``, ``small_init`` and ``init_cfg``,
             see :class:`QKVLayerAttention`.
@@ -55,18 +57,24 @@ class MRLABase(QKVLayerAttention):
     used_by_value: Tuple[str, ...] = ('key', 'value', 'pre_norm')
 
     def __init__(
-        self, channels: int, head_dim: int = 32, backend: str = 'auto', **kwargs
+        self,
+        channels: int,
+        head_dim: int = 32,
+        backend: str = 'auto',
+        relu: bool = True,
+        **kwargs,
     ) -> None:
         check_backend(backend)
         super().__init__(channels, head_dim, **kwargs)
         self.backend = backend
+        self.relu = relu
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         pooled = self.store(x, memory)
         query = self.heads(self.query(pooled)).unsqueeze(2)  # (B, G, 1, d)
         # A product and a sum, not a matmul, which autocast would do in half
         scores = (query * torch.stack(memory.keys, dim=2)).sum(-1)  # (B, G, t)
-        scores = scores / math.sqrt(self.head_dim)
+        scores = scores / math.sqrt(query.shape[-1])
         memory.scores.append(scores)
         attn = scores.softmax(-1)
         return self.norm_relu(layer_weighted_sum(attn, memory.values, self.backend))
@@ -77,3 +85,8 @@ class MRLABase(QKVLayerAttention):
         memory.keys.append(self.heads(self.key(pooled)))
         memory.values.append(self.value_act(self.value(x)))
         return pooled
+
+    def signature(self) -> str:
+        # As in checkpoints of versions without the argument where it is True
+        relu = '' if self.relu else ', relu=False'
+        return f'{super().signature()[:-1]}{relu})'

@@ -35,13 +35,20 @@ class MRLALight(QKVLayerAttention):
             block's identity input, after its downsample, as in the networks
             that the MRLA authors published. ``'output'``: the output of the
             active attention before it in the stage, 0 for the first, as eq. 8
-            has it. Defaults to ``'identity'``.
+            has it. ``'none'``: nothing (table 4, b). Defaults to
+            ``'identity'``.
+        learn_lambda (bool): Whether :math:`\lambda_o` is learned; without, it
+            is 1 (table 4, e). Defaults to True.
+        gate (bool): Whether the value is gated; without and with
+            ``previous='none'`` there is a depth-wise convolution alone (tables
+            4, g and 12, a). Defaults to True.
         **kwargs: ``drop_path``, ``norm_cfg``, ``value_act_cfg``,
-            ``zero_init``, ``token_norm_cfg``, ``small_init`` and ``init_cfg``,
-            see :class:`QKVLayerAttention`.
+            ``zero_init``, ``token_norm_cfg``, ``small_init``, ``init_cfg``,
+            ``value_conv`` and ``fc_reduction``, see
+            :class:`QKVLayerAttention`.
 
     Raises:
-        ValueError: If ``previous`` is neither of the two, or as
+        ValueError: If ``previous`` is none of the three, or as
             :class:`QKVLayerAttention` does.
     """
 
@@ -60,16 +67,28 @@ class MRLALight(QKVLayerAttention):
         output: Optional[Tensor] = None
 
     def __init__(
-        self, channels: int, head_dim: int = 32, previous: str = 'identity', **kwargs
+        self,
+        channels: int,
+        head_dim: int = 32,
+        previous: str = 'identity',
+        learn_lambda: bool = True,
+        gate: bool = True,
+        **kwargs,
     ) -> None:
-        if previous not in ('identity', 'output'):
+        if previous not in ('identity', 'output', 'none'):
             raise ValueError(
-                f"previous={previous!r} is unknown; allowed are 'identity' and 'output'"
+                f"previous={previous!r} is unknown; allowed are 'identity', 'output' "
+                "and 'none'"
             )
         super().__init__(channels, head_dim, **kwargs)
         self.previous = previous
         self.needs_identity = previous == 'identity'
-        self.lambda_o = nn.Parameter(torch.randn(channels))
+        self.learn_lambda = learn_lambda
+        self.gate = gate
+        if learn_lambda and previous != 'none':
+            self.lambda_o = nn.Parameter(torch.randn(channels))
+        if not gate:
+            del self.query, self.key
         if self.needs_identity and kwargs.get('token_norm_cfg'):
             norm = build_norm_layer(kwargs['token_norm_cfg'], channels)[1]
             self.identity_norm = norm
@@ -81,29 +100,42 @@ class MRLALight(QKVLayerAttention):
             nn.init.normal_(self.lambda_o)
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        value = self.value_act(self.value(x))
+        if self.gate:
+            value = value * self._gates(x, value)
+        out = self._with_previous(value, memory)
+        if self.previous == 'output':
+            memory.output = out
+        return out if self.norm is None else self.norm(out)
+
+    def _gates(self, x: Tensor, value: Tensor) -> Tensor:
+        """Gate of the value by query and key, (B, C, 1, 1)."""
         pooled = pool(x)
         query, key = self.heads(self.query(pooled)), self.heads(self.key(pooled))
         # A product and a sum, not a matmul, which autocast would do in half
-        scores = (query * key).sum(-1) / math.sqrt(self.head_dim)  # (B, G)
-        value = self.value_act(self.value(x))
-        gate = self.per_channel(scores.sigmoid(), value)
+        scores = (query * key).sum(-1) / math.sqrt(query.shape[-1])  # (B, G)
+        return self.per_channel(scores.sigmoid(), value)
 
-        scale = self.lambda_o[:, None, None].to(value.dtype)
+    def _with_previous(self, value: Tensor, memory: Memory) -> Tensor:
+        """The gated value with the scaled output of before, (B, C, H, W)."""
+        if self.previous == 'none':
+            return value
         previous = memory.identity if self.needs_identity else memory.output
-        if previous is not None:
-            out = torch.addcmul(gate * value, scale, previous.to(value.dtype))
-        elif self.needs_identity:
+        if previous is None and self.needs_identity:
             raise ValueError(
                 "MRLALight with previous='identity' needs the identity input of its "
                 'block in the memory; an AttentionStage puts it there'
             )
-        else:
-            # 0 instead of O^(t-1), but lambda stays part of the graph:
-            # distributed training waits for the gradient of each parameter.
-            out = (gate + 0 * scale) * value
-        if not self.needs_identity:
-            memory.output = out
-        return out if self.norm is None else self.norm(out)
+        if not self.learn_lambda:
+            return value if previous is None else value + previous.to(value.dtype)
+        scale = self.lambda_o[:, None, None].to(value.dtype)
+        if previous is not None:
+            return torch.addcmul(value, scale, previous.to(value.dtype))
+        # 0 instead of O^(t-1), but lambda stays part of the graph:
+        # distributed training waits for the gradient of each parameter.
+        return (1 + 0 * scale) * value
 
     def signature(self) -> str:
-        return f'{super().signature()[:-1]}, previous={self.previous})'
+        # What is not the default alone, as checkpoints of before have no more
+        rest = '' if self.learn_lambda else ', learn_lambda=False'
+        return f'{super().signature()[:-1]}, previous={self.previous}{rest})'

@@ -28,6 +28,8 @@ class _Running(threading.local):
         self.passes: List[Dict[Any, Any]] = []
         # Outputs asked for, by module
         self.outputs: Dict[nn.Module, Optional[Tensor]] = {}
+        # Memories of the sequential stages within a block that asks for them
+        self.memories: Dict[nn.Module, StageMemory] = {}
 
 
 _running = _Running()
@@ -131,7 +133,7 @@ class AttentionStage(nn.Module):
             Tensor: The output with what the attention retrieves.
         """
         state = attention.attention_state
-        if state == AttentionState.PRUNED:
+        if state == AttentionState.PRUNED or attention.before_sum:
             return output
         x, restore = self._to_map(attention, output, args)
         if state == AttentionState.VALUE_ONLY:
@@ -143,7 +145,33 @@ class AttentionStage(nn.Module):
             scale = attention.scale.to(retrieved.dtype)
             on_maps = self._channels_first
             retrieved = retrieved * (scale[:, None, None] if on_maps else scale)
+        if attention.replaces:
+            return retrieved
         return output + attention.drop_path(retrieved)
+
+    def connect(self, attention: LayerAttention, block: nn.Module) -> None:
+        """Have an attention reach into its block, where it does.
+
+        Args:
+            attention (LayerAttention): The attention.
+            block (nn.Module): Its block.
+
+        Raises:
+            ValueError: If activation checkpointing computes the block twice,
+                which the memory does not stand.
+        """
+        taps = attention.connect(block)
+        if taps and attention.needs_memory and getattr(block, 'with_cp', False):
+            raise ValueError(
+                f'with_cp=True computes a block twice, but {type(attention).__name__} '
+                'changes the memory of its stage within the block; set with_cp=False'
+            )
+        for module, method in taps:
+            module.register_forward_hook(_Tap(self, attention, method))
+
+    def memory_at_hand(self) -> Optional[StageMemory]:
+        """The memory of the forward pass that a block is running in, if any."""
+        return _running.memories.get(self)
 
     def _to_map(
         self, attention: LayerAttention, output: Tensor, args: tuple
@@ -223,6 +251,7 @@ class SequentialAttentionStage(AttentionStage, Sequential):
         downsample = getattr(block, 'downsample', None)
         if attention.needs_identity and downsample is not None:
             downsample.register_forward_hook(_keep_output)
+        self.connect(attention, block)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks in order.
@@ -241,6 +270,12 @@ class SequentialAttentionStage(AttentionStage, Sequential):
                 continue
             if attention.needs_identity and attention.active:
                 x, memory.identity = _run_with_identity(block, x)
+            elif attention.before_sum:
+                _running.memories[self] = memory
+                try:
+                    x = block(x)
+                finally:
+                    del _running.memories[self]
             else:
                 x = block(x)
             x = self.attend(attention, x, memory)
@@ -287,6 +322,8 @@ class HookedAttentionStage(AttentionStage):
             for name in self.names
         )
         self._shortcuts = tuple((shortcuts or {}).items())
+        # Where attentions work within the blocks: before the first block runs
+        self._begins_early = False
         for index, block in enumerate(blocks):
             block.register_forward_hook(_Hook(self, index), with_kwargs=True)
 
@@ -302,6 +339,17 @@ class HookedAttentionStage(AttentionStage):
         shortcut = dict(self._shortcuts).get(index)
         if attention.needs_identity and shortcut is not None:
             shortcut.register_forward_hook(_keep_in_pass)
+        if attention.before_sum and not self._begins_early:
+            self._begins_early = True
+            self.blocks[0].register_forward_pre_hook(_Begin(self))
+        self.connect(attention, self.blocks[index])
+
+    def begin(self, x: Tensor) -> None:
+        """Begin a forward pass with the input ``x`` of the first block."""
+        current_pass()[self] = self._begin(x)
+
+    def memory_at_hand(self) -> Optional[StageMemory]:
+        return current_pass().get(self)
 
     def attention_of(self, index: int) -> Optional[LayerAttention]:
         """Layer attention of a block.
@@ -337,8 +385,8 @@ class HookedAttentionStage(AttentionStage):
                 after the first block.
         """
         memories = current_pass()
-        if index == 0:
-            memories[self] = self._begin(args[0])
+        if index == 0 and not self._begins_early:
+            self.begin(args[0])
         if self not in current_pass():
             raise RuntimeError(
                 f'block {index} of a stage with layer attention runs without the '
@@ -451,6 +499,40 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any):
         return self.stage.run(self.index, (*args, *kwargs.values()), output)
+
+
+class _Begin:
+    """Forward pre-hook of the first block of a hooked stage."""
+
+    def __init__(self, stage: HookedAttentionStage) -> None:
+        self.stage = stage
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        self.stage.begin(args[0])
+
+
+class _Tap:
+    """Forward hook of what an attention reaches into; an object as :class:`_Hook`."""
+
+    def __init__(
+        self, stage: AttentionStage, attention: LayerAttention, method: str
+    ) -> None:
+        self.stage = stage
+        self.attention = attention
+        self.method = method
+
+    def __call__(
+        self, module: nn.Module, args: tuple, output: Tensor
+    ) -> Optional[Tensor]:
+        if not self.attention.active:
+            return None
+        memory = self.stage.memory_at_hand()
+        if memory is None and self.attention.needs_memory:
+            raise RuntimeError(
+                f'a block with {type(self.attention).__name__} runs outside of its '
+                'stage, which has the memory'
+            )
+        return getattr(self.attention, self.method)(args[0], output, memory)
 
 
 def is_frozen(block: nn.Module) -> bool:

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 
+from mmela.registry import find_layer_attention
+
 ATTENTIONS = {
     'MLA': dict(type='MLA'),
     'MRLABase': dict(type='MRLABase'),
@@ -41,6 +43,13 @@ MMPRETRAIN = {
         drop_path_rate=0.1,
         head_dim=16,
     ),
+    'ELACeiT': dict(
+        arch=dict(embed_dims=32, num_layers=6, num_heads=2, feedforward_channels=64),
+        layers_per_stage=3,
+        img_size=64,
+        drop_path_rate=0.1,
+        head_dim=16,
+    ),
 }
 MMDET = {
     'ELAResNet': dict(NARROW, stem_channels=8, out_indices=(0, 2)),
@@ -71,7 +80,9 @@ def registry(scope):
 def build(scope, backbone, attention):
     kwargs = dict(MMPRETRAIN if scope == 'mmpretrain' else MMDET)[backbone]
     kwargs = copy.deepcopy(kwargs)
-    attention = dict(attention, head_dim=kwargs.pop('head_dim'))
+    head_dim = kwargs.pop('head_dim')
+    if not find_layer_attention(attention['type']).before_sum:
+        attention = dict(attention, head_dim=head_dim)
     if attention['type'] == 'KCLA' and backbone in NOT_DIVISIBLE:
         attention['cross_stage'] = False
     torch.manual_seed(0)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 EXPANSION = 4
+RESTART = 11
+"""Block of a stage at which KCLA goes on with its normalized mean alone."""
 
 
 def eca_size(channels):
@@ -23,7 +25,8 @@ class PublishedNetwork:
     """A bottleneck ResNet with layer attention, with random weights.
 
     Args:
-        arch (str): 'mla', 'mrla_base', 'mrla_light' or 'kcla'.
+        arch (str): 'mla', 'mla_eq4', 'mrla_base', 'mrla_base_no_relu',
+            'mrla_light' or 'kcla'.
         blocks (tuple[int]): Number of blocks of each stage.
         stem (str): '7x7' or 'deep' for ImageNet, '3x3' for CIFAR.
         head_dim (int): Channels of a head.
@@ -71,7 +74,7 @@ class PublishedNetwork:
     def block_name(self, stage, block):
         if self.arch == 'kcla' and self.stem != '3x3':
             return f'layer{stage + 1}.layers.{block}'
-        if self.arch == 'mrla_light':
+        if self.arch in ('mrla_light', 'mla_eq4'):
             return f'layer{stage + 1}.{block}'
         return f'stages.{stage}.{block}'
 
@@ -80,7 +83,13 @@ class PublishedNetwork:
             if self.stem != '3x3':
                 return f'layer{stage + 1}.attention.{block}'
             return self.block_name(stage, block) + '.kcla'
+        if self.arch == 'mla_eq4':
+            return self.block_name(stage, block) + '.la'
         return f'{self.block_name(stage, block)}.mrla.{self.light_name}'
+
+    def norm_name(self, stage, block):
+        name = 'bn_la' if self.arch == 'mla_eq4' else 'bn_mrla'
+        return f'{self.block_name(stage, block)}.{name}'
 
     # Weights
 
@@ -133,9 +142,11 @@ class PublishedNetwork:
             state[f'{name}.W{letter}.weight'] = self._randn(1, 1, size) / 4
         self._make_conv(f'{name}.Wv', channels, 1, 3)
         if self.arch != 'kcla':
-            name = self.block_name(stage, block)
-            self._make_norm(f'{name}.bn_mrla', channels, 0.4)
+            # What takes the place of the output is no small part of it
+            scale = 2.0 if self.arch == 'mla_eq4' else 0.4
+            self._make_norm(self.norm_name(stage, block), channels, scale)
             if self.arch == 'mrla_light':
+                name = self.block_name(stage, block)
                 state[f'{name}.mrla.lambda_t'] = self._randn(channels, 1, 1)
             return
         heads = channels // self.head_dim
@@ -143,7 +154,7 @@ class PublishedNetwork:
         state[f'{name}.head_att.weight'] = self._randn(heads, heads)
         scales = torch.tensor(self.scales(heads), dtype=torch.double)
         state[f'{name}.norm_d'] = (1 / scales).view(1, heads, 1, 1, 1)
-        if block == 0:  # also in the first stage
+        if block in (0, RESTART):  # also in the first stage
             self._make_conv(
                 f'{name}.adjust_channel', channels, channels // 2 // heads, 1
             )
@@ -201,7 +212,8 @@ class PublishedNetwork:
             memory = dict(carried=carried)
             for block in range(depth):
                 x, identity = self.residual_block(stage, block, x)
-                x = x + getattr(self, self.arch)(stage, block, x, identity, memory)
+                out = getattr(self, self.arch)(stage, block, x, identity, memory)
+                x = out if self.arch == 'mla_eq4' else x + out
             carried = memory.get('mean')
             outs.append(x)
         fc = self.state_dict['fc.weight'], self.state_dict['fc.bias']
@@ -246,7 +258,10 @@ class PublishedNetwork:
         keys = [self.over_channels(f'{name}.Wk', y.mean((2, 3))) for y in inputs]
         values = [self.value(stage, block, y) for y in inputs]
         out = self.softmax_attention(query, keys, values)
-        return self.norm(self.block_name(stage, block) + '.bn_mrla', out).relu()
+        out = self.norm(self.norm_name(stage, block), out)
+        return out if self.arch == 'mla_eq4' else out.relu()
+
+    mla_eq4 = mla  # published for ImageNet: takes the place of the block's output
 
     def mrla_base(self, stage, block, x, identity, memory):
         """MRLA, eq. 6: keys and values of earlier blocks are reused."""
@@ -258,7 +273,10 @@ class PublishedNetwork:
         values.append(self.value(stage, block, x))
         query = self.over_channels(f'{name}.Wq', pooled)
         out = self.softmax_attention(query, keys, values)
-        return self.norm(self.block_name(stage, block) + '.bn_mrla', out).relu()
+        out = self.norm(self.norm_name(stage, block), out)
+        return out.relu() if self.arch == 'mrla_base' else out
+
+    mrla_base_no_relu = mrla_base
 
     def mrla_light(self, stage, block, x, identity, memory):
         """MRLA, eq. 8, with the identity input as what came before."""
@@ -287,7 +305,11 @@ class PublishedNetwork:
             ]
 
         u = z = [0.0] * heads
-        if block > 0:
+        if block == RESTART:
+            mean = self.norm(f'{name}.u_bn', memory['mean'])
+            z = weigh(self.over_channels(f'{name}.u_Wk', mean.mean((2, 3))))
+            u = [w * y for w, y in zip(z, self.heads(mean))]
+        elif block > 0:
             u, z = memory['u'], memory['z']
         elif memory['carried'] is not None:
             mean = self.conv(
@@ -318,3 +340,143 @@ class PublishedNetwork:
             gates[:, g].view(-1, 1, 1, 1) * v for g, v in enumerate(self.heads(value))
         ]
         return self.norm(f'{name}.bn_attention', torch.cat(out, 1)).relu()
+
+
+class PublishedDeiT:
+    """A DeiT with MRLA, with random weights.
+
+    Args:
+        light (bool): MRLA-light instead of MRLA-base.
+        dims (int): Channels of the tokens, 64 a head.
+        depth (int): Number of blocks, four to a stage.
+        patch (int): Side of a patch.
+        side (int): Patches along a side of the image.
+        num_classes (int): Number of classes.
+    """
+
+    head_dim = 16
+
+    def __init__(self, light, dims=128, depth=6, patch=8, side=4, num_classes=5):
+        self.light, self.depth, self.dims = light, depth, dims
+        self.patch, self.side = patch, side
+        generator = torch.Generator().manual_seed(0)
+
+        def randn(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.double)
+
+        state = self.state_dict = {}
+
+        def linear(name, out, inner):
+            state[f'{name}.weight'] = randn(out, inner) / math.sqrt(inner)
+            state[f'{name}.bias'] = randn(out) / 4
+
+        def norm(name):
+            state[f'{name}.weight'] = randn(dims) / 4 + 1
+            state[f'{name}.bias'] = randn(dims) / 4
+
+        state['cls_token'] = randn(1, 1, dims)
+        state['pos_embed'] = randn(1, side**2 + 1, dims)
+        pixels = 3 * patch**2
+        state['patch_embed.proj.weight'] = randn(dims, 3, patch, patch) / pixels**0.5
+        state['patch_embed.proj.bias'] = randn(dims)
+        for i in range(depth):
+            name = f'blocks.{i}'
+            norm(f'{name}.norm1')
+            linear(f'{name}.attn.qkv', 3 * dims, dims)
+            linear(f'{name}.attn.proj', dims, dims)
+            norm(f'{name}.norm2')
+            linear(f'{name}.mlp.fc1', 2 * dims, dims)
+            linear(f'{name}.mlp.fc2', dims, 2 * dims)
+            norm(f'{name}.mrla.normx')
+            size = eca_size(dims)
+            for letter in 'qk':
+                state[f'{name}.mrla.mrla.W{letter}.weight'] = randn(1, 1, size)
+            state[f'{name}.mrla.mrla.Wv.weight'] = randn(dims, 1, 3, 3) / 3
+            if light:
+                norm(f'{name}.mrla.normo')
+                state[f'{name}.mrla.lambda_t'] = randn(dims)
+        norm('norm')
+        linear('head', num_classes, dims)
+
+    def linear(self, name, x):
+        return x @ self.state_dict[f'{name}.weight'].T + self.state_dict[f'{name}.bias']
+
+    def norm(self, name, x):
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        weight, bias = (self.state_dict[f'{name}.{key}'] for key in ('weight', 'bias'))
+        return x * weight + bias
+
+    @staticmethod
+    def gelu(x):
+        return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+    def self_attention(self, name, x):
+        heads = self.dims // 64
+        qkv = self.linear(f'{name}.qkv', x).chunk(3, -1)
+        out = []
+        for q, k, v in zip(*(y.chunk(heads, -1) for y in qkv)):
+            out.append((q @ k.transpose(1, 2) / 8).softmax(-1) @ v)
+        return self.linear(f'{name}.proj', torch.cat(out, -1))
+
+    def layer_attention(self, name, x, before, memory):
+        """MRLA, algorithms 2 and 4."""
+        x = self.norm(f'{name}.normx', x)
+        token, patches = x[:, :1], x[:, 1:]
+        image = patches.transpose(1, 2).unflatten(2, (self.side, self.side))
+        value = F.conv2d(
+            image,
+            self.state_dict[f'{name}.mrla.Wv.weight'],
+            padding=1,
+            groups=self.dims,
+        )
+        pooled = patches.mean(1)
+        vectors = []
+        for letter in 'qk':
+            weight = self.state_dict[f'{name}.mrla.W{letter}.weight'].flatten()
+            padded = F.pad(pooled, (len(weight) // 2,) * 2)
+            vector = sum(w * padded[:, i : i + self.dims] for i, w in enumerate(weight))
+            vectors.append(vector.split(self.head_dim, 1))
+        query, key = vectors
+        if self.light:
+            value = self.gelu(value).split(self.head_dim, 1)
+            out = [
+                ((q * k).sum(1) / 4).sigmoid().view(-1, 1, 1, 1) * v
+                for q, k, v in zip(query, key, value)
+            ]
+        else:
+            memory.append((key, value.split(self.head_dim, 1)))
+            out = []
+            for g, q in enumerate(query):
+                scores = torch.stack([(q * k[g]).sum(1) / 4 for k, _ in memory])
+                weights = scores.softmax(0)
+                out.append(
+                    sum(
+                        w.view(-1, 1, 1, 1) * v[g] for w, (_, v) in zip(weights, memory)
+                    )
+                )
+        out = torch.cat(out, 1).flatten(2).transpose(1, 2)
+        if self.light:
+            before = self.norm(f'{name}.normo', before)[:, 1:]
+            out = out + self.state_dict[f'{name}.lambda_t'] * before
+        return torch.cat([token, out], 1)
+
+    def forward(self, images):
+        """Class token after the last normalization, and the scores."""
+        weight = self.state_dict['patch_embed.proj.weight']
+        x = images.unfold(2, self.patch, self.patch).unfold(3, self.patch, self.patch)
+        x = x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        x = x @ weight.flatten(1).T + self.state_dict['patch_embed.proj.bias']
+        x = torch.cat([self.state_dict['cls_token'].expand(len(x), -1, -1), x], 1)
+        x = x + self.state_dict['pos_embed']
+        memory = []
+        for i in range(self.depth):
+            if i % 4 == 0:
+                memory = []
+            name, before = f'blocks.{i}', x
+            x = x + self.self_attention(f'{name}.attn', self.norm(f'{name}.norm1', x))
+            y = self.gelu(self.linear(f'{name}.mlp.fc1', self.norm(f'{name}.norm2', x)))
+            x = x + self.linear(f'{name}.mlp.fc2', y)
+            x = x + self.layer_attention(f'{name}.mrla', x, before, memory)
+        token = self.norm('norm', x)[:, 0]
+        return token, self.linear('head', token)

@@ -209,3 +209,41 @@ def test_lost_gradient_is_an_error():
 def test_errors(kwargs, message):
     with pytest.raises(ValueError, match=message):
         KCLA(C, head_dim=D, **kwargs)
+
+
+def test_restart():
+    """A block that goes on with the normalized mean as one token."""
+    first = KCLA(16, head_dim=8, drop_path=0.0).double().eval()
+    again = KCLA(16, head_dim=8, drop_path=0.0, restart_blocks=(1,), block=1)
+    again.double().eval()
+    assert 'relu=False' not in again.signature()
+    x, y = torch.randn(2, 2, 16, 5, 5, dtype=torch.double)
+    memory = KCLA.Memory()
+    with torch.no_grad():
+        first(x, memory)
+        mean = again.cross_stage.norm(memory.mean)
+        again(y, memory)
+        key = again.cross_stage.key(mean.mean((2, 3)).unsqueeze(1)).view(2, 2, 8)
+        old = (key.norm(dim=-1) * again.scales).clamp(max=10).exp()
+        key = again.key(y.mean((2, 3)).unsqueeze(1)).view(2, 2, 8)
+        new = (key.norm(dim=-1) * again.scales).clamp(max=10).exp()
+        old, new = (w.repeat_interleave(8, 1)[..., None, None] for w in (old, new))
+        expected = (old * mean + new * y) / (old + new)
+    torch.testing.assert_close(memory.mean, expected)
+    assert not hasattr(KCLA(16, head_dim=8, restart_blocks=(1,)), 'cross_stage')
+
+
+def test_without_relu():
+    with_relu, without = (KCLA(16, head_dim=8, relu=relu) for relu in (True, False))
+    without.load_state_dict(
+        {k: v for k, v in with_relu.state_dict().items() if k != 'signature'},
+        strict=False,
+    )
+    x = torch.randn(2, 16, 5, 5)
+    outs = []
+    for attention in (with_relu.eval(), without.eval()):
+        outs.append(attention(x, KCLA.Memory()))
+    assert (outs[1] < 0).any()
+    torch.testing.assert_close(outs[0], outs[1].relu())
+    with pytest.raises(RuntimeError, match='relu=False'):
+        without.load_state_dict(with_relu.state_dict())

@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -61,3 +62,22 @@ def test_prunable_and_keeps_no_parameter_for_later_ones():
     assert attention.prunable
     attention.attention_state = AttentionState.VALUE_ONLY
     assert not any(p.requires_grad for p in attention.parameters())
+
+
+def test_replace():
+    """BN(O) in place of the output, and nothing that speaks of a sum."""
+    from mmela.layers import SequentialAttentionStage
+
+    stage = SequentialAttentionStage(torch.nn.Identity())
+    attention = MLA(16, head_dim=8, replace=True)
+    stage.attach(0, attention)
+    stage.eval()
+    x = torch.randn(2, 16, 5, 5)
+    # Over one block the softmax is 1, so that O is the value
+    expected = attention.norm(attention.value(x))
+    torch.testing.assert_close(stage(x), expected)
+    assert (expected < 0).any()
+    assert attention.signature() == 'MLA(head_dim=8, relu=False, replace=True)'
+    for name in ('drop_path', 'zero_init', 'relu'):
+        with pytest.raises(ValueError, match=f'adds nothing .* so {name}='):
+            MLA(16, head_dim=8, replace=True, **{name: 0.5 if '_p' in name else True})

@@ -123,7 +123,84 @@ def test_no_distribution_and_no_value_to_keep():
         attention.store(torch.randn(1, C, 2, 2), MRLALight.Memory())
 
 
+@pytest.mark.parametrize(
+    'ablation',
+    [
+        dict(previous='none'),
+        dict(learn_lambda=False),
+        dict(learn_lambda=False, previous='output'),
+        dict(value_conv=False),
+        dict(fc_reduction=2),
+        dict(gate=False, previous='none'),
+    ],
+    ids=str,
+)
+def test_ablations(ablation):
+    """Table 4, b to e and g: what is left out is left out, the rest is as it was."""
+    stage = make_stage(3, **ablation)
+    x = torch.randn(2, C, 8, 8)
+    expected, last = x, None
+    for block in stage:
+        identity = expected
+        if block.downsample is not None:
+            identity = block.downsample(expected)
+        expected = block(expected)
+        attention = block.layer_attn
+        out = expected
+        if ablation.get('value_conv', True):
+            weight = attention.value.weight
+            out = F.conv2d(expected, weight, padding=1, groups=C)
+        if ablation.get('gate', True):
+            y = expected.mean((2, 3))
+            if 'fc_reduction' in ablation:
+                q, k = y @ attention.query.weight.T, y @ attention.key.weight.T
+            else:
+                q, k = (
+                    F.conv1d(y[:, None], f.weight, padding='same')[:, 0]
+                    for f in (attention.query, attention.key)
+                )
+            d = D // ablation.get('fc_reduction', 1)
+            gates = [
+                torch.sigmoid((q * k)[:, g * d : (g + 1) * d].sum(1) / math.sqrt(d))
+                for g in range(C // D)
+            ]
+            gates = torch.stack(gates, 1).repeat_interleave(D, 1)
+            out = out * gates[..., None, None]
+        previous = ablation.get('previous', 'identity')
+        before = dict(identity=identity, output=last, none=None)[previous]
+        if before is not None:
+            scale = 1.0
+            if ablation.get('learn_lambda', True):
+                scale = attention.lambda_o[:, None, None]
+            out = out + scale * before
+        last = out
+        norm = attention.norm
+        out = F.batch_norm(out, None, None, norm.weight, norm.bias, True)
+        expected = expected + out
+    torch.testing.assert_close(stage(x), expected)
+    stage(x).square().sum().backward()
+    assert all(p.grad is not None for p in stage.parameters())
+    for attention in stage.attentions:
+        attention.init_weights()
+        moved = attention.movement()
+        assert moved is None if not ablation.get('gate', True) else moved == 0
+    for name in ('lambda_o', 'query', 'key'):
+        gone = dict(
+            lambda_o=not ablation.get('learn_lambda', True)
+            or ablation.get('previous') == 'none',
+        ).get(name, not ablation.get('gate', True))
+        assert hasattr(stage[0].layer_attn, name) != gone
+
+
+def test_checkpoints_of_the_full_attention_are_as_before():
+    assert MRLALight(C, D).signature() == 'MRLALight(head_dim=4, previous=identity)'
+    without = MRLALight(C, D, learn_lambda=False).signature()
+    assert 'learn_lambda=False' in without
+
+
 def test_errors():
+    with pytest.raises(ValueError, match='fc_reduction=3 does not divide head_dim=4'):
+        MRLALight(C, head_dim=D, fc_reduction=3)
     with pytest.raises(ValueError, match="previous='x' is unknown"):
         MRLALight(C, head_dim=D, previous='x')
     with pytest.raises(ValueError, match='needs the identity'):

@@ -38,8 +38,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         '--arch',
         choices=ARCHS,
-        help='architecture (default: told from the keys; say mla for the '
-        'CIFAR network of MRLA eq. 3, whose keys are those of mrla_base)',
+        help='architecture (default: told from the keys; mrla_base, '
+        'mrla_base_no_relu and mla have the same keys, so one must be said)',
     )
     parser.add_argument(
         '--target',

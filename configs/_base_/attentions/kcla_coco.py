@@ -5,3 +5,5 @@ custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 backbone = dict(
     type='ELAResNet', layer_attention=dict(type='KCLA', head_dim=64, zero_init=True)
 )
+
+randomness = dict(seed=42)  # KCLA, section V

@@ -1,5 +1,3 @@
-custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
-
 backbone = dict(
     type='ELAEfficientNet', layer_attention=dict(type='MRLABase', head_dim=8)
 )

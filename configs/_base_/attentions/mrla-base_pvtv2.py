@@ -1,4 +1,6 @@
-# In all blocks; the plain config has it in none.
+# In all blocks; the plain config has it in none. The value has no GELU (MRLA,
+# algorithm 2).
 backbone = dict(
-    layer_attention=dict(type='MRLABase', head_dim=16), attention_blocks=None
+    layer_attention=dict(type='MRLABase', head_dim=16, value_act_cfg=None),
+    attention_blocks=None,
 )

@@ -12,4 +12,3 @@ param_scheduler = [
     ),
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=5),
 ]
-optim_wrapper = dict(clip_grad=dict(max_norm=5.0))

@@ -182,17 +182,27 @@ class LayerAttentionArguments:
                 its block (MRLA, appendix B.1). Defaults to False.
             **defaults: Defaults of the layer attention.
         """
+        inner = self._attention_class.before_sum
+        if inner and 'token_norm_cfg' in defaults:
+            raise ValueError(
+                f'{self._attention_class.__name__} works on the residual branch of '
+                'convolutional blocks; a transformer has none'
+            )
         named = self._blocks_with_attention(index, len(blocks), frozen)
+        first = {}
         for i in named:
-            if shared_drop_path:
+            if shared_drop_path and not inner:
                 defaults['drop_path'] = block_drop_path(blocks[i])
-            crossing = {}
+            crossing = dict(block=i) if self._attention_class.takes_block else {}
             if i == 0 and before is not None and self._crosses_stages():
-                crossing = dict(previous_channels=before[1], stride=stride)
+                crossing.update(previous_channels=before[1], stride=stride)
                 stage.take_over_from(before[0])
-            arguments = {**defaults, **self.layer_attention, **crossing}
+            arguments = {**defaults, **self.layer_attention, **crossing, **first}
             arguments = attention_arguments(arguments, frozen)
-            stage.attach(i, self._attention_class(channels, **arguments))
+            attention = self._attention_class(channels, **arguments)
+            stage.attach(i, attention)
+            if attention.shared and not first:
+                first = dict(first=attention)
         stage.left_out = index + 1 in self._stages_without
 
     def _attention_norm_cfg(self) -> dict:

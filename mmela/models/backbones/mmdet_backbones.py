@@ -77,8 +77,9 @@ class ELAPyramidVisionTransformerV2(
 ):
     """MMDetection's PVTv2 with a layer attention after each layer.
 
-    The value has a GELU, and nothing is normalized after the attention (MRLA,
-    algorithms 2 and 4). For classification under MMPretrain:
+    The value has a GELU (MRLA, algorithm 4; algorithm 2, of MRLA-base, has
+    none: ``value_act_cfg=None``), and nothing is normalized after the
+    attention. For classification under MMPretrain:
     ``type='mmdet.ELAPyramidVisionTransformerV2'``.
 
     Args:

@@ -16,6 +16,8 @@ from torch import nn
 
 from ...layers import HookedAttentionStage, TokenAttentionStage
 from ...layers.stages import current_pass
+from .. import heads  # noqa: F401  (registration)
+from .ceit import CeiT
 from .mixin import TOKEN_DEFAULTS, HookedLayerAttentionMixin, LayerAttentionMixin
 from .resnet_cifar import (  # noqa: F401  registers them
     BottleneckResNet_CIFAR,
@@ -140,8 +142,8 @@ class ELAVisionTransformer(HookedLayerAttentionMixin, VisionTransformer):
     """MMPretrain's vision transformer, such as DeiT, with layer attention.
 
     The layers are partitioned into stages of four (MRLA, appendix B.1). The
-    value has a GELU, and nothing is normalized after the attention (MRLA,
-    algorithms 2 and 4).
+    value has a GELU (MRLA, algorithm 4; algorithm 2, of MRLA-base, has none:
+    ``value_act_cfg=None``), and nothing is normalized after the attention.
 
     Args:
         arch (str | dict): Architecture, e.g. ``'deit-tiny'``.
@@ -177,6 +179,28 @@ class ELAVisionTransformer(HookedLayerAttentionMixin, VisionTransformer):
             )
             for i in range(0, len(layers), size)
         ]
+
+
+@MODELS.register_module()
+class ELACeiT(ELAVisionTransformer, CeiT):
+    """CeiT with layer attention.
+
+    The layers are partitioned into stages of four, and the attention is that
+    of :class:`ELAVisionTransformer` (MRLA, appendix B.1). The class tokens
+    that are attended over at the end are those after the layer attention.
+
+    Args:
+        arch (str | dict): Architecture, ``'tiny'`` or ``'small'``.
+        layers_per_stage (int): Layers of a stage. Defaults to 4.
+        layer_attention (dict): Config of the layer attention, see
+            :class:`mmela.layers.MRLABase`; the papers have ``head_dim=16``
+            here. Defaults to ``dict(type='MRLABase')``.
+        **kwargs: All further arguments of :class:`CeiT` and of
+            :class:`HookedLayerAttentionMixin`.
+
+    Raises:
+        ValueError: As :class:`CeiT` and :class:`ELAVisionTransformer` do.
+    """
 
 
 class _PatchResolution:

@@ -1,0 +1,5 @@
+# CBAM, in every block; needs timm.
+backbone = dict(
+    type='ELABottleneckResNet_CIFAR',
+    layer_attention=dict(type='Plugin', plugin=dict(type='CBAM')),
+)

@@ -1,0 +1,4 @@
+backbone = dict(
+    type='ELABottleneckResNet_CIFAR',
+    layer_attention=dict(type='DIA', reduction=4),
+)

@@ -1,0 +1,7 @@
+# Global context blocks in all blocks (GCNet, ratio 1/16).
+custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
+
+backbone = dict(
+    type='ELAResNet',
+    layer_attention=dict(type='Plugin', plugin=dict(type='ContextBlock', ratio=1 / 16)),
+)

@@ -1,0 +1,7 @@
+# Squeeze and excitation without biases, in every block.
+custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
+
+backbone = dict(
+    type='ELAResNet',
+    layer_attention=dict(type='Plugin', plugin=dict(type='SqueezeExcitation')),
+)

@@ -1,0 +1,3 @@
+_base_ = ['./resnet110_1xb128_cifar10.py', '../_base_/attentions/se_cifar.py']
+
+model = dict(backbone=_base_.backbone)

@@ -1,0 +1,3 @@
+_base_ = ['./resnet20_1xb128_cifar100.py', '../_base_/attentions/dla-light_cifar.py']
+
+model = dict(backbone=_base_.backbone)

@@ -1,0 +1,94 @@
+from dataclasses import dataclass
+from typing import List, Optional, Tuple
+
+from mmcv.cnn import build_norm_layer
+from torch import Tensor, nn
+
+from ..registry import LAYER_ATTENTIONS
+from .base import StageMemory
+from .branch import BranchAttention, branch_end, convolutions, pooled
+
+
+@LAYER_ATTENTIONS.register_module()
+class BA(BranchAttention):
+    r"""Bridge attention (BA-Net, Zhao et al. 2022, eq. 3 to 6).
+
+    The channels of a block are scaled by what all of its layers give, not by
+    the last alone as in SE. With :math:`S_i` the pooled output of layer ``i``
+    of ``n``:
+
+    .. math::
+        w = \sigma\Big(W \mathrm{ReLU}\big(\sum_{i \le n}
+            \mathrm{BN}_i(W_i S_i)\big)\Big), \quad
+        Y = X + w \odot F(X)
+
+    Args:
+        channels (int): Channels ``C`` of the block's output.
+        reduction (int): Reduction of the channels in between. Defaults to 16.
+        **kwargs: ``drop_path``, ``norm_cfg`` and ``init_cfg``, see
+            :class:`BranchAttention`.
+
+    Raises:
+        ValueError: If ``reduction`` leaves no channel, or the block is not of
+            ResNet or a relative.
+    """
+
+    @dataclass
+    class Memory(StageMemory):
+        """What the layers of the running block have given.
+
+        Attributes:
+            bridges (Tensor, optional): Sum of the terms of the layers before
+                the last, (B, C / reduction).
+        """
+
+        bridges: Optional[Tensor] = None
+
+    def __init__(self, channels: int, reduction: int = 16, **kwargs) -> None:
+        super().__init__(channels, **kwargs)
+        if not 1 <= reduction <= channels:
+            raise ValueError(
+                f'reduction={reduction} of {channels} channels leaves none; '
+                f'allowed are 1 to {channels}'
+            )
+        self.reduction = reduction
+        self.layers = nn.ModuleDict()
+        self._add_layer('last', channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.out = nn.Linear(channels // reduction, channels, bias=False)
+
+    def _add_layer(self, name: str, channels: int) -> None:
+        width = self.channels // self.reduction
+        # Normalized as a vector, whatever normalizes the maps of the backbone
+        norm = build_norm_layer(dict(type='BN1d'), width)[1]
+        self.layers[name] = nn.Sequential(nn.Linear(channels, width, bias=False), norm)
+
+    def connect(self, block: nn.Module) -> List[Tuple[nn.Module, str]]:
+        # What a convolution takes in is what the layer before has given
+        inner = {n: conv for n, conv in convolutions(block).items() if n != 'conv1'}
+        for name, conv in inner.items():
+            self._add_layer(name, conv.in_channels)
+        return [(conv, f'bridge_{name}') for name, conv in inner.items()] + [
+            (branch_end(block), 'replace')
+        ]
+
+    def bridge_conv2(self, x: Tensor, output: Tensor, memory: Memory) -> None:
+        """Note what the first layer of the block has given."""
+        self._bridge('conv2', x, memory)
+
+    def bridge_conv3(self, x: Tensor, output: Tensor, memory: Memory) -> None:
+        """Note what the second layer of the block has given."""
+        self._bridge('conv3', x, memory)
+
+    def _bridge(self, name: str, x: Tensor, memory: Memory) -> None:
+        term = self.layers[name](pooled(x))
+        memory.bridges = term if memory.bridges is None else memory.bridges + term
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        total = self.layers['last'](pooled(x))
+        if memory.bridges is not None:
+            total, memory.bridges = total + memory.bridges, None
+        return x * self.out(self.relu(total)).sigmoid()[..., None, None]
+
+    def signature(self) -> str:
+        return f'BA(reduction={self.reduction})'

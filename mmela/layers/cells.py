@@ -1,0 +1,70 @@
+"""The recurrent cell of DIA and of the dynamic sharing unit of DLA."""
+
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+
+class BottleneckCell(nn.Module):
+    r"""An LSTM whose gates come from bottlenecks, with a sigmoid at its end.
+
+    .. math::
+        (i, f, g, o) &= W_2 \mathrm{ReLU}(W_1 x) + U_2 \mathrm{ReLU}(U_1 h) \\
+        c' &= \sigma(f) \odot c + \sigma(i) \odot \tanh(g), \quad
+        h' = \sigma(o) \odot \sigma(c')
+
+    That is DIA's (section 3.2 there); the dynamic sharing unit of DLA (eq. 8
+    to 10) is the same without the gate :math:`o`.
+
+    Args:
+        channels (int): Channels of input and state.
+        reduction (int): How many times narrower the bottlenecks are.
+        output_gate (bool): Whether there is the gate :math:`o`.
+
+    Raises:
+        ValueError: If ``reduction`` leaves a bottleneck without a channel.
+    """
+
+    def __init__(self, channels: int, reduction: int, output_gate: bool) -> None:
+        super().__init__()
+        if not 1 <= reduction <= channels:
+            raise ValueError(
+                f'reduction={reduction} of {channels} channels leaves none; '
+                f'allowed are 1 to {channels}'
+            )
+        gates = 4 if output_gate else 3
+
+        def bottleneck() -> nn.Sequential:
+            width = channels // reduction
+            return nn.Sequential(
+                nn.Linear(channels, width),
+                nn.ReLU(inplace=True),
+                nn.Linear(width, gates * channels),
+            )
+
+        self.input = bottleneck()
+        self.hidden = bottleneck()
+        self.gates = gates
+
+    def forward(
+        self, x: Tensor, state: Optional[Tuple[Tensor, Tensor]] = None
+    ) -> Tuple[Tensor, Tensor]:
+        """One step.
+
+        Args:
+            x (Tensor): Input, (B, C).
+            state (tuple[Tensor, Tensor], optional): ``h`` and ``c``, each
+                (B, C). Defaults to None, which means zeros.
+
+        Returns:
+            tuple[Tensor, Tensor]: The new ``h`` and ``c``, each (B, C).
+        """
+        if state is None:
+            state = torch.zeros_like(x), torch.zeros_like(x)
+        gates = (self.input(x) + self.hidden(state[0])).chunk(self.gates, 1)
+        cell = gates[1].sigmoid() * state[1] + gates[0].sigmoid() * gates[2].tanh()
+        hidden = cell.sigmoid()
+        if len(gates) == 4:
+            hidden = gates[3].sigmoid() * hidden
+        return hidden, cell

@@ -1,0 +1,59 @@
+from dataclasses import dataclass
+from typing import Optional, Tuple
+
+from torch import Tensor
+
+from ..registry import LAYER_ATTENTIONS
+from .base import StageMemory
+from .branch import BranchAttention, pooled
+from .cells import BottleneckCell
+
+
+@LAYER_ATTENTIONS.register_module()
+class DIA(BranchAttention):
+    r"""Dense-and-implicit attention (DIANet, Huang et al. 2020, eq. 7 and 8).
+
+    One LSTM for all blocks of a stage sees what the blocks give, one after the
+    other, and scales their channels:
+
+    .. math::
+        (h^t, c^t) = \mathrm{LSTM}(\mathrm{GAP}(F^t), h^{t-1}, c^{t-1}), \quad
+        X^{t+1} = \mathrm{ReLU}(X^t + h^t \odot F^t)
+
+    Args:
+        channels (int): Channels ``C`` of the block's output.
+        reduction (int): Reduction within the LSTM: 4 on CIFAR, 20 on ImageNet.
+            Defaults to 4.
+        **kwargs: ``drop_path``, ``norm_cfg``, ``first`` and ``init_cfg``, see
+            :class:`BranchAttention`.
+
+    Raises:
+        ValueError: If ``reduction`` is more than ``channels``, or as
+            :class:`BranchAttention` does.
+    """
+
+    @dataclass
+    class Memory(StageMemory):
+        """State of the LSTM.
+
+        Attributes:
+            state (tuple[Tensor, Tensor], optional): ``h`` and ``c``, each
+                (B, C).
+        """
+
+        state: Optional[Tuple[Tensor, Tensor]] = None
+
+    shared = ('cell',)
+
+    def __init__(self, channels: int, reduction: int = 4, **kwargs) -> None:
+        super().__init__(channels, **kwargs)
+        self.reduction = reduction
+        if not self._first:
+            self.cell = BottleneckCell(channels, reduction, output_gate=True)
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        memory.state = self.first.cell(pooled(x), memory.state)
+        return x * memory.state[0][..., None, None]
+
+    def signature(self) -> str:
+        return f'DIA(reduction={self.reduction})'

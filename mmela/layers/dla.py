@@ -1,0 +1,161 @@
+from dataclasses import dataclass
+from typing import Optional, Tuple
+
+from torch import Tensor, nn
+
+from ..registry import LAYER_ATTENTIONS
+from .base import LayerAttention
+from .branch import pooled
+from .cells import BottleneckCell
+from .mrla_base import MRLABase
+from .mrla_light import MRLALight
+
+State = Tuple[Tensor, Tensor]
+
+
+@LAYER_ATTENTIONS.register_module()
+class DLALight(MRLALight):
+    r"""Dynamic layer attention, light (DLA-L, Wang et al. 2024, section 3.4).
+
+    As :class:`MRLALight`, but what a block adds of before is brought up to
+    date by what it gives itself. A recurrent cell, the dynamic sharing unit
+    (DSU) of the stage, goes along with the blocks:
+
+    .. math::
+        (h^t, c^t) &= \mathrm{DSU}(\mathrm{GAP}(X^t), h^{t-1}, c^{t-1}) \\
+        \tilde O^{t-1} &= \mathrm{DSU}_h(\mathrm{GAP}(O^{t-1}), h^t, c^t)
+            \odot O^{t-1} + \mathrm{DWConv}(O^{t-1}) \\
+        Y^t &= X^t + \mathrm{BN}(\lambda_o^t \odot \tilde O^{t-1} +
+            \sigma(q^t \cdot k^t / \sqrt d) V^t)
+
+    with the identity input of the block as :math:`O^{t-1}`, after its
+    downsample. The depth-wise convolution belongs to the stage, too; the
+    paper does not name it, the authors' networks have it.
+
+    Args:
+        channels (int): Channels ``C`` of the block's output.
+        head_dim (int): Channels ``d`` of one head. Defaults to 32.
+        reduction (int): Reduction within the DSU: 4 on CIFAR, 16 on ImageNet.
+            Defaults to 16.
+        first (DLALight, optional): The first attention of the stage, which
+            holds the DSU. Defaults to None.
+        **kwargs: See :class:`MRLALight`.
+
+    Raises:
+        ValueError: If ``reduction`` is more than ``channels``, or as
+            :class:`MRLALight` does.
+    """
+
+    @dataclass
+    class Memory(MRLALight.Memory):
+        """As that of MRLA-light.
+
+        Attributes:
+            state (tuple[Tensor, Tensor], optional): State of the DSU, each
+                (B, C).
+        """
+
+        state: Optional[State] = None
+
+    shared = ('dsu', 'refresh')
+
+    def __init__(
+        self,
+        channels: int,
+        head_dim: int = 32,
+        reduction: int = 16,
+        first: Optional[LayerAttention] = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(channels, head_dim, **kwargs)
+        self.reduction = reduction
+        self._first = (first,) if first else ()
+        if first is None:
+            self.dsu = BottleneckCell(channels, reduction, output_gate=False)
+            self.refresh = nn.Conv2d(
+                channels, channels, 3, padding=1, groups=channels, bias=False
+            )
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        shared = self._first[0] if self._first else self
+        memory.state = shared.dsu(pooled(x), memory.state)
+        name = 'identity' if self.needs_identity else 'output'
+        previous = getattr(memory, name)
+        if previous is not None:
+            gate = shared.dsu(pooled(previous), memory.state)[0]
+            refreshed = previous * gate[..., None, None] + shared.refresh(previous)
+            setattr(memory, name, refreshed)
+        return super().forward(x, memory)
+
+    def signature(self) -> str:
+        return f'{super().signature()[:-1]}, reduction={self.reduction})'
+
+
+@LAYER_ATTENTIONS.register_module()
+class DLABase(MRLABase):
+    r"""Dynamic layer attention (DLA-B, Wang et al. 2024, section 3.3).
+
+    As :class:`MRLABase`, but each block brings the keys and values that it
+    finds in the memory up to date, and leaves them so. With the dynamic
+    sharing unit (DSU) of the stage, see :class:`DLALight`:
+
+    .. math::
+        (h^t, c^t) &= \mathrm{DSU}(\mathrm{GAP}(X^t), h^{t-1}, c^{t-1}) \\
+        k^s &\leftarrow \mathrm{DSU}_h(k^s, h^t, c^t) \odot k^s, \quad
+        V^s \leftarrow \mathrm{DSU}_h(\mathrm{GAP}(V^s), h^t, c^t) \odot V^s
+            \quad (s < t)
+
+    Args:
+        channels (int): Channels ``C`` of the block's output.
+        head_dim (int): Channels ``d`` of one head. Defaults to 32.
+        reduction (int): Reduction within the DSU: 4 on CIFAR, 16 on ImageNet.
+            Defaults to 16.
+        first (DLABase, optional): The first attention of the stage, which
+            holds the DSU. Defaults to None.
+        **kwargs: See :class:`MRLABase`.
+
+    Raises:
+        ValueError: If ``reduction`` is more than ``channels``, or as
+            :class:`MRLABase` does.
+    """
+
+    @dataclass
+    class Memory(MRLABase.Memory):
+        """As that of MRLA-base.
+
+        Attributes:
+            state (tuple[Tensor, Tensor], optional): State of the DSU, each
+                (B, C).
+        """
+
+        state: Optional[State] = None
+
+    shared = ('dsu',)
+
+    def __init__(
+        self,
+        channels: int,
+        head_dim: int = 32,
+        reduction: int = 16,
+        first: Optional[LayerAttention] = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(channels, head_dim, **kwargs)
+        self.reduction = reduction
+        self._first = (first,) if first else ()
+        if first is None:
+            self.dsu = BottleneckCell(channels, reduction, output_gate=False)
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        dsu = (self._first[0] if self._first else self).dsu
+        memory.state = dsu(pooled(x), memory.state)
+        memory.keys = [
+            k * dsu(k.flatten(1), memory.state)[0].view_as(k) for k in memory.keys
+        ]
+        memory.values = [
+            v * dsu(pooled(v), memory.state)[0][..., None, None] for v in memory.values
+        ]
+        return super().forward(x, memory)
+
+    def signature(self) -> str:
+        return f'{super().signature()[:-1]}, reduction={self.reduction})'

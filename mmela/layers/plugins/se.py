@@ -1,0 +1,53 @@
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+
+@MODELS.register_module()
+class SqueezeExcitation(nn.Module):
+    r"""Squeeze and excitation (SENet, Hu et al. 2018, eq. 2 to 4).
+
+    :math:`\sigma(W_2 \mathrm{ReLU}(W_1 \mathrm{GAP}(X))) \odot X`, without
+    biases, as in the paper; MMPretrain's ``SELayer`` has them.
+
+    Args:
+        in_channels (int): Channels ``C`` of the input.
+        reduction (int): Reduction of the channels in between. Defaults to 16.
+
+    Raises:
+        ValueError: If ``reduction`` leaves no channel.
+    """
+
+    def __init__(self, in_channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        width = reduced(in_channels, reduction)
+        self.gate = nn.Sequential(
+            nn.Linear(in_channels, width, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Linear(width, in_channels, bias=False),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H, W)."""
+        return x * self.gate(x.mean((2, 3)))[..., None, None]
+
+
+def reduced(channels: int, reduction: int) -> int:
+    """Channels in between, at least one of them.
+
+    Args:
+        channels (int): Channels.
+        reduction (int): How many times fewer are wanted.
+
+    Returns:
+        int: The quotient.
+
+    Raises:
+        ValueError: If ``reduction`` is not from 1 to ``channels``.
+    """
+    if not 1 <= reduction <= channels:
+        raise ValueError(
+            f'reduction={reduction} of {channels} channels leaves none; allowed are '
+            f'1 to {channels}'
+        )
+    return channels // reduction

@@ -1,0 +1,122 @@
+from dataclasses import dataclass
+from typing import List, Optional, Tuple
+
+import torch.nn.functional as F
+from mmcv.cnn import build_norm_layer
+from torch import Tensor, nn
+
+from ..registry import LAYER_ATTENTIONS
+from .base import StageMemory
+from .branch import BranchAttention, branch_end, convolutions
+
+
+@LAYER_ATTENTIONS.register_module()
+class RLAg(BranchAttention):
+    r"""Recurrent layer aggregation (RLA-Net, Zhao et al. 2021, section 3.3).
+
+    A narrow map :math:`h` goes along with the blocks. Each sees it beside its
+    input and adds its residual branch :math:`F` to it:
+
+    .. math::
+        F^t = f^t([X^t, h^{t-1}]), \quad X^{t+1} = \mathrm{ReLU}(X^t + F^t),
+        \quad h^t = g_2(\tanh(\mathrm{BN}^t(g_1(F^t) + h^{t-1})))
+
+    with a 1x1 convolution :math:`g_1` and a 3x3 convolution :math:`g_2` that
+    the blocks of a stage have in common. Where a block has a stride,
+    :math:`h` is pooled; so it is from one stage to the next. The first
+    convolution of :math:`f` is written as the sum of one over ``X`` (the
+    block's own) and one over ``h`` (here), which is the same.
+
+    In the authors' code the sum is made in place before :math:`g_1`, so that
+    their :math:`F^t` is in effect :math:`X^{t+1}`; here it is as in the paper.
+
+    The classifier sees the output of the last block alone, as the authors'
+    detectors do; their classifiers see :math:`h` beside it (0.03 M more).
+
+    Args:
+        channels (int): Channels ``C`` of the block's output.
+        hidden (int): Channels of ``h``: 32 on ImageNet. Defaults to 32.
+        norm_cfg (dict): Normalization. Defaults to ``dict(type='BN')``.
+        previous_channels (int, optional): Not used. Defaults to None.
+        stride (int): Not used. Defaults to 1.
+        **kwargs: ``first`` and ``init_cfg``, see :class:`BranchAttention`.
+
+    Raises:
+        ValueError: If ``hidden`` is less than 1, ``drop_path`` is set, or the
+            block is not of ResNet or a relative.
+    """
+
+    @dataclass
+    class Memory(StageMemory):
+        """What goes along with the blocks.
+
+        Attributes:
+            hidden (Tensor, optional): :math:`h`, (B, hidden, H, W).
+            before (Memory, optional): What the stage before has ended with.
+        """
+
+        hidden: Optional[Tensor] = None
+        before: Optional['RLAg.Memory'] = None
+
+    shared = ('reduce', 'recur')
+    crosses_stages = True
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int = 32,
+        norm_cfg: Optional[dict] = dict(type='BN'),  # noqa: B006
+        previous_channels: Optional[int] = None,
+        stride: int = 1,
+        **kwargs,
+    ) -> None:
+        if hidden < 1:
+            raise ValueError(f'hidden={hidden} is less than 1')
+        if kwargs.get('drop_path'):
+            raise ValueError(
+                f'drop_path={kwargs["drop_path"]}: RLAg adds nothing that could be '
+                'dropped'
+            )
+        super().__init__(channels, **kwargs)
+        self.hidden = hidden
+        self.norm = build_norm_layer(norm_cfg or dict(type='BN'), hidden)[1]
+        if not self._first:
+            self.reduce = nn.Conv2d(channels, hidden, 1, bias=False)
+            self.recur = nn.Conv2d(hidden, hidden, 3, padding=1, bias=False)
+
+    def connect(self, block: nn.Module) -> List[Tuple[nn.Module, str]]:
+        conv = convolutions(block)['conv1']
+        self.input = nn.Conv2d(
+            self.hidden,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            bias=False,
+        )
+        return [(conv, 'tell'), (branch_end(block), 'replace')]
+
+    def tell(self, x: Tensor, output: Tensor, memory: Memory) -> Tensor:
+        """Add to the first convolution what it gets from ``h``."""
+        if memory.before is not None:
+            memory.hidden = memory.before.hidden
+            memory.before = None
+        if memory.hidden is None:
+            memory.hidden = x.new_zeros(len(x), self.hidden, *x.shape[2:])
+        # Nobody uses the norm of the last block, but it stays part of the
+        # graph: distributed training waits for the gradient of each parameter.
+        unused = 0 * (self.norm.weight + self.norm.bias)
+        memory.hidden = memory.hidden + unused[:, None, None].to(memory.hidden.dtype)
+        return output + self.input(memory.hidden)
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        hidden = memory.hidden
+        if hidden.shape[2:] != x.shape[2:]:
+            hidden = F.adaptive_avg_pool2d(hidden, x.shape[2:])
+        hidden = self.norm(hidden + self.first.reduce(x))
+        memory.hidden = self.first.recur(hidden.tanh())
+        return x.clone()  # the block adds to it in place
+
+    def signature(self) -> str:
+        return f'RLAg(hidden={self.hidden})'
