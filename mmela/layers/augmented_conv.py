@@ -108,7 +108,8 @@ class AA(BranchAttention):
     ) -> Tensor:
         """Put the attention beside the output of the convolution."""
         if x.shape[2:] != output.shape[2:]:
-            x = nn.functional.adaptive_avg_pool2d(x, output.shape[2:])
+            size = (output.shape[2], output.shape[3])
+            x = nn.functional.adaptive_avg_pool2d(x, size)
         return torch.cat([output, self(x, memory)], 1)
 
     def forward(self, x: Tensor, memory: Optional[StageMemory] = None) -> Tensor:

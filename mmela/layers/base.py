@@ -4,7 +4,7 @@ import math
 from abc import ABCMeta, abstractmethod
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import List, Optional, Tuple
+from typing import List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -344,8 +344,8 @@ class QKVLayerAttention(LayerAttention):
         self.zero_init = zero_init
         self.small_init = small_init
         if fc_reduction is None:
-            self.query: nn.Module = channel_conv(channels)
-            self.key: nn.Module = channel_conv(channels)
+            self.query: Union[nn.Conv1d, nn.Linear] = channel_conv(channels)
+            self.key: Union[nn.Conv1d, nn.Linear] = channel_conv(channels)
         else:
             width = channels // fc_reduction
             self.query = nn.Linear(channels, width, bias=False)

@@ -1,6 +1,6 @@
 """Attentions over the residual branch of a block, before the sum."""
 
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from mmcv.cnn import build_plugin_layer
@@ -127,7 +127,7 @@ def branch_end(block: nn.Module) -> nn.Module:
     )
 
 
-def convolutions(block: nn.Module) -> Dict[str, nn.Module]:
+def convolutions(block: nn.Module) -> Dict[str, Any]:
     """Convolutions of a block of ResNet by name, in order.
 
     Args:

@@ -112,8 +112,9 @@ class RLAg(BranchAttention):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         hidden = memory.hidden
+        assert hidden is not None  # tell() ran before
         if hidden.shape[2:] != x.shape[2:]:
-            hidden = F.adaptive_avg_pool2d(hidden, x.shape[2:])
+            hidden = F.adaptive_avg_pool2d(hidden, (x.shape[2], x.shape[3]))
         hidden = self.norm(hidden + self.first.reduce(x))
         memory.hidden = self.first.recur(hidden.tanh())
         return x.clone()  # the block adds to it in place

@@ -360,7 +360,7 @@ class HookedAttentionStage(AttentionStage):
         Returns:
             LayerAttention | None: None if it has none.
         """
-        slot = self._modules.get(self._slots[index])
+        slot: Any = self._modules.get(self._slots[index])
         return None if slot is None else slot.layer_attn
 
     def named_attentions(self) -> Dict[str, LayerAttention]:
