@@ -70,7 +70,11 @@ def write_page(
 def _counts(study: Study, runs: Sequence[Row]) -> str:
     seeds = ', '.join(map(str, study.seeds))
     text = f'`{study.metric}` at the end of the training, seeds {seeds}.'
-    missing = [row for row in runs if row['final'] is None]
+    missing = [
+        row
+        for row in runs
+        if row['final'] is None and not study.variants[row['variant']].hidden
+    ]
     if missing:
         names = ', '.join(
             f'{r["variant"]} seed {r["seed"]} ({_why(r)})' for r in missing

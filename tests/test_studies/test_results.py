@@ -1,6 +1,7 @@
 """Tables, statistics and the page."""
 
 import csv
+import dataclasses
 import itertools
 
 import pytest
@@ -165,6 +166,19 @@ def test_tables(made, tmp_path):
         for key in ('divergence', 'shape', 'own', 'baseline'):
             value = getattr(layer, key)
             assert found[key] == ('' if value is None else str(value))
+
+
+def test_hidden_variants_are_not_missed(made, tmp_path):
+    study, jobs, _ = made
+    plain = dataclasses.replace(study.variants['plain'], hidden=True)
+    study = dataclasses.replace(
+        study, variants=dict(study.variants, plain=plain), compare=()
+    )
+    runs, rows = collect(study, jobs)
+    write_page(study, jobs, runs, rows, [], tmp_path / 'tiny.md', 'python a.py')
+    text = (tmp_path / 'tiny.md').read_text()
+    assert 'Without a result: ela seed 1 (missing).' in text
+    assert text.count('| plain |') == 1  # how it was made
 
 
 def test_page(made, tmp_path):

@@ -103,11 +103,12 @@ def backbones_of_configs(toolbox):
             kind = backbone['type']
             if not isinstance(kind, str):
                 backbone['type'] = kind = kind.__name__
+            small = backbone
             try:
-                backbone = reduced(toolbox, backbone)
+                small = reduced(toolbox, backbone)
             except Exception as error:  # reported when it is tried
                 print(f'{path.name}: {one_line(error)}')
-            arguments = json.dumps(backbone, sort_keys=True, default=str)
+            arguments = json.dumps(small, sort_keys=True, default=str)
             key = f'{toolbox} {kind} {arguments}'
             count = found.get(key, (None, 0))[1]
             found[key] = backbone, count + 1
@@ -318,7 +319,10 @@ def check(network, x, before):
     with torch.no_grad():
         expected = run(net, x)
         slim = attach(copy.deepcopy(network), size, blocks[''])
-        slim.load_state_dict(state, strict=True)
+        # Some drop buffers of their own from what they load.
+        missing, unexpected = slim.load_state_dict(state, strict=False)
+        wrong = [*unexpected, *(k for k in missing if 'layer_attn_stages.' in k)]
+        assert not wrong, f'slim: {wrong[0]}'
         slim.eval()
         left = sum(isinstance(m, LayerAttention) for m in slim.modules())
         assert left == len(attentions) - 1, f'{left} attentions are left'
