@@ -182,7 +182,12 @@ def build(toolbox, cfg):
             x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
             try:
                 with torch.no_grad():
-                    return network, x, run(network, x)
+                    outs = run(network, x)
+                    finite = all(out.isfinite().all() for out in outs)
+                    if not finite and hasattr(network, 'init_weights'):
+                        network.init_weights()
+                        outs = run(network, x)
+                return network, x, outs
             except TimeoutError:
                 raise
             except Exception as error:
