@@ -455,6 +455,7 @@ def main(argv=None) -> None:
                 f'{r["note"]} ({r["seconds"]} s)',
                 flush=True,
             )
+        path.write_text(json.dumps(results, indent=1), encoding='utf-8')
     if args.table:
         write_table(results, args.table)
 
