@@ -17,7 +17,8 @@ class _Outputs(nn.Module):
         self.backbone = backbone
 
     def forward(self, x):
-        return tuple(self.backbone(x))
+        outs = self.backbone(x)
+        return (outs,) if torch.is_tensor(outs) else tuple(outs)
 
 
 def export_backbone(

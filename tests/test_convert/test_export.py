@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from mmela import attach_layer_attention
 from mmela.convert.export import export_backbone
+from mmela.structure import layer_attentions, prune
+from tests.helpers.attachable import Nested
 
 
 class Backbone(torch.nn.Module):
@@ -38,6 +41,21 @@ def test_onnx_of_an_older_torch(tmp_path, monkeypatch):
         x = torch.rand(shape)
         for found, expected in zip(session.run(None, dict(x=x.numpy())), backbone(x)):
             torch.testing.assert_close(torch.as_tensor(found), expected)
+
+
+def test_onnx_of_an_attached_network(tmp_path):
+    pytest.importorskip('onnx')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    torch.manual_seed(0)
+    backbone = attach_layer_attention(Nested(), input_size=(32, 48)).eval()
+    names = list(layer_attentions(backbone))
+    prune(backbone, names[1:2])
+    path = tmp_path / 'x.onnx'
+    export_backbone(backbone, path, (32, 48))
+    session = onnxruntime.InferenceSession(str(path))
+    x = torch.rand(3, 3, 40, 36)
+    found = session.run(None, dict(x=x.numpy()))
+    torch.testing.assert_close(torch.as_tensor(found[0]), backbone(x))
 
 
 def test_other_file_names_are_refused(tmp_path):
