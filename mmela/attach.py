@@ -172,14 +172,14 @@ def attach_layer_attention(
     found, without = _find_stages(backbone, blocks, input_size)
     if attention_class.crosses_stages:
         arguments.setdefault('cross_stage', True)
+    crosses = arguments.get('cross_stage', False)
+    new = starts_from_plain(arguments)
     stages: List[HookedAttentionStage] = []
     rows = []
     for members in found:
         stage = _make_stage(members)
         before = (stages[-1], found[len(stages) - 1]) if stages else None
         frozen = all(is_frozen(block.module) for block in members)
-        crosses = arguments.get('cross_stage', False)
-        new = starts_from_plain(arguments)
         stage.left_out = bool(frozen and new and not crosses and members)
         for index, block in enumerate(members):
             if stage.left_out or block.name in without:
@@ -340,8 +340,8 @@ class _InitWeights:
         result = self.original(*args, **kwargs)
         if not attached.loaded:
             attached.init_weights()
-        for attention in attached.attentions():
-            if self.reset_pruning:
+        if self.reset_pruning:
+            for attention in attached.attentions():
                 attention.attention_state = AttentionState.ACTIVE
         return result
 
@@ -582,7 +582,7 @@ def _row(number: int, members: List[Block], stage: HookedAttentionStage) -> tupl
     ]
     first = members[0] if members else None
     if first is None:
-        return (str(number), '', '', '', '', '')
+        return (str(number), *[''] * 6)
     names = ', '.join(attended) if len(attended) < 3 else ''
     names = names or (f'{attended[0]} ... {attended[-1]}' if attended else 'none')
     if stage.left_out:
@@ -605,9 +605,8 @@ def _row(number: int, members: List[Block], stage: HookedAttentionStage) -> tupl
 
 def _table(rows: Sequence[tuple]) -> str:
     head = ('stage', 'blocks', 'names', 'type', 'channels', 'head_dim', 'features')
-    filled = [(*row, *[''] * (len(head) - len(row))) for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *filled)]
-    lines = [head, tuple('-' * width for width in widths), *filled]
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    lines = [head, tuple('-' * width for width in widths), *rows]
     return '\n'.join(
         '| ' + ' | '.join(c.ljust(w) for c, w in zip(line, widths)) + ' |'
         for line in lines

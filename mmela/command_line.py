@@ -9,6 +9,11 @@ from mmengine.config import Config
 from .compat.versions import is_installed
 
 
+def _shipped_with(scope: str) -> Path:
+    """Folder of the configs and tools in a toolbox's installation."""
+    return Path(find_spec(scope).origin).parent / '.mim'
+
+
 def find_config(config: str) -> Path:
     """Find a config, which may be one that a toolbox ships.
 
@@ -31,7 +36,7 @@ def find_config(config: str) -> Path:
                 f'{config}: {scope!r} is no installed toolbox: mmdet, mmpretrain or '
                 'mmseg'
             )
-        path = Path(find_spec(scope).origin).parent / '.mim' / 'configs' / name
+        path = _shipped_with(scope) / 'configs' / name
     if not path.is_file():
         raise FileNotFoundError(f'no config at {path}')
     return path
@@ -60,7 +65,7 @@ def find_tool(config: str, name: str) -> Path:
             f'{config} has default_scope={scope!r}, which is no '
             'installed toolbox: mmdet, mmpretrain or mmseg'
         )
-    tool = Path(find_spec(scope).origin).parent / '.mim' / 'tools' / name
+    tool = _shipped_with(scope) / 'tools' / name
     if not tool.is_file():
         raise FileNotFoundError(f'{scope} has no {tool}; install it with pip or mim')
     return tool

@@ -5,6 +5,7 @@ are computed from which, and where two of one shape are added.
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -168,7 +169,7 @@ class _Watch(TorchFunctionMode):
         if name in ('__get__', '__set__', 'size', 'dim', 'stride'):
             if not torch.is_tensor(result):
                 return result
-        inputs = list(_tensors((args, kwargs or {})))
+        inputs = list(tensors_of((args, kwargs or {})))
         if not inputs:
             return result
         self._clock += 1
@@ -180,7 +181,7 @@ class _Watch(TorchFunctionMode):
         elif name in _SAME or any(result is t for t in inputs):
             same = getattr(inputs[0], '_mmela_same', set())
             more = getattr(inputs[0], '_mmela_more', set())
-        for tensor in _tensors(result):
+        for tensor in tensors_of(result):
             if isinstance(tensor, nn.Parameter):
                 continue
             tensor._mmela_from = seen | getattr(tensor, '_mmela_from', 0)
@@ -234,7 +235,7 @@ class _Watch(TorchFunctionMode):
             everything = (*args, *kwargs.values())
             x = everything[0] if everything else None
             call.pairs_in = list(_pairs(everything))
-            for tensor in _tensors(everything):
+            for tensor in tensors_of(everything):
                 call.derived_from |= getattr(tensor, '_mmela_from', 0)
             if torch.is_tensor(x):
                 call.shape_in = tuple(x.shape)
@@ -250,7 +251,7 @@ class _Watch(TorchFunctionMode):
         call.pairs_out = list(_pairs(output))
         call.sizes = list(_sizes(output))
         out = _first_tensor(output)
-        for tensor in _tensors(output):
+        for tensor in tensors_of(output):
             tensor._mmela_from = getattr(tensor, '_mmela_from', 0) | 1 << call.index
             made = getattr(tensor, '_mmela_made', [])
             tensor._mmela_made = [*made, call.index]
@@ -260,15 +261,16 @@ class _Watch(TorchFunctionMode):
             call.identity = call.index in getattr(out, '_mmela_more', ())
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested lists, tuples and dicts, in order."""
     if torch.is_tensor(value):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_of(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_of(item)
 
 
 def _first_tensor(output: Any) -> Optional[Tensor]:
@@ -339,9 +341,7 @@ def find_blocks(
     Returns:
         list[Block]: In the order in which they run.
     """
-    times: Dict[nn.Module, int] = {}
-    for call in calls:
-        times[call.module] = times.get(call.module, 0) + 1
+    times = Counter(call.module for call in calls)
     fitting = {
         call.index
         for call in calls
@@ -396,9 +396,10 @@ def find_plain_blocks(
     Returns:
         list[Block]: In the order in which they run.
     """
+    times = Counter(call.module for call in calls)
     siblings: Dict[Tuple[int, ...], List[_Call]] = {}
     for call in calls:
-        once = sum(other.module is call.module for other in calls) == 1
+        once = times[call.module] == 1
         if call.name and once and any(True for _ in call.module.parameters()):
             siblings.setdefault(call.parents, []).append(call)
     fitting: List[_Call] = []
@@ -586,6 +587,7 @@ def name_blocks(
         ValueError: If a name is of no module that runs once and returns
             features.
     """
+    times = Counter(call.module for call in calls)
     chosen = []
     for pattern in patterns:
         matching = [c for c in calls if c.name and name_matches(pattern, c.name)]
@@ -596,7 +598,7 @@ def name_blocks(
                 f'{", ".join(dict.fromkeys(seen))} and what is in them'
             )
         for call in matching:
-            if sum(c.module is call.module for c in calls) > 1:
+            if times[call.module] > 1:
                 raise ValueError(
                     f'blocks: {call.name} runs more than once in a forward pass'
                 )

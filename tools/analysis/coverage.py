@@ -37,6 +37,7 @@ import mmela
 from mmela.attach import other_arguments, sizes_to_try
 from mmela.command_line import one_line
 from mmela.convert.slim import slim_state_dict
+from mmela.discovery import tensors_of
 from mmela.hooks import NetworkKLMeter
 from mmela.layers import LayerAttention
 from mmela.pruning import FixedCount
@@ -247,21 +248,10 @@ def reduced(toolbox, cfg):
     return cfg
 
 
-def tensors(value):
-    """All tensors of an output, in order."""
-    if torch.is_tensor(value):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (tuple, list)):
-        return [t for item in value for t in tensors(item)]
-    return []
-
-
 def run(network, x):
     # Some draw masks in every forward pass
     torch.manual_seed(1)
-    return tensors(network(x, *other_arguments(network)))
+    return list(tensors_of(network(x, *other_arguments(network))))
 
 
 def attach(network, size, blocks='auto'):
