@@ -559,10 +559,7 @@ def _lacks_identity(attention_class: type, arguments: dict, block: Block) -> boo
     """Whether an attention needs an identity that its block does not have."""
     if block.same_input or block.shortcut is not None:
         return False
-    needs = getattr(attention_class, 'needs_identity', False)
-    if attention_class.__name__ == 'MRLALight':
-        needs = arguments.get('previous', 'identity') == 'identity'
-    return bool(needs)
+    return attention_class.would_need_identity(arguments)
 
 
 def _crossing(before: List[Block], block: Block, head_dim: int) -> dict:

@@ -137,6 +137,18 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
         self.register_buffer('state', torch.tensor(0, dtype=torch.uint8))
         self._seen = self._state_version()
 
+    @classmethod
+    def would_need_identity(cls, arguments: dict) -> bool:
+        """Whether an attention with these arguments has ``needs_identity``.
+
+        Args:
+            arguments (dict): Arguments of the constructor.
+
+        Returns:
+            bool: True if it has. To be overridden where they decide.
+        """
+        return cls.needs_identity
+
     @abstractmethod
     def forward(self, x: Tensor, memory: StageMemory) -> Tensor:
         """Extend the memory and attend over it.

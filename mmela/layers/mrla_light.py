@@ -99,6 +99,10 @@ class MRLALight(QKVLayerAttention):
         if hasattr(self, 'lambda_o'):  # not yet in the parent's constructor
             nn.init.normal_(self.lambda_o)
 
+    @classmethod
+    def would_need_identity(cls, arguments: dict) -> bool:
+        return arguments.get('previous', 'identity') == 'identity'
+
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         value = self.value_act(self.value(x))
         if self.gate:
