@@ -3,6 +3,7 @@
 usage: python tools/test.py CONFIG CHECKPOINT [arguments of its test.py]
 
 A pruned checkpoint needs no further option: its structure is part of it.
+--channels-last runs the backbone in channels_last, which is faster on a CPU.
 
 Example:
   python tools/test.py \\
