@@ -18,8 +18,8 @@ class BA(BranchAttention):
     of ``n``:
 
     .. math::
-        w = \sigma\Big(W \mathrm{ReLU}\big(\sum_{i \le n}
-            \mathrm{BN}_i(W_i S_i)\big)\Big), \quad
+        w = \sigma\left(W \mathrm{ReLU}\left(\sum_{i \le n}
+            \mathrm{BN}_i(W_i S_i)\right)\right), \quad
         Y = X + w \odot F(X)
 
     Args:

@@ -52,7 +52,7 @@ class RLAg(BranchAttention):
 
         Attributes:
             hidden (Tensor, optional): :math:`h`, (B, hidden, H, W).
-            before (Memory, optional): What the stage before has ended with.
+            before (RLAg.Memory, optional): What the stage before has ended with.
         """
 
         hidden: Optional[Tensor] = None
