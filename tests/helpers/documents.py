@@ -17,6 +17,7 @@ PAGES = sorted(
 # What `<!-- not run: REASON -->` before a block may say
 REASONS = (
     'long',  # minutes to hours; `nox -s long` runs it
+    'a study',  # minutes to days; `mmela study` runs it
     'installs',
     'needs COCO',
     'needs CIFAR',

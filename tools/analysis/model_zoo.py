@@ -66,6 +66,7 @@ def load_papers() -> dict:
     """The papers' figures by folder of ``configs``, notes written out."""
     papers = yaml.safe_load(PAPERS.read_text('utf-8'))
     notes = papers.pop('notes')
+    papers.pop('quoted')  # of the pages
     for section in papers.values():
         for row in section['rows']:
             if 'note' in row:
