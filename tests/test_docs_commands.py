@@ -11,10 +11,10 @@ import json
 import os
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 
+import cv2
 import pytest
 import torch
 import yaml
@@ -32,6 +32,7 @@ from tests.helpers.documents import (
     commands,
     is_config,
 )
+from tests.helpers.published_networks import PublishedNetwork
 from tests.helpers.runs import decisions
 
 pytest.importorskip('mmdet')
@@ -117,9 +118,11 @@ def walk(tmp_path_factory):
             if block.language == 'bash':
                 for command in commands(block):
                     run(command)
-        image = sorted((cwd / 'data').rglob('*.jpg'))[0]
+        image = cv2.imread(str(sorted((cwd / 'data').rglob('*.png'))[0]))
         for name in ('cat.jpg', 'dog.jpg'):
-            shutil.copy(image, name)
+            cv2.imwrite(name, image)
+        network = PublishedNetwork('mrla_light', (1, 1, 1, 1), '7x7', 32)
+        torch.save(network.state_dict, 'model_best.pth.tar')
     return cwd
 
 
