@@ -89,7 +89,7 @@ class KCLA(QKVLayerAttention):
         Attributes:
             mean (Tensor, optional): :math:`u / z`, (B, C, H, W).
             mass (Tensor, optional): :math:`z`, (B, G).
-            before (Memory, optional): What the stage before has ended with.
+            before (KCLA.Memory, optional): What the stage before has ended with.
         """
 
         mean: Optional[Tensor] = None
