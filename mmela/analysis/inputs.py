@@ -149,6 +149,24 @@ def image_batches(pipeline: Compose, images: Sequence[Path]) -> Iterator[dict]:
         yield pseudo_collate([data])
 
 
+def input_picture(batch: dict) -> np.ndarray:
+    """The first image of a batch as the network sees it, before normalization.
+
+    Args:
+        batch (dict): What a data loader yields.
+
+    Returns:
+        ndarray: (h, w, 3), RGB from 0 to 1.
+    """
+    # The pipelines of the toolboxes read images as BGR.
+    image = batch['inputs'][0].float().numpy()[::-1]
+    if batch['inputs'][0].dtype == torch.uint8:
+        image = image / 255
+    else:
+        image = (image - image.min()) / (np.ptp(image) + 1e-8)
+    return np.ascontiguousarray(image.transpose(1, 2, 0), np.float32)
+
+
 def validation_loader(cfg: Config, number: int) -> DataLoader:
     """Loader of evenly spaced images of a config's validation data.
 
