@@ -3,7 +3,9 @@ _base_ = './densenet161_8xb32_in1k.py'
 
 model = dict(
     backbone=dict(
-        arch=dict(growth_rate=32, depths=[6, 12, 64, 48], init_channels=64)
+        arch=dict(
+            _delete_=True, growth_rate=32, depths=[6, 12, 64, 48], init_channels=64
+        )
     ),
     head=dict(in_channels=2688),
 )

@@ -1,5 +1,6 @@
 """Every config reads, is listed, makes a training step and predicts."""
 
+import copy
 import json
 import logging
 from fnmatch import fnmatch
@@ -32,7 +33,6 @@ PATHS = sorted(
     if not p.parent.name.startswith('_')
 )
 PAPERS = yaml.safe_load((ROOT / 'papers.yml').read_text('utf-8'))
-SIZE = 64
 done = {}
 
 
@@ -73,7 +73,7 @@ def test_reads_and_is_listed(path):
 
 def narrowed(cfg):
     """The model in a quarter of its width where it is a ResNet, as deep as it is."""
-    model = cfg.copy().model
+    model = copy.deepcopy(cfg.model)
     backbone = model.backbone
     if backbone.get('init_cfg') and backbone.init_cfg.type == 'Pretrained':
         backbone.init_cfg = None
@@ -83,35 +83,40 @@ def narrowed(cfg):
             model.neck.in_channels = [width // 4 for width in model.neck.in_channels]
         else:
             model.head.in_channels //= 4
+    if 'img_size' in backbone:
+        backbone.img_size = 64
     if cfg.default_scope == 'mmpretrain':
-        model.head.num_classes = 10  # CIFAR-10, CIFAR-100 and ImageNet in one
-        model.head.pop('topk', None)
+        # As the runner does; CIFAR-10, CIFAR-100 and ImageNet in one
+        model.data_preprocessor = copy.deepcopy(cfg.data_preprocessor)
+        assert model.data_preprocessor.num_classes == model.head.num_classes
+        model.data_preprocessor.num_classes = model.head.num_classes = 10
     return model
 
 
 def batch(cfg, model):
     """Two images with what the model learns from."""
     torch.manual_seed(0)
+    side = 32 if 'CIFAR' in model.backbone.type else 64
     if cfg.default_scope == 'mmdet':
         from mmdet.testing import demo_mm_inputs
 
         classes = model.get('bbox_head', model.get('roi_head', {}).get('bbox_head'))
         return demo_mm_inputs(
-            2, [[3, SIZE, SIZE]] * 2, num_classes=classes.num_classes, with_mask=True
+            2, [[3, side, side]] * 2, num_classes=classes.num_classes, with_mask=True
         )
     if cfg.default_scope == 'mmseg':
         from mmseg.structures import SegDataSample
 
         samples = []
         for _ in range(2):
-            data = PixelData(data=torch.randint(0, 2, (1, SIZE, SIZE)))
-            meta = dict(img_shape=(SIZE, SIZE), ori_shape=(SIZE, SIZE))
+            data = PixelData(data=torch.randint(0, 2, (1, side, side)))
+            meta = dict(img_shape=(side, side), ori_shape=(side, side))
             samples.append(SegDataSample(gt_sem_seg=data, metainfo=meta))
     else:
         from mmpretrain.structures import DataSample
 
         samples = [DataSample().set_gt_label(label) for label in (3, 7)]
-    images = [torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8) for _ in '12']
+    images = [torch.randint(0, 256, (3, side, side), dtype=torch.uint8) for _ in '12']
     return dict(inputs=images, data_samples=samples)
 
 

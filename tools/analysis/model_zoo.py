@@ -15,6 +15,7 @@ Example:
 
 import argparse
 import logging
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
@@ -366,22 +367,29 @@ def tables_section(tables: Dict[str, Dict[str, List[str]]]) -> str:
     Returns:
         str: Markdown.
     """
-    lines = ['| paper | tables | rows | that run here | without |', '| --- ' * 5 + '|']
+    lines = [
+        '| paper | tables | rows | that run here | without (table) |',
+        '| --- ' * 5 + '|',
+    ]
     total = running = 0
     for paper, rows in tables.items():
         without = [
-            f'{entry[len(NONE) :]} (table {number})'
+            f'{entry[len(NONE) :]} ({number})'
             for number, entries in rows.items()
             for entry in entries
             if entry.startswith(NONE)
         ]
+        names = ', '.join(
+            f'{name} twice' if times == 2 else name
+            for name, times in Counter(without).items()
+        )
         count = sum(map(len, rows.values()))
         total += count
         running += count - len(without)
         first, *_, last = rows
         lines.append(
             f'| {paper} | {first} to {last} | {count} | {count - len(without)} '
-            f'| {", ".join(without) or "none"} |'
+            f'| {names or "none"} |'
         )
     lines.append(f'| all | | {total} | {running} | {total - running} |')
     return ROWS + '\n'.join(lines) + '\n'

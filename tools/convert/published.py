@@ -46,8 +46,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         choices=TARGETS,
         default='classifier',
         help='what the result is for: a classifier of MMPretrain, a detector '
-        'of MMDetection or its backbone, or a bare backbone of MMPretrain '
-        '(default: %(default)s)',
+        'of MMDetection or its backbone, a bare backbone of MMPretrain, or a '
+        'segmentor of MMSegmentation (default: %(default)s)',
     )
     return parser.parse_args(argv)
 
@@ -56,7 +56,7 @@ def format_table(mapped: dict, dropped: dict) -> str:
     """Table of the keys, in which a row stands for all blocks."""
 
     def pattern(key):
-        blocks = r'(layer|stages\.)\d+\.(layers\.|attention\.)?\d+\.'
+        blocks = r'(layer|stages\.)\d+\.(layers\.|attention\.|ModuleList\.)?\d+\.'
         return re.sub(blocks, r'\1*.\2*.', one_line(key))
 
     rows = Counter((pattern(old), '-> ' + pattern(new)) for old, new in mapped.items())

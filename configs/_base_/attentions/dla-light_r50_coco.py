@@ -1,5 +1,5 @@
-# DLA-L. Starts from the classifier of the same attention, which is trained first:
-# tools/train.py configs/imagenet/resnet50-dla-light_8xb32_in1k.py
+# DLA-L. Starts from the classifier with the same attention, which is trained
+# first: tools/train.py configs/imagenet/resnet50-dla-light_8xb32_in1k.py
 _base_ = './dla-light_in1k.py'
 
 backbone = dict(
