@@ -126,6 +126,11 @@ def convert_published(
         which all layer attentions are active, and by published key the reason
         for which it was left out.
 
+    DLA and DIA are converted as their papers have them. The published code takes,
+    for all images of a batch, the state of the first one where DLA brings earlier
+    layers up to date: outputs are the same for an image alone. The decoder of the
+    U-Net is ``UNetHead`` with ``scale=2``.
+
     Raises:
         ValueError: If ``arch`` or ``target`` is unknown, a value is no tensor,
             a key has no place in mmela's network, two keys have the same, a
@@ -137,12 +142,9 @@ def convert_published(
         if not torch.is_tensor(value):
             raise ValueError(f'{key} is no tensor but {type(value).__name__}')
     keys = map_published_keys(state_dict, arch, target)
-    root = 1.0
+    root = _root_of_head_dim(state_dict) if keys.arch == 'kcla_first' else 1.0
     for key in keys.dropped:
         if key.endswith('.norm_d'):
-            if keys.arch == 'kcla_first':
-                norm = state_dict[key[: -len('norm_d')] + 'bn_attention.weight']
-                root = math.sqrt(len(norm) / max(1, state_dict[key].numel()))
             _check_scales(key, state_dict[key], keys.arch, root)
     # Blocks by what each has one of
     sign = '.conv1.weight' if keys.arch == 'dia' else '.layer_attn.query.weight'
@@ -316,9 +318,9 @@ def published_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
         arch (str): One of :data:`ARCHS`.
 
     Returns:
-        dict: Config of an ``ELAResNet``, an ``ELABottleneckResNet_CIFAR`` or an
-        ``ELAVisionTransformer``. The ``depth`` of a ResNet is None where no
-        standard network has as many blocks.
+        dict: Config of an ``ELAResNet``, an ``ELABottleneckResNet_CIFAR``, an
+        ``ELAVisionTransformer`` or an ``ELAUNetResNet``. The ``depth`` of a ResNet
+        is None where no standard network has as many blocks.
 
     Raises:
         ValueError: If a tensor that tells the sizes has another shape, or
@@ -665,6 +667,21 @@ def _missing_keys(
     return sorted(key for key in needed - found if not key.endswith(_OPTIONAL))
 
 
+def _root_of_head_dim(state_dict: Dict[str, Tensor]) -> float:
+    """Root of the channels of a head, which the first KCLA's scales have."""
+    dims = set()
+    for key, scales in state_dict.items():
+        norm = state_dict.get(key[: -len('norm_d')] + 'bn_attention.weight')
+        if key.endswith('.norm_d') and norm is not None:
+            dims.add(norm.numel() / max(1, scales.numel()))
+    if len(dims) != 1 or 0 in dims:
+        raise ValueError(
+            f'heads have {sorted(dims)} channels; mmela has only networks in which '
+            'all have the same number'
+        )
+    return math.sqrt(dims.pop())
+
+
 def _check_scales(key: str, value: Tensor, arch: str, root: float) -> None:
     """Check the fixed tensor of KCLA that mmela computes itself."""
     heads = value.numel()
@@ -773,8 +790,10 @@ def _map_unet(state_dict: Dict[str, Tensor]) -> KeyMap:
     for key in mapped:
         if key.endswith('adjust_channel.0.weight'):
             # One convolution for all heads, or one for each
-            before = f'encoder.layer{int(key[13]) - 1}.attention.0.bn_attention.weight'
-            if state_dict[key].shape[1] != len(state_dict[before]):
+            stage = int(key.split('.')[1][len('layer') :])
+            before = f'encoder.layer{stage - 1}.attention.0.bn_attention.weight'
+            width = state_dict[before].numel() if before in state_dict else None
+            if _shape(state_dict, key, 4)[1] != width:
                 raise ValueError(
                     f'{key} has shape {tuple(state_dict[key].shape)}: it is grouped '
                     'by heads, as in the newest version of the code, in which the '
@@ -795,8 +814,15 @@ def _unet_value(state_dict: Dict[str, Tensor], old: str, value: Tensor) -> Tenso
     match = re.fullmatch(r'(.+(?:double_conv|adjust_channel)\.)(\d)\.running_mean', old)
     if match is None:
         return value
-    bias = state_dict.get(f'{match[1]}{int(match[2]) - 1}.bias')
-    return value if bias is None else value - bias
+    name = f'{match[1]}{int(match[2]) - 1}.bias'
+    if name not in state_dict:
+        return value
+    bias = state_dict[name]
+    if bias.shape != value.shape:
+        raise ValueError(
+            f'{name} has shape {tuple(bias.shape)}, {old} {tuple(value.shape)}'
+        )
+    return value - bias
 
 
 def _unet_backbone(converted: Dict[str, Tensor]) -> dict:

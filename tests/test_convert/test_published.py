@@ -170,6 +170,10 @@ def test_unets_that_cannot_be_converted():
     with pytest.raises(ValueError, match=f'{key} has .* grouped by heads'):
         grouped = {key: state_dict[key][:, :8]}
         convert_published({**state_dict, **grouped}, target='segmentor')
+    key = 'up2.conv.double_conv.3.bias'
+    with pytest.raises(ValueError, match=rf'{key} has shape \(1,\), up2.*4.running'):
+        other = {key: torch.rand(1)}
+        convert_published({**state_dict, **other}, target='segmentor')
     del state_dict['up2.conv.double_conv.3.weight']
     with pytest.raises(ValueError, match='needs: decode_head.steps.1.1.conv.weight'):
         convert_published(state_dict, target='segmentor')
@@ -629,6 +633,23 @@ def test_tool_takes_arch_and_target(tmp_path):
     assert saved['meta']['backbone']['layer_attention']['type'] == 'MLA'
     assert 'layer1.0.layer_attn.query.weight' in saved['state_dict']
     assert not any(key.startswith('head.') for key in saved['state_dict'])
+
+
+def test_tool_with_the_unet(tmp_path, capsys):
+    src, dst = tmp_path / 'unet.pth', tmp_path / 'out.pth'
+    torch.save(PublishedUNet().state_dict, src)
+    tool(src, dst, '--target', 'segmentor')
+    assert 'decode_head=dict(scale=2)' in capsys.readouterr().out
+    backbone = torch.load(dst, weights_only=True)['meta']['backbone']
+    assert backbone['type'] == 'ELAUNetResNet' and backbone['depth'] == 18
+
+
+def test_heads_of_several_widths():
+    state_dict = network('kcla_first').state_dict
+    key = next(key for key in state_dict if key.endswith('.norm_d'))
+    with pytest.raises(ValueError, match=r'heads have \[16.0, 32.0\] channels'):
+        half = {key: state_dict[key][:, ::2]}
+        convert_published({**state_dict, **half})
 
 
 def test_tool_errors_are_one_line(tmp_path):

@@ -8,6 +8,7 @@ error, so nothing gets lost. Prints the config of the backbone; mind its
 Example:
   python tools/convert/published.py model_best.pth.tar mrla.pth
   python tools/convert/published.py faster_rcnn.pth mrla.pth --target detector
+  python tools/convert/published.py unet.pth kcla.pth --target segmentor
 """
 
 import argparse
@@ -93,6 +94,8 @@ def main(argv=None) -> None:
         f'{out}: {len(keys.mapped)} of {len(state_dict)} tensors of a '
         f'{keys.arch} network, {len(dropped)} dropped\nbackbone={backbone}'
     )
+    if keys.arch == 'kcla_unet':
+        print('decode_head=dict(scale=2), which enlarges as the published decoder')
 
 
 if __name__ == '__main__':
