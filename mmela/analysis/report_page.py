@@ -79,8 +79,8 @@ img { width: 100%; height: auto; display: block; }
   grid-template-columns: repeat({{ 1 + sides|length }}, 1fr); }
 .cards { display: grid; gap: 1.5rem 1rem; margin: 1rem 0;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
-.card { display: grid; gap: .5rem; grid-template-columns: 6rem repeat(2, minmax(0, 1fr));
-  font-size: .82rem; }
+.card { display: grid; gap: .5rem; font-size: .82rem;
+  grid-template-columns: 6rem repeat(2, minmax(0, 1fr)); }
 .card img { image-rendering: pixelated; }
 .bar { position: relative; display: flex; justify-content: space-between;
   gap: .3rem; padding: .1rem .3rem; margin: .15rem 0; }
