@@ -45,6 +45,8 @@ def load_network(
     """
     cfg, _, state_dict = open_network(str(config), str(checkpoint))
     cfg.merge_from_dict(cfg_options or {})
+    if cfg.get('data_preprocessor'):  # where mmpretrain and mmseg have it
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     model = MODELS.build(cfg.model)
     load_fitting(model, state_dict, config, checkpoint)
     model.to(device or get_device())
