@@ -13,7 +13,7 @@ from .drawing import WIDTH, Plot, Theme, plain_text
 
 SIDES = ('before', 'after')
 # Classes with a curve of their own: more would be too small to read
-_CURVES = 8
+CURVES = 7
 
 
 def read_before_after(work_dir: Union[str, Path]) -> dict:
@@ -65,17 +65,19 @@ def curves_plot(result: dict) -> Plot:
         for side, values in sides.items()
     }
     labels = list(per_class['after'])
-    if len(labels) > _CURVES:
+    if len(labels) > CURVES:
         labels.sort(key=lambda i: (-per_class['after'][i]['objects'], i))
-        labels = sorted(labels[:_CURVES])
+        labels = sorted(labels[:CURVES])
     recall = np.linspace(0, 1, 101)
 
     def plot(figure: Figure, theme: Theme) -> None:
-        rows = -(-(len(labels) + 1) // 3)
-        figure.set_size_inches(WIDTH * 1.35, 1.75 * rows + 0.3)
-        panels = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False)
+        rows = len(labels) // 2 + 1
+        figure.set_size_inches(WIDTH, 1.6 * rows + 0.4)
+        panels = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
         for axes in panels.flat[len(labels) + 1 :]:
-            axes.remove()
+            axes.set_visible(False)
+        panels.flat[len(labels)].xaxis.set_tick_params(labelbottom=True)
+        panels.flat[len(labels) - 1].xaxis.set_tick_params(labelbottom=True)
         for axes, label in zip(panels.flat, [None, *labels]):
             for side, color, style in zip(
                 SIDES, (theme.pruned, theme.kept), ('--', '-')
@@ -108,7 +110,9 @@ def curves_plot(result: dict) -> Plot:
     return plot
 
 
-def detections_plot(work_dir: Union[str, Path], result: dict, rows: Sequence[int]):
+def detections_plot(
+    work_dir: Union[str, Path], result: dict, rows: Sequence[int]
+) -> Plot:
     """Ground truth and detections side by side, for a README.
 
     Args:
@@ -117,7 +121,7 @@ def detections_plot(work_dir: Union[str, Path], result: dict, rows: Sequence[int
         rows (Sequence[int]): Which of the images shown.
 
     Returns:
-        Callable[[Figure, Theme], None]: Plot.
+        Callable[[Figure, Theme], None]: Plot, 12 inches wide.
     """
     titles = ['Ground truth']
     for side in SIDES:

@@ -9,7 +9,7 @@ from ..engine.tables import decision_table
 from ..pruning.record import check_name
 from .attention_plots import attention_pictures
 from .before_after import COLORS, FOLDER, THRESHOLD
-from .before_after_plots import SIDES, curves_plot, read_before_after
+from .before_after_plots import CURVES, SIDES, curves_plot, read_before_after
 from .complexity import backbone_complexity
 from .decision_plots import kl_plot, mapping_plot
 from .drawing import Plot, draw
@@ -159,6 +159,7 @@ def _detections(work_dir: Path, comparison: dict, inline: Callable) -> dict:
         curves=curves,
         colors=COLORS,
         threshold=THRESHOLD,
+        most=CURVES,
     )
 
 

@@ -72,19 +72,21 @@ tr:first-child > th { border-top: 0; }
 tr.pruned { background: var(--mark); } tr.pruned td { font-weight: 600; }
 .pictures { display: grid; gap: 1rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-figure { margin: 0; max-width: 34rem; } .wide { max-width: 46rem; }
+figure { margin: 0; max-width: 34rem; }
 figcaption, .soft { color: var(--soft); font-size: .9rem; }
 img { width: 100%; height: auto; display: block; }
 .row { display: grid; gap: .5rem; margin: 1rem 0;
   grid-template-columns: repeat({{ 1 + sides|length }}, 1fr); }
 .cards { display: grid; gap: 1.5rem 1rem; margin: 1rem 0;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); }
-.card { display: grid; gap: .5rem; grid-template-columns: 6rem 1fr 1fr;
-  font-size: .82rem; }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
+.card { display: grid; gap: .5rem; font-size: .82rem;
+  grid-template-columns: 6rem repeat(2, minmax(0, 1fr)); }
 .card img { image-rendering: pixelated; }
 .bar { position: relative; display: flex; justify-content: space-between;
   gap: .3rem; padding: .1rem .3rem; margin: .15rem 0; }
-.bar span { position: relative; }
+.bar span { position: relative; overflow: hidden; white-space: nowrap;
+  text-overflow: ellipsis; }
+.bar span:last-child { flex: none; }
 .bar i { position: absolute; inset: 0 auto 0 0; background: var(--bar);
   border-radius: 3px; }
 .truth, .right, .wrong { border: 3px solid; padding: 0 .3rem;
@@ -198,10 +200,10 @@ of COCO's sizes and about five objects.</p>
 {% endfor %}
 </div>
 {% endfor %}
-{% if curves %}<figure class="wide">
+{% if curves %}<figure>
 {{ picture(curves, 'Precision over recall, before and after') }}
 <figcaption>Precision over recall at an IoU of 0.5
-{%- if per_class|length > 8 %}; of the classes with most objects{% endif %}.
+{%- if per_class|length > most + 1 %}; of the classes with most objects{% endif %}.
 </figcaption></figure>{% endif %}
 {% else %}
 <p class="soft">The {{ comparison.shown[0][sides|list|last]|length }} classes of

@@ -7,11 +7,10 @@ from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from ..engine import StepTimes, check_wrapper, prune_run, rewrap, trained_parameters
+from ..engine import StepTimes, check_wrapper, prune_run, trained_parameters
 from ..engine.tables import decision_table
 from ..pruning import PruningDecision, PruningReport, build_policy
 from ..pruning.record import check_name, keep_earlier
-from ..structure import layer_attentions
 from .measured_stages import measured_stages
 from .measurement import Measurement
 from .meter import NetworkKLMeter, check_measurement
@@ -40,9 +39,7 @@ class LayerAttentionPruningHook(Hook):
             measuring window, counted from 1, both inclusive. ELA: (1, 1) and
             (7, 7) of 12 for COCO, (1, 3) and (51, 53) of 100 for ImageNet,
             (1, 3), (45, 48) and (91, 93) of 180 for CIFAR. None at all prunes
-            no more, which is what fine-tuning a pruned checkpoint on several
-            GPUs needs: the hook then only keeps distributed training from
-            waiting for pruned parameters.
+            no more.
         policy (dict): Config of the pruning policy, see :mod:`mmela.pruning`.
             Defaults to ``dict(type='EBQM')``.
         by_epoch (bool): Whether windows count epochs; otherwise iterations,
@@ -169,8 +166,6 @@ class LayerAttentionPruningHook(Hook):
             f'{len(self._stages)} stages'
         )
         self._step_times = StepTimes(runner)
-        if not all(a.active for a in layer_attentions(runner.model).values()):
-            rewrap(runner)  # wrapped before the checkpoint was loaded
         self._resume(runner)
 
     def _resume(self, runner) -> None:

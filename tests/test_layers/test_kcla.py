@@ -201,8 +201,9 @@ def test_lost_gradient_is_an_error():
     'kwargs, message',
     [
         (dict(head_attention='mean'), "head_attention='mean' is unknown"),
-        (dict(temperature=0), r'temperature=0 is not in \(0, 1\]'),
-        (dict(temperature=2), r'temperature=2 is not in \(0, 1\]'),
+        (dict(temperature=0), 'temperature=0 is not positive'),
+        (dict(direction='mean'), "direction='mean' is unknown; .*'own' and 'sum'"),
+        (dict(eps=-1), 'eps=-1 is negative'),
         (dict(previous_channels=6), 'the 6 channels .* the 4 heads'),
     ],
 )
