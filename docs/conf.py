@@ -70,8 +70,8 @@ html_theme_options = {
 
 
 PICTURE = re.compile(
-    r'<picture><source [^>]*srcset="(?P<dark>[^"]+)"><img (?P<rest>[^>]*)src="(?P<light>'
-    r'[^"]+)"></picture>'
+    r'<picture><source [^>]*srcset="(?P<dark>[^"]+)">'
+    r'<img (?P<rest>[^>]*)src="(?P<light>[^"]+)"></picture>'
 )
 
 
@@ -83,6 +83,16 @@ def show_by_theme(app, docname, source):
         r'<img class="only-dark" \g<rest>src="\g<dark>">',
         source[0],
     )
+
+
+def take_in(app, docname, source):
+    """A page that no list of contents names goes to the end of the guide's."""
+    if docname == 'guide':
+        lists = ('index', 'start', 'guide', 'project', 'results/index')
+        text = ''.join((DOCS / f'{name}.md').read_text('utf-8') for name in lists)
+        known = set(re.findall(r'^(?:.*<(?:\.\./)?)?(\w+)>?$', text, re.M)) | {'index'}
+        new = sorted(n for n in app.project.docnames if '/' not in n and n not in known)
+        source[0] = source[0].rstrip()[: -len('```')] + '\n'.join([*new, '```', ''])
 
 
 def as_mathml(latex, block):
@@ -104,4 +114,5 @@ def visit_math_block(self, node):
 
 def setup(app):
     app.connect('source-read', show_by_theme)
+    app.connect('source-read', take_in)
     app.add_html_math_renderer('mathml', (visit_math, None), (visit_math_block, None))
