@@ -68,8 +68,8 @@ html_theme_options = {
 
 
 PICTURE = re.compile(
-    r'<picture><source [^>]*srcset="(?P<dark>[^"]+)"><img (?P<rest>[^>]*)src="(?P<light>'
-    r'[^"]+)"></picture>'
+    r'<picture><source [^>]*srcset="(?P<dark>[^"]+)">'
+    r'<img (?P<rest>[^>]*)src="(?P<light>[^"]+)"></picture>'
 )
 
 
