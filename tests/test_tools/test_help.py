@@ -28,6 +28,7 @@ FILES = {
     'analysis/cam.py': [['CONFIG', 'CHECKPOINT', 'IMAGE'],
                         ['CONFIG', 'CHECKPOINT', 'IMAGE', '--compare',
                          'CONFIG', 'CHECKPOINT']],
+    'analysis/cost.py': [['CONFIG'], ['CONFIG', '--minus', 'CONFIG']],
     'analysis/layer_attention.py': [['CONFIG', 'CHECKPOINT', '--data',
                                      'IMAGE']],
     'analysis/pictures.py': [['WORK_DIR', 'OUT']],
