@@ -14,9 +14,11 @@ keep_loading_safe()
 
 from . import hooks, layers  # noqa: E402  (registration)
 from .attach import attach_layer_attention  # noqa: E402
+from .engine import rewrap_after_loading  # noqa: E402
 from .registry import LAYER_ATTENTIONS, register_backbones  # noqa: E402
 
 register_backbones()
+rewrap_after_loading()
 
 __all__ = [
     'LAYER_ATTENTIONS',

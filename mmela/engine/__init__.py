@@ -1,7 +1,7 @@
 """What pruning asks of a runner, and a runner for data elsewhere."""
 
 from .data_root import DataRootRunner, set_data_root
-from .distributed import check_wrapper, rewrap
+from .distributed import check_wrapper, rewrap, rewrap_after_loading
 from .pruned_run import averaged_copies, followed, prune_run, trained_parameters
 from .step_times import StepTimes
 
@@ -13,6 +13,7 @@ __all__ = [
     'followed',
     'prune_run',
     'rewrap',
+    'rewrap_after_loading',
     'set_data_root',
     'trained_parameters',
 ]

@@ -1,9 +1,12 @@
+import functools
 import gc
 
 from mmengine.model import is_model_wrapper
-from mmengine.runner import FlexibleRunner
+from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from ..structure import layer_attentions
 
 
 def check_wrapper(model: nn.Module) -> None:
@@ -39,7 +42,7 @@ def rewrap(runner) -> None:
     comm_hooks = list(runner.model._comm_hooks)
     # The old reducer must go first, or both would reduce. A compiled
     # train_step refers to the wrapper that it belongs to.
-    vars(runner.model).pop('train_step', None)
+    compiled = vars(runner.model).pop('train_step', None) is not None
     runner.model = None
     if isinstance(runner, FlexibleRunner):
         runner.strategy.model = None
@@ -49,6 +52,31 @@ def rewrap(runner) -> None:
     else:
         gc.collect()
         runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), module)
-        runner._maybe_compile('train_step')
+        if compiled:
+            runner._maybe_compile('train_step')
     for hook, state in comm_hooks:
         runner.model.register_comm_hook(state, hook)
+
+
+def rewrap_after_loading() -> None:
+    """Have mmengine's runners wrap a model anew that they load as pruned.
+
+    They wrap a model before they load it. So distributed training would wait
+    for the gradients of what is pruned in the checkpoint, also where a config
+    has no pruning hook: to fine-tune a pruned network must not need one.
+    """
+    for runner_class in (Runner, FlexibleRunner):
+        runner_class.load_or_resume = _then_rewrap(runner_class.load_or_resume)
+
+
+def _then_rewrap(load_or_resume):
+    @functools.wraps(load_or_resume)
+    def wrapped(runner, *args, **kwargs):
+        load_or_resume(runner, *args, **kwargs)
+        if isinstance(runner.model, nn.Module) and any(
+            not attention.active
+            for attention in layer_attentions(runner.model).values()
+        ):
+            rewrap(runner)
+
+    return wrapped

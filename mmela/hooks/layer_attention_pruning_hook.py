@@ -7,17 +7,17 @@ from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from ..engine import StepTimes, check_wrapper, prune_run, rewrap, trained_parameters
+from ..engine import StepTimes, check_wrapper, prune_run, trained_parameters
 from ..engine.tables import decision_table
 from ..pruning import PruningDecision, PruningReport, build_policy
 from ..pruning.record import check_name, keep_earlier
-from ..structure import layer_attentions
 from .measured_stages import measured_stages
 from .measurement import Measurement
 from .meter import NetworkKLMeter, check_measurement
 from .windows import Window, check_run, check_windows
 
 CHECKPOINT_KEY = 'layer_attention_pruning'
+UNPRUNED = 'before_pruning.pth'
 
 
 @HOOKS.register_module()
@@ -39,9 +39,7 @@ class LayerAttentionPruningHook(Hook):
             measuring window, counted from 1, both inclusive. ELA: (1, 1) and
             (7, 7) of 12 for COCO, (1, 3) and (51, 53) of 100 for ImageNet,
             (1, 3), (45, 48) and (91, 93) of 180 for CIFAR. None at all prunes
-            no more, which is what fine-tuning a pruned checkpoint on several
-            GPUs needs: the hook then only keeps distributed training from
-            waiting for pruned parameters.
+            no more.
         policy (dict): Config of the pruning policy, see :mod:`mmela.pruning`.
             Defaults to ``dict(type='EBQM')``.
         by_epoch (bool): Whether windows count epochs; otherwise iterations,
@@ -67,6 +65,11 @@ class LayerAttentionPruningHook(Hook):
             the structure of others, such as ``dict(teacher='student')`` where
             a teacher is the running mean of a student. Networks that are not
             trained are else left alone. Defaults to None.
+        keep_unpruned (bool): Save the network as it is right before the first
+            pruning, without the optimizer, as ``before_pruning.pth`` in the
+            work directory. The report compares the final network with it, and
+            no other checkpoint need be from before: that of the epoch is saved
+            after the pruning. Defaults to True.
 
     The visualizer gets ``layer_attention/active`` when the training starts and
     after each decision, ``layer_attention/kl/NAME`` during a window and with
@@ -98,6 +101,7 @@ class LayerAttentionPruningHook(Hook):
         log_interval: int = 50,
         put_off_until: Optional[int] = None,
         followers: Optional[Dict[str, str]] = None,
+        keep_unpruned: bool = True,
     ) -> None:
         self.windows = check_windows(windows)
         self.policy = build_policy(policy)
@@ -119,6 +123,7 @@ class LayerAttentionPruningHook(Hook):
             )
         self.put_off_until = put_off_until
         self.followers = dict(followers or {})
+        self.keep_unpruned = keep_unpruned
         # As pruning.json has them
         self.settings = dict(
             windows=self.windows,
@@ -161,8 +166,6 @@ class LayerAttentionPruningHook(Hook):
             f'{len(self._stages)} stages'
         )
         self._step_times = StepTimes(runner)
-        if not all(a.active for a in layer_attentions(runner.model).values()):
-            rewrap(runner)  # wrapped before the checkpoint was loaded
         self._resume(runner)
 
     def _resume(self, runner) -> None:
@@ -306,10 +309,21 @@ class LayerAttentionPruningHook(Hook):
             raise ValueError(decision)
         if decision.warning and self._put_off(runner, decision):
             return
+        if self.keep_unpruned and decision.pruned and not self._has_pruned():
+            runner.save_checkpoint(
+                runner.work_dir,
+                UNPRUNED,
+                save_optimizer=False,
+                save_param_scheduler=False,
+                by_epoch=self.by_epoch,
+            )
         prune_run(runner, decision.pruned, self.keep_value, self.followers)
         self.history.append(decision)
         self._write_report(runner)
         self._log(runner, decision)
+
+    def _has_pruned(self) -> bool:
+        return any(decision.pruned for decision in self.history)
 
     def _put_off(self, runner, decision: PruningDecision) -> bool:
         """Measure a window once more, if it may be put off."""

@@ -163,7 +163,15 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
         """
 
     def store(self, x: Tensor, memory: StageMemory) -> None:
-        """Extend the memory without attending over it (``VALUE_ONLY``)."""
+        """Extend the memory without attending over it (``VALUE_ONLY``).
+
+        Args:
+            x (Tensor): Output ``X^t`` of the residual block, (B, C, H, W).
+            memory (StageMemory): Memory of the stage, a ``Memory``.
+
+        Raises:
+            NotImplementedError: If the attention has no key and value.
+        """
         raise NotImplementedError(f'{type(self).__name__} has no key and value to keep')
 
     def connect(self, block: nn.Module) -> List[Tuple[nn.Module, str]]:
@@ -427,15 +435,28 @@ class QKVLayerAttention(LayerAttention):
         return float(change.norm() / self.random_start.norm())
 
     def heads(self, y: Tensor) -> Tensor:
-        """(B, 1, C) to (B, G, d), in at least single precision.
+        """Cut query or key into heads.
 
-        With ``fc_reduction``, ``d`` and ``C`` are so many times fewer.
+        Args:
+            y (Tensor): Query or key of a block, (B, 1, C).
+
+        Returns:
+            Tensor: (B, G, d), in at least single precision. With
+            ``fc_reduction``, ``d`` and ``C`` are so many times fewer.
         """
         y = y.view(-1, self.num_heads, y.shape[-1] // self.num_heads)
         return y.to(torch.promote_types(y.dtype, torch.float32))
 
     def per_channel(self, weight: Tensor, x: Tensor) -> Tensor:
-        """(B, G) to (B, C, 1, 1), in the dtype of ``x``."""
+        """Give each channel the weight of its head.
+
+        Args:
+            weight (Tensor): A weight for each head, (B, G).
+            x (Tensor): A tensor of the dtype that is wanted.
+
+        Returns:
+            Tensor: (B, C, 1, 1).
+        """
         weight = weight.repeat_interleave(self.head_dim, dim=1)
         return weight[..., None, None].to(x.dtype)
 

@@ -101,7 +101,7 @@ class KCLA(QKVLayerAttention):
             mass (Tensor, optional): :math:`z`, (B, G).
             keys (Tensor, optional): Sum of the keys, (B, G, d), where their
                 direction counts.
-            before (Memory, optional): What the stage before has ended with.
+            before (KCLA.Memory, optional): What the stage before has ended with.
         """
 
         mean: Optional[Tensor] = None
@@ -191,7 +191,7 @@ class KCLA(QKVLayerAttention):
         token = self.value_act(self.value(x)) if self.recurrent else x
 
         self._take_over(memory)
-        weight = self._weigh(norm)
+        weight = self.weigh(norm)
         if memory.mean is None or memory.mass is None:
             memory.mean, memory.mass = token, weight
         else:
@@ -217,7 +217,7 @@ class KCLA(QKVLayerAttention):
             out = self.value_act(self.value(out))
         return self.norm_relu(out * self.per_channel(gate, out))
 
-    def _weigh(self, norm: Tensor) -> Tensor:
+    def weigh(self, norm: Tensor) -> Tensor:
         """Weight of a token by the norm of its key, (B, G) to (B, G)."""
         scaled = norm * self.scales.to(norm.dtype)
         return scaled.clamp_max(10).exp() if self.exp_norm else scaled
@@ -231,7 +231,7 @@ class KCLA(QKVLayerAttention):
             mean, memory.before = getattr(memory.before, 'mean', None), None
         if hasattr(self, 'cross_stage') and mean is not None:
             memory.mean, key = self.cross_stage(mean)
-            memory.mass = self._weigh(self.heads(key).norm(dim=-1))
+            memory.mass = self.weigh(self.heads(key).norm(dim=-1))
 
     def signature(self) -> str:
         # What is not the default alone, as checkpoints of before have no more

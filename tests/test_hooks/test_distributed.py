@@ -41,14 +41,37 @@ def uneven(work_dir, **kwargs):
     return cfg
 
 
-def fine_tuned(work_dir, **kwargs):
-    """A pruned checkpoint is trained on and pruned no more."""
+def fine_tuned(work_dir, run='whole', **kwargs):
+    """A pruned checkpoint is trained on, without the hook."""
+    checkpoint = str(Path(work_dir).parent / run / 'epoch_4.pth')
     return toy_config(
+        work_dir, epochs=1, norm_eval=True, **{'load_from': checkpoint, **kwargs}
+    )
+
+
+def fine_tuned_values(work_dir, **kwargs):
+    """Pruned attentions whose key and value are used, as a slim network has."""
+    return fine_tuned(work_dir, 'keep_value', **kwargs)
+
+
+def initialized(work_dir, **kwargs):
+    """The pruned checkpoint is that of an init_cfg, as with a backbone's."""
+    cfg = fine_tuned(work_dir, **kwargs)
+    cfg.model.init_cfg = dict(type='Pretrained', checkpoint=cfg.pop('load_from'))
+    return cfg
+
+
+def resumed_without_hook(work_dir, **kwargs):
+    cfg = fine_tuned(work_dir, resume=True, **kwargs)
+    cfg.train_cfg.max_epochs = 5
+    return cfg
+
+
+def flexible_without_hook(work_dir, model_wrapper_cfg, **kwargs):
+    return fine_tuned(
         work_dir,
-        dict(windows=[]),
-        epochs=2,
-        norm_eval=True,
-        load_from=str(Path(work_dir).parent / 'whole' / 'epoch_4.pth'),
+        strategy=dict(type='DDPStrategy', model_wrapper=model_wrapper_cfg),
+        env_cfg=dict(dist_cfg=dict(backend='gloo')),
         **kwargs,
     )
 
@@ -120,6 +143,10 @@ def runs(root):
         flexible=flexible,
         communication_hook=communication_hook,
         fine_tuned=fine_tuned,
+        fine_tuned_values=fine_tuned_values,
+        initialized=initialized,
+        resumed_without_hook=resumed_without_hook,
+        flexible_without_hook=flexible_without_hook,
         in_window=in_window,
         whole_resumed=resume(whole, f'{root}/whole/epoch_2.pth'),
         in_window_resumed=resume(in_window, f'{root}/in_window/epoch_2.pth'),
@@ -242,9 +269,36 @@ def test_communication_hooks_survive(root):
         assert min(calls) >= 3
 
 
-def test_fine_tuning_keeps_the_structure(root):
-    assert ranks(root, 'fine_tuned')[0]['state'] == ranks(root, 'whole')[0]['state']
-    assert not (root / 'fine_tuned' / 'pruning.json').exists()
+@pytest.mark.parametrize(
+    'name, run',
+    [
+        ('fine_tuned', 'whole'),
+        ('fine_tuned_values', 'keep_value'),
+        ('initialized', 'whole'),
+        ('resumed_without_hook', 'whole'),
+        ('flexible_without_hook', 'whole'),
+    ],
+)
+def test_training_on_without_the_hook(root, tmp_path, name, run):
+    """As one process does, which waits for nobody; what is pruned stays so."""
+    made = runs('')[name](
+        tmp_path,
+        load_from=f'{root}/{run}/epoch_4.pth',
+        model_wrapper_cfg=None,
+    )
+    if name == 'flexible_without_hook':
+        made.strategy = dict(type='SingleDeviceStrategy')
+    runner = train(made)
+    found, before = ranks(root, name)[0], ranks(root, run)[0]
+    assert found['state'] == before['state']
+    for key, value in runner.model.state_dict().items():
+        torch.testing.assert_close(found['weights'][key], value, rtol=1e-4, atol=1e-6)
+    trained = {n: p.requires_grad for n, p in runner.model.named_parameters()}
+    assert not all(trained.values())
+    for key, takes_part in trained.items():
+        same = torch.equal(found['weights'][key], before['weights'][key])
+        assert same == (not takes_part), key
+    assert not (root / name / 'pruning.json').exists()
 
 
 def test_two_to_one(root, tmp_path):

@@ -39,7 +39,7 @@ HEAD = """# Model zoo
 Written by `python tools/analysis/model_zoo.py`. **Here** is what that tool
 counts in the networks of this repository, before pruning; **paper** is what
 the paper prints for its own. No weights have been published, and accuracies are
-the papers' alone: what was trained here is in [results](results).
+the papers' alone: what was trained here is in [results](results/index.md).
 
 - Parameters are in millions. Those of detectors are the trainable ones, with
   the stem and stage 1 frozen, as the papers count them.
@@ -82,6 +82,7 @@ def load_papers() -> dict:
     """The papers' figures by folder of ``configs``, notes written out."""
     papers = yaml.safe_load(PAPERS.read_text('utf-8'))
     notes = papers.pop('notes')
+    papers.pop('quoted')  # of the pages
     for section in papers.values():
         for row in section['rows']:
             if 'note' in row:
