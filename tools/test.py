@@ -2,6 +2,7 @@
 
 usage: python tools/test.py CONFIG CHECKPOINT [arguments of its test.py]
 
+CHECKPOINT is a file, of torch or of safetensors, or hf://USER/REPO[/FILE].
 A pruned checkpoint needs no further option: its structure is part of it.
 
 Example:
@@ -14,15 +15,14 @@ import sys
 from pathlib import Path
 
 from mmela.command_line import one_line, run_tool
+from mmela.compat.loaders import is_on_hub
 from mmela.convert.networks import read_state_dict
 
 
 def check(arguments) -> None:
     """Refuse a checkpoint that cannot be read, before the network is built."""
-    checkpoint = Path(arguments[1] if len(arguments) > 1 else '')
-    if checkpoint.is_file():
-        if checkpoint.suffix == '.safetensors':
-            raise SystemExit(f'error: {checkpoint}: mmengine reads no safetensors')
+    checkpoint = arguments[1] if len(arguments) > 1 else ''
+    if is_on_hub(checkpoint) or Path(checkpoint).is_file():
         try:
             read_state_dict(checkpoint)
         except (ImportError, OSError, ValueError) as error:
