@@ -56,11 +56,13 @@ html_css_files = ['mmela.css']
 html_copy_source = False
 html_show_sourcelink = False
 html_math_renderer = 'mathml'
+html_context = {'default_mode': 'auto'}
 html_theme_options = {
     'navigation_depth': 2,
     'show_nav_level': 1,
     'secondary_sidebar_items': ['page-toc'],
     'navbar_end': ['theme-switcher'],
+    'header_links_before_dropdown': 7,
     'footer_start': ['copyright'],
     'footer_end': [],
     'show_prev_next': True,
@@ -83,14 +85,6 @@ def show_by_theme(app, docname, source):
     )
 
 
-def only_what_is_there(app, docname, source):
-    """Take the names of pages that are not in this checkout out of the index."""
-    if docname == 'index':
-        names = re.findall(r'^([\w/]+)$', source[0], re.M)
-        for name in set(names) - set(app.project.docnames):
-            source[0] = source[0].replace(f'\n{name}\n', '\n')
-
-
 def as_mathml(latex, block):
     """A formula as MathML, which browsers show without a script or a font."""
     if block and (r'\\' in latex or '&' in latex):
@@ -110,5 +104,4 @@ def visit_math_block(self, node):
 
 def setup(app):
     app.connect('source-read', show_by_theme)
-    app.connect('source-read', only_what_is_there)
     app.add_html_math_renderer('mathml', (visit_math, None), (visit_math_block, None))

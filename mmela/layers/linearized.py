@@ -104,7 +104,7 @@ class LinearizedMLA(MLA):
         Args:
             query (Tensor): (B, G, 1, d).
             keys (Tensor): (B, G, t, d).
-            memory (Memory): Not used: there is no distribution to observe.
+            memory (StageMemory): Not used: there is no distribution to observe.
 
         Returns:
             Tensor: (B, G, t); for ``'hydra'``, (B, G d, t).
