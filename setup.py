@@ -152,6 +152,7 @@ if __name__ == '__main__':
         'mmseg': toolboxes('mmseg') + torchvision + segmentation,
         'cam': ['grad-cam>=1.5,<2'],
         'timm': ['timm>=0.9'],  # ECA and CBAM
+        'hub': ['huggingface_hub>=0.25', 'safetensors>=0.4,<1'],
         'tests': requirements('tests'),
     }
     extras['all'] = sorted(set(sum(extras.values(), [])))

@@ -2,6 +2,7 @@
 
 from .compat.checkpoints import allow_checkpoint_classes
 from .compat.forks import keep_loading_safe, warn_of_mixtures
+from .compat.loaders import register_loaders
 from .compat.operators import provide_operators
 from .compat.versions import check_versions
 from .version import __version__
@@ -11,6 +12,7 @@ warn_of_mixtures()
 provide_operators()
 allow_checkpoint_classes()
 keep_loading_safe()
+register_loaders()
 
 from . import hooks, layers  # noqa: E402  (registration)
 from .attach import attach_layer_attention  # noqa: E402

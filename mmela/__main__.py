@@ -22,6 +22,7 @@ TOOLS = {
     'study': 'study.py',
     'prune': 'convert/prune.py',
     'slim': 'convert/slim.py',
+    'push': 'convert/push.py',
     'export': 'convert/export.py',
     'published': 'convert/published.py',
     'operators': 'operators.py',

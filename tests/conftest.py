@@ -56,3 +56,22 @@ def shapes(tmp_path_factory) -> Path:
     make_shapes = runpy.run_path(str(tool))['make_shapes']
     make_shapes(path, train=6, val=3, size=96, seed=0)
     return path
+
+
+@pytest.fixture
+def hub(tmp_path_factory, monkeypatch):
+    """A stand-in for the Hugging Face Hub, which its library talks to."""
+    constants = pytest.importorskip('huggingface_hub.constants')
+    from tests.helpers.hub import StandInHub
+
+    hub = StandInHub()
+    monkeypatch.setenv('HF_TOKEN', hub.token)
+    monkeypatch.setattr(constants, 'ENDPOINT', hub.url)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path_factory.mktemp('hf')))
+    monkeypatch.setattr(
+        constants,
+        'HUGGINGFACE_CO_URL_TEMPLATE',
+        hub.url + '/{repo_id}/resolve/{revision}/{filename}',
+    )
+    yield hub
+    hub.close()

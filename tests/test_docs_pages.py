@@ -115,10 +115,11 @@ def test_table_of_detectors(name):
 
 def test_keys_of_published_networks():
     """The tables of docs/migration.md say what the tool does."""
-    from mmela.convert.published import _block_leaves, _deit_leaves
+    from mmela.convert.published import _block_leaves, _deit_leaves, _unet_leaves
 
-    archs = ('mrla_base', 'mrla_light', 'mla_eq4', 'kcla')
-    known = [_block_leaves(arch) for arch in archs]
+    archs = ['mrla_base', 'mrla_light', 'mla_eq4', 'kcla', 'kcla_first']
+    archs += ['dla_light', 'dla_base', 'dia']
+    known = [_block_leaves(arch) for arch in archs] + [_unet_leaves(True)]
     for arch in ('deit_mrla_base', 'deit_mrla_light'):
         known.extend(_deit_leaves(arch))
     pairs = {pair for leaves in known for pair in leaves.items()}

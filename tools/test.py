@@ -2,9 +2,10 @@
 
 usage: python tools/test.py CONFIG CHECKPOINT [--force] [arguments of its test.py]
 
-A pruned checkpoint needs no further option: its structure is part of it. One that
-lacks most keys of the network is an error, but with --force. --channels-last runs
-the backbone in channels_last, which is faster on a CPU.
+CHECKPOINT is a file, of torch or of safetensors, or hf://USER/REPO[/FILE]. A pruned
+one needs no further option: its structure is part of it. One that lacks most keys of
+the network is an error, but with --force. --channels-last runs the backbone in
+channels_last, which is faster on a CPU.
 
 Example:
   python tools/test.py \\
@@ -20,6 +21,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, init_default_scope
 
 from mmela.command_line import find_config, one_line, run_tool
+from mmela.compat.loaders import is_on_hub
 from mmela.convert.networks import (
     NETWORK_ERRORS,
     check_fit,
@@ -33,11 +35,9 @@ def check(arguments, force: bool) -> None:
 
     What else is wrong is left to the toolbox's tool.
     """
-    checkpoint = Path(arguments[1] if len(arguments) > 1 else '')
-    if not checkpoint.is_file():
+    checkpoint = arguments[1] if len(arguments) > 1 else ''
+    if not (is_on_hub(checkpoint) or Path(checkpoint).is_file()):
         return
-    if checkpoint.suffix == '.safetensors':
-        raise SystemExit(f'error: {checkpoint}: mmengine reads no safetensors')
     try:
         _, state_dict = read_state_dict(checkpoint)
         if force:

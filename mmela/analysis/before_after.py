@@ -163,6 +163,8 @@ def _predict(
 ) -> Dict[str, Any]:
     """Predictions of a checkpoint for validation images, as plain arrays."""
     cfg, network = load_network(config, checkpoint, device=device)
+    if cfg.model.type.rpartition('.')[2] == 'RPN':
+        raise ValueError(f'{config.name} is of proposals, which have no class')
     model: Any = network
     attentions = layer_attentions(model)
     meta = read_state_dict(checkpoint)[0]

@@ -78,6 +78,7 @@ def growth_plot(
         if less:
             title = f'added to {plain_text(less)}'
             axes.get_legend().set_title(title, dict(size=8))
+            axes.get_legend().set_alignment('left')
             axes.get_legend().get_title().set_color(theme.ink)
 
     return plot
@@ -114,7 +115,7 @@ def trade_off_plot(networks: Dict[str, dict], metric: str) -> Plot:
             axes.scatter(
                 flops,
                 scores.mean(),
-                s=40 + 360 * memory / largest,
+                s=500 * memory / largest,
                 color=line['color'],
                 alpha=0.35,
                 linewidth=0,

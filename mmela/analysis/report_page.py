@@ -187,7 +187,7 @@ between.{% endif %}</p>
 <span class="right">detected, and there (IoU 0.5 or more)</span>
 <span class="wrong">detected, but not there</span> Boxes with a score of
 {{ threshold }} or more, in per cent. The images are those with objects of most
-of COCO's sizes and about five objects.</p>
+of COCO's sizes, and of these the ones with nearest to five.</p>
 {% for entry in comparison.shown %}
 <div class="row">
 {% for side, source in entry.sources.items() %}<figure>

@@ -19,6 +19,8 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.utils import digit_version
 
+from .loaders import local_checkpoint, read_safetensors
+
 _LOADS_SAFELY = digit_version(torch.__version__) >= digit_version('2.6.0')
 # Kind and size of the numbers that a checkpoint may hold, as numpy writes them
 _TYPE_CODES = {
@@ -33,35 +35,31 @@ def load_checkpoint(path: Union[str, Path]) -> Any:
 
     Args:
         path (str | Path): A file that ``torch.save`` has written, or one of
-            safetensors, ending with ``.safetensors``.
+            safetensors, ending with ``.safetensors``; on the Hugging Face Hub
+            too, see :func:`~mmela.compat.loaders.local_checkpoint`.
 
     Returns:
-        Any: What it holds; of a safetensors file the state dict.
+        Any: What it holds.
 
     Raises:
-        ImportError: If safetensors is needed and not installed.
-        OSError: If the file cannot be opened.
+        ImportError: If safetensors or huggingface_hub is needed and not
+            installed.
+        OSError: If the file cannot be opened or downloaded.
         ValueError: If the file is damaged, no checkpoint, or holds an object
             that is not allowed, which the message names.
     """
-    path = Path(path)
+    path = local_checkpoint(path)
+    if path.suffix == '.safetensors':
+        return read_safetensors(path)
     with open(path, 'rb'):
         pass  # so that what goes wrong from here on is due to its content
-    is_safetensors = path.suffix == '.safetensors'
-    if is_safetensors:
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise ImportError(f'{path} needs `pip install safetensors`') from error
-    elif not _LOADS_SAFELY:
+    if not _LOADS_SAFELY:
         warnings.warn(
             f'torch {torch.__version__} runs code that {path} may hold; from 2.6 on '
             'it does not. Load only files that you trust, or use safetensors',
             stacklevel=2,
         )
     try:
-        if is_safetensors:
-            return load_file(str(path))
         return torch.load(path, map_location='cpu', weights_only=_LOADS_SAFELY)
     except Exception as error:  # bytes of a file may make a reader raise anything
         raise ValueError(f'{path} {_reason(error)}') from error

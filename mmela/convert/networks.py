@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..command_line import one_line
 from ..compat.checkpoints import load_checkpoint
+from ..compat.loaders import is_on_hub
 
 # What building a network of somebody's config, and loading it, may raise
 NETWORK_ERRORS = (
@@ -31,7 +32,7 @@ def open_network(
     Args:
         config (str | Path): Path of the config.
         checkpoint (str | Path): Path of the checkpoint or of a bare state
-            dict, of torch or of safetensors.
+            dict, of torch or of safetensors; ``hf://...`` on the Hub.
         *outs (str | Path): Files that the tool will write.
 
     Returns:
@@ -44,7 +45,7 @@ def open_network(
             it should be, or an output exists already.
     """
     for path in (config, checkpoint):
-        if not Path(path).is_file():
+        if not is_on_hub(path) and not Path(path).is_file():
             raise SystemExit(f'error: no file {path}')
     for path in outs:
         if Path(path).exists():

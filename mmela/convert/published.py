@@ -31,7 +31,7 @@ TARGETS = ('classifier', 'detector', 'backbone', 'segmentor')
 
 # What the keys alone do not say: networks of one layout
 _SAME_KEYS = ('mrla_base', 'mrla_base_no_relu', 'mla')
-_ATTENTIONS = dict(
+_ATTENTIONS: Dict[str, dict] = dict(
     mrla_base=dict(type='MRLABase'),
     mrla_base_no_relu=dict(type='MRLABase', relu=False),
     mrla_light=dict(type='MRLALight'),
@@ -62,7 +62,11 @@ _DEIT_LAYERS_PER_STAGE = 4
 # not always what the paper says: that has 32 for every ResNet.
 _HEAD_DIM = dict(mrla_base=16, mrla_base_no_relu=16, mrla_light=32, mla_eq4=32)
 _CIFAR_HEAD_DIM = 16
-_DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+_DEPTHS: Dict[Tuple[int, ...], int] = {
+    (3, 4, 6, 3): 50,
+    (3, 4, 23, 3): 101,
+    (3, 8, 36, 3): 152,
+}
 
 # layer2.0.<leaf>, stages.1.0.<leaf>, and for KCLA on ImageNet and COCO, and for DLA,
 # layer2.layers.0.<leaf of the block>, layer2.attention.0.<leaf of the attention>;
@@ -351,7 +355,7 @@ def published_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
         channels = _shape(tensors, 'layer1.0.layer_attn.norm.weight', 1)[0]
         head_dim = channels // heads
     name = 'ELABottleneckResNet_CIFAR' if cifar else 'ELAResNet'
-    cfg = dict(type=name, depth=depth)
+    cfg: dict = dict(type=name, depth=depth)
     default = 16 if cifar else 64
     if stem_width != default:
         cfg['stem_channels'] = stem_width
@@ -474,7 +478,7 @@ def _deit_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
             f'pos_embed has {tokens} tokens, which are no class token and a square'
         )
     depth = len({key.split('.')[1] for key in tensors if key.startswith('layers.')})
-    cfg = dict(type='ELAVisionTransformer', arch=_DEIT_NAMES.get(dims))
+    cfg: dict = dict(type='ELAVisionTransformer', arch=_DEIT_NAMES.get(dims))
     if cfg['arch'] is None or depth != 12:
         cfg['arch'] = dict(
             embed_dims=dims,

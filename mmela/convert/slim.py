@@ -1,15 +1,119 @@
 import copy
-from typing import Any, Dict, List, Tuple, Union
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, NamedTuple, Tuple, Union
 
+import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..attach import AttachedStages
+from ..compat.loaders import write_safetensors
 from ..hooks import LayerAttentionPruningHook
 from ..layers import AttentionState
 from ..structure import layer_attentions
+from .networks import load_fitting, open_network
 
 AttentionBlocks = Dict[str, List[List[Union[int, str]]]]
+# What of a checkpoint's `meta` outlives the training
+KEPT_META = ('dataset_meta', 'epoch', 'iter')
+
+
+class SlimNetwork(NamedTuple):
+    """A network without its pruned attentions.
+
+    Attributes:
+        cfg (Config): Its config.
+        state_dict (dict[str, Tensor]): Its state dict.
+        meta (dict): What is known of its data set and training.
+        blocks (dict[str, list[list[int | str]]]): The blocks that still have
+            an attention, as of :func:`slim_state_dict`.
+        before (dict[str, Tensor]): The state dict that it was made from.
+        attentions (int): Number of attentions in that.
+    """
+
+    cfg: Config
+    state_dict: Dict[str, Tensor]
+    meta: dict
+    blocks: AttentionBlocks
+    before: Dict[str, Tensor]
+    attentions: int
+
+    def save(self, path: Union[str, Path], config: Union[str, Path]) -> None:
+        """Write the checkpoint and the config.
+
+        Args:
+            path (str | Path): Checkpoint to write, as safetensors if the name
+                ends with ``.safetensors``.
+            config (str | Path): Config to write.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == '.safetensors':
+            write_safetensors(path, self.state_dict, self.meta)
+        else:
+            torch.save(dict(meta=self.meta, state_dict=self.state_dict), path)
+        self.cfg.dump(config)
+
+
+def slim_network(
+    config: Union[str, Path],
+    checkpoint: Union[str, Path],
+    *outs: Union[str, Path],
+    size: int = 128,
+) -> SlimNetwork:
+    """Remove pruned attentions, and compare the outputs of both networks.
+
+    Args:
+        config (str | Path): Config of the pruned network.
+        checkpoint (str | Path): Its checkpoint.
+        *outs (str | Path): Files that will be written, which must not exist.
+        size (int): Height and width in pixels of the images to compare with.
+            Defaults to 128.
+
+    Returns:
+        SlimNetwork: The slim network.
+
+    Raises:
+        SystemExit: As :func:`~mmela.convert.networks.open_network` does.
+        ValueError: If there is no layer attention in the network, the
+            checkpoint does not fit, or the outputs of the backbones differ.
+    """
+    cfg, meta, state_dict = open_network(config, checkpoint, *outs)
+    model = _build(cfg)
+    attentions = layer_attentions(model)
+    if not attentions:
+        raise ValueError(f'{config} has no layer attention')
+    load_fitting(model, state_dict, config, checkpoint)
+    slim_state, blocks = slim_state_dict(model)
+    slim_cfg = slim_config(cfg, blocks)
+    slim = _build(slim_cfg)
+    load_fitting(slim, slim_state, 'the slim config', 'the slim checkpoint')
+    gap = _difference(model, slim, blocks, size)
+    if gap != 0:
+        raise ValueError(f'the outputs differ by {gap}')
+    meta = {key: meta[key] for key in KEPT_META if key in meta}
+    return SlimNetwork(slim_cfg, slim_state, meta, blocks, state_dict, len(attentions))
+
+
+def _build(cfg: Config) -> nn.Module:
+    """Build a network in evaluation mode; nothing is downloaded for it."""
+    model = MODELS.build(cfg.model)
+    model.eval()
+    return model
+
+
+@torch.no_grad()
+def _difference(
+    one: nn.Module, other: nn.Module, names: Iterable[str], size: int
+) -> float:
+    """Largest absolute difference of the outputs of two networks' backbones."""
+    x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return max(
+        float((a - b).abs().max())
+        for name in names
+        for a, b in zip(*(m.get_submodule(name)(x) for m in (one, other)))
+    )
 
 
 def slim_state_dict(model: nn.Module) -> Tuple[Dict[str, Tensor], AttentionBlocks]:

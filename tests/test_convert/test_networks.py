@@ -200,7 +200,7 @@ def test_refused_checkpoint_in_test(network, tmp_path, monkeypatch):
     other.touch()
     for path, match in [
         (damaged, '^error: .*damaged.pth is no checkpoint'),
-        (other, '^error: .*x.safetensors: mmengine reads no safetensors'),
+        (other, '^error: .*x.safetensors is no checkpoint'),
     ]:
         monkeypatch.setattr('sys.argv', ['test.py', str(config), str(path)])
         with pytest.raises(SystemExit, match=match) as error:

@@ -411,10 +411,11 @@ def test_depth(tmp_path, capsys):
         ]
     )
     results = json.loads(out.read_text())
-    # Concatenation keeps O(T^2) values, the others O(T)
+    # Concatenation keeps O(T^2) values, so does MLA, which makes them anew
     growth = {n: f['memory']['growth'] for n, f in results['fits'].items()}
     assert growth == {
         'published': 'quadratic',
+        'mla': 'quadratic',
         'mrla-base': 'linear',
         'mrla-light': 'linear',
         'kcla': 'linear',

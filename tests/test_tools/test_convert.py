@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.runner import CheckpointLoader
 
 from mmela.layers import AttentionState
 from mmela.structure import layer_attentions, prune
@@ -48,11 +49,13 @@ def network(tmp_path, config_dir):
     return tmp_path / 'config.py', tmp_path / 'checkpoint.pth', model
 
 
-def test_slim(network, tmp_path):
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_slim(network, tmp_path, suffix):
     config, checkpoint, model = network
-    tool('slim', config, checkpoint, tmp_path / 'slim.pth')
+    tool('slim', config, checkpoint, tmp_path / f'slim{suffix}')
     slim_cfg = Config.fromfile(tmp_path / 'slim.py')
-    saved = torch.load(tmp_path / 'slim.pth')
+    saved = CheckpointLoader.load_checkpoint(str(tmp_path / f'slim{suffix}'))
+    assert saved['meta'] == dict(epoch=3)
     assert slim_cfg.custom_hooks == []
     assert slim_cfg.model.backbone.attention_blocks == [
         [],

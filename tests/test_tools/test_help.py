@@ -28,6 +28,7 @@ FILES = {
     'analysis/cam.py': [['CONFIG', 'CHECKPOINT', 'IMAGE'],
                         ['CONFIG', 'CHECKPOINT', 'IMAGE', '--compare',
                          'CONFIG', 'CHECKPOINT']],
+    'analysis/cost.py': [['CONFIG'], ['CONFIG', '--minus', 'CONFIG']],
     'analysis/layer_attention.py': [['CONFIG', 'CHECKPOINT', '--data',
                                      'IMAGE']],
     'analysis/pictures.py': [['WORK_DIR', 'OUT']],
@@ -38,6 +39,7 @@ FILES = {
     'convert/export.py': [['CONFIG', 'CHECKPOINT', 'OUT']],
     'convert/prune.py': [['CONFIG', 'CHECKPOINT', 'OUT']],
     'convert/published.py': [['CHECKPOINT', 'OUT']],
+    'convert/push.py': [['CONFIG', 'CHECKPOINT', 'ann/net', '--out', 'OUT']],
     'convert/slim.py': [['CONFIG', 'CHECKPOINT', 'OUT']],
     'dataset/cifar.py': [['ARCHIVE', 'OUT']],
     'dataset/make_lesions.py': [['convert', 'OUT', '--images', 'FOLDER',
@@ -71,10 +73,16 @@ NETWORKS = {
     'analysis/layer_attention.py': ['--data', 'IMAGE'],
     'convert/export.py': ['OUT'],
     'convert/prune.py': ['OUT'],
+    'convert/push.py': ['ann/net', '--out', 'OUT'],
     'convert/slim.py': ['OUT'],
 }
 # What a network without layer attention is of no use for
-NEED_ATTENTION = ['analysis/layer_attention.py', 'convert/prune.py', 'convert/slim.py']
+NEED_ATTENTION = [
+    'analysis/layer_attention.py',
+    'convert/prune.py',
+    'convert/push.py',
+    'convert/slim.py',
+]
 
 
 def in_package(tool):

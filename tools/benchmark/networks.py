@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {
     'resnet': None,
     'published': 'PublishedMRLABase',
+    'mla': 'MLA',
     'mrla-base': 'MRLABase',
     'mrla-light': 'MRLALight',
     'ela': 'MRLABase',
