@@ -157,6 +157,9 @@ class Source:
     def open(self) -> cv2.VideoCapture:
         """Open a video or camera.
 
+        Returns:
+            cv2.VideoCapture: The open video.
+
         Raises:
             ValueError: If it has no frames that can be read.
         """

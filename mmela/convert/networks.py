@@ -194,7 +194,18 @@ def check_fit(
     config: Union[str, Path],
     checkpoint: Union[str, Path],
 ) -> None:
-    """Refuse the state dict of another network, see :func:`load_mostly_fitting`."""
+    """Refuse the state dict of another network, see :func:`load_mostly_fitting`.
+
+    Args:
+        model (nn.Module): The network.
+        state_dict (dict[str, Tensor]): What is to be loaded into it.
+        config (str | Path): Config of the network, for the message.
+        checkpoint (str | Path): The checkpoint, for the message.
+
+    Raises:
+        ValueError: If most keys of a part of the network are missing or have
+            another shape.
+    """
     own = model.state_dict()
     missing = [
         key

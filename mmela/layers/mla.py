@@ -84,7 +84,16 @@ class MLA(MRLABase):
         return self.norm_relu(layer_weighted_sum(attn, values, self.backend))
 
     def weights(self, query: Tensor, keys: Tensor, memory: Memory) -> Tensor:
-        """Weights of the blocks: (B, G, 1, d) and (B, G, t, d) to (B, G, t)."""
+        """Weights of the blocks.
+
+        Args:
+            query (Tensor): (B, G, 1, d).
+            keys (Tensor): (B, G, t, d).
+            memory (MLA.Memory): Memory of the stage, which gets the scores.
+
+        Returns:
+            Tensor: (B, G, t).
+        """
         # A product and a sum, not a matmul, which autocast would do in half
         scores = (query * keys).sum(-1)  # (B, G, t)
         scores = scores / math.sqrt(query.shape[-1])
