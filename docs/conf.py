@@ -85,6 +85,16 @@ def show_by_theme(app, docname, source):
     )
 
 
+def without_folders(app, docname, source):
+    """A link to a folder, which GitHub shows, becomes its text."""
+    folder = (DOCS / docname).parent
+
+    def text(link):
+        return link[1] if (folder / link[2]).is_dir() else link[0]
+
+    source[0] = re.sub(r'\[([^]]+)\]\(([\w./-]+)\)', text, source[0])
+
+
 def take_in(app, docname, source):
     """A page that no list of contents names goes to the end of the guide's."""
     if docname == 'guide':
@@ -115,4 +125,5 @@ def visit_math_block(self, node):
 def setup(app):
     app.connect('source-read', show_by_theme)
     app.connect('source-read', take_in)
+    app.connect('source-read', without_folders)
     app.add_html_math_renderer('mathml', (visit_math, None), (visit_math_block, None))
