@@ -170,8 +170,9 @@ def load_mostly_fitting(
         force (bool): Load it in any case. Defaults to False.
 
     Raises:
-        ValueError: If most keys of the network or of one of its parts are missing
-            or have another shape. The message has the counts.
+        ValueError: If most keys of one of the network's parts, such as its head or
+            a layer attention, are missing or have another shape. The message has
+            the counts.
     """
     state_dict = strip_wrapper(state_dict)
     if not force:
@@ -202,7 +203,10 @@ def check_fit(
     ]
     parts: Dict[str, list] = {}
     for key in own:
-        parts.setdefault(key.partition('.')[0], []).append(key)
+        # A slim checkpoint lacks attentions that the whole network would run
+        attention, found, _ = key.partition('.layer_attn.')
+        part = f'{attention}.layer_attn' if found else key.partition('.')[0]
+        parts.setdefault(part, []).append(key)
     lacking = set(missing)
     faults = [
         f'{len(lacking.intersection(keys))} of {len(keys)} of its {part}'
@@ -214,7 +218,7 @@ def check_fit(
         raise ValueError(
             f'{checkpoint} is of another network than {config}: {len(missing)} of the '
             f"network's {len(own)} keys are missing or have another shape, such as "
-            f'{missing[0]} ({", ".join(faults)}), and {spare} of the '
+            f'{missing[0]} ({", ".join(faults[:3])}), and {spare} of the '
             f"checkpoint's {len(state_dict)} keys have no place; --force takes it all "
             'the same'
         )
