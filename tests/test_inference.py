@@ -1,6 +1,7 @@
 """mmela infer: inputs, devices, what is written, and what is refused."""
 
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -334,6 +335,39 @@ def test_fit():
     )
     with pytest.raises(ValueError, match=expected):
         check_fit(model, state, 'a.py', 'b.pth')
+
+
+def test_slim_checkpoint_with_the_whole_network(network, tmp_path):
+    """It lacks few keys, but an attention would be a random one."""
+    config, checkpoint = network
+    state = torch.load(checkpoint)
+    name = 'backbone.layer1.1.layer_attn'
+    slim = {k: v for k, v in state.items() if not k.startswith(name)}
+    torch.save(slim, tmp_path / 'slim.pth')
+    with pytest.raises(ValueError, match=rf'\d+ of \d+ of its {name}\)'):
+        open_inferencer(config, tmp_path / 'slim.pth', 'cpu')
+
+
+def test_lines_of_the_page(network, photos, tmp_path, monkeypatch):
+    """docs/inference.md, with files of the test in place of its own."""
+    page = (ROOT / 'docs' / 'inference.md').read_text('utf-8')
+    block = re.findall('```python\n(.*?)```', page, re.S)[-1]
+    lines = [line for line in block.splitlines() if line]
+    assert len(lines) <= 5
+    image = next(photos.iterdir())
+    for old, new in (
+        ('my_config.py', network[0]),
+        ('epoch_12.pth', network[1]),
+        ('photos/', photos),
+        ('street.jpg', image),
+    ):
+        assert old in block
+        block = block.replace(old, str(new))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block, names)
+    assert len(names['result']['scores']) == 5
+    assert (tmp_path / 'found' / PREDICTIONS).is_file()
 
 
 def test_config_of_no_detector(tmp_path, photos):

@@ -183,9 +183,9 @@ def load_mostly_fitting(
 def strip_wrapper(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
     """Keys without the ``module.`` of a wrapper for distributed training."""
     start = 'module.'
-    return {
-        k[len(start) :] if k.startswith(start) else k: v for k, v in state_dict.items()
-    }
+    if not all(key.startswith(start) for key in state_dict):
+        return state_dict
+    return {key[len(start) :]: value for key, value in state_dict.items()}
 
 
 def check_fit(
@@ -194,13 +194,19 @@ def check_fit(
     config: Union[str, Path],
     checkpoint: Union[str, Path],
 ) -> None:
-    """Refuse the state dict of another network, see :func:`load_mostly_fitting`."""
+    """Refuse the state dict of another network, see :func:`load_mostly_fitting`.
+
+    The network takes from it what fits.
+    """
     own = model.state_dict()
-    missing = [
-        key
-        for key, value in own.items()
-        if key not in state_dict or state_dict[key].shape != value.shape
-    ]
+    try:  # Modules may rename keys of earlier versions
+        missing = list(model.load_state_dict(state_dict, strict=False).missing_keys)
+    except RuntimeError:
+        missing = [
+            key
+            for key, value in own.items()
+            if key not in state_dict or state_dict[key].shape != value.shape
+        ]
     parts: Dict[str, list] = {}
     for key in own:
         # A slim checkpoint lacks attentions that the whole network would run
