@@ -29,6 +29,8 @@ from mmengine.registry import (
 )
 from mmengine.visualization import Visualizer
 
+from mmela.analysis.before_after_plots import read_before_after
+from mmela.analysis.work_dir import Run
 from tests.helpers.documents import (
     PAGES,
     REASONS,
@@ -127,8 +129,14 @@ def walk(tmp_path_factory):
                 for command in commands(block):
                     run(command)
         image = cv2.imread(str(sorted((cwd / 'data').rglob('*.png'))[0]))
-        for name in ('cat.jpg', 'dog.jpg'):
+        for name in ('cat.jpg', 'dog.jpg', 'street.jpg', 'photos/a.jpg', 'more/b.png'):
+            os.makedirs(os.path.dirname(name) or '.', exist_ok=True)
             cv2.imwrite(name, image)
+        video = cv2.VideoWriter(
+            'clip.mp4', cv2.VideoWriter_fourcc(*'mp4v'), 5, (64, 64)
+        )
+        video.write(image)
+        video.release()
         network = PublishedNetwork('mrla_light', (1, 1, 1, 1), '7x7', 32)
         torch.save(network.state_dict, 'model_best.pth.tar')
     return cwd
@@ -268,6 +276,7 @@ def test_every_tool_is_shown():
         'report.py',
         'pictures.py',
         'test.py',
+        'infer.py',
         'slim.py',
         'test.py',
         'export.py',
@@ -300,7 +309,31 @@ def test_report_and_pictures(walk):
         'kl_dark.png',
         'attention_maps.png',
         'attention_maps_dark.png',
+        'before_after.jpg',
     }
+
+
+def test_before_and_after(walk):
+    """The network before the first pruning; the last one has its logged AP."""
+    work_dir = walk / 'work_dirs' / 'my_config'
+    result = read_before_after(work_dir)
+    sides = result['sides']
+    assert sides['before']['checkpoint'] == 'before_pruning.pth'
+    assert (sides['before']['epoch'], sides['after']['epoch']) == (1, 12)
+    assert sides['before']['active'] == sides['before']['attentions']
+    logged = Run(work_dir).metrics[12]
+    assert sides['after']['mean'] == pytest.approx(logged['coco/bbox_mAP'], abs=6e-4)
+    mean = sides['after']['mean_50']
+    assert mean == pytest.approx(logged['coco/bbox_mAP_50'], abs=6e-4)
+    page = (work_dir / 'report.html').read_text('utf-8')
+    assert 'Detections, before and after' in page
+    assert len(page) < 3_000_000
+
+
+def test_predictions(walk):
+    content = json.loads((walk / 'found' / 'predictions.json').read_text())
+    assert len(content['images']) == 2
+    assert len(list((walk / 'found').glob('*.png'))) == 2
 
 
 def test_slim_exported_and_tuned(walk):

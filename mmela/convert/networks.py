@@ -171,8 +171,9 @@ def load_mostly_fitting(
         force (bool): Load it in any case. Defaults to False.
 
     Raises:
-        ValueError: If most keys of the network or of one of its parts are missing
-            or have another shape. The message has the counts.
+        ValueError: If most keys of one of the network's parts, such as its head or
+            a layer attention, are missing or have another shape. The message has
+            the counts.
     """
     state_dict = strip_wrapper(state_dict)
     if not force:
@@ -183,9 +184,9 @@ def load_mostly_fitting(
 def strip_wrapper(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
     """Keys without the ``module.`` of a wrapper for distributed training."""
     start = 'module.'
-    return {
-        k[len(start) :] if k.startswith(start) else k: v for k, v in state_dict.items()
-    }
+    if not all(key.startswith(start) for key in state_dict):
+        return state_dict
+    return {key[len(start) :]: value for key, value in state_dict.items()}
 
 
 def check_fit(
@@ -195,6 +196,8 @@ def check_fit(
     checkpoint: Union[str, Path],
 ) -> None:
     """Refuse the state dict of another network, see :func:`load_mostly_fitting`.
+
+    The network takes from it what fits.
 
     Args:
         model (nn.Module): The network.
@@ -207,14 +210,20 @@ def check_fit(
             another shape.
     """
     own = model.state_dict()
-    missing = [
-        key
-        for key, value in own.items()
-        if key not in state_dict or state_dict[key].shape != value.shape
-    ]
+    try:  # Modules may rename keys of earlier versions
+        missing = list(model.load_state_dict(state_dict, strict=False).missing_keys)
+    except RuntimeError:
+        missing = [
+            key
+            for key, value in own.items()
+            if key not in state_dict or state_dict[key].shape != value.shape
+        ]
     parts: Dict[str, list] = {}
     for key in own:
-        parts.setdefault(key.partition('.')[0], []).append(key)
+        # A slim checkpoint lacks attentions that the whole network would run
+        attention, found, _ = key.partition('.layer_attn.')
+        part = f'{attention}.layer_attn' if found else key.partition('.')[0]
+        parts.setdefault(part, []).append(key)
     lacking = set(missing)
     faults = [
         f'{len(lacking.intersection(keys))} of {len(keys)} of its {part}'
@@ -226,7 +235,7 @@ def check_fit(
         raise ValueError(
             f'{checkpoint} is of another network than {config}: {len(missing)} of the '
             f"network's {len(own)} keys are missing or have another shape, such as "
-            f'{missing[0]} ({", ".join(faults)}), and {spare} of the '
+            f'{missing[0]} ({", ".join(faults[:3])}), and {spare} of the '
             f"checkpoint's {len(state_dict)} keys have no place; --force takes it all "
             'the same'
         )

@@ -46,6 +46,7 @@ FILES = {
                                  '--masks', 'FOLDER']],
     'demo.py': [['--cfg-options', 'data_root=FOLDER']],
     'study.py': [['STUDY', '--dry-run']],
+    'infer.py': [['CONFIG', 'CHECKPOINT', 'FOLDER', '--out', 'OUT']],
     'test.py': [['CONFIG', 'CHECKPOINT']],
     'train.py': [['CONFIG']],
 }  # yapf: disable
