@@ -160,6 +160,9 @@ def changed(cfg: Config, options: Dict[str, Any]) -> Config:
 
 def cost(cfg: Config, size: Tuple[int, int]) -> Dict[str, float]:
     """Count what the model of a config costs."""
+    rpn = (cfg.model.get('test_cfg') or {}).get('rpn')
+    if rpn:  # as many proposals in any network, whatever its weights
+        rpn.nms = dict(type='nms', iou_threshold=1.0)
     with MODELS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
         model = ForImages(registry.build(cfg.model))
         model.eval()
