@@ -283,6 +283,16 @@ def test_model_index_lists_every_metafile():
     )
 
 
+def test_every_row_is_found_by_the_model_index():
+    """As mim and the toolboxes read it."""
+    modelindex = pytest.importorskip('modelindex.load_model_index')
+    index = modelindex.load(str(ROOT / 'model-index.yml'))
+    index.build_models_with_collections()
+    names = sorted(model.name for model in index.models)
+    assert names == sorted(row['config'] for _, row in ROWS)
+    assert all((ROOT / model.config).is_file() for model in index.models)
+
+
 def test_the_pages_are_up_to_date():
     """What the tool writes from papers.yml and the counts of the metafiles."""
     sections = []

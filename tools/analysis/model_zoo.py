@@ -49,16 +49,28 @@ the papers' alone: what was trained here is in [results](results/index.md).
   all 0.18 in CeiT-T at 224 pixels and 1.53 at 384. The papers do not name their
   counters.
 - Detectors start from a plain ResNet (`zero_init`), whose frozen stage 1 then
-  has no MRLA; the FLOPs are without it.
+  has no MRLA; the FLOPs are without it. Those with ECA, RLA_g, BA and DLA-L start
+  from the classifier with the same attention, trained here first; SE has
+  MMPretrain's checkpoint.
+- Networks to compare with train with the schedule of those with layer attention,
+  which is not always that of their own papers.
 - Where the recipes deviate from the papers on purpose, or the papers from their
-  authors' code: MRLA's code for DeiT gives its attention no stochastic depth and
-  that for CeiT normalizes what the blocks add to, has a normalization in the value
-  and heads of 32 channels; here DeiT, CeiT and PVTv2 are as in the text and in
-  algorithms 2 and 4. MRLA's published command for EfficientNet has RandAugment,
-  random erasing and weight decay 1e-5; here are the text's AutoAugment and 4e-5.
-  KCLA's detectors train with the learning rate that its linear scaling gives,
-  0.01 and 0.005; its text prints ten times that. The fine-tuning of CeiT-T at 384
-  pixels is DeiT's, as MRLA does not describe its own.
+  authors' code:
+  - ResNets on ImageNet have the warm-up of MRLA's code, of which its text has none,
+    and for KCLA the steps at epochs 40, 70 and 90 of its code.
+  - Mixup for MRLA's table 12, b is as strong as in MMPretrain's ResNet-50, as the
+    paper does not say.
+  - MRLA's published command for EfficientNet has RandAugment, random erasing and
+    weight decay 1e-5; here are the text's AutoAugment and 4e-5, and EfficientNet's
+    warm-up of 5 epochs.
+  - MRLA's code for DeiT gives its attention no stochastic depth and that for CeiT
+    normalizes what the blocks add to, has a normalization in the value and heads of
+    32 channels; here DeiT, CeiT and PVTv2 are as in the text and in algorithms 2
+    and 4. The fine-tuning of CeiT-T at 384 pixels is DeiT's, as MRLA does not
+    describe its own.
+  - KCLA's detectors train with the learning rate that its linear scaling gives, 0.01
+    and 0.005; its text prints ten times that.
+  - The U-Nets: [segmentation](segmentation.md#recipe-and-what-is-different).
 - A note follows where the parameters deviate by more than 0.01 M, or 0.1 M
   where the paper prints one decimal.
 """
@@ -71,8 +83,9 @@ Counted over all tables of the three papers. What runs each row is in
 CIFAR-10 and CIFAR-100 side by side; MMDetection's own config of a network without
 attention, for `tools/train.py mmdet::...`; or a variant of a study of
 [configs/studies](../configs/studies), for the ablations of ELA and KCLA. Times and
-memory (ELA's table 3, MRLA's table 7) are measured by `tools/benchmark/compare.py`.
-What is without has been quoted by the papers from other work.
+memory (ELA's table 3, MRLA's table 7) are measured by
+`python -m tools.benchmark.train_step`. What is without has been quoted by the papers
+from other work.
 
 """
 NONE = 'none: '
