@@ -5,7 +5,6 @@ from typing import List
 import torch
 from torch import Tensor
 
-from ..ops import layer_weighted_sum
 from ..registry import LAYER_ATTENTIONS
 from .base import StageMemory, pool
 from .mrla_base import MRLABase
@@ -85,7 +84,7 @@ class MLA(MRLABase):
         scores = scores / math.sqrt(query.shape[-1])
         memory.scores.append(scores)
         attn = scores.softmax(-1)
-        return self.norm_relu(layer_weighted_sum(attn, values, self.backend))
+        return self.retrieve(attn, values)
 
     def store(self, x: Tensor, memory: Memory) -> None:
         """Leave the output of the block in the memory."""
