@@ -15,6 +15,7 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
+from mmela.hooks import use_channels_last
 from mmela.ops import BACKENDS
 from mmela.pruning import PruningReport
 from mmela.structure import layer_attentions, prune
@@ -401,11 +402,12 @@ class Contestant:
             batch['data_samples'] = [
                 sample.to(device) for sample in batch['data_samples']
             ]
-        form = torch.contiguous_format
+        model.to(device)
         if args.channels_last:
-            form = torch.channels_last
-        batch['inputs'] = batch['inputs'].contiguous(memory_format=form)
-        model.to(device=device, memory_format=form)
+            use_channels_last(model)
+            batch['inputs'] = batch['inputs'].contiguous(
+                memory_format=torch.channels_last
+            )
         self.batch = batch
         model.train(train)
         self.optimizer = self.scaler = None
