@@ -246,14 +246,17 @@ class Run:
     running: Dict[str, Any] = field(default_factory=dict)
     method: str = 'forkserver'
 
-    def __post_init__(self) -> None:
-        # Before a process is forked that has asked for GPUs: by the driver's
-        # library, which leaves CUDA alone, so that each can start it for itself
+    def set_environment(self) -> None:
+        """Set what the processes of all parts are to find."""
+        # Whether there is a GPU is asked of the driver's library, which leaves CUDA
+        # alone, so that processes forked afterwards can start it for themselves
         os.environ['PYTORCH_NVML_BASED_CUDA_CHECK'] = '1'
         os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '4')
         os.environ['MMELA_TRITON_BLOCKS'] = str(self.blocks)
-        if not self.blocks.exists():
-            shutil.copy(ROOT / 'mmela' / 'ops' / 'triton_blocks.json', self.blocks)
+        shutil.copy(ROOT / 'mmela' / 'ops' / 'triton_blocks.json', self.blocks)
+        if self.reduced:
+            os.environ['TRITON_INTERPRET'] = '1'
+            os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
     @property
     def blocks(self) -> Path:
@@ -319,6 +322,7 @@ class Run:
         process = self.running.pop(name)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.kill()  # where it has no group of its own yet
         process.join()
         begin = self.parts[name].pop('begin')
         self.parts[name].update(status=status, seconds=time.monotonic() - begin)
@@ -467,9 +471,7 @@ def main(argv=None) -> int:
         and not subprocess.run(['nvidia-smi', '-L'], capture_output=True).returncode
     )
     run = Run(out, begin + args.limit, args.reduced or not on_gpu)
-    if run.reduced:
-        os.environ['TRITON_INTERPRET'] = '1'
-        os.environ['CUDA_VISIBLE_DEVICES'] = ''
+    run.set_environment()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         device = Part('device', 'device', budget=90, reduced=())
