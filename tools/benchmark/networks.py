@@ -38,7 +38,7 @@ VARIANTS = {
 }
 WITH_BACKEND = ('mrla-base', 'ela')
 
-IMAGENET = dict(r50=50, r101=101)
+IMAGENET = dict(r50=50, r101=101, r152=152)
 CIFAR = dict(cifar20=20, cifar56=56, cifar110=110)
 DETECTORS = {
     'faster-rcnn': 'faster_rcnn/faster-rcnn_r50_ela_fpn_1x_coco.py',
