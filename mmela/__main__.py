@@ -29,6 +29,7 @@ TOOLS = {
     'report': 'analysis/report.py',
     'layer-attention': 'analysis/layer_attention.py',
     'cam': 'analysis/cam.py',
+    'cost': 'analysis/cost.py',
     'pictures': 'analysis/pictures.py',
     'model-zoo': 'analysis/model_zoo.py',
     'shapes': 'dataset/make_shapes.py',

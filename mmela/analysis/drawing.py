@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Callable, Dict, Optional, Sequence, Tuple
 
 import numpy as np
@@ -166,10 +167,18 @@ def draw_over_image(
             )
             axes.set_xlabel(notes[name].get(label, ''), fontsize=9)
             if row == 0:
-                axes.set_title(plain_text(name), fontsize=9)
+                lines = [fill(line, 34) for line in name.split('\n')]
+                axes.set_title(plain_text('\n'.join(lines)), fontsize=9)
+    # Grey, so that all colours over it are those of the maps
+    grey = np.repeat(image.mean(-1, keepdims=True), 3, -1)
     for axes in panels.flat:
         over = bool(axes.images)
-        axes.imshow(image, alpha=0.5 if over else 1, extent=extent, zorder=2)
+        axes.imshow(
+            grey if over else image,
+            alpha=0.45 if over else 1,
+            extent=extent,
+            zorder=2,
+        )
         axes.set(xticks=[], yticks=[])
         if box is not None:
             axes.add_patch(

@@ -103,7 +103,7 @@ def test_no_distribution(tmp_path, images, capsys):
     )
     assert {p.name for p in out.iterdir()} == {
         f'{n}{t}.png'
-        for n in ('features', 'contributions', 'queries')
+        for n in ('features', 'contributions', 'keys', 'queries')
         for t in ('', '_dark')
     } | {'layer_attention.json'}
     assert 'Left out: attention maps' in capsys.readouterr().out
@@ -231,7 +231,68 @@ def test_classifier_cam(network, images, tmp_path):
         tmp_path / 'cam',
     )
     found = sorted(p.name for p in (tmp_path / 'cam').iterdir())
-    assert found == ['0_a.png', '1_b.png', '2_c.png']
+    assert found == [f'{n}.{t}' for n in ('0_a', '1_b', '2_c') for t in ('npz', 'png')]
+    with np.load(tmp_path / 'cam' / '1_b.npz') as maps:
+        assert list(maps) == [f'0/layer{i}.1' for i in range(1, 5)]
+        assert maps['0/layer1.1'].shape == (32, 40)
+
+
+@pytest.fixture
+def transformer(tmp_path):
+    """A vision transformer, plain and with layer attention."""
+    arch = dict(embed_dims=12, num_layers=2, num_heads=3, feedforward_channels=16)
+    found = []
+    for name, kwargs in (
+        ('vit', dict(type='VisionTransformer')),
+        (
+            'ela',
+            dict(
+                type='ELAVisionTransformer',
+                layer_attention=dict(type='MRLALight', head_dim=4),
+            ),
+        ),
+    ):
+        cfg = classifier()
+        cfg['model']['backbone'] = dict(kwargs, arch=arch, img_size=32, patch_size=8)
+        cfg['model']['neck'] = None
+        cfg['model']['head'] = dict(
+            type='VisionTransformerClsHead', num_classes=4, in_channels=12
+        )
+        found.append(save(tmp_path, name, cfg))
+    return found
+
+
+def test_query_of_two_networks(transformer, images, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pytorch_grad_cam', None)  # is not needed
+    plain, light = transformer
+    out = tmp_path / 'cam'
+    arguments = (*plain, images / 'b.jpg', '--compare', *light, '--device', 'cpu')
+    tool('cam', *arguments, '--query', 0.6, 0.3, '--heads', 0, 2, '--out', out)
+    numbers = json.loads((out / '0_b_query.json').read_text())
+    assert [(n['network'], n['layer'], n['head']) for n in numbers] == [
+        (f'{name} {name}.pth', 'layers.1', head)
+        for name in ('vit', 'ela')
+        for head in (0, 2)
+    ]
+    for row in numbers:
+        weights = np.array(row['weights'])
+        # The pipeline makes it 40 x 32 pixels
+        assert weights.shape == (4, 5) and row['patch'] == [1, 3]
+        assert weights.sum() + row['extra_tokens'] == pytest.approx(1)
+    with Image.open(out / '0_b_query.png') as picture:
+        assert picture.width > picture.height
+    for extra, match in [
+        (['--query', 2, 0], '2.0 0.0 is not in the image'),
+        (['--query', 0, 0, '--heads', 3], '--heads 3: layers.1 has 0 to 2'),
+        (['--query', 0, 0, '--layers', 'layer1.1'], 'layer1.1 is no layer'),
+    ]:
+        with pytest.raises(SystemExit, match=match):
+            tool('cam', *arguments, *extra, '--out', out)
+
+
+def test_query_of_a_resnet(network, images, tmp_path):
+    with pytest.raises(SystemExit, match='ELAResNet is no vision transformer'):
+        tool('cam', *network, images, '--query', 0, 0, '--out', tmp_path / 'cam')
 
 
 def test_cam_errors_are_one_line(network, images, tmp_path):
