@@ -29,6 +29,7 @@ ARCHS = (
 )
 TARGETS = ('classifier', 'detector', 'backbone', 'segmentor')
 
+_UNET_HEAD_DIM = 16
 # What the keys alone do not say: networks of one layout
 _SAME_KEYS = ('mrla_base', 'mrla_base_no_relu', 'mla')
 _ATTENTIONS: Dict[str, dict] = dict(
@@ -42,10 +43,10 @@ _ATTENTIONS: Dict[str, dict] = dict(
     kcla_first=dict(type='KCLA', temperature=1 / 0.7, direction='sum'),
     kcla_unet=dict(
         type='KCLA',
+        head_dim=_UNET_HEAD_DIM,
         temperature=1 / 0.7,
         head_attention='plain',
         relu=False,
-        cross_stage_groups=False,
         eps=0.0,
     ),
     dla_light=dict(type='DLALight'),
@@ -793,16 +794,14 @@ def _map_unet(state_dict: Dict[str, Tensor]) -> KeyMap:
         )
     for key in mapped:
         if key.endswith('adjust_channel.0.weight'):
-            # One convolution for all heads, or one for each
             stage = int(key.split('.')[1][len('layer') :])
             before = f'encoder.layer{stage - 1}.attention.0.bn_attention.weight'
-            width = state_dict[before].numel() if before in state_dict else None
-            if _shape(state_dict, key, 4)[1] != width:
+            out, inner = _shape(state_dict, key, 4)[:2]
+            width = state_dict[before].numel() if before in state_dict else 0
+            if inner not in (width, width // max(1, out // _UNET_HEAD_DIM)):
                 raise ValueError(
-                    f'{key} has shape {tuple(state_dict[key].shape)}: it is grouped '
-                    'by heads, as in the newest version of the code, in which the '
-                    'later blocks of a stage do not see the earlier ones; mmela has '
-                    'no such KCLA'
+                    f'{key} takes {inner} channels a group; of the {width} there are '
+                    'all or those of a head are taken'
                 )
     return KeyMap(mapped, dropped, arch)
 
@@ -842,10 +841,18 @@ def _unet_backbone(converted: Dict[str, Tensor]) -> dict:
         _shape(tensors, f'layer{i}.0.conv1.weight', 4)[0]
         for i in range(1, len(blocks) + 1)
     ]
+    attention = dict(_ATTENTIONS['kcla_unet'])
+    carried = 'layer2.0.layer_attn.cross_stage.reduce.weight'
+    if carried in tensors:
+        # The first version has one convolution for all heads; in the newest, with
+        # one for each, later blocks of a stage do not see the earlier ones.
+        first = _shape(tensors, carried, 4)[1] == widths[0]
+        attention['cross_stage_groups'] = not first
+        attention['accumulate'] = first
     return dict(
         type='ELAUNetResNet',
         depth=18 if [len(b) for b in blocks] == [2, 2, 2, 2] else None,
         stem_channels=_shape(tensors, 'conv1.weight', 4)[0],
         stage_channels=tuple(widths),
-        layer_attention=dict(_ATTENTIONS['kcla_unet'], head_dim=16),
+        layer_attention=attention,
     )

@@ -79,6 +79,10 @@ class KCLA(QKVLayerAttention):
         cross_stage_groups (bool): Whether the convolution between stages is
             grouped by heads; in the authors' first U-Net it is not. Defaults to
             True.
+        accumulate (bool): Whether the later blocks of a stage see the earlier ones.
+            In the authors' newest U-Net they do not: only the first block of a
+            stage sees one before it, the last of the stage before. Defaults to
+            True.
         eps (float): What is added to :math:`z` before the division; 0 in the
             authors' U-Net. Defaults to 1e-3.
         **kwargs: ``norm_cfg``, ``value_act_cfg``, ``zero_init``,
@@ -129,6 +133,7 @@ class KCLA(QKVLayerAttention):
         block: int = 0,
         direction: str = 'own',
         cross_stage_groups: bool = True,
+        accumulate: bool = True,
         eps: float = 1e-3,
         **kwargs,
     ) -> None:
@@ -152,6 +157,7 @@ class KCLA(QKVLayerAttention):
         self.temperature = temperature
         self.direction = direction
         self.cross_stage_groups = cross_stage_groups
+        self.accumulate = accumulate
         self.eps = eps
         self.crosses_stages = cross_stage
         log_scale = math.log(temperature)
@@ -229,6 +235,8 @@ class KCLA(QKVLayerAttention):
         else:
             # None too where all attentions there are pruned, or there is none
             mean, memory.before = getattr(memory.before, 'mean', None), None
+        if not self.accumulate:
+            memory.mean = memory.mass = None
         if hasattr(self, 'cross_stage') and mean is not None:
             memory.mean, key = self.cross_stage(mean)
             memory.mass = self.weigh(self.heads(key).norm(dim=-1))
@@ -237,6 +245,7 @@ class KCLA(QKVLayerAttention):
         # What is not the default alone, as checkpoints of before have no more
         rest = '' if self.relu else ', relu=False'
         rest += '' if self.direction == 'own' else f', direction={self.direction}'
+        rest += '' if self.accumulate else ', accumulate=False'
         rest += '' if self.eps == 1e-3 else f', eps={self.eps:g}'
         return (
             f'{super().signature()[:-1]}, temperature={self.temperature:g}, '

@@ -605,17 +605,19 @@ class PublishedDeiT:
 
 
 class PublishedUNet:
-    """The first version of KCLA's U-Net, with random weights.
+    """KCLA's U-Net, with random weights.
 
     Args:
         widths (tuple[int]): Channels of the stem and of the four stages.
+        newest (bool): The newest version instead of the first: what goes into the
+            next stage is grouped by heads, and only first blocks see any before.
     """
 
     strides = (2, 2, 2, 1)
     head_dim = 16
 
-    def __init__(self, widths=(16, 32, 64, 128, 128)):
-        self.widths = widths
+    def __init__(self, widths=(16, 32, 64, 128, 128), newest=False):
+        self.newest = newest
         # For its weights and its plain operations
         self.net = net = PublishedNetwork('kcla', (), '7x7', 16, stem_width=widths[0])
         state = self.state_dict = net.state_dict
@@ -643,7 +645,8 @@ class PublishedUNet:
                 scales = torch.tensor(net.scales(heads), dtype=torch.double)
                 state[f'{name}.norm_d'] = (1 / scales).view(1, heads, 1, 1, 1)
                 if block == 0:
-                    net._make_conv(f'{name}.adjust_channel.0', out, channels, 1)
+                    inner = channels // heads if newest else channels
+                    net._make_conv(f'{name}.adjust_channel.0', out, inner, 1)
                     state[f'{name}.adjust_channel.0.bias'] = net._randn(out)
                     net._make_norm(f'{name}.adjust_channel.1', out)
             channels = out
@@ -658,9 +661,9 @@ class PublishedUNet:
         net._make_conv('outc.conv', 1, 16, 1)
         state['outc.conv.bias'] = net._randn(1)
 
-    def conv(self, name, x, stride=1):
+    def conv(self, name, x, stride=1, groups=1):
         bias = self.state_dict.get(f'{name}.bias')
-        return self.net.conv(name, x, stride) + (
+        return self.net.conv(name, x, stride, groups) + (
             0 if bias is None else bias.view(-1, 1, 1)
         )
 
@@ -679,9 +682,14 @@ class PublishedUNet:
 
         if block == 0 and memory:
             mean = torch.cat([u / z for u, z in memory], 1)
-            mean = self.conv(f'{name}.adjust_channel.0', mean, self.strides[stage - 1])
+            groups = len(scales) if self.newest else 1
+            mean = self.conv(
+                f'{name}.adjust_channel.0', mean, self.strides[stage - 1], groups
+            )
             mean = net.norm(f'{name}.adjust_channel.1', mean)
             memory = [(z * y, z) for z, y in zip(weigh(mean), net.heads(mean))]
+        elif self.newest:
+            memory = []
         new = [(z * y, z) for z, y in zip(weigh(x), net.heads(x))]
         if memory:
             new = [(u + v, z + w) for (u, z), (v, w) in zip(memory, new)]

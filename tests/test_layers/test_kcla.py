@@ -68,6 +68,8 @@ def naive(stages, x):
             a = block.layer_attn
             if not a.active:
                 continue
+            if i and not a.accumulate:
+                u = z = None
             if i == 0 and hasattr(a, 'cross_stage') and u is not None:
                 m = u / z.repeat_interleave(D, 1)[..., None, None]
                 m = a.cross_stage.reduce(m)
@@ -128,6 +130,7 @@ def naive(stages, x):
         dict(cross_stage=False),
         dict(temperature=1 / 0.7, direction='sum'),
         dict(eps=0.5, cross_stage_groups=False),
+        dict(accumulate=False),
     ],
     ids=str,
 )
