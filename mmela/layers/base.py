@@ -478,6 +478,8 @@ class QKVLayerAttention(LayerAttention):
 
 def pool(x: Tensor) -> Tensor:
     """Global average pooling, (B, C, H, W) to (B, 1, C)."""
+    if x.dtype == torch.float16:  # where a sum may be too large
+        return x.mean((2, 3)).unsqueeze(1)
     # The gradient of a sum takes no memory, that of a mean as much as `x`
     return (x.sum((2, 3)) / (x.shape[2] * x.shape[3])).unsqueeze(1)
 

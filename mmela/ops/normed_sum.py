@@ -113,19 +113,23 @@ class _NormedSum(torch.autograd.Function):
             needs = ctx.needs_input_grad[2:]
             return (None, None, *(next(found) if n else None for n in needs))
         total = _sum(weights, values)
+        # What the gradients of the values may take the memory of
+        spare = [] if total is values[0] else [total]
         if ctx.relu:
             stats = mean, var, False, 0.0, 0.0
             normed = torch.native_batch_norm(total, weight, bias, *stats)[0]
             grad = torch.ops.aten.threshold_backward(
                 grad, normed, just_below_zero(grad.dtype), grad_input=normed
             )
+            spare.append(normed)
         stats = mean, var - ctx.eps, mean, invstd, ctx.training, ctx.eps
         grad, *grad_norm = torch.ops.aten.native_batch_norm_backward(
             grad, total, weight, *stats, [True] * 3
         )
-        del total
+        spare.append(grad)
         needs = ctx.needs_input_grad[4:]
-        return (None, None, *grad_norm, *_gradients(grad, weights, values, needs))
+        gradients = _gradients(grad, weights, values, needs, spare)
+        return (None, None, *grad_norm, *gradients)
 
 
 def _plain(
@@ -200,16 +204,21 @@ def _gradients(
     weights: Sequence[Tensor],
     values: Sequence[Tensor],
     needs: Sequence[bool],
+    spare: List[Tensor],
 ) -> List[Optional[Tensor]]:
-    """Gradients of :func:`_sum`."""
+    """Gradients of :func:`_sum`; the last of ``spare`` is ``grad``."""
     if len(values) == 1:
         return [torch.zeros_like(weights[0]), grad]
     wide = weights[0].dtype
     same = wide == grad.dtype
-    outs = [
-        torch.empty_like(x) if n else None for x, n in zip((*weights, *values), needs)
-    ]
-    grad_weights, grad_values = outs[: len(weights)], outs[len(weights) :]
+    grad_weights: List[Optional[Tensor]] = []
+    grad_values: List[Optional[Tensor]] = []
+    for x, need in zip(weights, needs):
+        grad_weights.append(torch.empty_like(x) if need else None)
+    # From the last on, which takes the memory of `grad` once that is read
+    for x, need in zip(values[::-1], needs[::-1]):
+        out = spare.pop() if spare else torch.empty_like(x)
+        grad_values.insert(0, out if need else None)
     scratch = [_scratch(values[0], wide) for _ in range(1 if same else 2)]
     for s in _pieces(grad):
         g = grad[s]
@@ -226,4 +235,4 @@ def _gradients(
                     torch.mul(w[s], g, out=grad_v[s])
                 else:
                     grad_v[s].copy_(torch.mul(w[s], g, out=product))
-    return outs
+    return [*grad_weights, *grad_values]
