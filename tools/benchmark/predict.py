@@ -43,6 +43,7 @@ from torch.utils.flop_counter import flop_registry
 from .common import autocast, format_table, positive, write_results
 from .networks import (
     DETECTORS,
+    IMAGENET,
     NETS,
     WITH_BACKEND,
     add_network_options,
@@ -349,6 +350,8 @@ def predict(args: argparse.Namespace, device: Device) -> List[dict]:
     for net in args.nets:
         options = argparse.Namespace(**vars(args))
         options.net = net
+        if net in IMAGENET and options.batch is None:
+            options.batch = 64  # as gpu.py
         complete_options(options, torch.device('cuda'))
         for variant in args.variants:
             eager = record(variant, options, compiled=False)
