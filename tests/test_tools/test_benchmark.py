@@ -533,8 +533,8 @@ def test_operators_are_counted():
     assert forward.flops == 2 * out * 4 * 9
     assert forward.bytes == (2 * 4 * 36 + 8 * 4 * 9 + out) * size
     assert (relu.flops, relu.bytes) == (0, 2 * out * size)
-    backward = rest[-1]
-    # The gradient of the weight alone
+    backward = rest[-1]  # no copy of the gradient
+    # Of the weight alone
     assert backward.name == 'convolution_backward'
     assert backward.flops == forward.flops
 

@@ -36,6 +36,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -104,15 +105,17 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operators: List[Operator] = []
-        self.kept: List[Tensor] = []  # or numbers would be given twice
+        # Weak, as autograd copies a gradient that another refers to; and kept, or
+        # an address would be given twice
+        self.kept: List[StorageWeakRef] = []
         self.numbers: Dict[int, int] = {}
 
     def number(self, tensor: Tensor) -> Key:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.numbers:
-            self.numbers[storage._cdata] = len(self.numbers)
-            self.kept.append(tensor)
-        return self.numbers[storage._cdata], tensor.numel() * tensor.element_size()
+        storage = StorageWeakRef(tensor.untyped_storage())
+        if storage.cdata not in self.numbers:
+            self.numbers[storage.cdata] = len(self.numbers)
+            self.kept.append(storage)
+        return self.numbers[storage.cdata], tensor.numel() * tensor.element_size()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -243,7 +246,7 @@ def fused(operators: Sequence[Operator]) -> Iterator[Tuple[int, int]]:
             number: size
             for index in row
             for number, size in operators[index].writes
-            if last_use.get(number, -1) > row[-1] or number in reads
+            if last_use.get(number, len(operators)) > row[-1] or number in reads
         }
         yield 0, sum(reads.values()) + sum(writes.values())
 
