@@ -309,7 +309,7 @@ def record(variant: str, args: argparse.Namespace, compiled: bool) -> dict:
     model = build_network(variant, args)
     prune_network(variant, model, args)
     form = torch.channels_last if args.channels_last else torch.contiguous_format
-    model.to(memory_format=form)
+    model.to(memory_format=form).train()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         for module in model.modules():
             for name, param in module._parameters.items():
@@ -318,9 +318,8 @@ def record(variant: str, args: argparse.Namespace, compiled: bool) -> dict:
                         fake.from_tensor(param.detach()), param.requires_grad
                     )
             for name, buffer in module._buffers.items():
-                if buffer is not None:
+                if buffer is not None and name != 'state':  # of attentions: is read
                     module._buffers[name] = fake.from_tensor(buffer)
-        model.train()
         x = torch.empty(args.batch, 3, *args.size).contiguous(memory_format=form)
         params = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9, foreach=True)
