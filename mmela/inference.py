@@ -121,10 +121,15 @@ def _lower(meta: Any) -> dict:
 
 def _classes(dataset: dict) -> Tuple[str, ...]:
     """Classes of the data that a config names, which need not be there."""
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
     known = _lower(dataset.get('metainfo')).get('classes')
     if not known:
-        known = _lower(getattr(DATASETS.get(dataset['type']), 'METAINFO', None))
-        known = known.get('classes')
+        kind = dataset['type']
+        if isinstance(kind, str):
+            with DATASETS.switch_scope_and_registry(None) as registry:
+                kind = registry.get(kind)
+        known = _lower(getattr(kind, 'METAINFO', None)).get('classes')
     if not known:
         raise ValueError(
             'neither the checkpoint nor the config tells the names of the classes'

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 
 from mmela import inference
 from mmela.convert.networks import check_fit, strip_wrapper
@@ -368,6 +369,18 @@ def test_lines_of_the_page(network, photos, tmp_path, monkeypatch):
     exec(block, names)
     assert len(names['result']['scores']) == 5
     assert (tmp_path / 'found' / PREDICTIONS).is_file()
+
+
+def test_classes_of_the_data():
+    """mmdet's own configs name the type of the data alone."""
+    pytest.importorskip('mmdet')
+    init_default_scope('mmdet')
+    names = inference._classes(
+        dict(type='RepeatDataset', dataset=dict(type='CocoDataset'))
+    )
+    assert len(names) == 80 and names[0] == 'person'
+    with pytest.raises(ValueError, match='names of the classes'):
+        inference._classes(dict(type='BaseDetDataset'))
 
 
 def test_config_of_no_detector(tmp_path, photos):
