@@ -352,7 +352,8 @@ def _align(extractor: Any, feats: Sequence[Tensor], rois: Tensor) -> Tensor:
     total = 0
     for number, (layer, feat) in enumerate(zip(layers, feats)):
         here = (levels == number)[:, None]
-        # The boxes of other levels shrink to a point, which takes no time
+        # The boxes of other levels shrink to a point, which takes no time; of a
+        # point OpenVINO makes NaN
         pooled = torch.ops.torchvision.roi_align(
             feat,
             rois * here,
@@ -361,7 +362,7 @@ def _align(extractor: Any, feats: Sequence[Tensor], rois: Tensor) -> Tensor:
             layer.sampling_ratio,
             layer.aligned,
         )
-        total = total + pooled * here[..., None, None]
+        total = total + pooled.masked_fill(~here[..., None, None], 0.0)
     return total
 
 

@@ -90,7 +90,7 @@ def test_slim_keeps_values_that_are_seen(network, tmp_path):
 def test_export(network, tmp_path, suffix):
     config, checkpoint, model = network
     out = tmp_path / f'backbone{suffix}'
-    tool('export', config, checkpoint, out, '--size', '64', '96')
+    tool('export', config, checkpoint, out, '--backbone', '--size', '64', '96')
     if suffix == '.onnx':
         onnxruntime = pytest.importorskip('onnxruntime')
         session = onnxruntime.InferenceSession(str(out))
@@ -154,8 +154,14 @@ def test_errors_are_one_line(network, tmp_path):
         ('slim', (config, 'nowhere.pth', 'out.pth'), 'no file nowhere.pth'),
         ('slim', (config, plain, 'out.pth'), 'plain.pth does not fit'),
         ('slim', (config, checkpoint, checkpoint), 'exists already'),
-        ('export', (config, plain, 'out.onnx'), 'has no backbone'),
+        ('export', (config, plain, 'out.onnx', '--backbone'), 'has no backbone'),
+        ('export', (config, plain, 'out.onnx'), 'plain.pth does not fit'),
         ('export', (config, checkpoint, 'out.xyz'), 'must end with .onnx'),
+        (
+            'export',
+            (config, checkpoint, 'o.pt', '--backbone', '--normalized'),
+            'no --n',
+        ),
         ('prune', (config, 'nowhere.pth', 'out.pth'), 'no file nowhere.pth'),
         ('prune', (config, checkpoint, 'out.pth', '--batches', '0'), 'batches=0'),
         (
