@@ -25,6 +25,7 @@ CORE = (
     'tests/test_hooks/test_layer_attention_pruning_hook.py',
 )
 SETUP = ('-r', 'requirements/setup.txt', '-r', 'requirements/tests.txt')
+DOCS = ('-r', 'requirements/docs.txt')
 # Torch is given by name so that a local or newer build does not take its place.
 OLDEST = (
     'torch==2.0.0',
@@ -67,8 +68,28 @@ def lint(session):
 @nox.session(python=['3.10', '3.11', '3.12', '3.13'])
 def tests(session):
     """The pinned stack, over torchvision's operators."""
-    session.install(*SETUP)
+    session.install(*SETUP, *DOCS)
     run(session)
+
+
+@nox.session
+def docs(session):
+    """The site, in docs/_build."""
+    session.install(*SETUP, *DOCS)
+    session.install('--no-deps', '-e', '.')
+    session.run('sphinx-build', '-W', '--keep-going', 'docs', 'docs/_build')
+
+
+@nox.session
+def long(session):
+    """Commands of the pages that take minutes or hours, such as the demo."""
+    session.install(*SETUP)
+    session.install('--no-deps', '-e', '.')
+    session.run(
+        *('python', '-m', 'pytest', '-q', '-rs', 'tests/test_docs_commands.py'),
+        *(session.posargs or ('-k', 'long')),
+        env=dict(MMELA_LONG='1'),
+    )
 
 
 @nox.session(python=['3.8', '3.9'])

@@ -18,6 +18,7 @@ TOOLS = {
     'demo': 'demo.py',
     'train': 'train.py',
     'test': 'test.py',
+    'infer': 'infer.py',
     'study': 'study.py',
     'prune': 'convert/prune.py',
     'slim': 'convert/slim.py',

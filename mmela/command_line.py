@@ -79,7 +79,8 @@ def run_tool(
     Args:
         name (str): File name of the tool, e.g. ``train.py``.
         argv (list[str]): Its command-line arguments; the config comes first, as
-            :func:`find_config` takes it.
+            :func:`find_config` takes it. ``--channels-last`` is not the
+            toolbox's: it adds a :class:`mmela.hooks.MemoryFormatHook`.
         usage (str): What to print where the config is missing.
         files (tuple[str]): What the arguments after the config are, each a
             file or an address. Defaults to none.
@@ -100,8 +101,30 @@ def run_tool(
             break
         if '://' not in path and not Path(path).is_file():
             raise SystemExit(f'error: no {label} at {path}')
-    sys.argv = [str(tool), str(find_config(argv[0])), *argv[1:]]
+    sys.argv = [str(tool), str(find_config(argv[0])), *channels_last(argv[1:])]
     runpy.run_path(str(tool), run_name='__main__')
+
+
+def channels_last(argv: List[str]) -> List[str]:
+    """Put a config's setting in the place of ``--channels-last``.
+
+    Args:
+        argv (list[str]): Arguments of a tool that takes ``--cfg-options``.
+
+    Returns:
+        list[str]: The arguments without it.
+    """
+    if '--channels-last' not in argv:
+        return argv
+    rest = [argument for argument in argv if argument != '--channels-last']
+    if '--cfg-options' not in rest:
+        rest.append('--cfg-options')
+    # A second --cfg-options would replace the first
+    rest.insert(
+        rest.index('--cfg-options') + 1,
+        'default_hooks.memory_format.type=MemoryFormatHook',
+    )
+    return rest
 
 
 def one_line(error: Union[Exception, str]) -> str:

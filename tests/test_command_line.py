@@ -1,6 +1,6 @@
 import pytest
 
-from mmela.command_line import find_config, find_tool, run_tool
+from mmela.command_line import channels_last, find_config, find_tool, run_tool
 
 
 def test_finds_the_tool_of_the_configs_toolbox(config_dir):
@@ -49,3 +49,14 @@ def test_folder_named_like_a_toolbox(tmp_path, monkeypatch):
     config.write_text("default_scope = 'toolbox'\n")
     with pytest.raises(ValueError, match="'toolbox', which is no installed toolbox"):
         find_tool(str(config), 'train.py')
+
+
+def test_channels_last_joins_the_other_settings():
+    setting = 'default_hooks.memory_format.type=MemoryFormatHook'
+    assert channels_last(['--amp']) == ['--amp']
+    assert channels_last(['a.pth', '--channels-last', '--amp']) == [
+        *('a.pth', '--amp', '--cfg-options', setting)
+    ]
+    assert channels_last(['--cfg-options', 'x=1', '--channels-last']) == [
+        *('--cfg-options', setting, 'x=1')
+    ]

@@ -3,8 +3,8 @@
 Renders a small data set in COCO format, trains the demo Faster R-CNN with a
 narrow ELA-ResNet-50 on it, prunes redundant layer attentions once they have
 learned and again after epoch 7, evaluates with COCO metrics, measures the
-attention maps before the last pruning and at the end, and writes a report with
-pictures.
+attention maps before the last pruning and at the end, detects on validation
+images before the first and at the end, and writes a report with pictures.
 
 Examples:
   python tools/demo.py
@@ -21,7 +21,7 @@ from dataset.make_shapes import make_shapes
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 
-from mmela.analysis import make_report, summarize
+from mmela.analysis import make_report, measure_before_after, summarize
 from mmela.analysis.attention import hook_settings, measure_attention, save_measurement
 from mmela.analysis.inputs import load_network, validation_loader
 from mmela.analysis.work_dir import Run
@@ -74,16 +74,11 @@ def checkpoints_to_measure(run: Run) -> List[Path]:
     found = [final]
     if run.decisions:
         last = run.decisions[-1]
-        start = 'epoch_' if last.unit == 'epoch' else 'iter_'
-        numbers = [
-            int(path.stem[len(start) :])
-            for path in run.work_dir.glob(f'{start}*.pth')
-            if path.stem[len(start) :].isdigit()
-        ]
+        numbered = run.numbered_checkpoints()
         # The hook prunes before the checkpoint of its epoch is written.
-        before = [n for n in numbers if n < last.window[1]]
+        before = [n for n in numbered if n < last.window[1]]
         if before:
-            found.insert(0, run.work_dir / f'{start}{max(before)}.pth')
+            found.insert(0, numbered[max(before)])
     return found
 
 
@@ -140,11 +135,15 @@ def main(argv=None) -> None:
         raise SystemExit(f'error: {one_line(error)}') from error
     runner.train()
 
-    try:
-        measure(cfg.work_dir)
-    except (OSError, ValueError, SystemExit) as error:
-        # What was trained has a report all the same.
-        print(f'Attention maps are not measured: {error}')
+    for what, step in (
+        ('Attention maps', measure),
+        ('Detections', measure_before_after),
+    ):
+        try:
+            step(cfg.work_dir)
+        except (OSError, ValueError, SystemExit) as error:
+            # What was trained has a report all the same.
+            print(f'{what} are not measured: {error}')
     make_report(cfg.work_dir)
     print(summarize(cfg.work_dir))
     print(f'Done in {(time.time() - start) / 60:.1f} min')

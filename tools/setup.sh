@@ -232,7 +232,8 @@ install_all() {
     logged "$python" -m pip uninstall -y mmcv
   fi
   install -r "$venv/setup.txt" -r "$requirements/build.txt" \
-    -r "$requirements/tests.txt" -r "$requirements/lint.txt"
+    -r "$requirements/tests.txt" -r "$requirements/docs.txt" \
+    -r "$requirements/lint.txt"
 }
 
 compile_mmcv() {

@@ -1,9 +1,11 @@
 """Test a detector or a classifier with the toolbox's own tools/test.py.
 
-usage: python tools/test.py CONFIG CHECKPOINT [arguments of its test.py]
+usage: python tools/test.py CONFIG CHECKPOINT [--force] [arguments of its test.py]
 
-CHECKPOINT is a file, of torch or of safetensors, or hf://USER/REPO[/FILE].
-A pruned checkpoint needs no further option: its structure is part of it.
+CHECKPOINT is a file, of torch or of safetensors, or hf://USER/REPO[/FILE]. A pruned
+one needs no further option: its structure is part of it. One that lacks most keys of
+the network is an error, but with --force. --channels-last runs the backbone in
+channels_last, which is faster on a CPU.
 
 Example:
   python tools/test.py \\
@@ -11,24 +13,48 @@ Example:
       work_dirs/ela/epoch_12.pth
 """
 
+import argparse
 import sys
 from pathlib import Path
 
-from mmela.command_line import one_line, run_tool
+from mmengine.config import Config, DictAction
+from mmengine.registry import MODELS, init_default_scope
+
+from mmela.command_line import find_config, one_line, run_tool
 from mmela.compat.loaders import is_on_hub
-from mmela.convert.networks import read_state_dict
+from mmela.convert.networks import (
+    NETWORK_ERRORS,
+    check_fit,
+    read_state_dict,
+    strip_wrapper,
+)
 
 
-def check(arguments) -> None:
-    """Refuse a checkpoint that cannot be read, before the network is built."""
+def check(arguments, force: bool) -> None:
+    """Refuse a checkpoint that cannot be read, or that is of another network.
+
+    What else is wrong is left to the toolbox's tool.
+    """
     checkpoint = arguments[1] if len(arguments) > 1 else ''
-    if is_on_hub(checkpoint) or Path(checkpoint).is_file():
-        try:
-            read_state_dict(checkpoint)
-        except (ImportError, OSError, ValueError) as error:
-            raise SystemExit(f'error: {one_line(error)}') from error
+    if not (is_on_hub(checkpoint) or Path(checkpoint).is_file()):
+        return
+    try:
+        _, state_dict = read_state_dict(checkpoint)
+        if force:
+            return
+        cfg = Config.fromfile(find_config(arguments[0]))
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
+        cfg.merge_from_dict(parser.parse_known_args(arguments[2:])[0].cfg_options)
+        init_default_scope(cfg.get('default_scope', 'mmengine'))
+        model = MODELS.build(cfg.model)
+        check_fit(model, strip_wrapper(state_dict), arguments[0], checkpoint)
+    except NETWORK_ERRORS as error:
+        raise SystemExit(f'error: {one_line(error)}') from error
 
 
 if __name__ == '__main__':
-    check(sys.argv[1:])
-    run_tool('test.py', sys.argv[1:], __doc__, files=('checkpoint',))
+    forced = '--force' in sys.argv
+    given = [argument for argument in sys.argv[1:] if argument != '--force']
+    check(given, forced)
+    run_tool('test.py', given, __doc__, files=('checkpoint',))

@@ -6,6 +6,7 @@ CONFIG is a file, or one that a toolbox ships such as
 mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py.
 Most used: --work-dir DIR, --resume [CHECKPOINT], --amp, --auto-scale-lr,
 --cfg-options KEY=VALUE ...
+--channels-last runs the backbone in channels_last, which is faster on a CPU.
 
 Example:
   python tools/train.py \\

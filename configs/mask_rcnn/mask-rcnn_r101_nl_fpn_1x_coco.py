@@ -1,6 +1,6 @@
 _base_ = [
     'mmdet::mask_rcnn/mask-rcnn_r101_fpn_1x_coco.py',
-    '../_base_/attentions/nl_coco.py',
+    '../_base_/attentions/nl_r101_coco.py',
 ]
 
 model = dict(backbone=_base_.backbone)

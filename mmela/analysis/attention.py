@@ -14,35 +14,10 @@ from ..hooks.meter import NetworkKLMeter, check_measurement
 from ..layers import AttentionState, HookedAttentionStage, LayerAttention
 from ..pruning import LayerDecision, PruningPolicy, build_policy
 from ..structure import AttentionStage, attention_stages
+from .keys import KeyRecorder
+from .statistics import RunningMean
 
 BINS = 20
-
-
-class RunningMean:
-    """Mean and standard deviation over samples that come in batches.
-
-    The sums stay on the device, in double precision.
-    """
-
-    def __init__(self) -> None:
-        self.sums: Optional[Tensor] = None
-        self.count = 0
-
-    def add(self, values: Tensor) -> None:
-        """Add a batch of samples, (B, ...)."""
-        values = values.double()
-        sums = torch.stack([values.sum(0), values.square().sum(0)])
-        self.sums = sums if self.sums is None else self.sums + sums
-        self.count += len(values)
-
-    def mean(self) -> Tensor:
-        """Mean, (...)."""
-        return (self.sums[0] / self.count).cpu()
-
-    def std(self) -> Tensor:
-        """Standard deviation of the samples (divided by their number)."""
-        mean, square = (self.sums / self.count).cpu()
-        return (square - mean.square()).clamp(min=0).sqrt()
 
 
 class StageRecorder:
@@ -66,6 +41,7 @@ class StageRecorder:
             similarities in :data:`BINS` equal bins from 0 to 1, (BINS,). The
             query of the first active attention, which attends to itself
             alone, is left out (MRLA, figure 2b).
+        keys (KeyRecorder): Of the keys.
     """
 
     def __init__(self, stage: AttentionStage, meter=None) -> None:
@@ -76,6 +52,7 @@ class StageRecorder:
         self.queries: Dict[tuple, RunningMean] = {}
         self.histogram: Optional[Tensor] = None
         self._handles: list = []
+        self.keys = KeyRecorder([attention for _, attention in stage_blocks(stage)])
 
     def __enter__(self) -> 'StageRecorder':
         self._observer = self.stage.observer
@@ -107,6 +84,7 @@ class StageRecorder:
                         partial(self._record_query, index, attention)
                     )
                 )
+        self._handles += self.keys.hooks()
         return self
 
     def __exit__(self, *args) -> None:
@@ -121,6 +99,7 @@ class StageRecorder:
             self._observer(scores)
         if self.meter is not None:
             self.meter(scores)
+        self.keys.finish()
         if not self.maps:
             self.maps = [RunningMean() for _ in scores]
         for mean, score in zip(self.maps, scores):
@@ -282,7 +261,8 @@ def measure_attention(
         - ``stages`` (dict[str, dict]): Per stage the ``attention`` (name of
           the class), ``states`` of the blocks (``'active'``, ``'value_only'``,
           ``'pruned'``, ``'none'`` for a block without attention), ``maps``,
-          ``features``, ``queries`` and ``contributions``, each None where it
+          ``features``, ``queries``, ``contributions``, ``keys`` and ``scores``
+          (see :class:`~mmela.analysis.keys.KeyRecorder`), each None where it
           does not apply.
         - ``histogram`` (list[int] | None): See
           :attr:`StageRecorder.histogram`, over all stages.
@@ -399,6 +379,8 @@ def _describe(recorder: StageRecorder) -> dict:
         ]
         or None,
         contributions=_contributions(stage),
+        keys=recorder.keys.describe_keys(),
+        scores=recorder.keys.describe_scores(),
     )
 
 
@@ -484,10 +466,15 @@ def _left_out(stages: Dict[str, dict]) -> List[str]:
     notes = []
     for name, stage in stages.items():
         kind = stage['attention']
-        if not stage['prunable']:
+        if not stage['prunable'] and stage['scores'] is None:
             notes.append(
                 f'attention maps, KL divergence and policy of {name}: {kind} '
                 'weighs no layers against each other by a distribution'
+            )
+        elif stage['scores'] is not None:
+            notes.append(
+                f'KL divergence and policy of {name}: {kind} weighs by the norms of '
+                'the keys alone, and the pruning hook does not measure that'
             )
         elif stage['maps'] is None:
             notes.append(f'attention maps of {name}: no attention is active')
@@ -495,6 +482,11 @@ def _left_out(stages: Dict[str, dict]) -> List[str]:
             notes.append(
                 f'similarity of queries of {name}: there are no two active '
                 'attentions with a query of one vector per head'
+            )
+        if stage['keys'] is None:
+            notes.append(
+                f'similarity of keys of {name}: there are no two blocks with a key '
+                'of one vector per head'
             )
         if stage['features'] is None:
             notes.append(

@@ -2,7 +2,16 @@
 
 import math
 import re
-from typing import Iterator, List, NamedTuple, Sequence, Tuple, Union
+from typing import (
+    Callable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..pruning import PruningDecision
 from .decision_plots import kl_plot, mapping_plot
-from .drawing import MARKERS, WIDTH, Plot, Theme, legend_above
+from .drawing import MARKERS, WIDTH, Plot, Theme, legend_above, plain_text
 from .work_dir import short_name
 
 # Blue to yellow, of evenly growing lightness: also without colour vision
@@ -57,19 +66,18 @@ def attention_pictures(result: dict) -> Iterator[Picture]:
     """
     stages = result['stages']
     for name, stage in stages.items():
-        if not stage['maps']:
-            continue
         label, file = short_name(name), _file_name(name)
-        yield Picture(
-            f'maps_{file}',
-            f'Attention weights of {label}',
-            'Mean over images and heads. A row is the block that asks, a '
-            'column the block that it attends to; ✕ and hatching mark what '
-            'is pruned. Rows that look alike are redundant.',
-            map_plot(stage),
-            stage=name,
-        )
-        if len(stage['maps']['heads']) > 1:
+        if stage['maps']:
+            yield Picture(
+                f'maps_{file}',
+                f'Attention weights of {label}',
+                'Mean over images and heads. A row is the block that asks, a '
+                'column the block that it attends to; ✕ and hatching mark what '
+                'is pruned. Rows that look alike are redundant.',
+                map_plot(stage),
+                stage=name,
+            )
+        if stage['maps'] and len(stage['maps']['heads']) > 1:
             yield Picture(
                 f'heads_{file}',
                 f'Attention weights of {label} by head',
@@ -77,6 +85,17 @@ def attention_pictures(result: dict) -> Iterator[Picture]:
                 'of the mean; grey marks what is pruned.',
                 heads_plot(stage),
                 True,
+            )
+        if stage.get('scores'):
+            yield Picture(
+                f'scores_{file}',
+                f'Attention scores of {label} by head',
+                'Share of each block in what a block retrieves, mean over images, '
+                'for the first, the middle and the last head: a larger s '
+                'concentrates it on keys of large norm. "Before" is what was taken '
+                'over from the stage before. "At the limit" are weights of which '
+                'the exponent is cut to 10: such blocks weigh the same.',
+                scores_plot(stage),
             )
     if result['decision'] and any('active' in s['states'] for s in stages.values()):
         decision = PruningDecision.from_dict(result['decision'])
@@ -113,6 +132,15 @@ def attention_pictures(result: dict) -> Iterator[Picture]:
             'standard deviation over images. Below, how often each value '
             'occurs, without the first attention of a stage.',
             similarity_plot(stages, 'queries', result['histogram']),
+        )
+    if any(stage.get('keys') for stage in stages.values()):
+        yield Picture(
+            'keys',
+            'Similarity of the keys of the blocks',
+            'Cosine similarity of the keys of each two blocks of a stage, mean over '
+            'heads and images; above each map the mean over all pairs. 1 means '
+            'that they differ in length alone, 0 that one of them is all zeros.',
+            keys_plot(stages),
         )
     if any(stage['contributions'] for stage in stages.values()):
         yield Picture(
@@ -167,10 +195,14 @@ def _hatch_pruned(axes: Axes, states: Sequence[str], theme: Theme) -> None:
 
 
 def _colourbar(
-    figure: Figure, image: AxesImage, axes: Union[Axes, List[Axes]], theme: Theme
+    figure: Figure,
+    image: AxesImage,
+    axes: Union[Axes, List[Axes]],
+    theme: Theme,
+    label: str = 'attention weight',
 ) -> None:
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02)
-    bar.set_label('attention weight', color=theme.ink, fontsize=9)
+    bar.set_label(label, color=theme.ink, fontsize=9)
 
 
 def map_plot(stage: dict) -> Plot:
@@ -221,31 +253,144 @@ def map_pair_plot(stages: Sequence[Tuple[str, dict]]) -> Plot:
 
 def _draw_map(axes: Axes, stage: dict, theme: Theme) -> AxesImage:
     """Draw the mean attention weights of a stage."""
-    weights = _array(stage['maps']['mean'])
-    states = stage['states']
+    return _draw_weights(axes, stage['maps']['mean'], stage['states'], theme)
+
+
+def _draw_weights(
+    axes: Axes,
+    rows: Sequence[Sequence[float]],
+    states: Sequence[str],
+    theme: Theme,
+    before: Optional[Sequence[float]] = None,
+) -> AxesImage:
+    """Draw weights of a stage, a column for each block.
+
+    ``before`` are weights of something before the first block, if any.
+    """
+    weights = _array(rows)
     count = len(states)
-    image = axes.imshow(weights, cmap=COLOURS, vmin=0, vmax=1)
+    left = 0 if before is None else -1
+    if before is not None:
+        weights = np.ma.column_stack([_array([before]).T, weights])
+    image = axes.imshow(
+        weights,
+        cmap=COLOURS,
+        vmin=0,
+        vmax=1,
+        extent=(left - 0.5, count - 0.5, count - 0.5, -0.5),
+    )
     _hatch_pruned(axes, states, theme)
     if count <= 8:
-        for row, column in zip(*np.nonzero(~weights.mask)):
-            weight = weights[row, column]
-            axes.text(
-                column,
-                row,
-                f'{weight:.2f}',
-                ha='center',
-                va='center',
-                fontsize=7,
-                color='white' if weight < 0.5 else 'black',
-            )
+        _number_cells(axes, weights, left, lambda weight: weight < 0.5)
     step = math.ceil(count / 24)
-    ticks = _ticks(states)
-    axes.set_xticks(
-        range(0, count, step), ticks[::step], rotation=90 if count > 12 else 0
-    )
-    axes.set_yticks(range(0, count, step), ticks[::step])
+    ticks = _ticks(states)[::step]
+    places = list(range(0, count, step))
+    axes.set_yticks(places, ticks)
+    if before is not None:
+        places, ticks = [-1, *places], ['before', *ticks]
+    turn = 90 if count > 12 or before is not None else 0
+    axes.set_xticks(places, ticks, rotation=turn)
     axes.set(xlabel='attended block', ylabel='asking block')
     return image
+
+
+def _number_cells(
+    axes: Axes,
+    values: np.ma.MaskedArray,
+    left: int,
+    dark: Callable[[float], bool],
+) -> None:
+    """Write the values of a map into its cells, which begin at ``left``."""
+    for row, column in zip(*np.nonzero(~np.ma.getmaskarray(values))):
+        value = values[row, column]
+        axes.text(
+            column + left,
+            row,
+            f'{value:.2f}',
+            ha='center',
+            va='center',
+            fontsize=7,
+            color='white' if dark(value) else 'black',
+        )
+
+
+def scores_plot(stage: dict) -> Plot:
+    """Attention scores of the first, middle and last head (KCLA, figure 7).
+
+    Args:
+        stage (dict): One of ``stages`` of a measurement, with scores.
+
+    Returns:
+        Callable[[Figure, Theme], None]: Plot for
+        :func:`mmela.analysis.drawing.draw`.
+    """
+    scores = stage['scores']
+    count = len(scores['heads'])
+    heads = sorted({0, count // 2, count - 1})
+    inherits = any(x for x in scores['before']['mean'] if x is not None)
+
+    def plot(figure: Figure, theme: Theme) -> None:
+        figure.set_size_inches(0.8 + 2.8 * len(heads), 3.4)
+        figure.set_layout_engine('compressed')
+        panels = figure.subplots(1, len(heads), squeeze=False)[0]
+        for axes, head in zip(panels, heads):
+            before = scores['before']['heads'][head] if inherits else None
+            image = _draw_weights(
+                axes, scores['heads'][head], stage['states'], theme, before
+            )
+            title = f'head {head}, s = {scores["temperatures"][head]:.2f}'
+            if scores['limited'][head] > 0.005:
+                title += f', {scores["limited"][head]:.0%} at the limit'
+            axes.set_title(
+                title,
+                color=theme.ink,
+                fontsize=9,
+            )
+        _colourbar(figure, image, list(panels), theme)
+
+    return plot
+
+
+def keys_plot(stages: dict) -> Plot:
+    """Similarity of the keys of each two blocks of a stage (KCLA, figure 2).
+
+    Args:
+        stages (dict): ``stages`` of a measurement.
+
+    Returns:
+        Callable[[Figure, Theme], None]: Plot for
+        :func:`mmela.analysis.drawing.draw`.
+    """
+    shown = {name: stage['keys'] for name, stage in stages.items() if stage.get('keys')}
+    # From 0 on where nothing is below, so that pictures compare
+    low = 0 if min(np.min(keys['mean']) for keys in shown.values()) >= 0 else -1
+    middle = (low + 1) / 2
+    columns = len(shown) if len(shown) < 4 else math.ceil(len(shown) / 2)
+    rows = math.ceil(len(shown) / columns)
+
+    def plot(figure: Figure, theme: Theme) -> None:
+        figure.set_size_inches(0.8 + 2.8 * columns, 0.4 + 2.9 * rows)
+        figure.set_layout_engine('compressed')
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+        for axes, (name, keys) in zip(panels, shown.items()):
+            values, blocks = np.ma.array(keys['mean']), keys['blocks']
+            image = axes.imshow(values, cmap=COLOURS, vmin=low, vmax=1)
+            if len(blocks) <= 8:
+                _number_cells(axes, values, 0, lambda value: value < middle)
+            step = math.ceil(len(blocks) / 12)
+            axes.set_xticks(range(0, len(blocks), step), blocks[::step])
+            axes.set_yticks(range(0, len(blocks), step), blocks[::step])
+            axes.set(xlabel='block', ylabel='block')
+            axes.set_title(
+                f'{plain_text(short_name(name))}: {keys["overall"]:.2f}',
+                color=theme.ink,
+                fontsize=9,
+            )
+        for axes in list(figure.axes)[len(shown) :]:
+            axes.remove()
+        _colourbar(figure, image, list(figure.axes), theme, 'cosine similarity')
+
+    return plot
 
 
 def heads_plot(stage: dict) -> Plot:

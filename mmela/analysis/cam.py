@@ -1,24 +1,20 @@
 """Score-CAM of residual blocks: where in an image a block's features count."""
 
 import copy
-import os
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ..layers import AttentionStage, HookedAttentionStage, TokenAttentionStage
 from ..structure import attention_stages
 from .attention import measure_attention, stage_blocks
+from .patch_attention import PatchSize, is_transformer, layer_names
 
 try:
     from pytorch_grad_cam import ScoreCAM
-    from pytorch_grad_cam.utils.image import show_cam_on_image
     from pytorch_grad_cam.utils.model_targets import (
         ClassifierOutputTarget,
         FasterRCNNBoxScoreTarget,
@@ -202,24 +198,54 @@ class NextInput:
         )
 
 
-def target_layers(model: nn.Module) -> Dict[str, nn.Module]:
+class TokensAsMap:
+    """What a transformer layer puts out, as a map of patches, for forward hooks.
+
+    Args:
+        backbone (nn.Module): A vision transformer of MMPretrain.
+        name (str): Name of the layer in it.
+    """
+
+    def __init__(self, backbone: nn.Module, name: str) -> None:
+        self.backbone = backbone
+        self.layer = backbone.get_submodule(name)
+
+    def register_forward_hook(self, hook: Callable) -> 'Handles':
+        """Have a hook see the patches of the output as (B, C, H, W)."""
+        size = PatchSize(self.backbone)
+        handle = self.layer.register_forward_hook(
+            lambda module, args, output: hook(module, args, size.to_map(output))
+        )
+        return Handles([size, handle])
+
+
+class Handles(list):
+    """Handles of hooks that are removed together."""
+
+    def remove(self) -> None:
+        """Remove all of them."""
+        for handle in self:
+            handle.remove()
+
+
+def target_layers(model: nn.Module) -> Dict[str, Any]:
     """The modules that put out what each block hands to the next one.
 
     Args:
         model (nn.Module): A model whose backbone is a ResNet, with or without
-            layer attention, or another network of (B, C, H, W) features with
-            layer attention.
+            layer attention, another network of (B, C, H, W) features with
+            layer attention, or a vision transformer of MMPretrain such as DeiT.
 
     Returns:
-        dict[str, nn.Module | NextInput]: By the name of the block in the
-        backbone, such as ``layer1.2``, in order: what a forward hook sees the
-        output of the block with that of its layer attention at.
+        dict[str, nn.Module | NextInput | TokensAsMap]: By the name of the block
+        in the backbone, such as ``layer1.2``, in order: what a forward hook sees
+        the output of the block with that of its layer attention at.
 
     Raises:
         ValueError: If the backbone is another one.
     """
     backbone = getattr(model, 'backbone', nn.Module())
-    layers = {}
+    layers: Dict[str, Any] = {}
     for name in getattr(backbone, 'res_layers', ()):
         stage = getattr(backbone, name)
         blocks = list(stage)
@@ -230,6 +256,8 @@ def target_layers(model: nn.Module) -> Dict[str, nn.Module]:
         layers.update({f'{name}.{i}': layer for i, layer in enumerate(outputs)})
     if layers:
         return layers
+    if is_transformer(backbone):
+        return {name: TokensAsMap(backbone, name) for name in layer_names(backbone)}
     names = {module: name for name, module in backbone.named_modules()}
     for stage in attention_stages(backbone).values():
         if isinstance(stage, HookedAttentionStage) and not isinstance(
@@ -239,7 +267,8 @@ def target_layers(model: nn.Module) -> Dict[str, nn.Module]:
     if not layers:
         raise ValueError(
             f'the backbone of {type(model).__name__} has no '
-            'residual blocks with features of (B, C, H, W)'
+            'residual blocks with features of (B, C, H, W), and is no vision '
+            'transformer of MMPretrain'
         )
     return layers
 
@@ -359,20 +388,6 @@ class ImageCAM:
             iou_threshold=IOU_THRESHOLD,
         )
 
-    def picture(self) -> np.ndarray:
-        """The image as the network sees it, before normalisation.
-
-        Returns:
-            ndarray: (h, w, 3), RGB from 0 to 1.
-        """
-        # The pipelines of both toolboxes read images as BGR.
-        image = self.batch['inputs'][0].float().numpy()[::-1]
-        if self.batch['inputs'][0].dtype == torch.uint8:
-            image = image / 255
-        else:
-            image = (image - image.min()) / (np.ptp(image) + 1e-8)
-        return np.ascontiguousarray(image.transpose(1, 2, 0), np.float32)
-
     def compute(self, index: int, block: str, **kwargs) -> np.ndarray:
         """Score-CAM of a block.
 
@@ -439,55 +454,7 @@ def channel_count(model: nn.Module, block: str) -> int:
     """
     target_layer(model, block)
     name = block[len('backbone.') :] if block.startswith('backbone.') else block
+    if is_transformer(model.backbone):
+        return model.backbone.embed_dims
     modules = model.backbone.get_submodule(name).modules()
     return [m.num_features for m in modules if hasattr(m, 'num_features')][-1]
-
-
-def draw_cams(
-    path: os.PathLike,
-    image: np.ndarray,
-    columns: Dict[str, Dict[str, np.ndarray]],
-    notes: Dict[str, Dict[str, str]],
-    title: str,
-) -> None:
-    """Write a picture of the image and the maps of all blocks over it.
-
-    Args:
-        path (PathLike): The PNG file.
-        image (ndarray): (h, w, 3), RGB from 0 to 1.
-        columns (dict[str, dict[str, ndarray]]): For each network, by the
-            heading of its column, the maps of its blocks, each (h, w) from 0
-            to 1.
-        notes (dict[str, dict[str, str]]): For each network what to write
-            below the map of a block.
-        title (str): Heading of the whole picture.
-    """
-    blocks = list(next(iter(columns.values())))
-    height, width = image.shape[:2]
-    size = 2.6
-    figure = Figure(
-        figsize=(
-            size * (1 + len(columns)) + 0.3,
-            (size * height / width + 0.35) * len(blocks) + 0.7,
-        ),
-        dpi=120,
-        layout='constrained',
-    )
-    canvas = FigureCanvasAgg(figure)
-    figure.suptitle(title.replace('$', r'\$'), fontsize=10)
-    axes = figure.subplots(len(blocks), 1 + len(columns), squeeze=False)
-    for row, block in enumerate(blocks):
-        axes[row, 0].imshow(image)
-        axes[row, 0].set_ylabel(block, fontsize=10)
-        for column, (name, maps) in enumerate(columns.items(), 1):
-            axes[row, column].imshow(
-                show_cam_on_image(
-                    image, maps[block], use_rgb=True, colormap=cv2.COLORMAP_VIRIDIS
-                )
-            )
-            axes[row, column].set_xlabel(notes[name].get(block, ''), fontsize=9)
-            if row == 0:
-                axes[row, column].set_title(name.replace('$', r'\$'), fontsize=9)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    canvas.print_png(str(path))

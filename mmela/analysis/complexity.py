@@ -1,16 +1,22 @@
-"""What pruning saves: FLOPs and parameters of a run's backbone."""
+"""What networks cost, and what pruning saves: FLOPs, parameters, memory."""
 
+import math
 from dataclasses import dataclass
 from typing import List, Optional, Sequence, Tuple
 
 from mmengine.analysis import FlopAnalyzer
+from mmengine.analysis.jit_handles import get_shape
 from mmengine.config import Config
 from mmengine.registry import MODELS
-from torch import nn, no_grad, zeros
+from torch import Tensor, enable_grad, nn, no_grad, rand, zeros
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..layers import AttentionState
 from ..structure import layer_attentions, prune
 from .work_dir import Run
+
+# Elementwise products, which mmengine does not count
+_PRODUCTS = ('aten::mul', 'aten::mul_', 'aten::addcmul', 'aten::lerp')
 
 
 @dataclass
@@ -70,23 +76,111 @@ def input_size(cfg: Config) -> Tuple[int, int]:
     return size
 
 
-def count_flops(network: nn.Module, size: Sequence[int]) -> float:
+class ForImages(nn.Module):
+    """A model as a function of images alone.
+
+    Args:
+        model (nn.Module): A backbone, or a model of a toolbox. A detector gets
+            the data samples that its proposals need.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor):
+        """Run the model on images, (B, 3, H, W), without its post-processing."""
+        if 'BaseDetector' not in {cls.__name__ for cls in type(self.model).__mro__}:
+            return self.model(inputs)
+        from mmdet.structures import DetDataSample
+
+        size = tuple(map(int, inputs.shape[2:]))
+        info = dict(
+            img_shape=size,
+            ori_shape=size,
+            pad_shape=size,
+            batch_input_shape=size,
+            scale_factor=(1, 1),
+        )
+        samples = [DetDataSample(metainfo=info) for _ in range(len(inputs))]
+        return self.model(inputs, samples)
+
+
+def count_flops(
+    network: nn.Module, size: Sequence[int], products: bool = False
+) -> float:
     """FLOPs of a network for one RGB image, as mmengine counts them.
 
     Args:
         network (nn.Module): A backbone, or a model that takes images alone; in
             evaluation mode.
         size (Sequence[int]): Height and width of the image in pixels.
+        products (bool): Count what mmengine leaves out, too: elementwise
+            products, the weighted sum of the values among them, and fused
+            self-attention. Defaults to False.
 
     Returns:
         float: The number; a multiplication with its addition counts once.
     """
     counter = FlopAnalyzer(network, (zeros(1, 3, *size),))
+    if products:
+        counter.set_op_handle(
+            **dict.fromkeys(_PRODUCTS, _product_flops),
+            **{'aten::scaled_dot_product_attention': _self_attention_flops},
+        )
     counter.unsupported_ops_warnings(False)
     counter.uncalled_modules_warnings(False)
     counter.tracer_warnings('none')
     with no_grad():  # a third of the memory
         return float(counter.total())
+
+
+def _product_flops(inputs: list, outputs: list) -> int:
+    """Of an elementwise product: one for each element of the result."""
+    shape = get_shape(outputs[0])
+    return math.prod(shape) if shape else 0
+
+
+def _self_attention_flops(inputs: list, outputs: list) -> int:
+    """Of queries (..., L, d) with keys (..., S, d), and of the sum of values."""
+    query, key = map(get_shape, inputs[:2])
+    return 2 * math.prod(query) * key[-2]
+
+
+def kept_memory(network: nn.Module, size: Sequence[int]) -> float:
+    """Memory that a training step keeps for its backward pass, for one image.
+
+    That is what grows with the batch: features and the like, without weights,
+    gradients and the state of the optimizer. It is counted, by the tensors that
+    autograd saves, and so is the same on all machines.
+
+    Args:
+        network (nn.Module): As of :func:`count_flops`. Its norms see two
+            images, and their statistics change.
+        size (Sequence[int]): Height and width of the image in pixels.
+
+    Returns:
+        float: Bytes.
+    """
+    inputs = rand(2, 3, *size)
+    own = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in (inputs, *network.parameters(), *network.buffers())
+    }
+    # The storages themselves, so that none is freed and its address used again
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    network.train()
+    with enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
+        network(inputs)
+    network.eval()
+    return sum(storage.nbytes() for storage in kept.values()) / len(inputs)
 
 
 def used_parameters(backbone: nn.Module) -> int:

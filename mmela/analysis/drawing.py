@@ -1,13 +1,15 @@
 """How the pictures look, on light pages and on dark ones."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Tuple
+from typing import Callable, Dict, Optional, Sequence, Tuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 # Inches: on a phone a picture is shown at about this width
@@ -129,3 +131,68 @@ def legend_above(axes: Axes, columns: int) -> None:
         handlelength=1.8,
         columnspacing=1.2,
     )
+
+
+def draw_over_image(
+    path: os.PathLike,
+    image: np.ndarray,
+    columns: Dict[str, Dict[str, np.ndarray]],
+    notes: Dict[str, Dict[str, str]],
+    title: str,
+    box: Optional[Sequence[float]] = None,
+) -> None:
+    """Write a picture of an image and of maps that lie over it.
+
+    Args:
+        path (PathLike): The PNG file.
+        image (ndarray): (h, w, 3), RGB from 0 to 1.
+        columns (dict[str, dict[str, ndarray]]): For each network, by the
+            heading of its column, its maps by the names of their rows, each
+            (h', w') from 0 to 1.
+        notes (dict[str, dict[str, str]]): For each network what to write
+            below the map of a row.
+        title (str): Heading of the whole picture.
+        box (Sequence[float], optional): Left, top, width and height in pixels of
+            what to mark in red. Defaults to None.
+    """
+    rows = list(next(iter(columns.values())))
+    height, width = image.shape[:2]
+    size = 2.6
+    figure = Figure(
+        figsize=(
+            size * (1 + len(columns)) + 0.3,
+            (size * height / width + 0.35) * len(rows) + 0.7,
+        ),
+        dpi=120,
+        layout='constrained',
+    )
+    canvas = FigureCanvasAgg(figure)
+    figure.suptitle(plain_text(title), fontsize=10)
+    panels = figure.subplots(len(rows), 1 + len(columns), squeeze=False)
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    for row, label in enumerate(rows):
+        panels[row, 0].set_ylabel(label, fontsize=10)
+        for column, (name, maps) in enumerate(columns.items(), 1):
+            axes = panels[row, column]
+            axes.imshow(
+                maps[label], cmap='viridis', vmin=0, vmax=1, extent=extent, zorder=1
+            )
+            axes.set_xlabel(notes[name].get(label, ''), fontsize=9)
+            if row == 0:
+                axes.set_title(plain_text(name), fontsize=9)
+    for axes in panels.flat:
+        over = bool(axes.images)
+        axes.imshow(image, alpha=0.5 if over else 1, extent=extent, zorder=2)
+        axes.set(xticks=[], yticks=[])
+        if box is not None:
+            axes.add_patch(
+                Rectangle(
+                    (box[0] - 0.5, box[1] - 0.5),
+                    *box[2:],
+                    fill=False,
+                    edgecolor='red',
+                    linewidth=1.5,
+                    zorder=3,
+                )
+            )
+    canvas.print_png(str(path))

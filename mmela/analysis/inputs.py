@@ -45,6 +45,8 @@ def load_network(
     """
     cfg, _, state_dict = open_network(str(config), str(checkpoint))
     cfg.merge_from_dict(cfg_options or {})
+    if cfg.get('data_preprocessor'):  # where mmpretrain and mmseg have it
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     model = MODELS.build(cfg.model)
     load_fitting(model, state_dict, config, checkpoint)
     model.to(device or get_device())
@@ -147,6 +149,24 @@ def image_batches(pipeline: Compose, images: Sequence[Path]) -> Iterator[dict]:
         if data is None:
             raise ValueError(f'{image} cannot be read')
         yield pseudo_collate([data])
+
+
+def input_picture(batch: dict) -> np.ndarray:
+    """The first image of a batch as the network sees it, before normalization.
+
+    Args:
+        batch (dict): What a data loader yields.
+
+    Returns:
+        ndarray: (h, w, 3), RGB from 0 to 1.
+    """
+    # The pipelines of the toolboxes read images as BGR.
+    image = batch['inputs'][0].float().numpy()[::-1]
+    if batch['inputs'][0].dtype == torch.uint8:
+        image = image / 255
+    else:
+        image = (image - image.min()) / (np.ptp(image) + 1e-8)
+    return np.ascontiguousarray(image.transpose(1, 2, 0), np.float32)
 
 
 def validation_loader(cfg: Config, number: int) -> DataLoader:

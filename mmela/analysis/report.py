@@ -2,12 +2,14 @@ import base64
 import json
 import re
 from pathlib import Path
-from typing import List, Optional, Tuple, Union
+from typing import Callable, List, Optional, Tuple, Union
 
 from ..command_line import printable
 from ..engine.tables import decision_table
 from ..pruning.record import check_name
 from .attention_plots import attention_pictures
+from .before_after import COLORS, FOLDER, THRESHOLD
+from .before_after_plots import CURVES, SIDES, curves_plot, read_before_after
 from .complexity import backbone_complexity
 from .decision_plots import kl_plot, mapping_plot
 from .drawing import Plot, draw
@@ -24,7 +26,8 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
 
     It shows too what tools/analysis/layer_attention.py has measured on
     checkpoints of the run, if its ``layer_attention.json`` lie in the work
-    directory or up to two folders below.
+    directory or up to two folders below, and what
+    :func:`~mmela.analysis.before_after.measure_before_after` has found.
 
     Args:
         work_dir (str | Path): Work directory of an mmengine runner, with or
@@ -40,8 +43,8 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
         FileNotFoundError: If there is no such directory, or no log of scalars
             in it.
         NotADirectoryError: If it is a file.
-        ValueError: If a log, ``pruning.json`` or ``layer_attention.json``
-            cannot be read.
+        ValueError: If a log, ``pruning.json``, ``layer_attention.json`` or
+            ``before_after.json`` cannot be read.
     """
     run = Run(work_dir)
     analyses = read_analyses(run.work_dir)
@@ -82,6 +85,13 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
             else:
                 drawn.append((picture.title, picture.caption, pair))
         shown.append((name, result, drawn))
+    comparison = read_before_after(run.work_dir)
+    try:
+        detections = _detections(run.work_dir, comparison, inline)
+    except (*_MALFORMED, OSError) as error:
+        raise ValueError(
+            f'{run.work_dir / FOLDER} cannot be shown: {error!r}'
+        ) from error
     complexity, size, no_complexity = backbone_complexity(run)
     last_step = max(run.metrics, default=None)
     # First, as it may add a note.
@@ -90,6 +100,7 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
         title=Path(run.config_name).stem or run.work_dir.resolve().name,
         run=run,
         parameters=parameters,
+        **detections,
         complexity=complexity,
         size=size,
         no_complexity=no_complexity,
@@ -110,6 +121,50 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
     path = run.work_dir / 'report.html' if out is None else Path(out)
     path.write_text(page, encoding='utf-8')
     return path
+
+
+def _detections(work_dir: Path, comparison: dict, inline: Callable) -> dict:
+    """What the page shows of detections or classes, before and after."""
+    found = comparison.get('sides', {})
+    sides = {side: found[side] for side in SIDES if side in found}
+    for entry in comparison['shown'] if comparison else ():
+        if comparison['kind'] == 'detections':
+            entry['sources'] = {
+                side: _jpeg(work_dir / FOLDER / check_name(name))
+                for side, name in entry['pictures'].items()
+            }
+        else:
+            entry['source'] = _jpeg(work_dir / FOLDER / check_name(entry['picture']))
+    values = [{x['label']: x for x in side['per_class']} for side in sides.values()]
+    labels = sorted({label for some in values for label in some})
+    per_class = [
+        (
+            comparison['classes'][label],
+            next(some[label]['objects'] for some in values if label in some),
+            [some[label]['value'] if label in some else None for some in values],
+        )
+        for label in labels
+    ]
+    if per_class:
+        counts = sum(row[1] for row in per_class)
+        means = [side['mean'] for side in sides.values()]
+        per_class.insert(0, ('all', counts, means))
+    curves = None
+    if per_class and comparison['kind'] == 'detections':
+        curves = inline(curves_plot(comparison), 'precision_recall')
+    return dict(
+        comparison=comparison,
+        sides=sides,
+        per_class=per_class,
+        curves=curves,
+        colors=COLORS,
+        threshold=THRESHOLD,
+        most=CURVES,
+    )
+
+
+def _jpeg(path: Path) -> str:
+    return 'data:image/jpeg;base64,' + base64.b64encode(path.read_bytes()).decode()
 
 
 def read_analyses(work_dir: Path) -> List[Tuple[Path, str, str, dict]]:

@@ -2,6 +2,7 @@
 
 from jinja2 import Environment, StrictUndefined
 
+from .before_after_plots import stands_for
 from .work_dir import short_name
 
 
@@ -22,6 +23,14 @@ _SOURCE = """\
 <td class="number">{{ '' if value is none else ('%.' ~ digits)|format(value) }}
 </td>
 {%- endmacro -%}
+{% macro bars(side, entry) -%}
+<div class="bars"><div class="soft">{{ side }}</div>
+{% for label, score in entry[side] %}
+<div class="bar"><i style="width: {{ '%.0f'|format(100 * score) }}%"></i>
+<span>{{ '✓ ' if label in entry.truth }}{{ classes[label] }}</span>
+<span>{{ '%.0f'|format(100 * score) }}</span></div>
+{% endfor %}</div>
+{%- endmacro -%}
 {% macro change(before, after) -%}
 {% if before and after %} ({{ '%+.1f'|format(100 * (after / before - 1)) }} %)
 {%- endif %}
@@ -38,9 +47,10 @@ _SOURCE = """\
 <title>{{ title }}</title>
 <style>
 :root { --paper: #ffffff; --ink: #24292f; --soft: #57606a; --line: #d8dee4;
-  --mark: #fdf1e7; color-scheme: light dark; }
+  --mark: #fdf1e7; --bar: #cfe3f1; color-scheme: light dark; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14181d;
-  --ink: #d6dde4; --soft: #9aa5b1; --line: #39424c; --mark: #33281a; } }
+  --ink: #d6dde4; --soft: #9aa5b1; --line: #39424c; --mark: #33281a;
+  --bar: #1f4460; } }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
   background: var(--paper); max-width: 62rem; margin: 0 auto;
@@ -65,6 +75,27 @@ tr.pruned { background: var(--mark); } tr.pruned td { font-weight: 600; }
 figure { margin: 0; max-width: 34rem; }
 figcaption, .soft { color: var(--soft); font-size: .9rem; }
 img { width: 100%; height: auto; display: block; }
+.row { display: grid; gap: .5rem; margin: 1rem 0;
+  grid-template-columns: repeat({{ 1 + sides|length }}, 1fr); }
+.cards { display: grid; gap: 1.5rem 1rem; margin: 1rem 0;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
+.card { display: grid; gap: .5rem; font-size: .82rem;
+  grid-template-columns: 6rem repeat(2, minmax(0, 1fr)); }
+.card img { image-rendering: pixelated; }
+.bar { position: relative; display: flex; justify-content: space-between;
+  gap: .3rem; padding: .1rem .3rem; margin: .15rem 0; }
+.bar span { position: relative; overflow: hidden; white-space: nowrap;
+  text-overflow: ellipsis; }
+.bar span:last-child { flex: none; }
+.bar i { position: absolute; inset: 0 auto 0 0; background: var(--bar);
+  border-radius: 3px; }
+.truth, .right, .wrong { border: 3px solid; padding: 0 .3rem;
+  white-space: nowrap; }
+.truth { border-color: {{ colors.truth }}; }
+.right { border-color: {{ colors.right }}; }
+.wrong { border-color: {{ colors.wrong }}; }
+@media (max-width: 40rem) { .row { grid-template-columns: 1fr 1fr; }
+  .row > :first-child { grid-column: 1 / -1; } }
 pre { overflow-x: auto; font-size: .8rem; overflow-wrap: normal;
   border: 1px solid var(--line); border-radius: 6px; padding: .7rem; }
 summary { cursor: pointer; }
@@ -133,6 +164,82 @@ of a size that the data do not have.{% endif %}</p>
 {% endfor %}</tr>
 {% endfor %}
 </table></div></details>
+{% endif %}
+
+{% if comparison %}
+{% set classes = comparison.classes %}
+{% set both = sides|length > 1 %}
+{% set detects = comparison.kind == 'detections' %}
+<h2>{{ 'Detections' if detects else 'Classes' }}
+{{- ', before and after' if both }}</h2>
+<p>{{ 'Two networks' if both else 'The last network' }} on
+{{ comparison.images }} of the {{ comparison.total }} validation images
+{{- ', evenly spaced' if comparison.images < comparison.total }}.
+{% for side, about in sides.items() %}
+{{ side|capitalize }}: {{ about.checkpoint }} ({{ about|stands_for }} active).
+{% endfor %}
+{% if both %}What differs comes of the pruning and of the training in
+between.{% endif %}</p>
+{% if comparison.note %}<p><strong>Note:</strong> {{ comparison.note }}</p>
+{% endif %}
+{% if detects %}
+<p class="soft"><span class="truth">annotated</span>
+<span class="right">detected, and there (IoU 0.5 or more)</span>
+<span class="wrong">detected, but not there</span> Boxes with a score of
+{{ threshold }} or more, in per cent. The images are those with objects of most
+of COCO's sizes, and of these the ones with nearest to five.</p>
+{% for entry in comparison.shown %}
+<div class="row">
+{% for side, source in entry.sources.items() %}<figure>
+<img alt="{{ entry.image }}, {{ side }}" src="{{ source }}">
+<figcaption>
+{%- if side == 'truth' %}{{ entry.image }}: {{ entry.objects }} object
+{{- 's' if entry.objects != 1 }}
+{%- else %}{{ side }}: {{ entry.counts[side][0] }} right,
+{{ entry.counts[side][1] }} wrong{% endif %}</figcaption></figure>
+{% endfor %}
+</div>
+{% endfor %}
+{% if curves %}<figure>
+{{ picture(curves, 'Precision over recall, before and after') }}
+<figcaption>Precision over recall at an IoU of 0.5
+{%- if per_class|length > most + 1 %}; of the classes with most objects{% endif %}.
+</figcaption></figure>{% endif %}
+{% else %}
+<p class="soft">The {{ comparison.shown[0][sides|list|last]|length }} classes of
+the highest score, in per cent; ✓ the right one.</p>
+<div class="cards">
+{% for entry in comparison.shown %}<div class="card"><figure>
+<img alt="{{ entry.image }}" src="{{ entry.source }}">
+<figcaption>{{ entry.truth|map('of', classes)|join(', ') }}</figcaption></figure>
+{% for side in sides %}{{ bars(side, entry) }}{% endfor %}</div>
+{% endfor %}
+</div>
+{% endif %}
+{% if per_class %}
+{% set digits = '3f' if detects else '1f' %}
+<details{{ ' open' if per_class|length <= 12 }}>
+<summary>{{ 'AP' if detects else 'Accuracy (%)' }} of every class</summary>
+<div class="box" tabindex="0" role="region" aria-label="Classes"><table>
+<tr><th>class</th>
+<th class="number">{{ 'objects' if detects else 'images' }}</th>
+{% for side in sides %}<th class="number">{{ side }}</th>{% endfor %}
+{% if both %}<th class="number">change</th>{% endif %}</tr>
+{% for name, count, values in per_class %}<tr><td>{{ name }}</td>
+<td class="number">{{ count }}</td>
+{% for value in values %}{{ cell(value, digits) }}{% endfor %}
+{% if both %}<td class="number">
+{%- if none not in values %}{{ ('%+.' ~ digits)|format(values[1] - values[0]) }}
+{%- endif %}</td>{% endif %}</tr>
+{% endfor %}
+</table></div></details>
+{% if detects %}<p class="soft">AP over IoU 0.5 to 0.95, by pycocotools.</p>
+{% endif %}
+{% endif %}
+{% elif run.checkpoint %}
+<h2>Detections or classes</h2>
+<p>They are not measured: tools/analysis/report.py does that, where the data
+are.</p>
 {% endif %}
 
 <h2>Pruning</h2>
@@ -293,4 +400,6 @@ _ENVIRONMENT = Environment(
 )
 _ENVIRONMENT.filters['short'] = short_name
 _ENVIRONMENT.filters['call'] = as_call
+_ENVIRONMENT.filters['stands_for'] = stands_for
+_ENVIRONMENT.filters['of'] = lambda label, names: names[label]
 TEMPLATE = _ENVIRONMENT.from_string(_SOURCE)

@@ -292,6 +292,21 @@ class Run:
             default=None,
         )
 
+    def numbered_checkpoints(self) -> Dict[int, Path]:
+        """Checkpoints by what the pruning hook counts.
+
+        Returns:
+            dict[int, Path]: By epoch ``epoch_N.pth``, or by iteration
+            ``iter_N.pth`` where the windows of the hook are of iterations.
+        """
+        by_epoch = not self.decisions or self.decisions[0].unit == 'epoch'
+        start = 'epoch_' if by_epoch else 'iter_'
+        return {
+            int(path.stem[len(start) :]): path
+            for path in self.work_dir.glob(f'{start}*.pth')
+            if path.stem[len(start) :].isdigit()
+        }
+
     # -- what pruning brings -----------------------------------------------
 
     @property

@@ -1,9 +1,12 @@
+import json
 from pathlib import Path
-from typing import Optional, Sequence, Union
+from typing import Any, Dict, Optional, Sequence, Union
 
 import torch
 from mmengine.utils import digit_version
 from torch import nn
+
+from .whole import whole_network
 
 # The first torch whose exporter takes what this module gives it
 _FIRST_WITH_DYNAMO = '2.6.0'
@@ -19,6 +22,71 @@ class _Outputs(nn.Module):
     def forward(self, x):
         outs = self.backbone(x)
         return (outs,) if torch.is_tensor(outs) else tuple(outs)
+
+
+def export_network(
+    model: nn.Module,
+    path: Union[str, Path],
+    size: Sequence[int] = (320, 416),
+    raw: bool = True,
+    info: Optional[Dict[str, Any]] = None,
+) -> None:
+    """Write a whole classifier or detector as ONNX or as a program of torch.export.
+
+    Pre-processing, decoding and non-maximum suppression are part of it, pruned
+    attentions are not. Batch and image size are free in it.
+
+    Args:
+        model (nn.Module): A network of mmpretrain or mmdet, on the CPU; set to
+            eval mode here. Results are those of the class for it in
+            :mod:`mmela.convert.whole`.
+        path (str | Path): File to write: ``.onnx`` for ONNX, ``.pt2`` for
+            ``torch.export.load``.
+        size (Sequence[int]): Height and width to trace with, in pixels: of the
+            usual order. Defaults to (320, 416).
+        raw (bool): Take images as they are loaded: values 0 to 255 in uint8.
+            Otherwise they are in float32 and normalized already. Defaults to
+            True.
+        info (dict, optional): What to keep in the file too, as JSON under the
+            name ``mmela``, such as the names of classes. Defaults to None.
+
+    Raises:
+        RuntimeError: If torch is too old.
+        ValueError: If the file name ends otherwise, or the network is none of
+            those supported.
+    """
+    path = Path(path)
+    if path.suffix not in ('.onnx', '.pt2'):
+        raise ValueError(
+            f'{path} must end with .onnx (ONNX) or .pt2 (torch.export); a backbone '
+            'alone with .onnx or .pt (TorchScript)'
+        )
+    if digit_version(torch.__version__) < digit_version(_FIRST_WITH_DYNAMO):
+        raise RuntimeError(
+            f'whole networks need torch {_FIRST_WITH_DYNAMO} or newer, this is '
+            f'{torch.__version__}; a backbone alone can be exported'
+        )
+    network = whole_network(model, raw)
+    x = torch.zeros(2, 3, *size, dtype=torch.uint8 if raw else torch.float32)
+    free = torch.export.Dim.DYNAMIC
+    with torch.no_grad():
+        program = torch.export.export(
+            network, (x,), dynamic_shapes=({0: free, 2: free, 3: free},), strict=False
+        )
+    text = json.dumps(dict(info or {}, raw=raw, outputs=network.output_names))
+    if path.suffix == '.pt2':
+        torch.export.save(program, path, extra_files=dict(mmela=text))
+        return
+    onnx_program = torch.onnx.export(
+        program,
+        (x,),
+        input_names=['images'],
+        output_names=list(network.output_names),
+        dynamo=True,
+        verbose=False,
+    )
+    onnx_program.model.metadata_props['mmela'] = text
+    onnx_program.save(path)
 
 
 def export_backbone(

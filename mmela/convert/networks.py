@@ -4,6 +4,7 @@ from typing import Any, Dict, Sequence, Tuple, Union
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 
 from ..command_line import one_line
@@ -148,3 +149,93 @@ def load_fitting(
     ]
     if faults:
         raise ValueError(f'{checkpoint} does not fit {config}: {"; ".join(faults)}')
+
+
+def load_mostly_fitting(
+    model: nn.Module,
+    state_dict: Dict[str, Tensor],
+    config: Union[str, Path],
+    checkpoint: Union[str, Path],
+    force: bool = False,
+) -> None:
+    """Load a state dict as the toolboxes' tools do, unless it is of another network.
+
+    Single keys may be missing, have another shape or no place; mmengine prints
+    which.
+
+    Args:
+        model (nn.Module): The network.
+        state_dict (dict[str, Tensor]): The state dict.
+        config (str | Path): Where the network is from, for the message.
+        checkpoint (str | Path): Where the state dict is from.
+        force (bool): Load it in any case. Defaults to False.
+
+    Raises:
+        ValueError: If most keys of one of the network's parts, such as its head or
+            a layer attention, are missing or have another shape. The message has
+            the counts.
+    """
+    state_dict = strip_wrapper(state_dict)
+    if not force:
+        check_fit(model, state_dict, config, checkpoint)
+    load_state_dict(model, state_dict)
+
+
+def strip_wrapper(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Keys without the ``module.`` of a wrapper for distributed training."""
+    start = 'module.'
+    if not all(key.startswith(start) for key in state_dict):
+        return state_dict
+    return {key[len(start) :]: value for key, value in state_dict.items()}
+
+
+def check_fit(
+    model: nn.Module,
+    state_dict: Dict[str, Tensor],
+    config: Union[str, Path],
+    checkpoint: Union[str, Path],
+) -> None:
+    """Refuse the state dict of another network, see :func:`load_mostly_fitting`.
+
+    The network takes from it what fits.
+
+    Args:
+        model (nn.Module): The network.
+        state_dict (dict[str, Tensor]): What is to be loaded into it.
+        config (str | Path): Config of the network, for the message.
+        checkpoint (str | Path): The checkpoint, for the message.
+
+    Raises:
+        ValueError: If most keys of a part of the network are missing or have
+            another shape.
+    """
+    own = model.state_dict()
+    try:  # Modules may rename keys of earlier versions
+        missing = list(model.load_state_dict(state_dict, strict=False).missing_keys)
+    except RuntimeError:
+        missing = [
+            key
+            for key, value in own.items()
+            if key not in state_dict or state_dict[key].shape != value.shape
+        ]
+    parts: Dict[str, list] = {}
+    for key in own:
+        # A slim checkpoint lacks attentions that the whole network would run
+        attention, found, _ = key.partition('.layer_attn.')
+        part = f'{attention}.layer_attn' if found else key.partition('.')[0]
+        parts.setdefault(part, []).append(key)
+    lacking = set(missing)
+    faults = [
+        f'{len(lacking.intersection(keys))} of {len(keys)} of its {part}'
+        for part, keys in parts.items()
+        if 2 * len(lacking.intersection(keys)) > len(keys)
+    ]
+    if faults:
+        spare = sum(key not in own for key in state_dict)
+        raise ValueError(
+            f'{checkpoint} is of another network than {config}: {len(missing)} of the '
+            f"network's {len(own)} keys are missing or have another shape, such as "
+            f'{missing[0]} ({", ".join(faults[:3])}), and {spare} of the '
+            f"checkpoint's {len(state_dict)} keys have no place; --force takes it all "
+            'the same'
+        )

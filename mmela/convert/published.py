@@ -1,7 +1,7 @@
 """Checkpoints of the published MRLA and KCLA networks in mmela's layout.
 
 MRLA: https://github.com/joyfang1106/MRLA (its ResNets and DeiT),
-KCLA: https://github.com/bgx666/KCLA (its CIFAR folder has MRLA too).
+KCLA: https://github.com/bgx666/KCLA (its CIFAR folder has MRLA, DLA and DIA too).
 """
 
 import math
@@ -19,20 +19,38 @@ ARCHS = (
     'mla',
     'mla_eq4',
     'kcla',
+    'kcla_first',
+    'kcla_unet',
+    'dla_light',
+    'dla_base',
+    'dia',
     'deit_mrla_base',
     'deit_mrla_light',
 )
-TARGETS = ('classifier', 'detector', 'backbone')
+TARGETS = ('classifier', 'detector', 'backbone', 'segmentor')
 
 # What the keys alone do not say: networks of one layout
 _SAME_KEYS = ('mrla_base', 'mrla_base_no_relu', 'mla')
-_ATTENTIONS = dict(
+_ATTENTIONS: Dict[str, dict] = dict(
     mrla_base=dict(type='MRLABase'),
     mrla_base_no_relu=dict(type='MRLABase', relu=False),
     mrla_light=dict(type='MRLALight'),
     mla=dict(type='MLA'),
     mla_eq4=dict(type='MLA', replace=True),
     kcla=dict(type='KCLA'),
+    # Temperatures the other way round, and the direction of all keys so far
+    kcla_first=dict(type='KCLA', temperature=1 / 0.7, direction='sum'),
+    kcla_unet=dict(
+        type='KCLA',
+        temperature=1 / 0.7,
+        head_attention='plain',
+        relu=False,
+        cross_stage_groups=False,
+        eps=0.0,
+    ),
+    dla_light=dict(type='DLALight'),
+    dla_base=dict(type='DLABase'),
+    dia=dict(type='DIA'),
     # Algorithm 2 has no GELU
     deit_mrla_base=dict(type='MRLABase', head_dim=16, value_act_cfg=None),
     deit_mrla_light=dict(type='MRLALight', head_dim=16),
@@ -44,15 +62,23 @@ _DEIT_LAYERS_PER_STAGE = 4
 # not always what the paper says: that has 32 for every ResNet.
 _HEAD_DIM = dict(mrla_base=16, mrla_base_no_relu=16, mrla_light=32, mla_eq4=32)
 _CIFAR_HEAD_DIM = 16
-_DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+_DEPTHS: Dict[Tuple[int, ...], int] = {
+    (3, 4, 6, 3): 50,
+    (3, 4, 23, 3): 101,
+    (3, 8, 36, 3): 152,
+}
 
-# layer2.0.<leaf>, stages.1.0.<leaf>, and for KCLA on ImageNet and COCO
-# layer2.layers.0.<leaf of the block>, layer2.attention.0.<leaf of KCLA>
+# layer2.0.<leaf>, stages.1.0.<leaf>, and for KCLA on ImageNet and COCO, and for DLA,
+# layer2.layers.0.<leaf of the block>, layer2.attention.0.<leaf of the attention>;
+# for DIA layer2.ModuleList.0.<leaf>; of a stage layer2.<leaf>
+_STAGE = r'(?:layer(?P<layer>\d{1,2})|stages\.(?P<stage>\d{1,2}))\.'
 _BLOCK_KEY = re.compile(
-    r'(?:layer(?P<layer>\d{1,2})|stages\.(?P<stage>\d{1,2}))\.'
-    r'(?:(?P<part>layers|attention)\.)?'
+    _STAGE + r'(?:(?P<part>layers|attention|ModuleList)\.)?'
     r'(?P<block>\d{1,3})\.(?P<leaf>.+)'
 )
+_STAGE_KEY = re.compile(_STAGE + r'(?P<leaf>(?:lstm|excite)\..+)')
+# What the first attention of a stage holds for all
+_SHARED = ('layer_attn.dsu.', 'layer_attn.refresh.', 'layer_attn.cell.')
 _NORM = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 _OPTIONAL = 'num_batches_tracked'  # not in checkpoints of torch < 0.4.1
 _SCALES = 'layer_attn.scales'
@@ -97,11 +123,17 @@ def convert_published(
               ``init_cfg=dict(type='Pretrained', prefix='backbone.', ...)`` of
               a detector's backbone loads, without the classifier.
             - ``'backbone'``: a backbone of MMPretrain alone, without prefix.
+            - ``'segmentor'``: the U-Net, which is for nothing else.
 
     Returns:
         tuple[dict[str, Tensor], dict[str, str]]: The converted state dict, in
         which all layer attentions are active, and by published key the reason
         for which it was left out.
+
+    DLA and DIA are converted as their papers have them. The published code takes,
+    for all images of a batch, the state of the first one where DLA brings earlier
+    layers up to date: outputs are the same for an image alone. The decoder of the
+    U-Net is ``UNetHead`` with ``scale=2``.
 
     Raises:
         ValueError: If ``arch`` or ``target`` is unknown, a value is no tensor,
@@ -114,18 +146,32 @@ def convert_published(
         if not torch.is_tensor(value):
             raise ValueError(f'{key} is no tensor but {type(value).__name__}')
     keys = map_published_keys(state_dict, arch, target)
+    root = _root_of_head_dim(state_dict) if keys.arch == 'kcla_first' else 1.0
     for key in keys.dropped:
         if key.endswith('.norm_d'):
-            _check_scales(key, state_dict[key])
+            _check_scales(key, state_dict[key], keys.arch, root)
+    # Blocks by what each has one of
+    sign = '.conv1.weight' if keys.arch == 'dia' else '.layer_attn.query.weight'
     converted = {}
     for old, new in keys.mapped.items():
         value = state_dict[old]
         if new.endswith('.lambda_o'):
             value = value.flatten()  # published as (C, 1, 1)
+        elif keys.arch == 'kcla_first' and new.endswith('.key.weight'):
+            value = value / root  # the published scores have it
+        elif keys.arch == 'kcla_unet':
+            value = _unet_value(state_dict, old, value)
         converted[new] = value
-        if new.endswith('.layer_attn.query.weight'):
-            state = new[: -len('query.weight')] + 'state'
-            converted[state] = torch.tensor(0, dtype=torch.uint8)
+        if new.endswith(sign) and 'layer' in new:
+            where = new.split('.layer_attn.')[0].replace('.conv1.weight', '')
+            converted[f'{where}.layer_attn.state'] = torch.tensor(0, dtype=torch.uint8)
+    if keys.arch == 'kcla_unet':
+        for new in list(converted):
+            # One key convolution there is for both
+            if new.endswith('.cross_stage.norm.weight'):
+                where = new[: -len('cross_stage.norm.weight')]
+                key = converted[f'{where}key.weight']
+                converted[f'{where}cross_stage.key.weight'] = key.clone()
     return converted, keys.dropped
 
 
@@ -161,7 +207,12 @@ def detect_arch(keys: Iterable[str]) -> str:
     """
     parts = {part for key in keys for part in key.split('.')}
     for arch, signs in (
+        ('kcla_unet', {'bn_attention', 'outc'}),
+        ('kcla_first', {'bn_attention', 'select_temp'}),
         ('kcla', {'bn_attention'}),
+        ('dla_light', {'bn_layer_attention', 'lambda_t'}),
+        ('dla_base', {'bn_layer_attention'}),
+        ('dia', {'lstm', 'ModuleList'}),
         ('deit_mrla_light', {'normx', 'lambda_t'}),
         ('deit_mrla_base', {'normx'}),
         ('mrla_light', {'lambda_t'}),
@@ -213,6 +264,13 @@ def map_published_keys(
         raise ValueError(f'arch={arch!r} is unknown; allowed are {", ".join(ARCHS)}')
     if arch in _DEIT:
         return _map_deit(state_dict, arch, target)
+    if (arch == 'kcla_unet') != (target == 'segmentor'):
+        raise ValueError(
+            f"arch={arch!r} and target={target!r} do not fit: target='segmentor' is "
+            "for arch='kcla_unet', and that for nothing else"
+        )
+    if arch == 'kcla_unet':
+        return _map_unet(state_dict)
     detector = any(key.startswith('backbone.') for key in state_dict)
     if detector and target == 'classifier':
         raise ValueError(
@@ -264,9 +322,9 @@ def published_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
         arch (str): One of :data:`ARCHS`.
 
     Returns:
-        dict: Config of an ``ELAResNet``, an ``ELABottleneckResNet_CIFAR`` or an
-        ``ELAVisionTransformer``. The ``depth`` of a ResNet is None where no
-        standard network has as many blocks.
+        dict: Config of an ``ELAResNet``, an ``ELABottleneckResNet_CIFAR``, an
+        ``ELAVisionTransformer`` or an ``ELAUNetResNet``. The ``depth`` of a ResNet
+        is None where no standard network has as many blocks.
 
     Raises:
         ValueError: If a tensor that tells the sizes has another shape, or
@@ -274,6 +332,8 @@ def published_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
     """
     if arch in _DEIT:
         return _deit_backbone(converted, arch)
+    if arch == 'kcla_unet':
+        return _unet_backbone(converted)
     prefix = 'backbone.' if 'backbone.layer1.0.conv1.weight' in converted else ''
     tensors = {
         key[len(prefix) :]: value
@@ -290,12 +350,12 @@ def published_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
     else:
         depth = _DEPTHS.get(blocks)
         head_dim = _HEAD_DIM.get(arch)
-    if arch == 'kcla':
+    if arch in ('kcla', 'kcla_first'):
         heads = _shape(tensors, 'layer1.0.layer_attn.head_attention.weight', 2)[0]
         channels = _shape(tensors, 'layer1.0.layer_attn.norm.weight', 1)[0]
         head_dim = channels // heads
     name = 'ELABottleneckResNet_CIFAR' if cifar else 'ELAResNet'
-    cfg = dict(type=name, depth=depth)
+    cfg: dict = dict(type=name, depth=depth)
     default = 16 if cifar else 64
     if stem_width != default:
         cfg['stem_channels'] = stem_width
@@ -303,7 +363,14 @@ def published_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
         cfg['base_channels'] = width
     if deep:
         cfg['deep_stem'] = True
-    cfg['layer_attention'] = dict(_ATTENTIONS[arch], head_dim=head_dim)
+    cfg['layer_attention'] = dict(_ATTENTIONS[arch])
+    if arch != 'dia':
+        cfg['layer_attention']['head_dim'] = head_dim
+    if arch in ('dla_light', 'dla_base', 'dia'):
+        cell = 'cell' if arch == 'dia' else 'dsu'
+        name = f'layer1.0.layer_attn.{cell}.input.0.weight'
+        bottleneck, channels = _shape(tensors, name, 2)
+        cfg['layer_attention']['reduction'] = channels // bottleneck
     restarts = {
         (int(match[1]), int(match[2]))
         for match in map(re.compile(_RESTART_KEY).fullmatch, tensors)
@@ -411,7 +478,7 @@ def _deit_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
             f'pos_embed has {tokens} tokens, which are no class token and a square'
         )
     depth = len({key.split('.')[1] for key in tensors if key.startswith('layers.')})
-    cfg = dict(type='ELAVisionTransformer', arch=_DEIT_NAMES.get(dims))
+    cfg: dict = dict(type='ELAVisionTransformer', arch=_DEIT_NAMES.get(dims))
     if cfg['arch'] is None or depth != 12:
         cfg['arch'] = dict(
             embed_dims=dims,
@@ -461,14 +528,30 @@ def _block_leaves(arch: str) -> Dict[str, str]:
     convs = {name: name for name in ('conv1', 'conv2', 'conv3', 'downsample.0')}
     norms = {name: name for name in ('bn1', 'bn2', 'bn3', 'downsample.1')}
     others = {}
-    if arch == 'kcla':
+    if arch in ('kcla', 'kcla_first'):
+        first = arch == 'kcla_first'
         layers = ['kcla']
         norms['kcla.bn_attention'] = 'layer_attn.norm'
-        norms['kcla.u_bn'] = f'{_CROSS_STAGE}norm'
-        convs['kcla.adjust_channel'] = f'{_CROSS_STAGE}reduce'
-        convs['kcla.u_Wk'] = f'{_CROSS_STAGE}key'
-        convs['kcla.head_att'] = 'layer_attn.head_attention'
+        norms[f'kcla.{"membn" if first else "u_bn"}'] = f'{_CROSS_STAGE}norm'
+        reduce = 'adjust_channel.0' if first else 'adjust_channel'
+        convs[f'kcla.{reduce}'] = f'{_CROSS_STAGE}reduce'
+        convs[f'kcla.{"memWk" if first else "u_Wk"}'] = f'{_CROSS_STAGE}key'
+        head = 'select_temp' if first else 'head_att'
+        convs[f'kcla.{head}'] = 'layer_attn.head_attention'
         others['kcla.norm_d'] = _SCALES
+    elif arch in ('dla_light', 'dla_base', 'dia'):
+        layers = []
+        cell = 'layer_attn.' + ('cell' if arch == 'dia' else 'dsu')
+        for old, new in (('w_ih', 'input'), ('w_hh', 'hidden')):
+            for i in (0, 2):
+                for name in ('weight', 'bias'):
+                    others[f'lstm.{old}.0.seq.{i}.{name}'] = f'{cell}.{new}.{i}.{name}'
+        if arch != 'dia':
+            layers.append('attention.layer_attention.layer_attention')
+            norms['attention.bn_layer_attention'] = 'layer_attn.norm'
+        if arch == 'dla_light':
+            convs['excite'] = 'layer_attn.refresh'
+            others['attention.layer_attention.lambda_t'] = 'layer_attn.lambda_o'
     elif arch == 'mla_eq4':
         layers = ['la']
         norms['bn_la'] = 'layer_attn.norm'
@@ -510,16 +593,19 @@ def _place_in_backbone(
 ) -> Tuple[Optional[str], Optional[str]]:
     if name in stem:
         return stem[name], None
-    if name.startswith('finalbn.'):
+    if name.startswith(('finalbn.', 'bn2.')):
         return None, 'the published forward pass never reads it'
-    match = _BLOCK_KEY.fullmatch(name)
+    shared = _STAGE_KEY.fullmatch(name)
+    match = shared or _BLOCK_KEY.fullmatch(name)
     if match is None:
         return None, None
     stage = int(match['layer'] or int(match['stage']) + 1)
-    block = int(match['block'])
+    block = 0 if shared else int(match['block'])
     leaf = match['leaf']
-    new = leaves.get(f'kcla.{leaf}' if match['part'] == 'attention' else leaf)
-    if new is None:
+    if not shared and match['part'] == 'attention':
+        leaf = f'attention.{leaf}' if f'attention.{leaf}' in leaves else f'kcla.{leaf}'
+    new = leaves.get(leaf)
+    if new is None or new.startswith(_SHARED) and not shared:
         return None, None
     if new == _SCALES:
         return None, (
@@ -572,6 +658,8 @@ def _missing_keys(
                 absent.append(f'{_CROSS_STAGE}reduce')
             elif stage == 1 or block > 0:
                 absent.append(_CROSS_STAGE)
+            if block > 0:
+                absent += _SHARED
             needed |= {
                 where + leaf
                 for leaf in leaves.values()
@@ -583,14 +671,181 @@ def _missing_keys(
     return sorted(key for key in needed - found if not key.endswith(_OPTIONAL))
 
 
-def _check_scales(key: str, value: Tensor) -> None:
+def _root_of_head_dim(state_dict: Dict[str, Tensor]) -> float:
+    """Root of the channels of a head, which the first KCLA's scales have."""
+    dims = set()
+    for key, scales in state_dict.items():
+        norm = state_dict.get(key[: -len('norm_d')] + 'bn_attention.weight')
+        if key.endswith('.norm_d') and norm is not None:
+            dims.add(norm.numel() / max(1, scales.numel()))
+    if len(dims) != 1 or 0 in dims:
+        raise ValueError(
+            f'heads have {sorted(dims)} channels; mmela has only networks in which '
+            'all have the same number'
+        )
+    return math.sqrt(dims.pop())
+
+
+def _check_scales(key: str, value: Tensor, arch: str, root: float) -> None:
     """Check the fixed tensor of KCLA that mmela computes itself."""
     heads = value.numel()
     bound = -math.log(0.7)
     expected = torch.linspace(bound, -bound, heads).exp()
+    if arch == 'kcla_first':
+        expected = root / expected
     if not torch.allclose(value.flatten().float(), expected, atol=1e-3):
+        low, high = (0.7 * root, root / 0.7) if root != 1 else (1 / 0.7, 0.7)
         raise ValueError(
             f'{key} has other values than the published ones, '
-            f'1 / 0.7 to 0.7: {value.flatten()[:4].tolist()} ...; mmela has '
+            f'{low:.4g} to {high:.4g}: {value.flatten()[:4].tolist()} ...; mmela has '
             'no attention with these'
         )
+
+
+def _unet_leaves(first: bool) -> Dict[str, str]:
+    """New by published key within a block of the U-Net's encoder.
+
+    Args:
+        first (bool): Whether it is the first block of a stage.
+    """
+    leaves = _leaves(
+        {f'layers.{name}': name for name in ('conv1', 'conv2', 'downsample.0')},
+        {f'layers.{name}': name for name in ('bn1', 'bn2', 'downsample.1')},
+    )
+    convs = dict(Wq='query', Wk='key', Wv='value')
+    norms = dict(bn_attention='norm')
+    if first:
+        convs['adjust_channel.0'] = 'cross_stage.reduce'
+        norms['adjust_channel.1'] = 'cross_stage.norm'
+    for old, new in _leaves(convs, norms).items():
+        leaves[f'attention.{old}'] = f'layer_attn.{new}'
+    return leaves
+
+
+def _map_unet(state_dict: Dict[str, Tensor]) -> KeyMap:
+    """Say where each key of the published U-Net goes."""
+    names = {
+        f'encoder.{old}': f'backbone.{new}'
+        for old, new in _leaves({'conv1': 'conv1'}, {'bn1': 'bn1'}).items()
+    }
+    optional = set()
+    numbers = [
+        re.match(r'encoder\.layer(\d{1,2})\.layers\.(\d{1,3})\.', key)
+        for key in state_dict
+    ]
+    found = {(int(match[1]), int(match[2])) for match in numbers if match}
+    stages = range(1, 1 + max([stage for stage, _ in found], default=1))
+    for stage in stages:
+        for block in range(1 + max([b for s, b in found if s == stage], default=0)):
+            for old, new in _unet_leaves(block == 0).items():
+                part, leaf = old.split('.', 1)
+                key = f'encoder.layer{stage}.{part}.{block}.{leaf}'
+                names[key] = f'backbone.layer{stage}.{block}.{new}'
+                # Not where the shortcut is the identity
+                if 'downsample' in old:
+                    optional.add(key)
+    for step in range(len(stages)):
+        for i in (0, 1):
+            old, new = f'up{step + 1}.conv.double_conv', f'decode_head.steps.{step}.{i}'
+            pair = _leaves(
+                {f'{old}.{3 * i}': f'{new}.conv'}, {f'{old}.{3 * i + 1}': f'{new}.bn'}
+            )
+            names.update(pair)
+    for name in ('weight', 'bias'):
+        names[f'outc.conv.{name}'] = f'decode_head.conv_seg.{name}'
+    mapped, dropped, unknown = {}, {}, []
+    for key in state_dict:
+        if key.startswith('encoder.layer1.attention.0.adjust_channel.'):
+            dropped[key] = (
+                'the published forward pass never reads it: the first stage has no '
+                'stage before it'
+            )
+        elif key in names:
+            mapped[key] = names[key]
+        elif key.endswith('.norm_d'):
+            dropped[key] = (
+                'fixed scales of the heads, which KCLA computes; their values were '
+                'checked'
+            )
+        elif key.startswith('encoder.bn2.'):
+            dropped[key] = 'the published forward pass never reads it'
+        elif _norm_of_bias(key) in state_dict:
+            dropped[key] = 'is in the mean of the normalization that follows'
+        else:
+            unknown.append(key)
+    arch = 'kcla_unet'
+    if unknown:
+        raise ValueError(
+            f'arch={arch!r} has no place for {len(unknown)} keys: {", ".join(unknown)}'
+        )
+    missing = [
+        key
+        for key in names
+        if key not in state_dict
+        and key not in optional
+        and not key.endswith(_OPTIONAL)
+        and not key.startswith('encoder.layer1.attention.0.adjust_channel.')
+    ]
+    if missing:
+        raise ValueError(
+            f'{len(missing)} keys are missing that arch={arch!r}, '
+            f"target='segmentor' needs: {', '.join(names[key] for key in missing)}"
+        )
+    for key in mapped:
+        if key.endswith('adjust_channel.0.weight'):
+            # One convolution for all heads, or one for each
+            stage = int(key.split('.')[1][len('layer') :])
+            before = f'encoder.layer{stage - 1}.attention.0.bn_attention.weight'
+            width = state_dict[before].numel() if before in state_dict else None
+            if _shape(state_dict, key, 4)[1] != width:
+                raise ValueError(
+                    f'{key} has shape {tuple(state_dict[key].shape)}: it is grouped '
+                    'by heads, as in the newest version of the code, in which the '
+                    'later blocks of a stage do not see the earlier ones; mmela has '
+                    'no such KCLA'
+                )
+    return KeyMap(mapped, dropped, arch)
+
+
+def _norm_of_bias(key: str) -> str:
+    """The running mean of the normalization that follows a convolution."""
+    match = re.fullmatch(r'(.+(?:double_conv|adjust_channel)\.)(\d)\.bias', key)
+    return f'{match[1]}{int(match[2]) + 1}.running_mean' if match else ''
+
+
+def _unet_value(state_dict: Dict[str, Tensor], old: str, value: Tensor) -> Tensor:
+    """A tensor of the U-Net, whose convolutions before a norm have a bias there."""
+    match = re.fullmatch(r'(.+(?:double_conv|adjust_channel)\.)(\d)\.running_mean', old)
+    if match is None:
+        return value
+    name = f'{match[1]}{int(match[2]) - 1}.bias'
+    if name not in state_dict:
+        return value
+    bias = state_dict[name]
+    if bias.shape != value.shape:
+        raise ValueError(
+            f'{name} has shape {tuple(bias.shape)}, {old} {tuple(value.shape)}'
+        )
+    return value - bias
+
+
+def _unet_backbone(converted: Dict[str, Tensor]) -> dict:
+    """Config of the encoder of the U-Net that a converted checkpoint is for."""
+    prefix = 'backbone.'
+    tensors = {
+        key[len(prefix) :]: value
+        for key, value in converted.items()
+        if key.startswith(prefix)
+    }
+    blocks = _blocks(tensors)
+    widths = [
+        _shape(tensors, f'layer{i}.0.conv1.weight', 4)[0]
+        for i in range(1, len(blocks) + 1)
+    ]
+    return dict(
+        type='ELAUNetResNet',
+        depth=18 if [len(b) for b in blocks] == [2, 2, 2, 2] else None,
+        stem_channels=_shape(tensors, 'conv1.weight', 4)[0],
+        stage_channels=tuple(widths),
+        layer_attention=dict(_ATTENTIONS['kcla_unet'], head_dim=16),
+    )

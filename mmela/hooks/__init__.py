@@ -1,5 +1,5 @@
 from .layer_attention_pruning_hook import LayerAttentionPruningHook
-from .memory_format_hook import MemoryFormatHook
+from .memory_format_hook import MemoryFormatHook, use_channels_last
 from .meter import KLMeter, NetworkKLMeter
 
 __all__ = [
@@ -7,4 +7,5 @@ __all__ = [
     'LayerAttentionPruningHook',
     'MemoryFormatHook',
     'NetworkKLMeter',
+    'use_channels_last',
 ]

@@ -18,6 +18,7 @@ from .meter import NetworkKLMeter, check_measurement
 from .windows import Window, check_run, check_windows
 
 CHECKPOINT_KEY = 'layer_attention_pruning'
+UNPRUNED = 'before_pruning.pth'
 
 
 @HOOKS.register_module()
@@ -65,6 +66,11 @@ class LayerAttentionPruningHook(Hook):
             the structure of others, such as ``dict(teacher='student')`` where
             a teacher is the running mean of a student. Networks that are not
             trained are else left alone. Defaults to None.
+        keep_unpruned (bool): Save the network as it is right before the first
+            pruning, without the optimizer, as ``before_pruning.pth`` in the
+            work directory. The report compares the final network with it, and
+            no other checkpoint need be from before: that of the epoch is saved
+            after the pruning. Defaults to True.
 
     The visualizer gets ``layer_attention/active`` when the training starts and
     after each decision, ``layer_attention/kl/NAME`` during a window and with
@@ -98,6 +104,7 @@ class LayerAttentionPruningHook(Hook):
         log_interval: int = 50,
         put_off_until: Optional[int] = None,
         followers: Optional[Dict[str, str]] = None,
+        keep_unpruned: bool = True,
     ) -> None:
         self.windows = check_windows(windows)
         self.policy = build_policy(policy)
@@ -119,6 +126,7 @@ class LayerAttentionPruningHook(Hook):
             )
         self.put_off_until = put_off_until
         self.followers = dict(followers or {})
+        self.keep_unpruned = keep_unpruned
         # As pruning.json has them
         self.settings = dict(
             windows=self.windows,
@@ -304,10 +312,21 @@ class LayerAttentionPruningHook(Hook):
             raise ValueError(decision)
         if decision.warning and self._put_off(runner, decision):
             return
+        if self.keep_unpruned and decision.pruned and not self._has_pruned():
+            runner.save_checkpoint(
+                runner.work_dir,
+                UNPRUNED,
+                save_optimizer=False,
+                save_param_scheduler=False,
+                by_epoch=self.by_epoch,
+            )
         prune_run(runner, decision.pruned, self.keep_value, self.followers)
         self.history.append(decision)
         self._write_report(runner)
         self._log(runner, decision)
+
+    def _has_pruned(self) -> bool:
+        return any(decision.pruned for decision in self.history)
 
     def _put_off(self, runner, decision: PruningDecision) -> bool:
         """Measure a window once more, if it may be put off."""

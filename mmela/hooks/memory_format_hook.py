@@ -7,12 +7,36 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 
+def use_channels_last(part: nn.Module) -> None:
+    """Run a network or a part of it in channels_last from now on.
+
+    What it returns is contiguous, and so is what reaches the operators of mmcv
+    within it: compiled mmcv 2.1 takes the input of its RoIAlign for contiguous
+    whatever it is, and returns wrong numbers.
+
+    Args:
+        part (nn.Module): The network or part. Once more changes nothing.
+    """
+    part.to(memory_format=torch.channels_last)
+    if _contiguous_outputs not in part._forward_hooks.values():
+        part.register_forward_hook(_contiguous_outputs)
+    for module in part.modules():
+        if (
+            type(module).__module__.startswith('mmcv.ops.')
+            and _contiguous_inputs not in module._forward_pre_hooks.values()
+        ):
+            module.register_forward_pre_hook(_contiguous_inputs)
+
+
 @HOOKS.register_module()
 class MemoryFormatHook(Hook):
-    """Run a part of the model in channels_last, which is faster on a CPU.
+    """Run a part of the model in channels_last, see :func:`use_channels_last`.
 
-    Its outputs are contiguous again: compiled mmcv 2.1 takes the input of its
-    RoIAlign for that whatever it is, and returns wrong numbers.
+    It is faster on a CPU. Unlike ``custom_hooks``, which a config replaces as a
+    whole, ``default_hooks`` takes the hook under a name of its own, from the
+    command line too:
+    ``--cfg-options default_hooks.memory_format.type=MemoryFormatHook``, which is
+    what ``--channels-last`` of ``tools/train.py`` and ``tools/test.py`` stands for.
 
     Args:
         module (str): Dotted name of the part; an empty one is the whole model.
@@ -48,17 +72,21 @@ class MemoryFormatHook(Hook):
                 f'module={self.module!r} is not in {type(model).__name__}; its '
                 f'immediate parts are {names}'
             ) from error
-        part.to(memory_format=torch.channels_last)
-        if _contiguous_outputs not in part._forward_hooks.values():
-            part.register_forward_hook(_contiguous_outputs)
+        use_channels_last(part)
+
+
+def _contiguous(value: Any) -> Any:
+    """Make a tensor, or those in a list or tuple, contiguous."""
+    if torch.is_tensor(value):
+        return value.contiguous()
+    if type(value) in (list, tuple):
+        return type(value)(_contiguous(item) for item in value)
+    return value
 
 
 def _contiguous_outputs(module: nn.Module, args: tuple, outputs: Any) -> Any:
-    """Forward hook: make the tensors that a module returns contiguous."""
-    if torch.is_tensor(outputs):
-        return outputs.contiguous()
-    if type(outputs) in (list, tuple):
-        return type(outputs)(
-            _contiguous_outputs(module, args, output) for output in outputs
-        )
-    return outputs
+    return _contiguous(outputs)
+
+
+def _contiguous_inputs(module: nn.Module, args: tuple) -> tuple:
+    return _contiguous(args)

@@ -6,6 +6,7 @@ from .branch import BranchAttention, Plugin
 from .dia import DIA
 from .dla import DLABase, DLALight
 from .kcla import KCLA
+from .linearized import LinearizedMLA
 from .mla import MLA
 from .mrla_base import MRLABase
 from .mrla_light import MRLALight
@@ -31,6 +32,7 @@ __all__ = [
     'DLALight',
     'HookedAttentionStage',
     'LayerAttention',
+    'LinearizedMLA',
     'MRLABase',
     'MRLALight',
     'Plugin',

@@ -106,7 +106,16 @@ class AA(BranchAttention):
     def augment(
         self, x: Tensor, output: Tensor, memory: Optional[StageMemory]
     ) -> Tensor:
-        """Put the attention beside the output of the convolution."""
+        """Put the attention beside the output of the convolution.
+
+        Args:
+            x (Tensor): Input of the convolution, (B, C_in, H_in, W_in).
+            output (Tensor): Its output, (B, C_out, H, W).
+            memory (StageMemory, optional): Memory of the stage.
+
+        Returns:
+            Tensor: Both along the channels, (B, C_out + heads * d_v, H, W).
+        """
         if x.shape[2:] != output.shape[2:]:
             size = (output.shape[2], output.shape[3])
             x = nn.functional.adaptive_avg_pool2d(x, size)

@@ -18,8 +18,8 @@ class BA(BranchAttention):
     of ``n``:
 
     .. math::
-        w = \sigma\Big(W \mathrm{ReLU}\big(\sum_{i \le n}
-            \mathrm{BN}_i(W_i S_i)\big)\Big), \quad
+        w = \sigma\left(W \mathrm{ReLU}\left(\sum_{i \le n}
+            \mathrm{BN}_i(W_i S_i)\right)\right), \quad
         Y = X + w \odot F(X)
 
     Args:
@@ -73,11 +73,23 @@ class BA(BranchAttention):
         ]
 
     def bridge_conv2(self, x: Tensor, output: Tensor, memory: Memory) -> None:
-        """Note what the first layer of the block has given."""
+        """Note what the first layer of the block has given.
+
+        Args:
+            x (Tensor): Input of the layer after it, (B, C_in, H_in, W_in).
+            output (Tensor): Its output, (B, C_out, H, W).
+            memory (BA.Memory): Memory of the stage.
+        """
         self._bridge('conv2', x, memory)
 
     def bridge_conv3(self, x: Tensor, output: Tensor, memory: Memory) -> None:
-        """Note what the second layer of the block has given."""
+        """Note what the second layer of the block has given.
+
+        Args:
+            x (Tensor): Input of the layer after it, (B, C_in, H_in, W_in).
+            output (Tensor): Its output, (B, C_out, H, W).
+            memory (BA.Memory): Memory of the stage.
+        """
         self._bridge('conv3', x, memory)
 
     def _bridge(self, name: str, x: Tensor, memory: Memory) -> None:

@@ -14,6 +14,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..ops import is_compiling
+from ..ops.normed_sum import just_below_zero
 
 
 class AttentionState(IntEnum):
@@ -163,7 +164,15 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
         """
 
     def store(self, x: Tensor, memory: StageMemory) -> None:
-        """Extend the memory without attending over it (``VALUE_ONLY``)."""
+        """Extend the memory without attending over it (``VALUE_ONLY``).
+
+        Args:
+            x (Tensor): Output ``X^t`` of the residual block, (B, C, H, W).
+            memory (StageMemory): Memory of the stage, a ``Memory``.
+
+        Raises:
+            NotImplementedError: If the attention has no key and value.
+        """
         raise NotImplementedError(f'{type(self).__name__} has no key and value to keep')
 
     def connect(self, block: nn.Module) -> List[Tuple[nn.Module, str]]:
@@ -427,15 +436,28 @@ class QKVLayerAttention(LayerAttention):
         return float(change.norm() / self.random_start.norm())
 
     def heads(self, y: Tensor) -> Tensor:
-        """(B, 1, C) to (B, G, d), in at least single precision.
+        """Cut query or key into heads.
 
-        With ``fc_reduction``, ``d`` and ``C`` are so many times fewer.
+        Args:
+            y (Tensor): Query or key of a block, (B, 1, C).
+
+        Returns:
+            Tensor: (B, G, d), in at least single precision. With
+            ``fc_reduction``, ``d`` and ``C`` are so many times fewer.
         """
         y = y.view(-1, self.num_heads, y.shape[-1] // self.num_heads)
         return y.to(torch.promote_types(y.dtype, torch.float32))
 
     def per_channel(self, weight: Tensor, x: Tensor) -> Tensor:
-        """(B, G) to (B, C, 1, 1), in the dtype of ``x``."""
+        """Give each channel the weight of its head.
+
+        Args:
+            weight (Tensor): A weight for each head, (B, G).
+            x (Tensor): A tensor of the dtype that is wanted.
+
+        Returns:
+            Tensor: (B, C, 1, 1).
+        """
         weight = weight.repeat_interleave(self.head_dim, dim=1)
         return weight[..., None, None].to(x.dtype)
 
@@ -451,12 +473,13 @@ class QKVLayerAttention(LayerAttention):
         # ReLU with gradient 1 at 0: with zero_init all of `out` is 0, and the
         # gradient 0 of F.relu there would keep it so for ever. No clamp_min,
         # whose backward pass is five times as slow on a CPU.
-        return F.threshold(out, _just_below_zero(out.dtype), 0.0)
+        return F.threshold(out, just_below_zero(out.dtype), 0.0)
 
 
 def pool(x: Tensor) -> Tensor:
     """Global average pooling, (B, C, H, W) to (B, 1, C)."""
-    return x.mean((2, 3)).unsqueeze(1)
+    # The gradient of a sum takes no memory, that of a mean as much as `x`
+    return (x.sum((2, 3)) / (x.shape[2] * x.shape[3])).unsqueeze(1)
 
 
 def channel_conv(channels: int) -> nn.Conv1d:
@@ -486,10 +509,3 @@ def eca_kernel_size(channels: int) -> int:
     """
     size = int(abs(math.log2(channels) + 1) / 2)
     return size if size % 2 else size + 1
-
-
-def _just_below_zero(dtype: torch.dtype) -> float:
-    """A negative number that ``dtype`` tells from 0 and no result reaches."""
-    if dtype == torch.float16:
-        return -(2.0**-24)  # its smallest normal number is not that small
-    return -torch.finfo(dtype).smallest_normal

@@ -55,7 +55,16 @@ class BranchAttention(LayerAttention):
         return [(branch_end(block), 'replace')]
 
     def replace(self, x: Tensor, branch: Tensor, memory: StageMemory) -> Tensor:
-        """What takes the place of the branch, (B, C, H, W)."""
+        """Attend over the branch.
+
+        Args:
+            x (Tensor): Input of the last module of the branch, not used.
+            branch (Tensor): The branch ``F(X)``, (B, C, H, W).
+            memory (StageMemory): Memory of the stage.
+
+        Returns:
+            Tensor: What takes the place of the branch, (B, C, H, W).
+        """
         out = self(branch, memory)
         if isinstance(self.drop_path, nn.Identity) or not self.training:
             return out

@@ -47,7 +47,8 @@ class KCLA(QKVLayerAttention):
             in training. Defaults to 0.2, as published.
         temperature (float): The temperatures of the heads go from this to its
             inverse in equal steps of their logarithm; 1 gives all the same
-            (table V, a). Defaults to 0.7.
+            (table V, a), 1 / 0.7 the order of the authors' first detectors.
+            Defaults to 0.7.
         exp_norm (bool): Weigh by the exponential of the key norm; without, by
             the norm itself (table V, b). Defaults to True.
         head_attention (str): How heads are weighed: ``'linear'`` as in eq. 11,
@@ -72,14 +73,23 @@ class KCLA(QKVLayerAttention):
             ().
         block (int): Index of the block in its stage, filled in by the backbone.
             Defaults to 0.
+        direction (str): Along which key a head scores its query: ``'own'`` as in
+            eq. 11, or ``'sum'``, that of all keys of the stage so far, as in the
+            authors' first detectors. Defaults to ``'own'``.
+        cross_stage_groups (bool): Whether the convolution between stages is
+            grouped by heads; in the authors' first U-Net it is not. Defaults to
+            True.
+        eps (float): What is added to :math:`z` before the division; 0 in the
+            authors' U-Net. Defaults to 1e-3.
         **kwargs: ``norm_cfg``, ``value_act_cfg``, ``zero_init``,
             ``token_norm_cfg``, ``small_init`` and ``init_cfg``, see
             :class:`QKVLayerAttention`.
 
     Raises:
-        ValueError: If ``head_attention`` is unknown, ``temperature`` is not
-            in (0, 1], ``previous_channels`` cannot be shared out among the
-            heads, or as :class:`QKVLayerAttention` does.
+        ValueError: If ``head_attention`` or ``direction`` is unknown,
+            ``temperature`` is not positive, ``eps`` is negative,
+            ``previous_channels`` cannot be shared out among the heads, or as
+            :class:`QKVLayerAttention` does.
     """
 
     @dataclass
@@ -89,11 +99,14 @@ class KCLA(QKVLayerAttention):
         Attributes:
             mean (Tensor, optional): :math:`u / z`, (B, C, H, W).
             mass (Tensor, optional): :math:`z`, (B, G).
-            before (Memory, optional): What the stage before has ended with.
+            keys (Tensor, optional): Sum of the keys, (B, G, d), where their
+                direction counts.
+            before (KCLA.Memory, optional): What the stage before has ended with.
         """
 
         mean: Optional[Tensor] = None
         mass: Optional[Tensor] = None
+        keys: Optional[Tensor] = None
         before: Optional['KCLA.Memory'] = None
 
     crosses_stages = True
@@ -114,6 +127,9 @@ class KCLA(QKVLayerAttention):
         relu: bool = True,
         restart_blocks: Sequence[int] = (),
         block: int = 0,
+        direction: str = 'own',
+        cross_stage_groups: bool = True,
+        eps: float = 1e-3,
         **kwargs,
     ) -> None:
         if head_attention not in HEAD_ATTENTIONS:
@@ -121,13 +137,22 @@ class KCLA(QKVLayerAttention):
                 f'head_attention={head_attention!r} is unknown; '
                 f'allowed are {HEAD_ATTENTIONS}'
             )
-        if not 0 < temperature <= 1:
-            raise ValueError(f'temperature={temperature} is not in (0, 1]')
+        if direction not in ('own', 'sum'):
+            raise ValueError(
+                f"direction={direction!r} is unknown; allowed are 'own' and 'sum'"
+            )
+        if not temperature > 0:
+            raise ValueError(f'temperature={temperature} is not positive')
+        if not eps >= 0:
+            raise ValueError(f'eps={eps} is negative')
         super().__init__(channels, head_dim, drop_path, **kwargs)
         self.exp_norm = exp_norm
         self.recurrent = recurrent
         self.relu = relu
         self.temperature = temperature
+        self.direction = direction
+        self.cross_stage_groups = cross_stage_groups
+        self.eps = eps
         self.crosses_stages = cross_stage
         log_scale = math.log(temperature)
         self.register_buffer(
@@ -142,7 +167,7 @@ class KCLA(QKVLayerAttention):
         if self.restarts or cross_stage and previous_channels is not None:
             self.cross_stage = CrossStage(
                 channels,
-                self.num_heads,
+                self.num_heads if cross_stage_groups else 1,
                 None if self.restarts else previous_channels,
                 stride,
                 kwargs.get('norm_cfg') or dict(type='BN'),
@@ -166,7 +191,7 @@ class KCLA(QKVLayerAttention):
         token = self.value_act(self.value(x)) if self.recurrent else x
 
         self._take_over(memory)
-        weight = self._weigh(norm)
+        weight = self.weigh(norm)
         if memory.mean is None or memory.mass is None:
             memory.mean, memory.mass = token, weight
         else:
@@ -174,11 +199,14 @@ class KCLA(QKVLayerAttention):
             share = self.per_channel(weight / memory.mass, token)
             memory.mean = torch.lerp(memory.mean.to(token.dtype), token, share)
 
-        # From u / z to u / (z + 1e-3): a factor per head, which commutes with
+        # From u / z to u / (z + eps): a factor per head, which commutes with
         # the depth-wise convolution and so costs nothing beside the next one.
-        gate = memory.mass / (memory.mass + 1e-3)
+        gate = memory.mass / (memory.mass + self.eps)
         if self.head_attention_type != 'none':
-            # eps: a key of zeros has no direction and gives a score of 0
+            if self.direction == 'sum':
+                memory.keys = key if memory.keys is None else memory.keys + key
+                key, norm = memory.keys, memory.keys.norm(dim=-1)
+            # A key of zeros has no direction and gives a score of 0
             scores = (query * key).sum(-1) / norm.clamp_min(1e-12)
             if self.head_attention_type == 'linear':
                 weight = self.head_attention.weight.to(scores.dtype)
@@ -189,7 +217,7 @@ class KCLA(QKVLayerAttention):
             out = self.value_act(self.value(out))
         return self.norm_relu(out * self.per_channel(gate, out))
 
-    def _weigh(self, norm: Tensor) -> Tensor:
+    def weigh(self, norm: Tensor) -> Tensor:
         """Weight of a token by the norm of its key, (B, G) to (B, G)."""
         scaled = norm * self.scales.to(norm.dtype)
         return scaled.clamp_max(10).exp() if self.exp_norm else scaled
@@ -197,19 +225,23 @@ class KCLA(QKVLayerAttention):
     def _take_over(self, memory: Memory) -> None:
         """Start with the mean of the stage before, or of the blocks before."""
         if self.restarts:
-            mean = memory.mean
+            mean, memory.keys = memory.mean, None
         else:
             # None too where all attentions there are pruned, or there is none
             mean, memory.before = getattr(memory.before, 'mean', None), None
         if hasattr(self, 'cross_stage') and mean is not None:
             memory.mean, key = self.cross_stage(mean)
-            memory.mass = self._weigh(self.heads(key).norm(dim=-1))
+            memory.mass = self.weigh(self.heads(key).norm(dim=-1))
 
     def signature(self) -> str:
+        # What is not the default alone, as checkpoints of before have no more
+        rest = '' if self.relu else ', relu=False'
+        rest += '' if self.direction == 'own' else f', direction={self.direction}'
+        rest += '' if self.eps == 1e-3 else f', eps={self.eps:g}'
         return (
             f'{super().signature()[:-1]}, temperature={self.temperature:g}, '
             f'exp_norm={self.exp_norm}, head_attention={self.head_attention_type}, '
-            f'recurrent={self.recurrent}{"" if self.relu else ", relu=False"})'
+            f'recurrent={self.recurrent}{rest})'
         )
 
 
@@ -221,7 +253,7 @@ class CrossStage(nn.Module):
 
     Args:
         channels (int): Channels ``C`` of the next stage.
-        heads (int): Its number of heads ``G``.
+        heads (int): Its number of heads ``G``, or 1 for no groups.
         previous_channels (int, optional): Channels ``C'`` of the stage; None
             within a stage, where there is no convolution.
         stride (int): Stride between the two.

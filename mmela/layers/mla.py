@@ -5,7 +5,6 @@ from typing import List
 import torch
 from torch import Tensor
 
-from ..ops import layer_weighted_sum
 from ..registry import LAYER_ATTENTIONS
 from .base import StageMemory, pool
 from .mrla_base import MRLABase
@@ -80,12 +79,25 @@ class MLA(MRLABase):
         query = self.heads(self.query(memory.pooled[-1])).unsqueeze(2)
         keys = [self.heads(self.key(y)) for y in memory.pooled]
         values = [self.value_act(self.value(y)) for y in memory.inputs]
+        attn = self.weights(query, torch.stack(keys, dim=2), memory)
+        return self.retrieve(attn, values)
+
+    def weights(self, query: Tensor, keys: Tensor, memory: Memory) -> Tensor:
+        """Weights of the blocks.
+
+        Args:
+            query (Tensor): (B, G, 1, d).
+            keys (Tensor): (B, G, t, d).
+            memory (MLA.Memory): Memory of the stage, which gets the scores.
+
+        Returns:
+            Tensor: (B, G, t).
+        """
         # A product and a sum, not a matmul, which autocast would do in half
-        scores = (query * torch.stack(keys, dim=2)).sum(-1)  # (B, G, t)
+        scores = (query * keys).sum(-1)  # (B, G, t)
         scores = scores / math.sqrt(query.shape[-1])
         memory.scores.append(scores)
-        attn = scores.softmax(-1)
-        return self.norm_relu(layer_weighted_sum(attn, values, self.backend))
+        return scores.softmax(-1)
 
     def store(self, x: Tensor, memory: Memory) -> None:
         """Leave the output of the block in the memory."""

@@ -52,7 +52,7 @@ class RLAg(BranchAttention):
 
         Attributes:
             hidden (Tensor, optional): :math:`h`, (B, hidden, H, W).
-            before (Memory, optional): What the stage before has ended with.
+            before (RLAg.Memory, optional): What the stage before has ended with.
         """
 
         hidden: Optional[Tensor] = None
@@ -98,7 +98,16 @@ class RLAg(BranchAttention):
         return [(conv, 'tell'), (branch_end(block), 'replace')]
 
     def tell(self, x: Tensor, output: Tensor, memory: Memory) -> Tensor:
-        """Add to the first convolution what it gets from ``h``."""
+        """Add to the first convolution what it gets from ``h``.
+
+        Args:
+            x (Tensor): Input of the convolution, (B, C_in, H_in, W_in).
+            output (Tensor): Its output, (B, C_out, H, W).
+            memory (RLAg.Memory): Memory of the stage.
+
+        Returns:
+            Tensor: The sum, (B, C_out, H, W).
+        """
         if memory.before is not None:
             memory.hidden = memory.before.hidden
             memory.before = None

@@ -8,8 +8,11 @@ Importing this needs Triton. With the environment variable
 ``TRITON_INTERPRET=1`` the kernels run on a CPU, slowly, for tests.
 """
 
+import json
+import os
 import warnings
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -18,8 +21,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Elements per program. Not tuned: no measurement on a GPU stands behind it.
-BLOCK = 2048
+# Elements per program (a power of two) and its warps, by name of the GPU, then by
+# kernel, layout and size of an element. tools/benchmark/tune.py measures them.
+# 'default' is for GPUs that are not in it, and no measurement stands behind it.
+BLOCKS_FILE = Path(
+    os.environ.get('MMELA_TRITON_BLOCKS')
+    or Path(__file__).with_name('triton_blocks.json')
+)
+BLOCKS: Dict[str, Dict[str, Any]] = json.loads(BLOCKS_FILE.read_text())
 
 
 @triton.jit
@@ -189,18 +198,22 @@ def forward(attn: Tensor, values: Sequence[Tensor]) -> Tensor:
     Args:
         attn (Tensor): (B, G, t).
         values (Sequence[Tensor]): ``t`` values, (B, C, H, W). What is not
-            contiguous, channels_last or aligned to 16 bytes is copied first.
+            contiguous, channels_last or aligned to 16 bytes, or of another data
+            type than the first, is copied first.
 
     Returns:
         Tensor: (B, C, H, W), with the data type and layout of the values.
 
     Raises:
-        ValueError: If the values are in double precision.
+        ValueError: If the values are in double precision, or differ in shape
+            or device.
     """
     attn, values, form = _prepare(attn, values)
     out = torch.empty_like(values[0])
-    grid, sizes = _launch(attn, out, form)
-    _forward_kernel[grid](attn, _addresses(values), out, len(values), **sizes)
+    grid, sizes = _launch('forward', attn, out, form)
+    table = _addresses(values, out.device)
+    with torch.cuda.device_of(out):  # where Triton launches
+        _forward_kernel[grid](attn, table, out, len(values), **sizes)
     return out
 
 
@@ -231,19 +244,14 @@ def backward(
         torch.empty_like(value) if need else None
         for value, need in zip(values, needs_values)
     ]
-    grid, sizes = _launch(attn, grad, form)
+    grid, sizes = _launch('backward', attn, grad, form)
     parts = (grid[1], *attn.shape) if needs_attn else (1,)
     dots = torch.empty(parts, dtype=torch.float32, device=grad.device)
-    _backward_kernel[grid](
-        grad,
-        attn,
-        _addresses(values),
-        _addresses(grad_values),
-        dots,
-        len(values),
-        NEEDS_ATTN=needs_attn,
-        **sizes,
-    )
+    tables = [_addresses(tensors, grad.device) for tensors in (values, grad_values)]
+    with torch.cuda.device_of(grad):
+        _backward_kernel[grid](
+            grad, attn, *tables, dots, len(values), NEEDS_ATTN=needs_attn, **sizes
+        )
     return dots.sum(0).to(dtype) if needs_attn else None, grad_values
 
 
@@ -267,27 +275,70 @@ def _prepare(attn: Tensor, values: Sequence[Tensor]):
             'no torch.float64; allowed are torch.float16, '
             'torch.bfloat16 and torch.float32'
         )
-    form = _memory_format(values[0])
-    return attn.contiguous(), [_aligned(v, form) for v in values], form
+    first = values[0]
+    for value in values[1:]:  # a kernel would read beside the value
+        if value.shape != first.shape or value.device != first.device:
+            raise ValueError(
+                f'values of one shape on one device are summed, not {first.shape} on '
+                f'{first.device} and {value.shape} on {value.device}'
+            )
+    form = _memory_format(first)
+    return (
+        attn.contiguous(),
+        [_aligned(value.to(first.dtype), form) for value in values],
+        form,
+    )
 
 
-def _addresses(tensors: Sequence[Optional[Tensor]]) -> Tensor:
-    """Addresses of the tensors on their device; 0 stands for None."""
-    device = next((t.device for t in tensors if t is not None), None)
+def _addresses(tensors: Sequence[Optional[Tensor]], device: torch.device) -> Tensor:
+    """Addresses of tensors, on their device; 0 stands for None."""
     table = torch.tensor([0 if t is None else t.data_ptr() for t in tensors])
-    return table if device is None else table.to(device, non_blocking=True)
+    return table.to(device, non_blocking=True)
 
 
-def _launch(attn: Tensor, value: Tensor, form: torch.memory_format):
+@lru_cache(maxsize=None)
+def gpu_name(device: torch.device) -> str:
+    """Name of a GPU as in ``BLOCKS``; ``'default'`` is no GPU.
+
+    Args:
+        device (torch.device): The device.
+
+    Returns:
+        str: The name.
+    """
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else 'default'
+
+
+def blocks_key(kernel: str, form: torch.memory_format, itemsize: int) -> str:
+    """Key in the blocks of a GPU in ``BLOCKS``.
+
+    Args:
+        kernel (str): ``'forward'`` or ``'backward'``.
+        form (torch.memory_format): Layout of the values.
+        itemsize (int): Bytes of an element.
+
+    Returns:
+        str: The key.
+    """
+    layout = 'channels_last' if form == torch.channels_last else 'contiguous'
+    return f'{kernel}, {layout}, {itemsize} bytes'
+
+
+def _launch(kernel: str, attn: Tensor, value: Tensor, form: torch.memory_format):
     """Grid of programs, and the sizes that each kernel takes."""
     batch, heads, _ = attn.shape
     channels, size = value.size(1), value.size(2) * value.size(3)
     head_dim = channels // heads
+    chosen = BLOCKS.get(gpu_name(value.device), {}).get(
+        blocks_key(kernel, form, value.element_size()), BLOCKS['default']
+    )
+    block = chosen['block']
     sizes = dict(
         size=size,
         channels=channels,
         HEAD_DIM=head_dim,
         CHANNELS_LAST=form == torch.channels_last,
-        BLOCK=BLOCK,
+        BLOCK=block,
+        num_warps=chosen['warps'],
     )
-    return (batch * heads, triton.cdiv(head_dim * size, BLOCK)), sizes
+    return (batch * heads, triton.cdiv(head_dim * size, block)), sizes

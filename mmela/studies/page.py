@@ -201,6 +201,7 @@ def _made(
         '',
         '## How it was made',
         '',
+        '<!-- not run: a study -->',
         '```bash',
         *study.prepare,
         command,

@@ -208,7 +208,16 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def finals(runs: Iterable[Row], variant: str, key: str = 'final') -> Dict[int, float]:
-    """A number of a variant by seed, of the seeds that have it."""
+    """A number of a variant by seed, of the seeds that have it.
+
+    Args:
+        runs (Iterable[dict]): A row for each run.
+        variant (str): A variant.
+        key (str): Column of the number. Defaults to ``'final'``.
+
+    Returns:
+        dict[int, float]: The number by seed.
+    """
     return {
         row['seed']: row[key]
         for row in runs

@@ -121,7 +121,16 @@ def first_step(job: Job) -> int:
 
 
 def simulate(jobs: Sequence[Job], seconds: Dict[str, float], slots: int) -> float:
-    """Seconds that runs take side by side, in their order."""
+    """Seconds that runs take side by side, in their order.
+
+    Args:
+        jobs (Sequence[Job]): The runs.
+        seconds (dict[str, float]): What each takes, by work directory.
+        slots (int): How many run at a time.
+
+    Returns:
+        float: Seconds until the last has ended.
+    """
     free, ends = [0.0] * max(1, slots), {'': 0.0}
     for job in jobs:
         free.sort()
@@ -221,7 +230,12 @@ class Display:
         self.bars.update(self._all, completed=self._done + shares, text=text)
 
     def finished(self, job: Job, result: str) -> None:
-        """Count one more."""
+        """Count one more.
+
+        Args:
+            job (Job): What has ended.
+            result (str): How, in a word or two.
+        """
         self._done += 1
         self.say(f'{job.name} is done: {result}')
 

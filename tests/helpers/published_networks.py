@@ -15,6 +15,10 @@ RESTART = 11
 """Block of a stage at which KCLA goes on with its normalized mean alone."""
 
 
+CELLS = dict(dla_light=3, dla_base=3, dia=4)
+"""Gates of the recurrent cell that the blocks of a stage share."""
+
+
 def eca_size(channels):
     """The odd one of t and t + 1 with t = floor((log2(C) + 1) / 2)."""
     t = int((math.log2(channels) + 1) / 2)
@@ -26,7 +30,7 @@ class PublishedNetwork:
 
     Args:
         arch (str): 'mla', 'mla_eq4', 'mrla_base', 'mrla_base_no_relu',
-            'mrla_light' or 'kcla'.
+            'mrla_light', 'kcla', 'kcla_first', 'dla_light', 'dla_base' or 'dia'.
         blocks (tuple[int]): Number of blocks of each stage.
         stem (str): '7x7' or 'deep' for ImageNet, '3x3' for CIFAR.
         head_dim (int): Channels of a head.
@@ -62,6 +66,10 @@ class PublishedNetwork:
                 stride = 2 if stage > 0 and block == 0 else 1
                 self._make_block(stage, block, channels, inner, stride)
                 channels = inner * EXPANSION
+            if arch in CELLS:
+                self._make_cell(stage, channels)
+        if arch == 'dla_light':
+            self._make_norm('bn2', channels)
         if arch == 'mrla_base' and stem == '3x3':
             self._make_norm('finalbn', channels)
         self.state_dict['fc.weight'] = self._randn(num_classes, channels) / math.sqrt(
@@ -72,14 +80,20 @@ class PublishedNetwork:
     # Names
 
     def block_name(self, stage, block):
-        if self.arch == 'kcla' and self.stem != '3x3':
+        if self.arch in ('kcla', 'kcla_first') and self.stem != '3x3':
             return f'layer{stage + 1}.layers.{block}'
+        if self.arch == 'dia':
+            return f'layer{stage + 1}.ModuleList.{block}'
+        if self.arch in CELLS:
+            return f'stages.{stage}.layers.{block}'
         if self.arch in ('mrla_light', 'mla_eq4'):
             return f'layer{stage + 1}.{block}'
         return f'stages.{stage}.{block}'
 
     def attention_name(self, stage, block):
-        if self.arch == 'kcla':
+        if self.arch in CELLS:
+            return f'stages.{stage}.attention.{block}.layer_attention.layer_attention'
+        if self.arch in ('kcla', 'kcla_first'):
             if self.stem != '3x3':
                 return f'layer{stage + 1}.attention.{block}'
             return self.block_name(stage, block) + '.kcla'
@@ -88,6 +102,8 @@ class PublishedNetwork:
         return f'{self.block_name(stage, block)}.mrla.{self.light_name}'
 
     def norm_name(self, stage, block):
+        if self.arch in CELLS:
+            return f'stages.{stage}.attention.{block}.bn_layer_attention'
         name = 'bn_la' if self.arch == 'mla_eq4' else 'bn_mrla'
         return f'{self.block_name(stage, block)}.{name}'
 
@@ -120,6 +136,22 @@ class PublishedNetwork:
             self._make_conv('conv1', width, 3, int(self.stem[0]))
         self._make_norm('bn1', width)
 
+    def _make_cell(self, stage, channels):
+        """Two bottlenecks to a quarter, and DLA-L's convolution."""
+        cell = self.cell_name(stage)
+        sizes = ((0, channels // 4, channels), (2, CELLS[self.arch] * channels, -1))
+        for part in ('w_ih', 'w_hh'):
+            for i, out, inner in sizes:
+                inner = channels // 4 if inner < 0 else inner
+                name = f'{cell}.lstm.{part}.0.seq.{i}'
+                self.state_dict[f'{name}.weight'] = self._randn(out, inner) / inner**0.5
+                self.state_dict[f'{name}.bias'] = self._randn(out) / 4
+        if self.arch == 'dla_light':
+            self._make_conv(f'{cell}.excite', channels, 1, 3)
+
+    def cell_name(self, stage):
+        return f'layer{stage + 1}' if self.arch == 'dia' else f'stages.{stage}'
+
     def _make_block(self, stage, block, channels, inner, stride):
         name = self.block_name(stage, block)
         outer = inner * EXPANSION
@@ -135,31 +167,46 @@ class PublishedNetwork:
         self._make_attention(stage, block, outer)
 
     def _make_attention(self, stage, block, channels):
+        if self.arch == 'dia':
+            return
         name = self.attention_name(stage, block)
         state = self.state_dict
         size = eca_size(channels)
         for letter in 'qk':
             state[f'{name}.W{letter}.weight'] = self._randn(1, 1, size) / 4
         self._make_conv(f'{name}.Wv', channels, 1, 3)
-        if self.arch != 'kcla':
+        if self.arch not in ('kcla', 'kcla_first'):
             # What takes the place of the output is no small part of it
             scale = 2.0 if self.arch == 'mla_eq4' else 0.4
             self._make_norm(self.norm_name(stage, block), channels, scale)
             if self.arch == 'mrla_light':
                 name = self.block_name(stage, block)
                 state[f'{name}.mrla.lambda_t'] = self._randn(channels, 1, 1)
+            if self.arch == 'dla_light':
+                name = self.attention_name(stage, block)[: -len('.layer_attention')]
+                state[f'{name}.lambda_t'] = self._randn(channels, 1, 1)
             return
         heads = channels // self.head_dim
         self._make_norm(f'{name}.bn_attention', channels, 0.4)
-        state[f'{name}.head_att.weight'] = self._randn(heads, heads)
+        state[f'{name}.{self.part("head")}.weight'] = self._randn(heads, heads)
         scales = torch.tensor(self.scales(heads), dtype=torch.double)
+        if self.arch == 'kcla_first':
+            scales = 1 / (scales * math.sqrt(self.head_dim))
         state[f'{name}.norm_d'] = (1 / scales).view(1, heads, 1, 1, 1)
         if block in (0, RESTART):  # also in the first stage
             self._make_conv(
-                f'{name}.adjust_channel', channels, channels // 2 // heads, 1
+                f'{name}.{self.part("reduce")}', channels, channels // 2 // heads, 1
             )
-            self._make_norm(f'{name}.u_bn', channels)
-            state[f'{name}.u_Wk.weight'] = self._randn(1, 1, size)
+            self._make_norm(f'{name}.{self.part("norm")}', channels)
+            state[f'{name}.{self.part("key")}.weight'] = self._randn(1, 1, size)
+
+    def part(self, name):
+        """What the version of KCLA calls a part of its attention."""
+        first = dict(
+            head='select_temp', reduce='adjust_channel.0', norm='membn', key='memWk'
+        )
+        later = dict(head='head_att', reduce='adjust_channel', norm='u_bn', key='u_Wk')
+        return (first if self.arch == 'kcla_first' else later)[name]
 
     @staticmethod
     def scales(heads):
@@ -211,7 +258,7 @@ class PublishedNetwork:
         for stage, depth in enumerate(self.blocks):
             memory = dict(carried=carried)
             for block in range(depth):
-                x, identity = self.residual_block(stage, block, x)
+                x, identity = self.residual_block(stage, block, x, memory)
                 out = getattr(self, self.arch)(stage, block, x, identity, memory)
                 x = out if self.arch == 'mla_eq4' else x + out
             carried = memory.get('mean')
@@ -219,13 +266,15 @@ class PublishedNetwork:
         fc = self.state_dict['fc.weight'], self.state_dict['fc.bias']
         return outs, F.linear(x.mean((2, 3)), *fc)
 
-    def residual_block(self, stage, block, x):
+    def residual_block(self, stage, block, x, memory):
         name = self.block_name(stage, block)
         stride = 2 if stage > 0 and block == 0 else 1
         out = self.norm(f'{name}.bn1', self.conv(f'{name}.conv1', x)).relu()
         out = self.conv(f'{name}.conv2', out, stride)
         out = self.norm(f'{name}.bn2', out).relu()
         out = self.norm(f'{name}.bn3', self.conv(f'{name}.conv3', out))
+        if self.arch == 'dia':
+            out = out * self.step(stage, out.mean((2, 3)), memory)[..., None, None]
         if f'{name}.downsample.0.weight' in self.state_dict:
             x = self.conv(f'{name}.downsample.0', x, stride)
             x = self.norm(f'{name}.downsample.1', x)
@@ -274,7 +323,7 @@ class PublishedNetwork:
         query = self.over_channels(f'{name}.Wq', pooled)
         out = self.softmax_attention(query, keys, values)
         out = self.norm(self.norm_name(stage, block), out)
-        return out.relu() if self.arch == 'mrla_base' else out
+        return out if self.arch == 'mrla_base_no_relu' else out.relu()
 
     mrla_base_no_relu = mrla_base
 
@@ -292,11 +341,75 @@ class PublishedNetwork:
         lambda_o = self.state_dict[f'{name}.mrla.lambda_t']
         return self.norm(f'{name}.bn_mrla', lambda_o * identity + torch.cat(out, 1))
 
+    def cell(self, stage, x, state):
+        """DIA, section 3.2, or DLA, eq. 8 to 10: next h and c."""
+        gates = 0
+        for part, vector in (('w_ih', x), ('w_hh', state[0])):
+            name = f'{self.cell_name(stage)}.lstm.{part}.0.seq'
+            for i in (0, 2):
+                weight = self.state_dict[f'{name}.{i}.weight']
+                vector = vector @ weight.T + self.state_dict[f'{name}.{i}.bias']
+                vector = vector.clamp(min=0) if i == 0 else vector
+            gates = gates + vector
+        gates = gates.split(x.shape[1], 1)
+        c = gates[1].sigmoid() * state[1] + gates[0].sigmoid() * gates[2].tanh()
+        return c.sigmoid() * (gates[3].sigmoid() if len(gates) == 4 else 1), c
+
+    def step(self, stage, x, memory):
+        """One step of the cell of a stage, and its h."""
+        zeros = torch.zeros_like(x)
+        memory['state'] = self.cell(stage, x, memory.get('state', (zeros, zeros)))
+        return memory['state'][0]
+
+    def dia(self, stage, block, x, identity, memory):
+        """All is done within the block."""
+        return torch.zeros_like(x)
+
+    def dla_light(self, stage, block, x, identity, memory):
+        """DLA, section 3.4: MRLA-light with what came before brought up to date."""
+        self.step(stage, x.mean((2, 3)), memory)
+        gate = self.cell(stage, identity.mean((2, 3)), memory['state'])[0]
+        again = self.conv(f'stages.{stage}.excite', identity, groups=x.shape[1])
+        before = identity * gate[..., None, None] + again
+        name = self.attention_name(stage, block)
+        query = self.over_channels(f'{name}.Wq', x.mean((2, 3)))
+        key = self.over_channels(f'{name}.Wk', x.mean((2, 3)))
+        out = [
+            ((q * k).sum(1) / self.head_dim**0.5).sigmoid().view(-1, 1, 1, 1) * v
+            for q, k, v in zip(query, key, self.heads(self.value(stage, block, x)))
+        ]
+        name = name[: -len('.layer_attention')]
+        before = self.state_dict[f'{name}.lambda_t'] * before
+        return self.norm(self.norm_name(stage, block), before + torch.cat(out, 1))
+
+    def dla_base(self, stage, block, x, identity, memory):
+        """DLA, section 3.3: MRLA-base whose keys and values are brought up to date."""
+        self.step(stage, x.mean((2, 3)), memory)
+        for i, key in enumerate(memory.get('keys', [])):
+            key = torch.cat(key, 1)
+            key = key * self.cell(stage, key, memory['state'])[0]
+            memory['keys'][i] = key.split(self.head_dim, 1)
+            value = memory['values'][i]
+            gate = self.cell(stage, value.mean((2, 3)), memory['state'])[0]
+            memory['values'][i] = value * gate[..., None, None]
+        return self.mrla_base(stage, block, x, identity, memory)
+
+    def kcla_first(self, stage, block, x, identity, memory):
+        """The authors' first detectors: what :meth:`kcla` says of them."""
+        return self.kcla(stage, block, x, identity, memory)
+
     def kcla(self, stage, block, x, identity, memory):
-        """KCLA, eq. 10 and 11, and algorithm 1 between stages."""
+        """KCLA, eq. 10 and 11, and algorithm 1 between stages.
+
+        In the first detectors the temperatures go the other way and have the
+        root of d, and the query is scored along the sum of the stage's keys.
+        """
         name = self.attention_name(stage, block)
         heads = x.shape[1] // self.head_dim
         scales = self.scales(heads)
+        first = self.arch == 'kcla_first'
+        if first:
+            scales = [1 / s / math.sqrt(self.head_dim) for s in scales]
 
         def weigh(keys):
             return [
@@ -306,17 +419,23 @@ class PublishedNetwork:
 
         u = z = [0.0] * heads
         if block == RESTART:
-            mean = self.norm(f'{name}.u_bn', memory['mean'])
-            z = weigh(self.over_channels(f'{name}.u_Wk', mean.mean((2, 3))))
+            mean = self.norm(f'{name}.{self.part("norm")}', memory['mean'])
+            carried_key = f'{name}.{self.part("key")}'
+            z = weigh(self.over_channels(carried_key, mean.mean((2, 3))))
+            memory.pop('direction', None)
             u = [w * y for w, y in zip(z, self.heads(mean))]
         elif block > 0:
             u, z = memory['u'], memory['z']
         elif memory['carried'] is not None:
             mean = self.conv(
-                f'{name}.adjust_channel', memory['carried'], stride=2, groups=heads
+                f'{name}.{self.part("reduce")}',
+                memory['carried'],
+                stride=2,
+                groups=heads,
             )
-            mean = self.norm(f'{name}.u_bn', mean)
-            z = weigh(self.over_channels(f'{name}.u_Wk', mean.mean((2, 3))))
+            mean = self.norm(f'{name}.{self.part("norm")}', mean)
+            carried_key = f'{name}.{self.part("key")}'
+            z = weigh(self.over_channels(carried_key, mean.mean((2, 3))))
             u = [w * y for w, y in zip(z, self.heads(mean))]
 
         pooled = x.mean((2, 3))
@@ -331,10 +450,13 @@ class PublishedNetwork:
         value = self.value(
             stage, block, torch.cat([a / (b + 1e-3) for a, b in zip(u, z)], 1)
         )
+        if first:
+            before = memory.get('direction', [0.0] * heads)
+            key = memory['direction'] = [a + k for a, k in zip(before, key)]
         scores = torch.stack(
             [(q * k).sum(1) / k.norm(dim=1) for q, k in zip(query, key)], 1
         )
-        weight = self.state_dict[f'{name}.head_att.weight']
+        weight = self.state_dict[f'{name}.{self.part("head")}.weight']
         gates = torch.sigmoid(scores @ weight.T)
         out = [
             gates[:, g].view(-1, 1, 1, 1) * v for g, v in enumerate(self.heads(value))
@@ -480,3 +602,126 @@ class PublishedDeiT:
             x = x + self.layer_attention(f'{name}.mrla', x, before, memory)
         token = self.norm('norm', x)[:, 0]
         return token, self.linear('head', token)
+
+
+class PublishedUNet:
+    """The first version of KCLA's U-Net, with random weights.
+
+    Args:
+        widths (tuple[int]): Channels of the stem and of the four stages.
+    """
+
+    strides = (2, 2, 2, 1)
+    head_dim = 16
+
+    def __init__(self, widths=(16, 32, 64, 128, 128)):
+        self.widths = widths
+        # For its weights and its plain operations
+        self.net = net = PublishedNetwork('kcla', (), '7x7', 16, stem_width=widths[0])
+        state = self.state_dict = net.state_dict
+        for key in [key for key in state if key.startswith('fc.')]:
+            del state[key]
+        for key in list(state):
+            state[f'encoder.{key}'] = state.pop(key)
+        net._make_norm('encoder.bn2', 512)
+        channels = widths[0]
+        for stage, (out, stride) in enumerate(zip(widths[1:], self.strides), 1):
+            for block in range(2):
+                name = f'encoder.layer{stage}.layers.{block}'
+                for i, inner in ((1, channels if block == 0 else out), (2, out)):
+                    net._make_conv(f'{name}.conv{i}', out, inner, 3)
+                    net._make_norm(f'{name}.bn{i}', out)
+                if block == 0 and (stride > 1 or channels != out):
+                    net._make_conv(f'{name}.downsample.0', out, channels, 1)
+                    net._make_norm(f'{name}.downsample.1', out)
+                name = f'encoder.layer{stage}.attention.{block}'
+                for letter in 'qk':
+                    state[f'{name}.W{letter}.weight'] = net._randn(1, 1, eca_size(out))
+                net._make_conv(f'{name}.Wv', out, 1, 3)
+                net._make_norm(f'{name}.bn_attention', out)
+                heads = out // self.head_dim
+                scales = torch.tensor(net.scales(heads), dtype=torch.double)
+                state[f'{name}.norm_d'] = (1 / scales).view(1, heads, 1, 1, 1)
+                if block == 0:
+                    net._make_conv(f'{name}.adjust_channel.0', out, channels, 1)
+                    state[f'{name}.adjust_channel.0.bias'] = net._randn(out)
+                    net._make_norm(f'{name}.adjust_channel.1', out)
+            channels = out
+        decoder = [(widths[4] + widths[3], 64)]
+        decoder += [(64 + widths[2], 32), (32 + widths[1], 16), (16 + widths[0], 16)]
+        for step, (inner, out) in enumerate(decoder, 1):
+            for i, c_in in ((0, inner), (3, out)):
+                name = f'up{step}.conv.double_conv'
+                net._make_conv(f'{name}.{i}', out, c_in, 3)
+                state[f'{name}.{i}.bias'] = net._randn(out)
+                net._make_norm(f'{name}.{i + 1}', out)
+        net._make_conv('outc.conv', 1, 16, 1)
+        state['outc.conv.bias'] = net._randn(1)
+
+    def conv(self, name, x, stride=1):
+        bias = self.state_dict.get(f'{name}.bias')
+        return self.net.conv(name, x, stride) + (
+            0 if bias is None else bias.view(-1, 1, 1)
+        )
+
+    def attention(self, stage, block, x, memory):
+        """KCLA, eq. 10 and 11 without the linear layer among the heads."""
+        net, name = self.net, f'encoder.layer{stage}.attention.{block}'
+        # The authors divide by what they name the temperature
+        scales = 1 / self.state_dict[f'{name}.norm_d'].flatten()
+
+        def weigh(y):
+            keys = net.over_channels(f'{name}.Wk', y.mean((2, 3)))
+            return [
+                (key.norm(dim=1) / s).clamp(max=10).exp().view(-1, 1, 1, 1)
+                for key, s in zip(keys, scales)
+            ]
+
+        if block == 0 and memory:
+            mean = torch.cat([u / z for u, z in memory], 1)
+            mean = self.conv(f'{name}.adjust_channel.0', mean, self.strides[stage - 1])
+            mean = net.norm(f'{name}.adjust_channel.1', mean)
+            memory = [(z * y, z) for z, y in zip(weigh(mean), net.heads(mean))]
+        new = [(z * y, z) for z, y in zip(weigh(x), net.heads(x))]
+        if memory:
+            new = [(u + v, z + w) for (u, z), (v, w) in zip(memory, new)]
+        value = net.conv(
+            f'{name}.Wv', torch.cat([u / z for u, z in new], 1), groups=x.shape[1]
+        )
+        query = net.over_channels(f'{name}.Wq', x.mean((2, 3)))
+        key = net.over_channels(f'{name}.Wk', x.mean((2, 3)))
+        out = [
+            ((q * k).sum(1) / k.norm(dim=1)).sigmoid().view(-1, 1, 1, 1) * v
+            for q, k, v in zip(query, key, net.heads(value))
+        ]
+        return net.norm(f'{name}.bn_attention', torch.cat(out, 1)), new
+
+    def forward(self, x):
+        """Score of a lesion, (B, 1, H, W)."""
+        net, memory = self.net, []
+        x = net.norm('encoder.bn1', self.conv('encoder.conv1', x)).relu()
+        maps = [x]
+        for stage, stride in enumerate(self.strides, 1):
+            for block in range(2):
+                name = f'encoder.layer{stage}.layers.{block}'
+                step = stride if block == 0 else 1
+                y = self.conv(f'{name}.conv1', x, step)
+                y = self.conv(f'{name}.conv2', net.norm(f'{name}.bn1', y).relu())
+                y = net.norm(f'{name}.bn2', y)
+                if f'{name}.downsample.0.weight' in self.state_dict:
+                    x = self.conv(f'{name}.downsample.0', x, step)
+                    x = net.norm(f'{name}.downsample.1', x)
+                x = (x + y).relu()
+                out, memory = self.attention(stage, block, x, memory)
+                x = x + out
+            maps.append(x)
+        for step, skip in enumerate(maps[-2::-1], 1):
+            x = F.interpolate(x, scale_factor=2, mode='bilinear', align_corners=True)
+            height, width = skip.shape[2:]
+            top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
+            x = x[:, :, top : top + height, left : left + width]
+            x = torch.cat([skip, x], 1)
+            for i in (0, 3):
+                name = f'up{step}.conv.double_conv'
+                x = net.norm(f'{name}.{i + 1}', self.conv(f'{name}.{i}', x)).relu()
+        return self.conv('outc.conv', x)

@@ -16,7 +16,8 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 @pytest.fixture
 def kernels(monkeypatch):
     # Several programs per head, the last one uneven
-    monkeypatch.setattr(triton_kernels, 'BLOCK', 32)
+    blocks = dict(default=dict(block=32, warps=4))
+    monkeypatch.setattr(triton_kernels, 'BLOCKS', blocks)
     return triton_kernels
 
 
@@ -87,6 +88,62 @@ def test_what_the_kernels_do_not_read_is_copied(kernels):
     torch.testing.assert_close(
         kernels.forward(attn, mixed), plain(attn, mixed, grad)[0]
     )
+
+
+@pytest.mark.parametrize('t', [1, 3])
+@pytest.mark.parametrize('shape', [(1, 3, 1, 1), (2, 24, 1, 7), (1, 96, 7, 7)])
+@FORMS
+def test_odd_sizes(kernels, shape, t, form):
+    """Integers that are 1, which Triton compiles in; programs mostly masked."""
+    attn, values, grad = inputs(t, torch.float32, form, shape)
+    grads = kernels.backward(grad, attn, values, True, [True] * t)
+    results = [kernels.forward(attn, values), grads[0], *grads[1]]
+    for result, expected in zip(results, plain(attn, values, grad)):
+        torch.testing.assert_close(result, expected)
+
+
+@FORMS
+def test_offsets_beyond_32_bits(form):
+    """Maps of 800x1333 pixels, of so many images that 2**31 numbers are passed."""
+    memory = torch.cuda.mem_get_info()[0] if DEVICE == 'cuda' else 0
+    if memory < 40e9:
+        pytest.skip('needs a GPU with 40 GB free')
+    shape = (120, 288, 200, 334)
+    attn = torch.rand(120, 3, 2, device=DEVICE).softmax(-1)
+    values = []
+    for _ in range(2):
+        value = torch.empty(shape, device=DEVICE, dtype=torch.bfloat16).normal_()
+        values.append(value.to(memory_format=form))
+    out = triton_kernels.forward(attn, values)
+    grads = triton_kernels.backward(values[0], attn, values, True, [True, False])
+    for sample in (slice(0, 1), slice(119, 120)):
+        part = [v[sample] for v in values]
+        expected = plain(attn[sample], part, part[0])
+        for result, e in zip([out, grads[0], grads[1][0]], expected):
+            torch.testing.assert_close(result[sample], e, rtol=2e-2, atol=2e-2)
+
+
+def test_values_of_two_data_types(kernels):
+    """As where a block leaves autocast: the second is cast, not misread."""
+    attn, values, grad = inputs(2, torch.float32, torch.contiguous_format)
+    leaves = [v.requires_grad_() for v in (values[0], values[1].bfloat16())]
+    out = layer_weighted_sum(attn, leaves, 'triton')
+    torch.testing.assert_close(
+        out, layer_weighted_sum(attn, leaves, 'reference'), rtol=1e-5, atol=1e-5
+    )
+    out.backward(grad)
+    assert leaves[1].grad.dtype == torch.bfloat16
+
+
+def test_values_of_two_shapes_are_refused(kernels):
+    attn, values, _ = inputs(2, torch.float32, torch.contiguous_format)
+    with pytest.raises(ValueError, match='5, 3.*1, 3'):
+        kernels.forward(attn, [values[0], values[1][:, :, :1]])
+
+
+def test_tables_are_where_the_kernels_run():
+    """Also the one without any address, for gradients that nobody wants."""
+    assert triton_kernels._addresses([None], torch.device('meta')).is_meta
 
 
 def test_double_precision_is_refused(kernels):

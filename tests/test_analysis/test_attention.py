@@ -239,6 +239,138 @@ def test_nothing_is_left_behind():
     assert not any(m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize('kind', ['MRLABase', 'MLA'])
+def test_similarity_of_keys(kind):
+    """Keys of the first head 2 e0, 2 e0 + e1, 2 e0 + e1 + e2; the second has none."""
+    model = network('aaa', kind)
+    model.layer1[1].layer_attn.key.weight.data *= -1
+    found = measure_attention(model, ONE)['stages']['layer1']['keys']
+    a, b, c = 4 / math.sqrt(20), 4 / math.sqrt(24), 5 / math.sqrt(30)
+    # Of MLA, the last attention makes all keys
+    sign = -1 if kind == 'MRLABase' else 1
+    expected = [[1, sign * a, b], [sign * a, 1, sign * c], [b, sign * c, 1]]
+    np.testing.assert_allclose(found['mean'], np.array(expected) / 2, atol=1e-6)
+    np.testing.assert_allclose(found['std'], 0, atol=1e-3)
+    assert found['blocks'] == [0, 1, 2]
+    assert found['overall'] == pytest.approx((sign * a + b + sign * c) / 6)
+    prune(model, ['layer1.1.layer_attn'])
+    found = measure_attention(model, ONE)['stages']['layer1']['keys']
+    assert found['blocks'] == [0, 2]
+    assert found['overall'] == pytest.approx(b / 2)
+    prune(model, ['layer1.2.layer_attn'])
+    result = measure_attention(model, ONE)
+    assert result['stages']['layer1']['keys'] is None
+    assert any('similarity of keys' in note for note in result['left_out'])
+
+
+def test_scores_of_kcla():
+    """Keys as above, so that the weights are exp of the norms of 2 e0 and so on."""
+    model = network('aaa', 'KCLA', cross_stage=False)
+    result = measure_attention(model, ONE)
+    assert any('norms of the keys' in note for note in result['left_out'])
+    found = result['stages']['layer1']['scores']
+    assert found['temperatures'] == pytest.approx([0.7, 1 / 0.7])
+    weights = np.exp(0.7 * np.sqrt([4, 5, 6]))
+    for t in range(3):
+        shares = weights[: t + 1] / weights[: t + 1].sum()
+        rest = [None] * (2 - t)
+        assert found['heads'][0][t] == [*map(pytest.approx, shares), *rest]
+        # The second head has keys of zeros
+        assert found['heads'][1][t] == [pytest.approx(1 / (t + 1))] * (t + 1) + rest
+    assert found['mean'][2][2] == pytest.approx((shares[2] + 1 / 3) / 2)
+    assert found['before'] == dict(
+        mean=[pytest.approx(0, abs=1e-6)] * 3,
+        heads=[[pytest.approx(0, abs=1e-6)] * 3] * 2,
+    )
+    assert found['limited'] == [0, 0]
+    prune(model, ['layer1.1.layer_attn'])
+    found = measure_attention(model, ONE)['stages']['layer1']['scores']
+    shares = weights[[0, 2]] / weights[[0, 2]].sum()
+    assert found['heads'][0][1] == [None] * 3
+    assert found['heads'][0][2] == [
+        pytest.approx(shares[0]),
+        None,
+        pytest.approx(shares[1]),
+    ]
+
+
+def test_limited_scores_of_kcla():
+    """A norm of 13 and one of 14.5: 0.7 of the first is below 10 alone."""
+    blocks = [Add(0, d, attention('KCLA', cross_stage=False)) for d in (12.0, 1.5)]
+    stage = measure_attention(Network(*blocks), ONE)['stages']['layer1']
+    assert stage['scores']['limited'] == [0.5, 0]
+    low, high = math.exp(0.7 * 13), math.exp(10)
+    assert stage['scores']['heads'][0][1] == [
+        pytest.approx(x / (low + high), rel=1e-4) for x in (low, high)
+    ]
+
+
+def test_scores_of_kcla_across_stages():
+    """What is kept is the sum by the scores of what was seen and taken over."""
+    pytest.importorskip('mmdet')
+    from mmela.models.backbones.mmdet_backbones import ELAResNet
+
+    torch.manual_seed(0)
+    backbone = ELAResNet(
+        depth=50,
+        base_channels=4,
+        stem_channels=4,
+        layer_attention=dict(type='KCLA', head_dim=8, restart_blocks=[2]),
+    )
+    model = nn.Module()
+    model.backbone = backbone
+    model.data_preprocessor = lambda batch, training: batch
+    stage = backbone.layer3
+    seen, kept, first = [], [], []
+    stage[0].layer_attn.cross_stage.register_forward_hook(
+        lambda module, args, out: first.append(out[0])
+    )
+    stage[2].layer_attn.cross_stage.register_forward_hook(
+        lambda module, args, out: kept.append(out[0])
+    )
+
+    def keep(module, args, out):
+        seen.append(args[0])
+        kept.append(args[1].mean)
+
+    for block in stage:
+        block.layer_attn.register_forward_hook(keep)
+    batch = dict(inputs=torch.randn(1, 3, 64, 64))
+    scores = measure_attention(model, [batch])['stages']['backbone.layer3']['scores']
+    before = torch.tensor(scores['before']['heads'])
+    assert (before > 1e-3).all() and (before < 1).all()
+
+    def mean(row, things):
+        weights = [before[:, row]]
+        weights += [
+            torch.tensor([h[row][s] for h in scores['heads']]) for s in range(row + 1)
+        ]
+        return sum(
+            w.repeat_interleave(8)[:, None, None] * x[0]
+            for w, x in zip(weights, things)
+        )
+
+    for row in (0, 1):
+        torch.testing.assert_close(
+            kept[row][0], mean(row, [*first, *seen]), rtol=1e-3, atol=1e-4
+        )
+    # The third restarts: it normalizes what was kept, with the same shares in it
+    shares = [
+        before[:, 2],
+        *(torch.tensor([h[2][s] for h in scores['heads']]) for s in range(3)),
+    ]
+    old = [
+        before[:, 1],
+        *(torch.tensor([h[1][s] for h in scores['heads']]) for s in range(2)),
+    ]
+    for new, share in zip(shares, old):
+        torch.testing.assert_close(new, share * (1 - shares[3]), rtol=1e-3, atol=1e-5)
+    own = shares[3].repeat_interleave(8)[:, None, None]
+    torch.testing.assert_close(
+        kept[3][0], (1 - own) * kept[2][0] + own * seen[2][0], rtol=1e-3, atol=1e-4
+    )
+
+
 def test_no_distribution():
     model = network('aaa', 'MRLALight', previous='output')
     for index, block in enumerate(model.layer1):

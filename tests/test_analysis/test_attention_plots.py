@@ -49,6 +49,56 @@ def test_without_distribution(tmp_path):
     draw(picture.plot, tmp_path / 'contributions.png')
 
 
+def scores(blocks, heads, before):
+    rows = [[1 / (i + 2)] * (i + 1) + [None] * (blocks - i - 1) for i in range(blocks)]
+    rest = [before / (i + 2) for i in range(blocks)]
+    return dict(
+        temperatures=[0.7 + 0.1 * i for i in range(heads)],
+        limited=[0.0] * (heads - 1) + [0.25],
+        mean=rows,
+        heads=[rows] * heads,
+        before=dict(mean=rest, heads=[rest] * heads),
+    )
+
+
+@pytest.mark.parametrize('heads, before', [(1, 0), (2, 1), (5, 1)])
+def test_scores_of_heads(tmp_path, heads, before):
+    kcla = stage(['active'] * 3, maps=None, scores=scores(3, heads, before))
+    result = dict(measurement({'backbone.layer1': kcla}), decision=None)
+    assert names(result)[0] == 'scores_layer1'
+    figure = Figure()
+    next(attention_pictures(result)).plot(figure, LIGHT)
+    maps = [a for a in figure.axes if a.images]
+    assert len(maps) == min(heads, 3)
+    assert maps[0].get_title().startswith('head 0, s = 0.70')
+    assert (
+        maps[-1].get_title().endswith(f's = {0.6 + 0.1 * heads:.2f}, 25% at the limit')
+    )
+    labels = [t.get_text() for t in maps[0].get_xticklabels()]
+    assert labels == ['before'] * before + ['0', '1', '2']
+    shown = maps[0].images[0].get_array()
+    assert shown.count() == 6 + 3 * before
+    draw(next(attention_pictures(result)).plot, tmp_path / 'x.png')
+
+
+@pytest.mark.parametrize('low, stages', [(0.2, 1), (-0.2, 3), (0.2, 4)])
+def test_keys(tmp_path, low, stages):
+    keys = dict(blocks=[0, 2], mean=[[1, low], [low, 1]], overall=low)
+    result = measurement(
+        {f'layer{i}': stage(['active'] * 3, keys=keys) for i in range(stages)}
+    )
+    picture = [p for p in attention_pictures(result) if p.name == 'keys'][0]
+    figure = Figure()
+    picture.plot(figure, LIGHT)
+    maps = [a for a in figure.axes if a.images]
+    assert [a.get_title() for a in maps] == [
+        f'layer{i}: {low:.2f}' for i in range(stages)
+    ]
+    assert maps[0].images[0].get_clim() == (0 if low > 0 else -1, 1)
+    assert [t.get_text() for t in maps[0].get_xticklabels()] == ['0', '2']
+    draw(picture.plot, tmp_path / 'x.png')
+
+
 def test_little_to_show():
     gone = stage(['pruned'] * 2, maps=None, queries=None)
     result = dict(measurement({'layer1': gone}), histogram=None)

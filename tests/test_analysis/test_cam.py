@@ -15,6 +15,8 @@ from pytorch_grad_cam import ScoreCAM  # noqa: E402
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget  # noqa: E402
 
 from mmela.analysis import cam  # noqa: E402
+from mmela.analysis.drawing import draw_over_image  # noqa: E402
+from mmela.analysis.inputs import input_picture  # noqa: E402
 from mmela.structure import prune  # noqa: E402
 
 
@@ -121,17 +123,18 @@ def test_image_of_a_classifier(classifier, tmp_path):
     maps = {'layer1.1': cams.compute(0, 'layer1.1', max_channels=3)}
     assert maps['layer1.1'].shape == (40, 56)
     assert maps['layer1.1'].min() >= 0 and maps['layer1.1'].max() <= 1
-    picture = cams.picture()
+    picture = input_picture(data)
     # BGR, as it is read, to RGB
     np.testing.assert_allclose(
         picture[..., 0], data['inputs'][0][2].numpy() / 255, atol=1e-6
     )
-    cam.draw_cams(
+    draw_over_image(
         tmp_path / 'x.png',
         picture,
         dict(a=maps, b=maps),
         dict(a={}, b={'layer1.1': 'note'}),
         'costs $1 or $2',
+        (10, 5, 8, 8),
     )
     with Image.open(tmp_path / 'x.png') as image:
         assert image.width > 3 * 200
@@ -156,7 +159,7 @@ def test_blocks(classifier):
 
 
 def test_blocks_of_other_backbones():
-    """Blocks that run their attentions by hooks; transformers are left out."""
+    """Blocks that run their attentions by hooks."""
     init_default_scope('mmpretrain')
     model = nn.Module()
     model.backbone = MODELS.build(
@@ -174,15 +177,63 @@ def test_blocks_of_other_backbones():
     model.backbone.eval()
     model.backbone(torch.randn(1, 3, 32, 32))
     assert outputs[0].shape[1] == cam.channel_count(model, names[-1])
-    model.backbone = MODELS.build(
+
+
+def transformer(**kwargs):
+    init_default_scope('mmpretrain')
+    torch.manual_seed(0)
+    arch = dict(embed_dims=12, num_layers=2, num_heads=3, feedforward_channels=16)
+    model = MODELS.build(
         dict(
-            type='ELAVisionTransformer',
-            arch='deit-tiny',
-            layer_attention=dict(type='MRLALight', head_dim=16),
+            type='ImageClassifier',
+            backbone=dict(
+                dict(type='VisionTransformer', arch=arch, img_size=32, patch_size=8),
+                **kwargs,
+            ),
+            head=dict(type='VisionTransformerClsHead', num_classes=5, in_channels=12),
+            data_preprocessor=dict(mean=[127.5] * 3, std=[50.0] * 3),
         )
     )
-    with pytest.raises(ValueError, match='no residual blocks'):
-        cam.target_layers(model)
+    model.eval()
+    return model
+
+
+def test_tokens_equal_the_librarys():
+    """With the library's own way to make maps of tokens."""
+    model = transformer()
+    assert cam.last_blocks(model) == ['layers.1']
+    assert cam.channel_count(model, 'layers.0') == 12
+    inputs, targets = torch.randn(1, 3, 32, 48), [ClassifierOutputTarget(3)]
+    expected = ScoreCAM(
+        model,
+        [model.backbone.layers[0]],
+        reshape_transform=lambda x: (
+            x[:, 1:].reshape(len(x), 4, 6, 12).permute(0, 3, 1, 2)
+        ),
+    )(inputs, targets)
+    layer = cam.target_layer(model, 'layers.0')
+    found = cam.StreamedScoreCAM(model, layer)(inputs, targets)
+    assert expected.std() > 0.01
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    hooks = [m._forward_hooks for m in model.modules()]
+    assert not any(hooks)
+
+
+def test_tokens_with_layer_attention():
+    """What the next layer is given, without the class token."""
+    model = transformer(
+        type='ELAVisionTransformer', layer_attention=dict(type='MRLALight', head_dim=4)
+    )
+    seen, given = [], []
+    cam.target_layer(model, 'layers.0').register_forward_hook(
+        lambda module, args, out: seen.append(out)
+    )
+    model.backbone.layers[1].register_forward_pre_hook(
+        lambda module, args: given.append(args[0])
+    )
+    model(torch.randn(2, 3, 32, 48))
+    expected = given[0][:, 1:].reshape(2, 4, 6, 12).permute(0, 3, 1, 2)
+    assert torch.equal(seen[0], expected)
 
 
 def test_errors(classifier):

@@ -3,13 +3,16 @@
 import json
 
 import pytest
+import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import MODELS
+from torch import nn
 
 from mmela.analysis.complexity import (
     backbone_complexity,
     count_flops,
     input_size,
+    kept_memory,
     used_parameters,
 )
 from mmela.analysis.work_dir import Run
@@ -48,6 +51,43 @@ def test_one_attention(backbone):
     prune(backbone, ['layer1.1.layer_attn'])
     assert flops - count_flops(backbone, (64, 64)) == FLOPS
     assert parameters - used_parameters(backbone) == PARAMETERS
+
+
+def test_products(backbone):
+    """The second attention of a stage sums two values by two scores a head."""
+    flops = count_flops(backbone, (64, 64), products=True)
+    prune(backbone, ['layer1.1.layer_attn'])
+    saved = flops - count_flops(backbone, (64, 64), products=True)
+    assert saved == FLOPS + 2 * CHANNELS * PIXELS + 2 * CHANNELS
+
+
+class SelfAttention(nn.Module):
+    """Five queries and keys of four channels in two heads, and one product."""
+
+    def forward(self, x):
+        tokens = x[:, :1, 0, :40].reshape(1, 2, 5, 4)
+        keys = x[:, :1, 0, :56].reshape(1, 2, 7, 4)
+        return F.scaled_dot_product_attention(tokens, keys, keys) * tokens
+
+
+def test_self_attention():
+    network = SelfAttention()
+    assert count_flops(network, (1, 64)) == 0
+    assert count_flops(network, (1, 64), products=True) == 2 * 2 * 5 * 7 * 4 + 40
+
+
+def test_kept_memory():
+    """The output of the ReLU is kept once, and neither images nor weights are."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 1, 1))
+    floats = 4 * 6 * 5
+    assert kept_memory(network, (6, 5)) == 4 * floats
+    # And the input of the norm, with its mean and deviation over two images
+    network.insert(1, nn.BatchNorm2d(4))
+    assert kept_memory(network, (6, 5)) == 4 * (2 * floats + 2 * 4 / 2)
+    for module in (network[0], network[1]):  # as in a frozen stem
+        module.requires_grad_(False)
+    assert kept_memory(network, (6, 5)) == 4 * floats
+    assert not network.training
 
 
 def make_run(path, config, decisions=()):

@@ -12,7 +12,12 @@ from mmela.convert.published import (
     map_published_keys,
     published_backbone,
 )
-from tests.helpers.published_networks import PublishedDeiT, PublishedNetwork
+from tests.helpers.published_networks import (
+    CELLS,
+    PublishedDeiT,
+    PublishedNetwork,
+    PublishedUNet,
+)
 
 TOOL = Path(__file__).resolve().parents[2] / 'tools/convert/published.py'
 IMAGENET = (3, 4, 6, 3)
@@ -24,10 +29,14 @@ NETWORKS = dict(
     mla_eq4=('mla_eq4', IMAGENET, '7x7', 32),
     kcla=('kcla', IMAGENET, '7x7', 16),
     kcla_restart=('kcla', (3, 4, 23, 3), '7x7', 16),
+    kcla_first=('kcla_first', (3, 4, 23, 3), '7x7', 16),
     cifar_mla=('mla', (3, 3, 3), '3x3', 16),
     cifar_mrla_base=('mrla_base', (3, 3, 3), '3x3', 16),
     cifar_mrla_light=('mrla_light', (2, 2, 2), '3x3', 16),
     cifar_kcla=('kcla', (3, 3, 3), '3x3', 16),
+    cifar_dla_light=('dla_light', (2, 2, 2), '3x3', 16),
+    cifar_dla_base=('dla_base', (3, 3, 3), '3x3', 16),
+    cifar_dia=('dia', (3, 3, 3), '3x3', 16),
 )
 
 
@@ -88,7 +97,9 @@ def test_same_outputs(name):
         close(model(x, mode='tensor'), scores)
 
 
-@pytest.mark.parametrize('name', ['mrla_base', 'mrla_light', 'kcla', 'kcla_restart'])
+@pytest.mark.parametrize(
+    'name', ['mrla_base', 'mrla_light', 'kcla', 'kcla_restart', 'kcla_first']
+)
 def test_same_outputs_in_mmdet(name):
     pytest.importorskip('mmdet')
     pytest.importorskip('mmcv.ops', exc_type=ImportError)
@@ -111,6 +122,63 @@ def test_same_outputs_in_mmdet(name):
             close(found, expected)
 
 
+def test_same_outputs_of_the_unet():
+    pytest.importorskip('mmseg', exc_type=ImportError)
+    pytest.importorskip('mmcv.ops', exc_type=ImportError)
+    from mmengine.config import Config
+    from mmengine.registry import DefaultScope
+    from mmseg.registry import MODELS
+
+    published = PublishedUNet()
+    converted, dropped = convert_published(published.state_dict, target='segmentor')
+    folder = Path(__file__).resolve().parents[2] / 'configs' / 'unet'
+    cfg = Config.fromfile(folder / 'unet_r18_kcla_kvasir-256x256.py').model
+    cfg.backbone = published_backbone(converted, 'kcla_unet')
+    cfg.decode_head.scale = 2
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = MODELS.build(cfg).double().eval()
+    model.load_state_dict(converted, strict=True)
+    x = torch.randn(2, 3, 32, 48, dtype=torch.double)
+    with torch.no_grad():
+        expected = published.forward(x)
+        found = model(x, mode='tensor')
+    assert found.shape == expected.shape == (2, 1, 32, 48)
+    close(found, expected)
+    cfg.decode_head.scale = None  # and so it is not the same
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = MODELS.build(cfg).double().eval()
+    model.load_state_dict(converted, strict=True)
+    assert (model(x, mode='tensor') - expected).abs().max() > 1e-3
+    # Scales of 8 attentions, 11 biases before a norm, and what is never read: a
+    # norm, and the way into the first stage
+    assert sum(key.endswith('.norm_d') for key in dropped) == 8
+    assert sum('in the mean' in reason for reason in dropped.values()) == 11
+    assert sum('never reads it' in reason for reason in dropped.values()) == 5 + 7
+
+
+def test_unets_that_cannot_be_converted():
+    state_dict = PublishedUNet().state_dict
+    for kwargs in (dict(), dict(target='detector')):
+        with pytest.raises(ValueError, match="'segmentor' is for arch='kcla_unet'"):
+            convert_published(state_dict, **kwargs)
+    with pytest.raises(ValueError, match='do not fit'):
+        convert('cifar_kcla', target='segmentor')
+    with pytest.raises(ValueError, match='no place for 1 keys: encoder.conv9.weight'):
+        extra = {'encoder.conv9.weight': torch.rand(1)}
+        convert_published({**state_dict, **extra}, target='segmentor')
+    key = 'encoder.layer2.attention.0.adjust_channel.0.weight'
+    with pytest.raises(ValueError, match=f'{key} has .* grouped by heads'):
+        grouped = {key: state_dict[key][:, :8]}
+        convert_published({**state_dict, **grouped}, target='segmentor')
+    key = 'up2.conv.double_conv.3.bias'
+    with pytest.raises(ValueError, match=rf'{key} has shape \(1,\), up2.*4.running'):
+        other = {key: torch.rand(1)}
+        convert_published({**state_dict, **other}, target='segmentor')
+    del state_dict['up2.conv.double_conv.3.weight']
+    with pytest.raises(ValueError, match='needs: decode_head.steps.1.1.conv.weight'):
+        convert_published(state_dict, target='segmentor')
+
+
 @pytest.mark.parametrize('name', NETWORKS)
 def test_each_layer_of_the_reference_counts(name):
     """So that equal outputs tell something: the attention changes them."""
@@ -119,13 +187,19 @@ def test_each_layer_of_the_reference_counts(name):
     scores = published.forward(x)[1]
     block = len(published.blocks) - 1, published.blocks[-1] - 1
     attention = published.attention_name(*block)
-    names = ['Wq', 'Wk', 'Wv']
-    if NETWORKS[name][0] == 'kcla':
+    arch = NETWORKS[name][0]
+    names = [] if arch == 'dia' else ['Wq', 'Wk', 'Wv']
+    if arch.startswith('kcla'):
         first = published.attention_name(1, 0)
-        names += ['head_att', 'bn_attention']
-        weights = [f'{first}.{x}' for x in ('adjust_channel', 'u_Wk', 'u_bn')]
+        names += [published.part('head'), 'bn_attention']
+        weights = [f'{first}.{published.part(x)}' for x in ('reduce', 'key', 'norm')]
+    elif arch == 'dia':
+        weights = []
     else:
         weights = [published.norm_name(*block)]
+    if arch in CELLS:
+        cell = published.cell_name(block[0])
+        weights += [f'{cell}.lstm.{x}.0.seq.2' for x in ('w_ih', 'w_hh')]
     for weight in weights + [f'{attention}.{name}' for name in names]:
         weight = published.state_dict[f'{weight}.weight']
         weight.mul_(2)  # a sign would not change the norm of KCLA's keys
@@ -559,6 +633,23 @@ def test_tool_takes_arch_and_target(tmp_path):
     assert saved['meta']['backbone']['layer_attention']['type'] == 'MLA'
     assert 'layer1.0.layer_attn.query.weight' in saved['state_dict']
     assert not any(key.startswith('head.') for key in saved['state_dict'])
+
+
+def test_tool_with_the_unet(tmp_path, capsys):
+    src, dst = tmp_path / 'unet.pth', tmp_path / 'out.pth'
+    torch.save(PublishedUNet().state_dict, src)
+    tool(src, dst, '--target', 'segmentor')
+    assert 'decode_head=dict(scale=2)' in capsys.readouterr().out
+    backbone = torch.load(dst, weights_only=True)['meta']['backbone']
+    assert backbone['type'] == 'ELAUNetResNet' and backbone['depth'] == 18
+
+
+def test_heads_of_several_widths():
+    state_dict = network('kcla_first').state_dict
+    key = next(key for key in state_dict if key.endswith('.norm_d'))
+    with pytest.raises(ValueError, match=r'heads have \[16.0, 32.0\] channels'):
+        half = {key: state_dict[key][:, ::2]}
+        convert_published({**state_dict, **half})
 
 
 def test_tool_errors_are_one_line(tmp_path):

@@ -48,6 +48,23 @@ def test_prunes_in_both_windows(run):
     assert sorted(pruned(run.model)) == sorted(first.pruned + second.pruned)
 
 
+def test_keeps_the_unpruned_network(run, tmp_path):
+    """As it is when the first window ends, without the optimizer."""
+    path = f'{run.work_dir}/before_pruning.pth'
+    kept = torch.load(path)
+    after = torch.load(f'{run.work_dir}/epoch_1.pth')
+    assert kept['meta']['iter'] == decisions(run.work_dir)[0].iteration
+    assert kept['meta']['epoch'] == 1 and 'optimizer' not in kept
+    for key, value in kept['state_dict'].items():
+        if key.endswith('.state'):
+            assert value == AttentionState.ACTIVE
+        else:
+            assert torch.equal(value, after['state_dict'][key])
+    train(toy_config(tmp_path, dict(HOOK, keep_unpruned=False), epochs=3))
+    assert decisions(tmp_path)[0].pruned
+    assert not (tmp_path / 'before_pruning.pth').exists()
+
+
 def test_report_says_why(run):
     for layer in decisions(run.work_dir)[0].layers:
         is_first = layer.name.endswith('.0.layer_attn')

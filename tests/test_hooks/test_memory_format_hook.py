@@ -2,10 +2,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.runner import Runner
 from torch import nn
 
-from mmela.hooks import MemoryFormatHook
+from mmela.hooks import MemoryFormatHook, use_channels_last
 from tests.helpers.backbones import ATTENTIONS, build
+from tests.helpers.toy import toy_config
 
 
 def runner(**parts):
@@ -47,3 +49,35 @@ def test_an_unknown_part_is_named_with_what_there_is():
     hook = MemoryFormatHook('backbon')
     with pytest.raises(ValueError, match="'backbon' is not in ModuleDict.*'backbone'"):
         hook.before_train(runner(backbone=nn.Identity()))
+
+
+def test_operators_of_mmcv_get_contiguous_maps():
+    """Compiled RoIAlign would misread others, without a word."""
+    ops = pytest.importorskip('mmcv.ops', exc_type=ImportError)
+    torch.manual_seed(0)
+    model = nn.ModuleDict(dict(conv=nn.Conv2d(3, 8, 3), roi=ops.RoIAlign(2)))
+    rois = torch.tensor([[0.0, 1, 1, 9, 7], [1.0, 0, 2, 5, 9]])
+    x = torch.randn(2, 3, 12, 12)
+
+    def run():
+        return model.roi(model.conv(x), rois)
+
+    expected = run()
+    for _ in range(2):
+        use_channels_last(model)
+    assert not model.conv(x).is_contiguous()
+    assert len(model.roi._forward_pre_hooks) == 1
+    torch.testing.assert_close(run(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_setting_beside_the_hooks_of_a_config(tmp_path):
+    """What --channels-last sets: the config's own hooks remain."""
+    cfg = toy_config(tmp_path, dict(windows=[(1, 1)]))
+    cfg.merge_from_dict(
+        {
+            'default_hooks.memory_format.type': 'MemoryFormatHook',
+            'default_hooks.memory_format.module': 'layer1',
+        }
+    )
+    hooks = [type(hook).__name__ for hook in Runner.from_cfg(cfg).hooks]
+    assert {'MemoryFormatHook', 'LayerAttentionPruningHook', 'LoggerHook'} <= set(hooks)

@@ -62,6 +62,7 @@ def naive(stages, x):
     """KCLA with the sums of eq. 10 and 11, head by head."""
     u = z = None
     for stage in stages:
+        direction = 0
         for i, block in enumerate(stage):
             x = block(x)
             a = block.layer_attn
@@ -90,18 +91,20 @@ def naive(stages, x):
             y = x.mean((2, 3))[:, None]
             q = F.conv1d(y, a.query.weight, padding='same')[:, 0]
             k = F.conv1d(y, a.key.weight, padding='same')[:, 0]
+            direction = direction + k if a.direction == 'sum' else k
             w = torch.zeros(len(x), a.num_heads)
             e = torch.zeros(len(x), a.num_heads)
             for b in range(len(x)):
                 for g in range(a.num_heads):
                     head = slice(g * D, (g + 1) * D)
                     w[b, g] = naive_weight(a, k[b, head], g)
-                    e[b, g] = q[b, head].dot(k[b, head]) / k[b, head].norm()
+                    along = direction[b, head]
+                    e[b, g] = q[b, head].dot(along) / along.norm()
             token = a.value(x) if a.recurrent else x
             wx = token * w.repeat_interleave(D, 1)[..., None, None]
             u = wx if u is None else u + wx
             z = w if z is None else z + w
-            out = u / (z + 1e-3).repeat_interleave(D, 1)[..., None, None]
+            out = u / (z + a.eps).repeat_interleave(D, 1)[..., None, None]
             if not a.recurrent:
                 out = a.value(out)
             if a.head_attention_type == 'linear':
@@ -123,6 +126,8 @@ def naive(stages, x):
         dict(head_attention='plain'),
         dict(recurrent=True),
         dict(cross_stage=False),
+        dict(temperature=1 / 0.7, direction='sum'),
+        dict(eps=0.5, cross_stage_groups=False),
     ],
     ids=str,
 )
@@ -201,8 +206,9 @@ def test_lost_gradient_is_an_error():
     'kwargs, message',
     [
         (dict(head_attention='mean'), "head_attention='mean' is unknown"),
-        (dict(temperature=0), r'temperature=0 is not in \(0, 1\]'),
-        (dict(temperature=2), r'temperature=2 is not in \(0, 1\]'),
+        (dict(temperature=0), 'temperature=0 is not positive'),
+        (dict(direction='mean'), "direction='mean' is unknown; .*'own' and 'sum'"),
+        (dict(eps=-1), 'eps=-1 is negative'),
         (dict(previous_channels=6), 'the 6 channels .* the 4 heads'),
     ],
 )

@@ -2,6 +2,7 @@
 
 import ast
 import logging
+import re
 import runpy
 from fnmatch import fnmatch
 from pathlib import Path
@@ -89,27 +90,88 @@ def test_printed_figures(name):
     assert f'{count:.{decimals}f}' == METHOD[name]
 
 
-@pytest.mark.parametrize(
-    'path',
-    sorted(
-        p.relative_to(ROOT / 'configs').as_posix()
-        for p in (ROOT / 'configs').glob('*/*.py')
-        if not p.parent.name.startswith('_')
-    ),
+# Rows of each table, counted in the papers
+TABLES = dict(
+    MRLA=[49, 24, 18, 12, 10, 4, 6, 17, 18, 5, 11, 6],
+    KCLA=[22, 19, 36, 24, 10],
+    ELA=[24, 19, 6, 6, 28, 6, 6],
 )
-def test_every_config_reads_and_is_listed(path):
-    folder, name = path.split('/')
-    scope = NEEDS.get(folder, 'mmdet')
-    pytest.importorskip(scope)
-    cfg = Config.fromfile(ROOT / 'configs' / path)
-    assert cfg.default_scope == scope
-    listed = {row['config'] for f, row in ROWS if f == folder}
-    others = PAPERS.get(folder, {}).get('others', {})
-    assert (
-        folder == 'demo'
-        or name[:-3] in listed
-        or any(fnmatch(name[:-3], pattern) for pattern in others)
-    )
+
+
+def test_rows_of_the_papers():
+    """Each is a config that is there, or one of the ten that are not."""
+    tables = ZOO['load_tables']()
+    counts = {k: [len(rows) for rows in v.values()] for k, v in tables.items()}
+    assert counts == TABLES
+    listed = [row['config'] for _, row in ROWS]
+    without = []
+    for entry in sum((rows for v in tables.values() for rows in v.values()), []):
+        if entry.startswith('none: '):
+            without.append(entry)
+        elif entry.startswith('studies/'):
+            file, variant = entry.split('#')
+            study = yaml.safe_load((ROOT / 'configs' / file).read_text('utf-8'))
+            assert variant in study['variants'], entry
+        elif entry.startswith('mmdet::'):
+            mmdet = pytest.importorskip('mmdet')
+            folder = Path(mmdet.__file__).parent / '.mim' / 'configs'
+            assert (folder / entry[len('mmdet::') :]).is_file(), entry
+        else:
+            found = [name for name in listed if fnmatch(name, entry)]
+            assert len(found) == 1 + entry.endswith('cifar10*'), entry
+    assert len(without) == 10
+
+
+def test_rows_say_where_they_are_from():
+    """As the list of all rows does."""
+    tables = ZOO['load_tables']()
+    checked = 0
+    for _, row in ROWS:
+        for source in row.get('paper', '').split(';'):
+            paper, _, rest = source.strip().partition(', ')
+            for number in re.findall(r'\b(?:\d+|[IV]+)\b', rest.partition(':')[0]):
+                entries = tables[paper][number]
+                assert any(fnmatch(row['config'], entry) for entry in entries), row
+                checked += 1
+    assert checked > 150
+
+
+@pytest.mark.parametrize(
+    'folder, name, expected',
+    [
+        (
+            'imagenet',
+            'resnet50-mrla-light-d16_8xb32-coslr-lbs_in1k',
+            ('./resnet50_8xb32-coslr-lbs_in1k.py', 'mrla-light-d16_in1k'),
+        ),
+        (
+            'imagenet',
+            'deit-small-dwconv_8xb128_in1k',
+            ('./deit-small_8xb128_in1k.py', 'dwconv_deit'),
+        ),
+        (
+            'retinanet',
+            'retinanet_r50_ba_fpn_1x_coco',
+            ('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', 'ba_r50_coco'),
+        ),
+        (
+            'unet',
+            'unet_r18_kcla_isic2018-256x256',
+            ('./unet_r18_plain_isic2018-256x256.py', 'kcla_unet'),
+        ),
+    ],
+)
+def test_what_a_row_is_put_together_from(folder, name, expected):
+    base, attention = expected
+    assert ZOO['bases_of'](folder, name) == [
+        base,
+        f'../_base_/attentions/{attention}.py',
+    ]
+
+
+def test_a_row_of_nothing():
+    with pytest.raises(SystemExit, match='resnet50_8xb32_in1k.py with none_in1k.py'):
+        ZOO['bases_of']('imagenet', 'resnet50-none_8xb32_in1k')
 
 
 def test_nothing_is_written_twice():
@@ -179,9 +241,17 @@ def test_what_is_frozen_is_pretrained(folder):
         assert backbone.frozen_stages == 1 and backbone.norm_eval
         assert backbone.init_cfg.type == 'Pretrained'
         checkpoint = f'torchvision://resnet{backbone.depth}'
+        kind = row['config'].split('_')[2]
         if backbone.type == 'mmpretrain.SEResNet':
             name = f'seresnet{backbone.depth}_8xb32_in1k'
             checkpoint = pretrain.ModelHub.get(name).weights
+        elif kind in ('eca', 'rla-g', 'ba', 'dla-light'):
+            # Scaled from the start, not only once trained: from their classifiers
+            name = f'resnet{backbone.depth}-{kind}_8xb32_in1k'
+            trained = Config.fromfile(ROOT / 'configs' / 'imagenet' / f'{name}.py')
+            assert backbone.layer_attention == trained.model.backbone.layer_attention
+            checkpoint = f'work_dirs/{name}/epoch_{trained.train_cfg.max_epochs}.pth'
+            assert backbone.init_cfg.prefix == 'backbone.'
         assert backbone.init_cfg.checkpoint == checkpoint, row['config']
 
 
@@ -211,6 +281,16 @@ def test_model_index_lists_every_metafile():
         p.relative_to(ROOT).as_posix()
         for p in (ROOT / 'configs').glob('*/metafile.yml')
     )
+
+
+def test_every_row_is_found_by_the_model_index():
+    """As mim and the toolboxes read it."""
+    modelindex = pytest.importorskip('modelindex.load_model_index')
+    index = modelindex.load(str(ROOT / 'model-index.yml'))
+    index.build_models_with_collections()
+    names = sorted(model.name for model in index.models)
+    assert names == sorted(row['config'] for _, row in ROWS)
+    assert all((ROOT / model.config).is_file() for model in index.models)
 
 
 def test_the_pages_are_up_to_date():

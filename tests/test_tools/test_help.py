@@ -28,6 +28,7 @@ FILES = {
     'analysis/cam.py': [['CONFIG', 'CHECKPOINT', 'IMAGE'],
                         ['CONFIG', 'CHECKPOINT', 'IMAGE', '--compare',
                          'CONFIG', 'CHECKPOINT']],
+    'analysis/cost.py': [['CONFIG'], ['CONFIG', '--minus', 'CONFIG']],
     'analysis/layer_attention.py': [['CONFIG', 'CHECKPOINT', '--data',
                                      'IMAGE']],
     'analysis/pictures.py': [['WORK_DIR', 'OUT']],
@@ -45,6 +46,7 @@ FILES = {
                                  '--masks', 'FOLDER']],
     'demo.py': [['--cfg-options', 'data_root=FOLDER']],
     'study.py': [['STUDY', '--dry-run']],
+    'infer.py': [['CONFIG', 'CHECKPOINT', 'FOLDER', '--out', 'OUT']],
     'test.py': [['CONFIG', 'CHECKPOINT']],
     'train.py': [['CONFIG']],
 }  # yapf: disable

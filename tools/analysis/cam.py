@@ -1,36 +1,49 @@
-"""Show which parts of an image count for the features of residual blocks.
+"""Show which parts of an image count for the features of a network.
 
 Score-CAM: each channel of a block's output masks the image; the better the
 network still recognises the masked image, the more the channel weighs. The
 output is taken after the block's layer attention. A classifier is asked about
 the class that it predicts, or --target; a detector about its detections. With
---compare, a second network, such as the same one pruned, is asked about the
-same, side by side. Below each map stands the KL divergence between the
-attention weights of the block and those of the active one before it, on this
-image.
+--compare, other networks, such as the same one pruned or without layer attention,
+are asked about the same, side by side. Below each map stands the KL divergence
+between the attention weights of the block and those of the active one before it,
+on this image.
 
-Needs pytorch-grad-cam: pip install grad-cam==1.5.5. A block of 2048 channels
+With --query, it is shown instead where one patch looks in the self-attention of a
+vision transformer such as DeiT.
+
+Score-CAM needs pytorch-grad-cam: pip install grad-cam==1.5.5. A block of 2048 channels
 takes 2048 forward passes: on a CPU, use small images or --max-channels.
 
 Example:
   python tools/analysis/cam.py my_config.py epoch_1.pth cat.jpg dog.jpg \\
       --layers layer3.4 layer3.5 --compare my_config.py epoch_12.pth
+  python tools/analysis/cam.py deit.py deit.pth cat.jpg --query 0.4 0.5 \\
+      --compare deit-mrla-light.py deit-mrla-light.pth
 """
 
 import argparse
+import json
 from pathlib import Path
+from typing import Dict, Iterator, Optional, Sequence, Tuple
 
+import numpy as np
 from mmengine.config import DictAction
+from mmengine.dataset import Compose
 from mmengine.utils import ProgressBar
+from torch import nn
 
 import mmela  # noqa: F401
+from mmela.analysis.drawing import draw_over_image
 from mmela.analysis.inputs import (
     check_device,
     find_images,
     image_batches,
     image_pipeline,
+    input_picture,
     load_network,
 )
+from mmela.analysis.patch_attention import PatchLook, layer_names, patch_attention
 from mmela.command_line import one_line
 
 
@@ -47,13 +60,31 @@ def parse_args(argv=None) -> argparse.Namespace:
         '--layers',
         nargs='+',
         metavar='BLOCK',
-        help='residual blocks such as layer1.2 (default: the last block of each stage)',
+        help='residual blocks such as layer1.2, or layers of a transformer such as '
+        'layers.11 (default: the last block of each stage)',
+    )
+    parser.add_argument(
+        '--query',
+        nargs=2,
+        type=float,
+        metavar=('X', 'Y'),
+        help='show instead where the patch at this place looks in the self-attention '
+        'of a transformer; 0.5 0.5 is the centre of the image',
+    )
+    parser.add_argument(
+        '--heads',
+        nargs='+',
+        type=int,
+        metavar='N',
+        help='heads to show with --query (default: all)',
     )
     parser.add_argument(
         '--compare',
         nargs=2,
+        action='append',
+        default=[],
         metavar=('CONFIG', 'CHECKPOINT'),
-        help='another network, shown beside the first',
+        help='another network, shown beside the first; may be repeated',
     )
     parser.add_argument(
         '--out',
@@ -101,8 +132,23 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def load(args: argparse.Namespace) -> Tuple[Compose, Dict[str, nn.Module]]:
+    """The networks by the headings of their columns, and the test pipeline."""
+    device = check_device(args.device)
+    models: Dict[str, nn.Module] = {}
+    pipeline = None
+    for config, checkpoint in [(args.config, args.checkpoint), *args.compare]:
+        cfg, model = load_network(config, checkpoint, args.cfg_options, device)
+        pipeline = pipeline or image_pipeline(cfg)
+        name = heading = f'{Path(config).stem}\n{Path(checkpoint).name}'
+        while heading in models:
+            heading = f'{name} ({len(models) + 1})'
+        models[heading] = model
+    return pipeline, models
+
+
 def explain(args: argparse.Namespace) -> None:
-    """Draw the maps of all images."""
+    """Draw the Score-CAMs of all images."""
     from mmela.analysis import cam
 
     for name in ('max_channels', 'batch_size'):
@@ -111,21 +157,13 @@ def explain(args: argparse.Namespace) -> None:
             option = '--' + name.replace('_', '-')
             raise ValueError(f'{option}={value} is not positive')
     images = find_images(args.images)
-    device = check_device(args.device)
-    networks = [(args.config, args.checkpoint)]
-    networks += [args.compare] if args.compare else []
-    models, names = [], []
-    for config, checkpoint in networks:
-        cfg, model = load_network(config, checkpoint, args.cfg_options, device)
-        if not models:
-            pipeline = image_pipeline(cfg)
-        models.append(model)
-        name = f'{Path(config).stem}\n{Path(checkpoint).name}'
-        names.append(f'{name} (2)' if name in names else name)
+    pipeline, networks = load(args)
+    models = list(networks.values())
     if len({cam.is_detector(model) for model in models}) > 1:
+        names = [args.config, *(config for config, _ in args.compare)]
         raise ValueError(
-            f'{args.config} and {args.compare[0]} are a detector '
-            'and a classifier, which answer different questions'
+            f'{", ".join(names)} are detectors and classifiers, which answer '
+            'different questions'
         )
     blocks = args.layers or cam.last_blocks(models[0])
     for model in models:
@@ -147,7 +185,7 @@ def explain(args: argparse.Namespace) -> None:
             sum(min(count, args.max_channels or count) for count in counts)
         )
         columns, notes = {}, {}
-        for number, name in enumerate(names):
+        for number, name in enumerate(networks):
             notes[name] = cams.notes(number)
             columns[name] = {
                 block: cams.compute(
@@ -161,16 +199,85 @@ def explain(args: argparse.Namespace) -> None:
             }
         print()
         path = out / f'{index}_{image.stem}.png'
-        cam.draw_cams(
-            path, cams.picture(), columns, notes, f'{image.name}: {cams.target}'
+        draw_over_image(
+            path, input_picture(batch), columns, notes, f'{image.name}: {cams.target}'
+        )
+        np.savez_compressed(
+            path.with_suffix('.npz'),
+            **{
+                f'{number}/{block}': cam_
+                for number, maps in enumerate(columns.values())
+                for block, cam_ in maps.items()
+            },
         )
         print(path)
+
+
+def look(args: argparse.Namespace) -> None:
+    """Draw where the patch at --query looks, in all images."""
+    images = find_images(args.images)
+    pipeline, networks = load(args)
+    names = [layer_names(model.backbone) for model in networks.values()][0]
+    layers = [name.replace('backbone.', '') for name in args.layers or names[-1:]]
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for index, batch in enumerate(image_batches(pipeline, images)):
+        columns: Dict[str, Dict[str, np.ndarray]] = {}
+        notes: Dict[str, Dict[str, str]] = {}
+        numbers = []
+        for name, model in networks.items():
+            columns[name], notes[name] = {}, {}
+            looks = patch_attention(model, batch, layers, args.query)
+            for layer, head, weights, found in chosen_heads(looks, args.heads):
+                row = f'{layer}, head {head}'
+                columns[name][row] = weights / weights.max()
+                notes[name][row] = f'largest {weights.max():.2g}'
+                numbers.append(
+                    dict(
+                        network=name.replace('\n', ' '),
+                        layer=layer,
+                        head=head,
+                        patch=found.patch,
+                        weights=weights.tolist(),
+                        extra_tokens=float(found.extra[head]),
+                    )
+                )
+        if len({tuple(maps) for maps in columns.values()}) > 1:
+            raise ValueError('the networks differ in their heads; choose by --heads')
+        picture = input_picture(batch)
+        height, width = (n / m for n, m in zip(picture.shape, weights.shape))
+        row, column = found.patch
+        path = out / f'{index}_{images[index].stem}_query.png'
+        draw_over_image(
+            path,
+            picture,
+            columns,
+            notes,
+            f'{images[index].name}: where patch ({row}, {column}) looks',
+            (column * width, row * height, width, height),
+        )
+        path.with_suffix('.json').write_text(
+            json.dumps(numbers, indent=1), encoding='utf-8'
+        )
+        print(path)
+
+
+def chosen_heads(
+    looks: Dict[str, PatchLook], heads: Optional[Sequence[int]]
+) -> Iterator[Tuple[str, int, np.ndarray, PatchLook]]:
+    """Layer, head, weights of its patches, and what else is known of the layer."""
+    for layer, found in looks.items():
+        count = len(found.weights)
+        for head in range(count) if heads is None else heads:
+            if not 0 <= head < count:
+                raise ValueError(f'--heads {head}: {layer} has 0 to {count - 1}')
+            yield layer, head, found.weights[head], found
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
     try:
-        explain(args)
+        look(args) if args.query else explain(args)
     except (ImportError, OSError, ValueError, KeyError) as error:
         raise SystemExit(f'error: {one_line(error)}') from error
 

@@ -15,6 +15,7 @@ Example:
 
 import argparse
 import logging
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
@@ -30,6 +31,7 @@ from mmela.analysis.complexity import count_flops
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = ROOT / 'configs' / 'papers.yml'
+TABLES = ROOT / 'configs' / 'tables.yml'
 PAGE = ROOT / 'docs' / 'model_zoo.md'
 DETECTORS = ('faster_rcnn', 'mask_rcnn', 'retinanet')
 HEAD = """# Model zoo
@@ -37,7 +39,7 @@ HEAD = """# Model zoo
 Written by `python tools/analysis/model_zoo.py`. **Here** is what that tool
 counts in the networks of this repository, before pruning; **paper** is what
 the paper prints for its own. No weights have been published, and accuracies are
-the papers' alone: what was trained here is in [results](results).
+the papers' alone: what was trained here is in [results](results/index.md).
 
 - Parameters are in millions. Those of detectors are the trainable ones, with
   the stem and stage 1 frozen, as the papers count them.
@@ -47,25 +49,53 @@ the papers' alone: what was trained here is in [results](results).
   all 0.18 in CeiT-T at 224 pixels and 1.53 at 384. The papers do not name their
   counters.
 - Detectors start from a plain ResNet (`zero_init`), whose frozen stage 1 then
-  has no MRLA; the FLOPs are without it.
+  has no MRLA; the FLOPs are without it. Those with ECA, RLA_g, BA and DLA-L start
+  from the classifier with the same attention, trained here first; SE has
+  MMPretrain's checkpoint.
+- Networks to compare with train with the schedule of those with layer attention,
+  which is not always that of their own papers.
 - Where the recipes deviate from the papers on purpose, or the papers from their
-  authors' code: MRLA's code for DeiT gives its attention no stochastic depth and
-  that for CeiT normalizes what the blocks add to, has a normalization in the value
-  and heads of 32 channels; here DeiT, CeiT and PVTv2 are as in the text and in
-  algorithms 2 and 4. MRLA's published command for EfficientNet has RandAugment,
-  random erasing and weight decay 1e-5; here are the text's AutoAugment and 4e-5.
-  KCLA's detectors train with the learning rate that its linear scaling gives,
-  0.01 and 0.005; its text prints ten times that. The fine-tuning of CeiT-T at 384
-  pixels is DeiT's, as MRLA does not describe its own.
+  authors' code:
+  - ResNets on ImageNet have the warm-up of MRLA's code, of which its text has none,
+    and for KCLA the steps at epochs 40, 70 and 90 of its code.
+  - Mixup for MRLA's table 12, b is as strong as in MMPretrain's ResNet-50, as the
+    paper does not say.
+  - MRLA's published command for EfficientNet has RandAugment, random erasing and
+    weight decay 1e-5; here are the text's AutoAugment and 4e-5, and EfficientNet's
+    warm-up of 5 epochs.
+  - MRLA's code for DeiT gives its attention no stochastic depth and that for CeiT
+    normalizes what the blocks add to, has a normalization in the value and heads of
+    32 channels; here DeiT, CeiT and PVTv2 are as in the text and in algorithms 2
+    and 4. The fine-tuning of CeiT-T at 384 pixels is DeiT's, as MRLA does not
+    describe its own.
+  - KCLA's detectors train with the learning rate that its linear scaling gives, 0.01
+    and 0.005; its text prints ten times that.
+  - The U-Nets: [segmentation](segmentation.md#recipe-and-what-is-different).
 - A note follows where the parameters deviate by more than 0.01 M, or 0.1 M
   where the paper prints one decimal.
 """
+
+
+ROWS = """## Every row of the papers
+
+Counted over all tables of the three papers. What runs each row is in
+[configs/tables.yml](../configs/tables.yml): a config below, or two where a table has
+CIFAR-10 and CIFAR-100 side by side; MMDetection's own config of a network without
+attention, for `tools/train.py mmdet::...`; or a variant of a study of
+[configs/studies](../configs/studies), for the ablations of ELA and KCLA. Times and
+memory (ELA's table 3, MRLA's table 7) are measured by
+`python -m tools.benchmark.train_step`. What is without has been quoted by the papers
+from other work.
+
+"""
+NONE = 'none: '
 
 
 def load_papers() -> dict:
     """The papers' figures by folder of ``configs``, notes written out."""
     papers = yaml.safe_load(PAPERS.read_text('utf-8'))
     notes = papers.pop('notes')
+    papers.pop('quoted')  # of the pages
     for section in papers.values():
         for row in section['rows']:
             if 'note' in row:
@@ -73,35 +103,75 @@ def load_papers() -> dict:
     return papers
 
 
+def bases_of(folder: str, name: str) -> List[str]:
+    """Configs that the config of a row is put together from.
+
+    They are a network and an attention of ``configs/_base_/attentions``. In the
+    folders of MMPretrain ``NETWORK-ATTENTION_RECIPE`` is ``NETWORK_RECIPE`` with
+    ``ATTENTION_cifar`` or ``ATTENTION_in1k``, or ``ATTENTION_deit`` for
+    ``deit-tiny`` and the like; in ``unet`` ``NETWORK_DEPTH_ATTENTION_DATA`` is
+    ``NETWORK_DEPTH_plain_DATA`` with ``ATTENTION_unet``; and
+    ``DETECTOR_DEPTH_ATTENTION_REST`` is MMDetection's ``DETECTOR_DEPTH_REST`` with
+    ``ATTENTION_DEPTH_coco`` or ``ATTENTION_coco``.
+
+    Args:
+        folder (str): Folder in ``configs``.
+        name (str): Name of the config without suffix.
+
+    Returns:
+        list[str]: What ``_base_`` says.
+
+    Raises:
+        SystemExit: If there are no two such configs.
+    """
+    candidates = []
+    if folder in ('cifar', 'imagenet'):
+        network, _, recipe = name.partition('_')
+        words = network.split('-')
+        for i in range(1, len(words)):
+            base = f'./{"-".join(words[:i])}_{recipe}.py'
+            attention = '-'.join(words[i:])
+            for data in (words[0], 'cifar' if folder == 'cifar' else 'in1k'):
+                candidates.append((base, f'{attention}_{data}'))
+    elif name.count('_') > 2:
+        network, depth, attention, rest = name.split('_', 3)
+        if folder == 'unet':
+            base = f'./{network}_{depth}_plain_{rest}.py'
+            candidates.append((base, f'{attention}_unet'))
+        else:
+            base = f'mmdet::{folder}/{network}_{depth}_{rest}.py'
+            candidates.append((base, f'{attention}_{depth}_coco'))
+            candidates.append((base, f'{attention}_coco'))
+    for base, attention in candidates:
+        bases = [base, f'../_base_/attentions/{attention}.py']
+        files = [ROOT / 'configs' / folder / b for b in bases if b.startswith('.')]
+        if all(file.is_file() for file in files):
+            return bases
+    raise SystemExit(
+        f'error: configs/{folder}/{name}.py is not there, nor are a network and an '
+        'attention that its name could stand for: '
+        + '; '.join(f'{base} with {attention}.py' for base, attention in candidates)
+    )
+
+
 def write_config(folder: str, name: str) -> None:
     """Write the config of a row that has no file yet.
-
-    ``NETWORK-ATTENTION_RECIPE`` is ``NETWORK_RECIPE`` of the same folder with
-    the attention of ``configs/_base_/attentions``.
 
     Args:
         folder (str): Folder in ``configs``.
         name (str): Name of the config without suffix.
 
     Raises:
-        SystemExit: If the network or the attention has no config.
+        SystemExit: As :func:`bases_of` does.
     """
     path = ROOT / 'configs' / folder / f'{name}.py'
     if path.is_file():
         return
-    network, _, recipe = name.partition('_')
-    network, _, attention = network.partition('-')
-    data = dict(cifar='cifar', imagenet='in1k').get(folder)
-    bases = [
-        f'./{network}_{recipe}.py',
-        f'../_base_/attentions/{attention}_{data}.py',
-    ]
-    for base in bases:
-        if not (path.parent / base).is_file():
-            raise SystemExit(f'error: {path} is not there, nor is its base {base}')
-    path.write_text(
-        f'_base_ = {bases!r}\n\nmodel = dict(backbone=_base_.backbone)\n', 'utf-8'
-    )
+    bases = bases_of(folder, name)
+    text = f'_base_ = {bases!r}\n'
+    if len(text) > 89:
+        text = '_base_ = [\n' + ''.join(f'    {base!r},\n' for base in bases) + ']\n'
+    path.write_text(text + '\nmodel = dict(backbone=_base_.backbone)\n', 'utf-8')
 
 
 def build(folder: str, name: str) -> nn.Module:
@@ -297,9 +367,52 @@ def page_section(folder: str, section: dict, rows: List[dict]) -> str:
     return f'## {section["title"]}\n\n{table(section, rows, f"../configs/{folder}/")}'
 
 
+def load_tables() -> Dict[str, Dict[str, List[str]]]:
+    """What runs each row of the papers' tables, by paper and table."""
+    return yaml.safe_load(TABLES.read_text('utf-8'))
+
+
+def tables_section(tables: Dict[str, Dict[str, List[str]]]) -> str:
+    """Section of docs/model_zoo.md that counts the rows of the papers' tables.
+
+    Args:
+        tables (dict[str, dict[str, list[str]]]): What :func:`load_tables` returns.
+
+    Returns:
+        str: Markdown.
+    """
+    lines = [
+        '| paper | tables | rows | that run here | without (table) |',
+        '| --- ' * 5 + '|',
+    ]
+    total = running = 0
+    for paper, rows in tables.items():
+        without = [
+            f'{entry[len(NONE) :]} ({number})'
+            for number, entries in rows.items()
+            for entry in entries
+            if entry.startswith(NONE)
+        ]
+        names = ', '.join(
+            f'{name} twice' if times == 2 else name
+            for name, times in Counter(without).items()
+        )
+        count = sum(map(len, rows.values()))
+        total += count
+        running += count - len(without)
+        first, *_, last = rows
+        lines.append(
+            f'| {paper} | {first} to {last} | {count} | {count - len(without)} '
+            f'| {names or "none"} |'
+        )
+    lines.append(f'| all | | {total} | {running} | {total - running} |')
+    return ROWS + '\n'.join(lines) + '\n'
+
+
 def page(sections: Sequence[str]) -> str:
     """Content of docs/model_zoo.md."""
-    return '\n'.join([HEAD, *sections]).rstrip('\n') + '\n'
+    parts = [HEAD, tables_section(load_tables()), *sections]
+    return '\n'.join(parts).rstrip('\n') + '\n'
 
 
 def readme(section: dict, rows: List[dict]) -> str:

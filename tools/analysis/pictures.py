@@ -1,10 +1,12 @@
-"""Draw the two pictures of the README from a run.
+"""Draw the pictures of the README from a run.
 
 kl.png: KL divergence of each layer attention from the one before, what was
 pruned, and the threshold of the policy, at the pruning that removed most.
 attention_maps.png: attention weights of the stage that changed most between
 the first and the last measurement of tools/analysis/layer_attention.py that
 lie in the work directory. Each is drawn for dark pages too, *_dark.png.
+before_after.jpg: detections before the first pruning and at the end beside the
+annotated objects, if tools/analysis/report.py has measured them.
 
 Example:
   python tools/analysis/pictures.py work_dirs/demo docs/pictures
@@ -12,11 +14,14 @@ Example:
 
 import argparse
 from pathlib import Path
-from typing import Dict
+from typing import Dict, Sequence
+
+from matplotlib.figure import Figure
 
 from mmela.analysis.attention_plots import map_pair_plot
+from mmela.analysis.before_after_plots import detections_plot, read_before_after
 from mmela.analysis.decision_plots import kl_plot
-from mmela.analysis.drawing import Plot, draw
+from mmela.analysis.drawing import LIGHT, Plot, draw
 from mmela.analysis.report import read_analyses
 from mmela.analysis.work_dir import short_name
 from mmela.command_line import one_line
@@ -29,6 +34,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument(
         'work_dir', metavar='WORK_DIR', help='work directory of the run'
+    )
+    parser.add_argument(
+        '--images',
+        nargs='+',
+        type=int,
+        default=[1, 2],
+        metavar='N',
+        help='which rows of detections, as in the report (default: 1 2)',
     )
     parser.add_argument('out', metavar='OUT', help='folder for the pictures')
     return parser.parse_args(argv)
@@ -96,6 +109,22 @@ def attention_maps(work_dir: Path) -> Plot:
     return map_pair_plot(panels)
 
 
+def detections(work_dir: Path, path: Path, rows: Sequence[int]) -> None:
+    """Draw detections before and after, as a photograph is kept.
+
+    Raises:
+        ValueError: If there are no such images.
+    """
+    result = read_before_after(work_dir)
+    number = len(result['shown'])
+    if not set(rows) <= set(range(1, number + 1)):
+        raise ValueError(f'--images={list(rows)}: there are 1 to {number}')
+    plot = detections_plot(work_dir, result, [row - 1 for row in rows])
+    figure = Figure(dpi=100, facecolor=LIGHT.paper, layout='constrained')
+    plot(figure, LIGHT)
+    figure.savefig(path, pil_kwargs=dict(quality=85, optimize=True))
+
+
 def main(argv=None) -> None:
     args = parse_args(argv)
     work_dir, out = Path(args.work_dir), Path(args.out)
@@ -105,6 +134,10 @@ def main(argv=None) -> None:
         for name, plot in plots.items():
             for path in draw(plot, out / f'{name}.png'):
                 print(path)
+        if read_before_after(work_dir).get('kind') == 'detections':
+            path = out / 'before_after.jpg'
+            detections(work_dir, path, args.images)
+            print(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f'error: {work_dir}: {one_line(error)}') from error
 

@@ -1,17 +1,24 @@
 """Write one page on a training run: report.html, which opens offline.
 
-It shows the metrics, the loss, which layer attentions were pruned when and
-why, what that brought, and the config. The pictures also go to pictures/ in
-the work directory.
+It shows the metrics, the loss, what the networks before the first pruning and
+at the end find on validation images, which layer attentions were pruned when
+and why, what that brought, and the config. The pictures also go to pictures/
+and before_after/ in the work directory.
 
 Example:
   python tools/analysis/report.py work_dirs/demo
 """
 
 import argparse
+import sys
+from typing import Optional
 
-from mmela.analysis import make_report, summarize
+import mmela  # noqa: F401  (first: it provides operators where mmcv has none)
+from mmela.analysis import make_report, measure_before_after, summarize
+from mmela.analysis.inputs import check_device
+from mmela.analysis.work_dir import Run
 from mmela.command_line import one_line
+from mmela.convert.networks import NETWORK_ERRORS
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -24,12 +31,37 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         '--out', metavar='FILE', help='the page (default: report.html in WORK_DIR)'
     )
+    parser.add_argument(
+        '--images',
+        type=int,
+        default=100,
+        metavar='N',
+        help='detect or classify N validation images, evenly spaced, before and '
+        'after the pruning; 0: none (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--device', metavar='NAME', help='default: an accelerator if there is one'
+    )
     return parser.parse_args(argv)
+
+
+def measure(work_dir: str, images: int, device: Optional[str] = None) -> None:
+    """Measure detections before and after; a run has a report without, too."""
+    Run(work_dir)  # what is wrong with it is an error
+    try:
+        measure_before_after(work_dir, images, device)
+    except (SystemExit, *NETWORK_ERRORS) as error:
+        reason = one_line(str(error)).replace('error: ', '', 1)
+        print(f'Detections are not measured: {reason}', file=sys.stderr)
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    if args.images < 0:
+        raise SystemExit(f'error: --images={args.images} is below 0')
     try:
+        if args.images:
+            measure(args.work_dir, args.images, check_device(args.device))
         report = make_report(args.work_dir, args.out)
         print(summarize(args.work_dir, report))
     except (OSError, ValueError) as error:

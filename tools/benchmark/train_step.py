@@ -1,8 +1,8 @@
 """Compare training steps of a network with different layer attentions.
 
 Time and peak memory of forward, backward and SGD step of: the bare network
-(resnet), MRLA-base in its published form (published), MRLA-base as mmela
-computes it (mrla-base), MRLA-light, ELA with pruned attentions and KCLA. The
+(resnet), MRLA-base in its published form (published), MLA, MRLA-base as
+mmela computes it (mrla-base), MRLA-light, ELA with pruned attentions and KCLA. The
 variants take turns, so that a drift of the machine hits all alike. Images,
 labels and weights are random.
 

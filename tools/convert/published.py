@@ -8,6 +8,7 @@ error, so nothing gets lost. Prints the config of the backbone; mind its
 Example:
   python tools/convert/published.py model_best.pth.tar mrla.pth
   python tools/convert/published.py faster_rcnn.pth mrla.pth --target detector
+  python tools/convert/published.py unet.pth kcla.pth --target segmentor
 """
 
 import argparse
@@ -46,8 +47,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         choices=TARGETS,
         default='classifier',
         help='what the result is for: a classifier of MMPretrain, a detector '
-        'of MMDetection or its backbone, or a bare backbone of MMPretrain '
-        '(default: %(default)s)',
+        'of MMDetection or its backbone, a bare backbone of MMPretrain, or a '
+        'segmentor of MMSegmentation (default: %(default)s)',
     )
     return parser.parse_args(argv)
 
@@ -56,7 +57,7 @@ def format_table(mapped: dict, dropped: dict) -> str:
     """Table of the keys, in which a row stands for all blocks."""
 
     def pattern(key):
-        blocks = r'(layer|stages\.)\d+\.(layers\.|attention\.)?\d+\.'
+        blocks = r'(layer|stages\.)\d+\.(layers\.|attention\.|ModuleList\.)?\d+\.'
         return re.sub(blocks, r'\1*.\2*.', one_line(key))
 
     rows = Counter((pattern(old), '-> ' + pattern(new)) for old, new in mapped.items())
@@ -93,6 +94,8 @@ def main(argv=None) -> None:
         f'{out}: {len(keys.mapped)} of {len(state_dict)} tensors of a '
         f'{keys.arch} network, {len(dropped)} dropped\nbackbone={backbone}'
     )
+    if keys.arch == 'kcla_unet':
+        print('decode_head=dict(scale=2), which enlarges as the published decoder')
 
 
 if __name__ == '__main__':

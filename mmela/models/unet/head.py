@@ -29,6 +29,10 @@ class UNetHead(BaseDecodeHead):
             (64, 32, 16, 16).
         norm_cfg (dict): Config of the normalizations. Defaults to
             ``dict(type='BN')``.
+        scale (int, optional): Enlarge so many times at each step and cut out the
+            centre, or pad, instead of resizing to the next map: the authors' U-Net
+            of KCLA enlarges twofold even where the next map is as large. Defaults
+            to None.
         init_cfg (dict, optional): Initialization config. Defaults to None,
             which leaves each layer as it initializes itself; the tiny weights
             that ``BaseDecodeHead`` gives the last convolution would take long
@@ -38,7 +42,8 @@ class UNetHead(BaseDecodeHead):
             from these.
 
     Raises:
-        ValueError: If the numbers of channels do not fit each other.
+        ValueError: If the numbers of channels do not fit each other, or ``scale`` is
+            less than 1.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class UNetHead(BaseDecodeHead):
         in_channels: Sequence[int] = (16, 32, 64, 128, 128),
         decoder_channels: Sequence[int] = (64, 32, 16, 16),
         norm_cfg: dict = dict(type='BN'),  # noqa: B006
+        scale: Optional[int] = None,
         init_cfg: Optional[dict] = None,
         **kwargs,
     ) -> None:
@@ -64,6 +70,9 @@ class UNetHead(BaseDecodeHead):
             init_cfg=init_cfg,
             **kwargs,
         )
+        if scale is not None and scale < 1:
+            raise ValueError(f'scale={scale} is less than 1')
+        self.scale = scale
         self.steps = nn.ModuleList()
         below = in_channels[-1]
         for skip, out in zip(in_channels[-2::-1], decoder_channels):
@@ -95,13 +104,31 @@ class UNetHead(BaseDecodeHead):
         """
         *skips, x = self._transform_inputs(inputs)
         for skip, step in zip(reversed(skips), self.steps):
+            size = skip.shape[2:]
+            if self.scale is not None:
+                size = tuple(self.scale * side for side in x.shape[2:])
             # Nothing to do where the last stage has stride 1
-            if x.shape[2:] != skip.shape[2:]:
+            if x.shape[2:] != size:
                 x = F.interpolate(
-                    x,
-                    size=skip.shape[2:],
-                    mode='bilinear',
-                    align_corners=self.align_corners,
+                    x, size=size, mode='bilinear', align_corners=self.align_corners
                 )
+            if x.shape[2:] != skip.shape[2:]:
+                x = _centre(x, skip.shape[2], skip.shape[3])
             x = step(torch.cat((skip, x), dim=1))
         return self.cls_seg(x)
+
+
+def _centre(x: Tensor, height: int, width: int) -> Tensor:
+    """The centre of maps, padded with zeros where they are smaller.
+
+    Args:
+        x (Tensor): (B, C, H, W).
+        height (int): Height of the result.
+        width (int): Its width.
+
+    Returns:
+        Tensor: (B, C, height, width).
+    """
+    rows, columns = height - x.shape[2], width - x.shape[3]
+    pad = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+    return F.pad(x, pad)

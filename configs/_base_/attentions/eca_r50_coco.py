@@ -1,0 +1,10 @@
+# ECA; needs timm. Starts from the classifier with the same attention, which is trained
+# first: tools/train.py configs/imagenet/resnet50-eca_8xb32_in1k.py
+_base_ = './eca_in1k.py'
+
+backbone = dict(
+    init_cfg=dict(
+        checkpoint='work_dirs/resnet50-eca_8xb32_in1k/epoch_100.pth',
+        prefix='backbone.',
+    )
+)

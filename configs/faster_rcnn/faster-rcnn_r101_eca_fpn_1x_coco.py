@@ -1,0 +1,6 @@
+_base_ = [
+    'mmdet::faster_rcnn/faster-rcnn_r101_fpn_1x_coco.py',
+    '../_base_/attentions/eca_r101_coco.py',
+]
+
+model = dict(backbone=_base_.backbone)

@@ -1,0 +1,7 @@
+# A DenseNet, for comparison under the same schedule.
+_base_ = [
+    'mmpretrain::_base_/models/densenet/densenet161.py',
+    'mmpretrain::_base_/datasets/imagenet_bs32.py',
+    '../_base_/schedules/imagenet_100e.py',
+    'mmpretrain::_base_/default_runtime.py',
+]

@@ -1,0 +1,6 @@
+_base_ = [
+    'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+    '../_base_/attentions/rla-g_r50_coco.py',
+]
+
+model = dict(backbone=_base_.backbone)

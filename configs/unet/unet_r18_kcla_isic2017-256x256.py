@@ -1,0 +1,3 @@
+_base_ = ['./unet_r18_plain_isic2017-256x256.py', '../_base_/attentions/kcla_unet.py']
+
+model = dict(backbone=_base_.backbone)

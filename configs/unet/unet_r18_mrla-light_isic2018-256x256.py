@@ -1,0 +1,6 @@
+_base_ = [
+    './unet_r18_plain_isic2018-256x256.py',
+    '../_base_/attentions/mrla-light_unet.py',
+]
+
+model = dict(backbone=_base_.backbone)

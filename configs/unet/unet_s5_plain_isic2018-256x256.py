@@ -1,0 +1,5 @@
+_base_ = [
+    '_base_/unet_s5.py',
+    '_base_/isic2018_256x256.py',
+    '_base_/schedule_300e.py',
+]

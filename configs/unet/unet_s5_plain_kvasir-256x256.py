@@ -1,0 +1,1 @@
+_base_ = ['_base_/unet_s5.py', '_base_/lesions_256x256.py', '_base_/schedule_300e.py']

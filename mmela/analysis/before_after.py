@@ -1,0 +1,455 @@
+"""What a network finds on validation images, before its first pruning and last."""
+
+import io
+import json
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import mmcv
+import numpy as np
+import torch
+from mmengine.visualization import Visualizer
+from PIL import Image
+from rich.progress import track
+
+from ..convert.networks import read_state_dict
+from ..hooks.layer_attention_pruning_hook import UNPRUNED
+from ..structure import layer_attentions
+from .drawing import LIGHT, plain_text
+from .inputs import evenly, load_network, validation_loader
+from .work_dir import Run
+
+FOLDER = 'before_after'
+FORMAT = 1
+# Areas in pixels where COCO has objects begin to be medium and large
+_SIZES = (32**2, 96**2)
+THRESHOLD = 0.5  # score from which a box is drawn
+COLORS = dict(truth=LIGHT.lines[2], right=LIGHT.kept, wrong=LIGHT.pruned)
+_EDGE = 512  # pixels of a picture's longer side
+_SHOWN = dict(detections=4, classes=6)
+_TOP = 3
+
+
+@dataclass
+class Pair:
+    """Checkpoints to compare.
+
+    Attributes:
+        before (Path | None): From before the first pruning; None without one.
+        after (Path): The last one.
+        note (str): What is missing, or else; empty if nothing is.
+    """
+
+    before: Optional[Path]
+    after: Path
+    note: str = ''
+
+
+def find_pair(run: Run) -> Optional[Pair]:
+    """The last checkpoint before the first pruning of a run, and the final one.
+
+    Args:
+        run (Run): The run.
+
+    Returns:
+        Pair | None: Where none is left from before the first pruning, the
+        earliest from before a later one takes its place. None without any
+        checkpoint.
+    """
+    if run.checkpoint is None:
+        return None
+    prunings = [decision for decision in run.decisions if decision.pruned]
+    if not prunings:
+        return Pair(None, run.checkpoint, 'Nothing was pruned in this run.')
+    first, last = prunings[0], prunings[-1]
+    assert first.window is not None and last.window is not None  # of a run
+    kept = run.work_dir / UNPRUNED
+    if kept.is_file() and read_state_dict(kept)[0].get('iter') == first.iteration:
+        return Pair(kept, run.checkpoint)
+    # The hook prunes before the checkpoint of its epoch is written.
+    numbered = run.numbered_checkpoints()
+    earlier = [n for n in numbered if n < first.window[1]]
+    if earlier:
+        return Pair(numbered[max(earlier)], run.checkpoint)
+    note = (
+        f'No checkpoint is left from before the first pruning, after {first.unit} '
+        f'{first.window[1]}. LayerAttentionPruningHook keeps one, {UNPRUNED}, unless '
+        'keep_unpruned=False; so does a larger max_keep_ckpts of the CheckpointHook, '
+        'if one was saved that early.'
+    )
+    later = [n for n in numbered if n < last.window[1]]
+    if not later:
+        return Pair(None, run.checkpoint, note)
+    before = numbered[min(later)]
+    note += f' The earliest that is less pruned than the last is {before.name}.'
+    return Pair(before, run.checkpoint, note)
+
+
+def measure_before_after(
+    work_dir: Union[str, Path], images: int = 100, device: Optional[str] = None
+) -> Path:
+    """Detect or classify validation images with both networks of a run.
+
+    What it finds lies in ``before_after/`` in the work directory:
+    ``before_after.json`` and the pictures, for :func:`mmela.analysis.make_report`.
+    If they are there already, of the same checkpoints and as many images, nothing
+    is done.
+
+    Args:
+        work_dir (str | Path): Work directory of a run.
+        images (int): Most images, evenly spaced. Defaults to 100.
+        device (str, optional): Defaults to None: an accelerator if there is one.
+
+    Returns:
+        Path: ``before_after.json``.
+
+    Raises:
+        OSError: If the data are missing.
+        SystemExit: If the config cannot be read.
+        ValueError: If there is no checkpoint, it does not fit the config, or it
+            is of neither a detector nor a classifier.
+    """
+    run = Run(work_dir)
+    pair = find_pair(run)
+    if pair is None:
+        raise ValueError(f'{run.work_dir} has no checkpoint')
+    stamp = [
+        None if path is None else [path.name, path.stat().st_mtime_ns]
+        for path in (pair.before, pair.after)
+    ] + [images]
+    out = run.work_dir / FOLDER / f'{FOLDER}.json'
+    if out.is_file():
+        try:
+            if json.loads(out.read_text(encoding='utf-8'))['stamp'] == stamp:
+                return out
+        except (KeyError, TypeError, ValueError):
+            pass  # damaged: measure anew
+    config = run.work_dir / run.config_name
+    sides: Dict[str, dict] = {}
+    for side, path in (('before', pair.before), ('after', pair.after)):
+        if path is not None:
+            sides[side] = _predict(config, path, images, device)
+    some = next(iter(sides.values()))
+    kind, dataset, indices = some['kind'], some['dataset'], some['indices']
+    infos = [dataset.get_data_info(index) for index in indices]
+    out.parent.mkdir(exist_ok=True)
+    result: Dict[str, Any] = dict(
+        format=FORMAT,
+        stamp=stamp,
+        kind=kind,
+        note=pair.note,
+        images=len(indices),
+        total=len(dataset),
+        classes=[str(name) for name in dataset.metainfo.get('classes') or ()],
+        sides={},
+    )
+    judge = _judge_detections if kind == 'detections' else _judge_classes
+    for side, found in sides.items():
+        judged = judge(infos, found['predictions'], result['classes'])
+        found['right'] = judged.pop('right')
+        result['sides'][side] = dict(found['about'], **judged)
+    show = _show_detections if kind == 'detections' else _show_classes
+    result['shown'] = show(infos, sides, result['classes'], out.parent)
+    text = json.dumps(result, default=float)
+    out.write_text(text + '\n', encoding='utf-8')
+    return out
+
+
+@torch.no_grad()
+def _predict(
+    config: Path, checkpoint: Path, images: int, device: Optional[str]
+) -> Dict[str, Any]:
+    """Predictions of a checkpoint for validation images, as plain arrays."""
+    cfg, network = load_network(config, checkpoint, device=device)
+    if cfg.model.type.rpartition('.')[2] == 'RPN':
+        raise ValueError(f'{config.name} is of proposals, which have no class')
+    model: Any = network
+    attentions = layer_attentions(model)
+    meta = read_state_dict(checkpoint)[0]
+    loader = validation_loader(cfg, images)
+    subset: Any = loader.dataset
+    predictions = []
+    for batch in track(loader, description=checkpoint.name):
+        for sample in model.val_step(batch):
+            if 'pred_instances' in sample:
+                found = sample.pred_instances.cpu().numpy()
+                predictions.append(
+                    dict(
+                        bboxes=np.asarray(found.bboxes, dtype=float),
+                        scores=np.asarray(found.scores, dtype=float),
+                        labels=found.labels,
+                    )
+                )
+            elif 'pred_score' in sample:
+                predictions.append(sample.pred_score.cpu().numpy())
+            else:
+                raise ValueError(f'{config.name} is of no detector and no classifier')
+    return dict(
+        kind='detections' if isinstance(predictions[0], dict) else 'classes',
+        predictions=predictions,
+        dataset=subset.dataset,
+        indices=subset.indices,
+        about=dict(
+            checkpoint=checkpoint.name,
+            epoch=meta.get('epoch'),
+            iteration=meta.get('iter'),
+            active=sum(attention.active for attention in attentions.values()),
+            attentions=len(attentions),
+        ),
+    )
+
+
+# -- detections ----------------------------------------------------------------
+
+
+def _objects(info: dict) -> List[dict]:
+    """Annotated objects of an image, crowds not."""
+    return [x for x in info['instances'] if not x.get('ignore_flag')]
+
+
+def coco_evaluation(
+    infos: Sequence[dict], predictions: Sequence[dict], classes: Sequence[str]
+) -> Any:
+    """Evaluate boxes by pycocotools.
+
+    Args:
+        infos (Sequence[dict]): ``width``, ``height`` and ``instances`` of each
+            image, as mmdet's data sets give them.
+        predictions (Sequence[dict]): ``bboxes`` (n, 4) by their corners,
+            ``scores`` (n, ) and ``labels`` (n, ) for each image.
+        classes (Sequence[str]): Names of the classes.
+
+    Returns:
+        COCOeval: With ``eval['precision']``, (10, 101, classes, 4, 3), and
+        ``eval['recall']``.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    truth, found = [], []
+    for image, (info, prediction) in enumerate(zip(infos, predictions), 1):
+        for x in info['instances']:
+            truth.append(_annotation(image, x['bbox'], x['bbox_label']))
+            truth[-1].update(id=len(truth), iscrowd=int(x.get('ignore_flag', 0)))
+        for box, score, label in zip(*(prediction[k] for k in _KEYS)):
+            found.append(dict(_annotation(image, box, label), score=float(score)))
+            found[-1].update(id=len(found), iscrowd=0)
+    with redirect_stdout(io.StringIO()):  # pycocotools tells what it does
+        apis = [COCO(), COCO()]
+        for api, annotations in zip(apis, (truth, found)):
+            api.dataset = dict(
+                images=[dict(id=image) for image in range(1, len(infos) + 1)],
+                categories=[dict(id=i, name=name) for i, name in enumerate(classes)],
+                annotations=annotations,
+            )
+            api.createIndex()
+        evaluation = COCOeval(*apis, 'bbox')
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation
+
+
+_KEYS = ('bboxes', 'scores', 'labels')
+
+
+def _annotation(image: int, box: Sequence[float], label: int) -> dict:
+    left, top, right, bottom = map(float, box)
+    width, height = right - left, bottom - top
+    return dict(
+        image_id=image,
+        category_id=int(label),
+        bbox=[left, top, width, height],
+        area=width * height,
+    )
+
+
+def _judge_detections(
+    infos: Sequence[dict], predictions: Sequence[dict], classes: Sequence[str]
+) -> dict:
+    evaluation = coco_evaluation(infos, predictions, classes)
+    # IoU, recall, class; of objects of all sizes, at most 100 detections
+    precision = evaluation.eval['precision'][:, :, :, 0, -1]
+    valid = np.where(precision > -1, precision, np.nan)
+    known = ~np.isnan(valid[0, 0])
+    counts = np.bincount(
+        [x['bbox_label'] for info in infos for x in _objects(info)],
+        minlength=len(classes),
+    )
+    per_class = [
+        dict(
+            label=int(label),
+            objects=int(counts[label]),
+            value=float(valid[:, :, label].mean()),
+            value_50=float(valid[0, :, label].mean()),
+            curve=np.round(valid[0, :, label], 4).tolist(),
+        )
+        for label in np.flatnonzero(known)
+    ]
+    matched = {
+        number
+        for some in evaluation.evalImgs
+        if some is not None and some['aRng'] == evaluation.params.areaRng[0]
+        for number, match in zip(some['dtIds'], some['dtMatches'][0])
+        if match
+    }
+    ends = np.cumsum([len(prediction['scores']) for prediction in predictions])
+    right = np.isin(np.arange(1, ends[-1] + 1), list(matched))
+    return dict(
+        right=np.split(right, ends[:-1]),
+        per_class=per_class,
+        mean=float(np.mean([x['value'] for x in per_class])) if per_class else None,
+        mean_50=float(np.mean([x['value_50'] for x in per_class]))
+        if per_class
+        else None,
+        curves={
+            f'{iou:.2f}': np.round(valid[index][:, known].mean(1), 4).tolist()
+            for index, iou in enumerate(evaluation.params.iouThrs)
+            if known.any() and index in (0, 5)
+        },
+    )
+
+
+def choose_images(infos: Sequence[dict], number: int) -> List[int]:
+    """Choose images to show: with objects of all sizes, and not too many.
+
+    Args:
+        infos (Sequence[dict]): See :func:`coco_evaluation`.
+        number (int): How many.
+
+    Returns:
+        list[int]: Indices in their order: of the images that have most of
+        COCO's sizes small, medium and large, and of those the ones with the
+            nearest to five objects, evenly spaced ones.
+    """
+
+    def rank(info: dict) -> Tuple[int, int]:
+        boxes = np.array([x['bbox'] for x in _objects(info)]).reshape(-1, 4)
+        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        sizes = len(set(np.searchsorted(_SIZES, areas, side='right')))
+        return sizes, -abs(len(boxes) - 5)
+
+    ranks = [rank(info) for info in infos]
+    order = sorted(range(len(infos)), key=lambda i: ranks[i], reverse=True)
+    best = sorted(order[: 3 * number])
+    return [best[i] for i in evenly(len(best), number)]
+
+
+def _show_detections(
+    infos: Sequence[dict], sides: Dict[str, dict], classes: Sequence[str], out: Path
+) -> List[dict]:
+    visualizer = Visualizer()
+    shown = []
+    for number, index in enumerate(choose_images(infos, _SHOWN['detections']), 1):
+        info = infos[index]
+        image = mmcv.imread(info['img_path'], channel_order='rgb')
+        scale = _EDGE / max(image.shape[:2])
+        how = 'area' if scale < 1 else 'lanczos'
+        image = mmcv.imrescale(image, scale, interpolation=how)
+        objects = _objects(info)
+        boxes = [x['bbox'] for x in objects]
+        texts = [classes[x['bbox_label']] for x in objects]
+        drawn = dict(truth=(boxes, texts, [COLORS['truth']] * len(boxes)))
+        counts = {}
+        for side, found in sides.items():
+            prediction = found['predictions'][index]
+            # The best are drawn last, on top
+            keep = np.flatnonzero(prediction['scores'] >= THRESHOLD)[::-1]
+            right = found['right'][index][keep]
+            labels = prediction['labels'][keep]
+            scores = np.floor(100 * prediction['scores'][keep]).astype(int)
+            texts = [f'{classes[i]} {score}' for i, score in zip(labels, scores)]
+            colors = [COLORS['right' if x else 'wrong'] for x in right]
+            drawn[side] = (prediction['bboxes'][keep], texts, colors)
+            counts[side] = [int(right.sum()), int((~right).sum())]
+        pictures = {}
+        for side, (boxes, texts, colors) in drawn.items():
+            pictures[side] = f'{number}_{side}.jpg'
+            scaled = np.asarray(boxes, dtype=float).reshape(-1, 4) * scale
+            scaled = scaled.clip(1, np.tile(image.shape[1::-1], 2) - 2)
+            picture = _with_boxes(visualizer, image, scaled, texts, colors)
+            Image.fromarray(picture).save(
+                out / pictures[side], quality=85, optimize=True
+            )
+        shown.append(
+            dict(
+                image=Path(info['img_path']).name,
+                objects=len(objects),
+                pictures=pictures,
+                counts=counts,
+            )
+        )
+    return shown
+
+
+def _with_boxes(
+    visualizer: Visualizer,
+    image: np.ndarray,
+    boxes: np.ndarray,
+    texts: Sequence[str],
+    colors: Sequence[str],
+) -> np.ndarray:
+    """An image with boxes and their names."""
+    visualizer.set_image(image)
+    for box, text, color in zip(boxes, texts, colors):
+        visualizer.draw_bboxes(torch.tensor(box), edge_colors=color, line_widths=3)
+        visualizer.draw_texts(
+            plain_text(text),
+            torch.tensor([box[0], max(box[1], 14)]),
+            font_sizes=9,
+            colors='white',
+            vertical_alignments='bottom',
+            bboxes=dict(facecolor=color, edgecolor='none', pad=0.8),
+        )
+    return visualizer.get_image()
+
+
+# -- classes -------------------------------------------------------------------
+
+
+def _label(info: dict) -> Optional[int]:
+    """The class of an image, if it is one."""
+    label = np.asarray(info['gt_label']).reshape(-1)
+    return int(label[0]) if len(label) == 1 else None
+
+
+def _judge_classes(
+    infos: Sequence[dict], predictions: Sequence[np.ndarray], classes: Sequence[str]
+) -> dict:
+    right: Dict[int, List[bool]] = {}
+    for info, scores in zip(infos, predictions):
+        label = _label(info)
+        if label is not None:
+            right.setdefault(label, []).append(int(scores.argmax()) == label)
+    per_class = [
+        dict(label=label, objects=len(hits), value=100 * sum(hits) / len(hits))
+        for label, hits in sorted(right.items())
+    ]
+    hits = [hit for some in right.values() for hit in some]
+    mean = 100 * sum(hits) / len(hits) if hits else None
+    return dict(right=None, per_class=per_class, mean=mean)
+
+
+def _show_classes(
+    infos: Sequence[dict], sides: Dict[str, dict], classes: Sequence[str], out: Path
+) -> List[dict]:
+    shown = []
+    for number, index in enumerate(evenly(len(infos), _SHOWN['classes']), 1):
+        info = infos[index]
+        image = mmcv.imread(info['img_path'], channel_order='rgb')
+        scale = 256 / max(image.shape[:2])
+        if scale < 1:
+            image = mmcv.imrescale(image, scale, interpolation='area')
+        name = f'{number}.jpg'
+        Image.fromarray(image).save(out / name, quality=90, optimize=True)
+        labels = np.asarray(info['gt_label']).reshape(-1)
+        entry: Dict[str, Any] = dict(
+            image=Path(info['img_path']).name, picture=name, truth=labels.tolist()
+        )
+        for side, found in sides.items():
+            scores = found['predictions'][index]
+            top = np.argsort(-scores, kind='stable')[:_TOP]
+            entry[side] = [[int(i), float(scores[i])] for i in top]
+        shown.append(entry)
+    return shown

@@ -1,0 +1,605 @@
+"""Pictures and COCO-format JSON from a trained network, by mmdet and mmpretrain.
+
+Their inferencers read, batch, predict and draw; what is here checks that a
+checkpoint fits, finds the inputs, shares them out over devices and writes files.
+"""
+
+import json
+import sys
+import warnings
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from glob import glob, has_magic
+from itertools import islice
+from pathlib import Path
+from queue import Queue
+from typing import (
+    Any,
+    Deque,
+    Dict,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Union,
+)
+
+import cv2
+import mmcv
+import numpy as np
+from mmengine.device import get_device
+from mmengine.registry import DATASETS, MODELS
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from .analysis.inputs import SUFFIXES, check_device, find_images
+from .command_line import find_config
+from .compat.versions import is_installed
+from .convert.networks import load_mostly_fitting, open_network
+
+VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
+CAMERA = 'camera:'
+PREDICTIONS = 'predictions.json'
+_TOP = 5  # classes of an image
+_SMALL = 224  # pixels; a smaller image has no room for the names of classes
+
+
+# -- networks ------------------------------------------------------------------
+
+
+def open_inferencer(
+    config: Union[str, Path],
+    checkpoint: Union[str, Path],
+    device: Optional[str] = None,
+    force: bool = False,
+) -> Any:
+    """The inferencer of a toolbox for a network and its checkpoint.
+
+    Args:
+        config (str | Path): Config of a detector or a classifier, as
+            :func:`~mmela.command_line.find_config` takes it.
+        checkpoint (str | Path): Its checkpoint, pruned or not, or of
+            safetensors.
+        device (str, optional): Defaults to None: an accelerator if there is
+            one, or else the CPU.
+        force (bool): Take a checkpoint that does not fit. Defaults to False.
+
+    Returns:
+        mmdet.apis.DetInferencer | mmpretrain.ImageClassificationInferencer: By
+        the ``default_scope`` of the config.
+
+    Raises:
+        FileNotFoundError: If there is no such config.
+        SystemExit: If the config or the checkpoint cannot be read.
+        ValueError: If the checkpoint is of another network, or the config of
+            neither toolbox.
+    """
+    path = find_config(str(config))
+    cfg, meta, state_dict = open_network(path, checkpoint)
+    scope = cfg.get('default_scope')
+    if scope not in ('mmdet', 'mmpretrain') or not is_installed(scope):
+        raise ValueError(
+            f'{config} has default_scope={scope!r}; allowed are mmdet and mmpretrain, '
+            'where installed'
+        )
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset')
+    if not dataset:
+        raise ValueError(
+            f'{config} has no test_dataloader, which says how to prepare an image'
+        )
+    device = device or get_device()
+    classes = _lower(meta.get('dataset_meta')).get('classes') or _classes(dataset)
+    cfg.model.pop('pretrained', None)
+    if scope == 'mmpretrain':
+        from mmpretrain import ImageClassificationInferencer
+
+        if cfg.get('data_preprocessor'):
+            cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+        model = MODELS.build(cfg.model)
+        load_mostly_fitting(model, state_dict, config, checkpoint, force)
+        model._config, model._dataset_meta = cfg, dict(classes=classes)
+        return ImageClassificationInferencer(model, device=device)
+    from mmdet.apis import DetInferencer
+
+    with warnings.catch_warnings():  # that nothing is loaded: it is right after
+        warnings.simplefilter('ignore')
+        inferencer = DetInferencer(cfg, device=device, show_progress=False)
+    load_mostly_fitting(inferencer.model, state_dict, config, checkpoint, force)
+    inferencer.model.dataset_meta['classes'] = classes
+    return inferencer
+
+
+def _lower(meta: Any) -> dict:
+    """Meta information of data with the keys of today."""
+    return (
+        {str(k).lower(): v for k, v in meta.items()} if isinstance(meta, dict) else {}
+    )
+
+
+def _classes(dataset: dict) -> Tuple[str, ...]:
+    """Classes of the data that a config names, which need not be there."""
+    known = _lower(dataset.get('metainfo')).get('classes')
+    if not known:
+        known = _lower(getattr(DATASETS.get(dataset['type']), 'METAINFO', None))
+        known = known.get('classes')
+    if not known:
+        raise ValueError(
+            'neither the checkpoint nor the config tells the names of the classes'
+        )
+    return tuple(known)
+
+
+# -- inputs --------------------------------------------------------------------
+
+
+@dataclass
+class Source:
+    """Where images come from.
+
+    Attributes:
+        name (str): As the user gave it, or found it.
+        path (Path | None): An image or a video; None for a camera.
+        camera (int | None): Number of a camera.
+    """
+
+    name: str
+    path: Optional[Path] = None
+    camera: Optional[int] = None
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether it has frames."""
+        return self.path is None or self.path.suffix.lower() in VIDEOS
+
+    def open(self) -> cv2.VideoCapture:
+        """Open a video or camera.
+
+        Returns:
+            cv2.VideoCapture: The open video.
+
+        Raises:
+            ValueError: If it has no frames that can be read.
+        """
+        source: Any = self.camera if self.path is None else str(self.path)
+        capture = cv2.VideoCapture(source)
+        if not capture.isOpened():
+            raise ValueError(f'{self.name} cannot be opened as a video')
+        return capture
+
+
+def find_sources(inputs: Sequence[Union[str, Path]]) -> List[Source]:
+    """Images, videos and cameras.
+
+    Args:
+        inputs (Sequence[str | Path]): Images, folders of images (not searched
+            deeper), patterns such as ``'photos/**/*.jpg'``, videos and
+            ``'camera:N'``.
+
+    Returns:
+        list[Source]: In this order; those of a folder or pattern by name.
+
+    Raises:
+        FileNotFoundError: If something does not exist, or is empty.
+        ValueError: If it is nothing of that kind.
+    """
+    sources: List[Source] = []
+    for name in map(str, inputs):
+        if name.startswith(CAMERA):
+            number = name[len(CAMERA) :]
+            if not number.isdecimal():
+                raise ValueError(f'{name}: a camera is {CAMERA}N, such as {CAMERA}0')
+            sources.append(Source(name, camera=int(number)))
+            continue
+        names = [name]
+        if has_magic(name) and not Path(name).exists():
+            names = sorted(glob(name, recursive=True))
+            if not names:
+                raise FileNotFoundError(f'nothing fits {name}')
+        sources += [Source(str(path), path) for path in find_images(names)]
+    for source in sources:
+        if source.path and source.path.suffix.lower() not in (*SUFFIXES, *VIDEOS):
+            raise ValueError(
+                f'{source.name} is no image ({", ".join(SUFFIXES)}) and no video '
+                f'({", ".join(VIDEOS)})'
+            )
+    return sources
+
+
+@dataclass
+class Picture:
+    """An image on its way to the predictions.
+
+    Attributes:
+        source (Source): Where it is from.
+        frame (int | None): Number of the frame, from 0; None for an image.
+        image (np.ndarray): (H, W, 3), BGR.
+    """
+
+    source: Source
+    frame: Optional[int]
+    image: np.ndarray
+
+
+def _pictures(
+    sources: Sequence[Source], frames: Optional[int], failed: List[str]
+) -> Iterator[Picture]:
+    """All images and frames; of what cannot be read, a line in ``failed``."""
+    for source in sources:
+        if not source.is_stream:
+            try:
+                image = mmcv.imread(source.path)
+            except (OSError, ValueError, cv2.error):
+                image = None
+            if image is None:
+                failed.append(f'{source.name} cannot be read as an image')
+            else:
+                yield Picture(source, None, image)
+            continue
+        capture = source.open()
+        try:
+            number = 0
+            while frames is None or number < frames:
+                there, image = capture.read()
+                if not there:
+                    break
+                yield Picture(source, number, image)
+                number += 1
+            if not number:
+                failed.append(f'{source.name} has no frame that can be read')
+        finally:
+            capture.release()
+
+
+def _count(sources: Sequence[Source], frames: Optional[int]) -> Optional[int]:
+    """Images and frames in all, as far as the files tell."""
+    total = 0
+    for source in sources:
+        if not source.is_stream:
+            total += 1
+            continue
+        if source.path is None and frames is None:
+            return None  # until the user stops it
+        number = frames
+        if source.path is not None:
+            capture = source.open()
+            told = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+            capture.release()
+            if told <= 0:
+                return None
+            number = told if frames is None else min(told, frames)
+        total += number or 0
+    return total
+
+
+# -- predictions ---------------------------------------------------------------
+
+
+def _predict(inferencer: Any, pictures: Sequence[Picture]) -> List[Any]:
+    """Data samples of a batch, by the steps of an inferencer's call."""
+    images = [picture.image for picture in pictures]
+    samples: List[Any] = []
+    for batch in inferencer.preprocess(images, batch_size=len(images)):
+        # mmdet hands the images through
+        samples += inferencer.forward(batch if isinstance(batch, dict) else batch[1])
+    return samples
+
+
+def _in_order(
+    inferencers: Sequence[Any], pictures: Iterator[Picture], batch_size: int
+) -> Iterator[Tuple[Picture, Any]]:
+    """Images with their predictions; each device takes the next batch."""
+    free: Queue = Queue()
+    for inferencer in inferencers:
+        free.put(inferencer)
+
+    def run(batch: List[Picture]) -> List[Any]:
+        inferencer = free.get()
+        try:
+            return _predict(inferencer, batch)
+        finally:
+            free.put(inferencer)
+
+    waiting: Deque[Tuple[List[Picture], Future]] = deque()
+    with ThreadPoolExecutor(len(inferencers)) as pool:
+        while True:
+            batch = list(islice(pictures, batch_size))
+            if batch:
+                waiting.append((batch, pool.submit(run, batch)))
+            if waiting and (not batch or len(waiting) > len(inferencers)):
+                done, future = waiting.popleft()
+                yield from zip(done, future.result())
+            elif not batch:
+                return
+
+
+def _drawn(inferencer: Any, picture: Picture, sample: Any, score_thr: float):
+    """A picture with its predictions, by the toolbox's own visualizer, BGR."""
+    image = picture.image[..., ::-1]
+    if 'pred_score' not in sample:
+        drawn = inferencer.visualize(
+            [image], [sample], return_vis=True, pred_score_thr=score_thr
+        )[0]
+        return drawn[..., ::-1]
+    from mmpretrain.visualization import UniversalVisualizer
+
+    if inferencer.visualizer is None:
+        inferencer.visualizer = UniversalVisualizer()
+    drawn = inferencer.visualizer.visualize_cls(
+        image,
+        sample,
+        classes=inferencer.classes,
+        resize=_SMALL if min(image.shape[:2]) < _SMALL else None,
+        draw_gt=False,
+    )
+    return drawn[..., ::-1]
+
+
+class _Writer:
+    """Files of the predictions.
+
+    Args:
+        out (Path): Folder for them.
+        classes (Sequence[str]): Names of the classes.
+        annotations (Path | None): Annotation file in COCO layout, whose ids to
+            take.
+    """
+
+    def __init__(
+        self, out: Path, classes: Sequence[str], annotations: Optional[Path]
+    ) -> None:
+        self.out = out
+        self.category_ids = list(range(1, len(classes) + 1))
+        self.known: Optional[Dict[str, int]] = None
+        if annotations is not None:
+            self._take_ids(annotations, classes)
+        self.images: List[dict] = []
+        self.annotations: List[dict] = []
+        self.categories = [
+            dict(id=i, name=str(name)) for i, name in zip(self.category_ids, classes)
+        ]
+        self._names: Set[str] = set()
+        self._videos: Dict[str, cv2.VideoWriter] = {}
+
+    def _take_ids(self, path: Path, classes: Sequence[str]) -> None:
+        try:
+            content = json.loads(path.read_text(encoding='utf-8'))
+            ids = {str(x['name']): int(x['id']) for x in content['categories']}
+            self.known = {
+                Path(x['file_name']).name: int(x['id']) for x in content['images']
+            }
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(
+                f'{path} is no annotation file of COCO: {error!r}'
+            ) from error
+        lacking = [name for name in classes if name not in ids]
+        if lacking:
+            raise ValueError(f'{path} has no category {lacking[0]!r} of the network')
+        self.category_ids = [ids[name] for name in classes]
+
+    def check(self, sources: Sequence[Source]) -> None:
+        """Check that the annotation file knows all inputs.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        if self.known is None:
+            return
+        names = [s.path.name if s.path else s.name for s in sources]
+        for name in names:
+            if name not in self.known:
+                raise ValueError(f'the annotations have no image {name}')
+        if len(set(names)) < len(names):
+            raise ValueError('two images have the same name, but one id')
+
+    def add(
+        self, picture: Picture, predictions: List[dict], drawn: Optional[np.ndarray]
+    ) -> None:
+        """Take up the predictions of an image, and write it.
+
+        Args:
+            picture (Picture): The image.
+            predictions (list[dict]): What :func:`_plain` returns.
+            drawn (np.ndarray | None): The image to write, BGR; None for none.
+        """
+        source, frame = picture.source, picture.frame
+        image_id = len(self.images) + 1
+        name = source.path.name if source.path else source.name.replace(':', '_')
+        entry: Dict[str, Any] = dict(
+            id=image_id,
+            file_name=source.name if source.path else name,
+            height=picture.image.shape[0],
+            width=picture.image.shape[1],
+        )
+        if frame is not None:
+            entry.update(
+                file_name=f'{name}/{frame:06d}.jpg', video=source.name, frame_id=frame
+            )
+        elif self.known is not None:
+            entry.update(id=self.known[name], file_name=name)
+        self.images.append(entry)
+        for found in predictions:
+            self.annotations.append(
+                dict(
+                    id=len(self.annotations) + 1,
+                    image_id=entry['id'],
+                    category_id=self.category_ids[found.pop('label')],
+                    **found,
+                )
+            )
+        if drawn is None:
+            return
+        if frame is None:
+            entry['picture'] = self._free(name)
+            mmcv.imwrite(np.ascontiguousarray(drawn), str(self.out / entry['picture']))
+        else:
+            self._add_frame(source, name, drawn)
+
+    def _free(self, name: str) -> str:
+        """A file name that no other input of the run has taken."""
+        stem, suffix, number = Path(name).stem, Path(name).suffix, 1
+        while name.lower() in self._names:
+            number += 1
+            name = f'{stem}_{number}{suffix}'
+        self._names.add(name.lower())
+        return name
+
+    def _add_frame(self, source: Source, name: str, drawn: np.ndarray) -> None:
+        if source.name not in self._videos:
+            self.close_videos()  # frames come video by video
+            capture = source.open() if source.path else None
+            rate = capture.get(cv2.CAP_PROP_FPS) if capture else 0
+            path = self.out / self._free(f'{Path(name).stem}.mp4')
+            size = drawn.shape[1::-1]
+            code = cv2.VideoWriter.fourcc(*'mp4v')
+            self._videos[source.name] = cv2.VideoWriter(
+                str(path), code, rate or 25, size
+            )
+        self._videos[source.name].write(np.ascontiguousarray(drawn))
+
+    def close_videos(self) -> None:
+        """Finish the videos."""
+        for video in self._videos.values():
+            video.release()
+        self._videos.clear()
+
+    def close(self, info: dict) -> Path:
+        """Finish the videos and write the JSON file."""
+        self.close_videos()
+        path = self.out / PREDICTIONS
+        content = dict(
+            info=info,
+            images=self.images,
+            annotations=self.annotations,
+            categories=self.categories,
+        )
+        path.write_text(json.dumps(content) + '\n', encoding='utf-8')
+        return path
+
+
+def _plain(inferencer: Any, sample: Any) -> List[dict]:
+    """Predictions of an image as annotations of COCO, without their ids."""
+    if 'pred_score' in sample:
+        scores = sample.pred_score.cpu().numpy()
+        top = np.argsort(-scores, kind='stable')[:_TOP]
+        return [dict(label=int(i), score=float(scores[i])) for i in top]
+    from pycocotools import mask
+
+    found = inferencer.pred2dict(sample)
+    if 'labels' not in found:
+        raise ValueError('the network finds no boxes: it is no object detector')
+    annotations = []
+    for index, label in enumerate(found['labels']):
+        left, top, right, bottom = found['bboxes'][index]
+        width, height = right - left, bottom - top
+        entry = dict(
+            label=label,
+            bbox=[left, top, width, height],
+            area=width * height,
+            iscrowd=0,
+            score=found['scores'][index],
+        )
+        if 'masks' in found:
+            entry['segmentation'] = found['masks'][index]
+            entry['area'] = float(mask.area(found['masks'][index]))
+        annotations.append(entry)
+    return annotations
+
+
+def infer(
+    config: Union[str, Path],
+    checkpoint: Union[str, Path],
+    inputs: Sequence[Union[str, Path]],
+    out: Union[str, Path],
+    batch_size: int = 1,
+    devices: Optional[Sequence[str]] = None,
+    score_thr: float = 0.3,
+    pictures: bool = True,
+    annotations: Union[str, Path, None] = None,
+    frames: Optional[int] = None,
+    force: bool = False,
+) -> Path:
+    """Detect objects in images and videos, or classify them, and write files.
+
+    Args:
+        config (str | Path): Config of a detector or a classifier.
+        checkpoint (str | Path): Its checkpoint, pruned, slim or neither.
+        inputs (Sequence[str | Path]): See :func:`find_sources`.
+        out (str | Path): New or empty folder: for each image one with the
+            predictions, for each video one, and ``predictions.json``, a data
+            set of COCO whose annotations have a score. An image of a classifier
+            has the five best classes there, without a box.
+        batch_size (int): Images that a network takes at once. Defaults to 1.
+        devices (Sequence[str], optional): Each gets a copy of the network and
+            takes the next batch. Defaults to None: one, an accelerator if there
+            is one.
+        score_thr (float): Score from which a box is drawn; the JSON file has
+            all. Defaults to 0.3.
+        pictures (bool): Write annotated images and videos. Defaults to True.
+        annotations (str | Path, optional): Annotation file in COCO layout, from
+            which the JSON file takes the ids of images, by the file name, and
+            of categories. Defaults to None, which counts from 1.
+        frames (int, optional): Most frames of each video or camera. Defaults to
+            None: all, and of a camera until interrupted.
+        force (bool): Take a checkpoint that does not fit. Defaults to False.
+
+    Returns:
+        Path: ``predictions.json``.
+
+    Raises:
+        OSError: If an input is missing.
+        SystemExit: If the config or the checkpoint cannot be read.
+        ValueError: If an argument is out of range, the folder is not empty, the
+            checkpoint is of another network; or, with what could be read
+            written, if an image or a video could not.
+    """
+    for name, number in (('batch_size', batch_size), ('frames', frames)):
+        if number is not None and number < 1:
+            raise ValueError(f'{name}={number} is below 1')
+    if not 0 <= score_thr <= 1:
+        raise ValueError(f'score_thr={score_thr} is not in 0 to 1')
+    sources = find_sources(inputs)
+    if not sources:
+        raise ValueError('there are no inputs')
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f'{folder} is no empty folder')
+    total = _count(sources, frames)
+    inferencers = [
+        open_inferencer(config, checkpoint, check_device(device), force)
+        for device in devices or (None,)
+    ]
+    main = inferencers[0]
+    classes = getattr(main, 'classes', None) or main.model.dataset_meta['classes']
+    writer = _Writer(folder, classes, Path(annotations) if annotations else None)
+    writer.check(sources)
+    folder.mkdir(parents=True, exist_ok=True)
+    failed: List[str] = []
+    progress = Progress(
+        'Inference',
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+    )
+    try:
+        with progress:
+            task = progress.add_task('', total=total)
+            found = _in_order(
+                inferencers, _pictures(sources, frames, failed), batch_size
+            )
+            for picture, sample in found:
+                drawn = _drawn(main, picture, sample, score_thr) if pictures else None
+                writer.add(picture, _plain(main, sample), drawn)
+                progress.advance(task)
+    except KeyboardInterrupt:
+        print('interrupted: what was found so far is written', file=sys.stderr)
+    finally:
+        path = writer.close(dict(config=str(config), checkpoint=str(checkpoint)))
+    if failed:
+        raise ValueError(
+            f'{len(failed)} of {len(sources)} inputs failed: ' + '; '.join(failed[:5])
+        )
+    return path

@@ -1,0 +1,266 @@
+"""Whole networks, exported, against what their toolboxes predict."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from mmela.convert.export import export_network
+from mmela.convert.exported import ExportedDetector, paste_masks
+from mmela.convert.whole import whole_network
+from mmela.structure import prune
+from tests.helpers.networks import classifier
+
+pytest.importorskip('onnx')
+onnxruntime = pytest.importorskip('onnxruntime')
+pytest.importorskip('onnxscript')
+if not hasattr(torch.export.Dim, 'DYNAMIC'):
+    pytest.skip('needs torch 2.6', allow_module_level=True)
+
+PRUNED = 'backbone.layer3.1.layer_attn'
+KEPT = 'backbone.layer2.1.layer_attn'
+
+
+def nodes_of(onnx_model, name):
+    """Nodes that a module has left in a graph, and weights of it."""
+    nodes = [
+        node.name
+        for node in onnx_model.graph.node
+        for entry in node.metadata_props
+        if entry.key.endswith('name_scopes') and f'.{name}' in entry.value
+    ]
+    weights = [w.name for w in onnx_model.graph.initializer if name in w.name]
+    return len(nodes), len(weights)
+
+
+def build_classifier(pruned=()):
+    pytest.importorskip('mmpretrain')
+    from mmpretrain.registry import MODELS
+
+    torch.manual_seed(0)
+    model = MODELS.build(classifier()['model']).eval()
+    prune(model, pruned)
+    return model
+
+
+def test_classifier(tmp_path):
+    """Also: of the pruned attention no node is left."""
+    import onnx
+
+    model = build_classifier([PRUNED])
+    path = tmp_path / 'classifier.onnx'
+    export_network(model, path, (40, 48), info=dict(classes=['a', 'b', 'c', 'd']))
+    onnx_model = onnx.load(path)
+    assert nodes_of(onnx_model, PRUNED) == (0, 0)
+    nodes, weights = nodes_of(onnx_model, KEPT)
+    assert nodes > 5 and weights > 2
+    meta = {entry.key: entry.value for entry in onnx_model.metadata_props}
+    assert json.loads(meta['mmela']) == dict(
+        classes=['a', 'b', 'c', 'd'], raw=True, outputs=['scores']
+    )
+    session = onnxruntime.InferenceSession(str(path))
+    for shape in [(2, 3, 40, 48), (1, 3, 33, 70), (3, 3, 64, 64)]:
+        images = torch.randint(0, 256, shape, dtype=torch.uint8)
+        with torch.no_grad():
+            data = model.data_preprocessor(dict(inputs=images))
+            expected = torch.stack([s.pred_score for s in model.predict(**data)])
+        (found,) = session.run(None, dict(images=images.numpy()))
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_program_of_normalized_images(tmp_path):
+    model = build_classifier()
+    path = tmp_path / 'classifier.pt2'
+    export_network(model, path, (40, 48), raw=False)
+    x = torch.randn(3, 3, 64, 50)
+    found = torch.export.load(path).module()(x)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(x, mode='tensor').softmax(-1))
+
+
+def build_detector(name, **changes):
+    """A small detector whose random weights tell boxes and classes apart."""
+    pytest.importorskip('mmdet')
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.config import Config
+
+    from mmela.command_line import find_config
+
+    register_all_modules()
+    model = Config.fromfile(find_config(f'mmdet::{name}')).model
+    model.backbone.update(
+        type='ELAResNet',
+        depth=18,
+        base_channels=8,
+        init_cfg=None,
+        layer_attention=dict(type='MRLABase', head_dim=8),
+    )
+    # Two levels of the backbone and one of FPN's own are enough
+    model.neck.update(in_channels=[8, 16, 32, 64], out_channels=16, start_level=2)
+    model.neck.num_outs = 3
+    heads = [model.get('bbox_head'), model.get('rpn_head')]
+    for head in filter(None, heads):
+        head.update(in_channels=16, feat_channels=16)
+        head.anchor_generator.strides = [16, 32, 64]
+    if 'roi_head' in model:
+        for key in ('bbox_roi_extractor', 'mask_roi_extractor'):
+            model.roi_head[key].update(out_channels=16, featmap_strides=[16, 32])
+        model.roi_head.bbox_head.update(
+            in_channels=16, fc_out_channels=32, num_classes=3
+        )
+        model.roi_head.mask_head.update(
+            in_channels=16, conv_out_channels=16, num_classes=3
+        )
+        model.test_cfg.rpn.update(nms_pre=60, max_per_img=40)
+        model.test_cfg.rcnn.update(score_thr=0.3, max_per_img=20)
+    else:
+        model.bbox_head.num_classes = 3
+        model.test_cfg.update(nms_pre=60, score_thr=0.3, max_per_img=20)
+    model.merge_from_dict(changes)
+    torch.manual_seed(0)
+    detector = MODELS.build(model).eval()
+    for parameter in detector.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.kaiming_normal_(parameter)
+    return detector
+
+
+DETECTORS = dict(
+    retinanet='retinanet/retinanet_r50_fpn_1x_coco.py',
+    mask_rcnn='mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+)
+
+
+def images(*shape):
+    generator = torch.Generator().manual_seed(sum(shape))
+    coarse = torch.rand(shape[0], 3, 9, 9, generator=generator) * 255
+    return torch.nn.functional.interpolate(coarse, shape[1:]).to(torch.uint8)
+
+
+def samples(x, scale=1.0):
+    from mmdet.structures import DetDataSample
+
+    height, width = x.shape[-2:]
+    meta = dict(
+        img_shape=(height, width),
+        ori_shape=(round(height / scale), round(width / scale)),
+        scale_factor=(scale, scale),
+    )
+    return [DetDataSample(metainfo=dict(meta)) for _ in x]
+
+
+def predictions(detector, x, **kwargs):
+    """What mmdet predicts."""
+    data = dict(inputs=list(x), data_samples=samples(x, **kwargs))
+    with torch.no_grad():
+        return [sample.pred_instances for sample in detector.test_step(data)]
+
+
+@pytest.fixture(scope='module', params=DETECTORS)
+def exported(request, tmp_path_factory):
+    detector = build_detector(DETECTORS[request.param])
+    prune(detector, [PRUNED])
+    path = tmp_path_factory.mktemp('exported') / 'detector.onnx'
+    export_network(detector, path, (224, 288))
+    return detector, path
+
+
+def test_detections(exported):
+    """The same as mmdet's, for a batch, for one image, and for other sizes."""
+    detector, path = exported
+    session = onnxruntime.InferenceSession(str(path))
+    names = [output.name for output in session.get_outputs()]
+    total = 0
+    for shape in [(2, 224, 288), (1, 250, 161), (3, 192, 200)]:
+        x = images(*shape)
+        found = dict(zip(names, session.run(None, dict(images=x.numpy()))))
+        found = {name: torch.from_numpy(value) for name, value in found.items()}
+        for index, expected in enumerate(predictions(detector, x)):
+            here = found['labels'][index] >= 0
+            total += int(here.sum())
+            assert not found['scores'][index][~here].any()
+            assert torch.equal(found['labels'][index][here], expected.labels)
+            torch.testing.assert_close(
+                found['scores'][index][here], expected.scores, atol=1e-4, rtol=0
+            )
+            boxes = found['boxes'][index][here]
+            torch.testing.assert_close(boxes, expected.bboxes, atol=0.1, rtol=0)
+            if 'masks' in found:
+                masks = found['masks'][index][here]
+                pasted = paste_masks(masks, boxes, x.shape[-2:])
+                differ = (pasted != expected.masks).float().mean()
+                assert expected.masks.any() and differ < 1e-3
+    assert total > 40
+
+
+def test_no_detection(exported):
+    """An image without an object gives no error and nothing."""
+    detector, path = exported
+    black = torch.zeros(1, 3, 160, 160, dtype=torch.uint8)
+    (expected,) = predictions(detector, black)
+    found = ExportedDetector(path)(list(black), samples(black))[0].pred_instances
+    assert len(found) == len(expected)
+
+
+def test_pruned_attentions_leave_no_node_in_a_detector(exported):
+    import onnx
+
+    onnx_model = onnx.load(exported[1])
+    assert nodes_of(onnx_model, PRUNED) == (0, 0)
+    assert min(nodes_of(onnx_model, KEPT)) > 2
+
+
+def test_detector_in_a_runner(exported):
+    """With boxes and masks in pixels of the original image."""
+    detector, path = exported
+    x = images(1, 224, 288)
+    (expected,) = predictions(detector, x, scale=2.0)
+    data = dict(inputs=list(x), data_samples=samples(x, scale=2.0))
+    found = ExportedDetector(path).test_step(data)[0].pred_instances
+    assert len(found) > 3 and torch.equal(found.labels, expected.labels)
+    torch.testing.assert_close(found.bboxes, expected.bboxes, atol=0.1, rtol=0)
+    if 'masks' in expected:
+        assert found.masks.shape == expected.masks.shape == (len(found), 112, 144)
+
+
+def test_openvino(exported):
+    openvino = pytest.importorskip('openvino')
+    _, path = exported
+    x = images(1, 192, 224).numpy()
+    expected = onnxruntime.InferenceSession(str(path)).run(None, dict(images=x))
+    network = openvino.Core().compile_model(path, 'CPU')
+    for value, other in zip(network(x).values(), expected):
+        np.testing.assert_allclose(value, other, atol=0.1)
+
+
+def test_what_is_refused(tmp_path):
+    cascade = build_detector(
+        'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+        **{'test_cfg.rcnn.nms': dict(type='soft_nms', iou_threshold=0.5)},
+    )
+    with pytest.raises(ValueError, match=r"type='soft_nms'.*Supported are .*Mask"):
+        whole_network(cascade)
+    classifier_ = build_classifier()
+    classifier_.head = torch.nn.Identity()
+    with pytest.raises(ValueError, match=r'the head Identity\. Supported are'):
+        whole_network(classifier_)
+    with pytest.raises(ValueError, match=r'support Linear\. Supported are'):
+        whole_network(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r'must end with \.onnx .* or \.pt2'):
+        export_network(build_classifier(), tmp_path / 'x.pt')
+
+
+def test_another_kind_of_two_stages_is_refused():
+    pytest.importorskip('mmdet')
+    from mmdet.models.roi_heads import StandardRoIHead
+
+    detector = build_detector(DETECTORS['mask_rcnn'])
+
+    class Cascade(StandardRoIHead):
+        pass
+
+    detector.roi_head.__class__ = Cascade
+    with pytest.raises(ValueError, match='two-stage detector with a Cascade'):
+        whole_network(detector)

@@ -1,0 +1,119 @@
+"""The site: it builds without a warning, opens offline, and all its links lead on."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from tests.helpers.documents import ROOT
+
+for module in ('mmdet', 'mmpretrain', 'mmseg'):  # the reference is read from them
+    pytest.importorskip(module)
+for module in ('sphinx', 'myst_nb', 'pydata_sphinx_theme', 'sphinx_copybutton'):
+    pytest.importorskip(module, reason='needs requirements/docs.txt')
+
+
+class Html(HTMLParser):
+    """What a page of the site loads, links to and has names for."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.loads, self.links, self.ids, self.tags = [], [], set(), set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.add(tag)
+        self.ids |= {attrs[key] for key in ('id', 'name') if attrs.get(key)}
+        for key in ('src', 'srcset', 'data', 'poster'):
+            if attrs.get(key):
+                self.loads.append(attrs[key])
+        if attrs.get('href'):
+            (self.loads if tag == 'link' else self.links).append(attrs['href'])
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    """Folder of the site, built as the command says that users have."""
+    out = tmp_path_factory.mktemp('site') / 'html'
+    done = subprocess.run(
+        [sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', 'docs', str(out)],
+        cwd=ROOT,
+        env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@pytest.fixture(scope='module')
+def pages(site):
+    return {
+        path.relative_to(site).as_posix(): Html(path.read_text('utf-8'))
+        for path in site.rglob('*.html')
+        if '_static' not in path.parts
+    }
+
+
+def test_every_page_is_there(pages):
+    sources = (ROOT / 'docs').rglob('*.*')
+    names = {
+        path.relative_to(ROOT / 'docs').with_suffix('.html').as_posix()
+        for path in sources
+        if path.suffix in ('.md', '.ipynb') and not path.parent.name.startswith('_')
+    }
+    assert names <= set(pages)
+    assert {'index.html', 'search.html', 'genindex.html'} <= set(pages)
+
+
+def test_nothing_is_loaded_from_elsewhere(site, pages):
+    """But for badges, of which there are none."""
+    for name, page in pages.items():
+        for source in page.loads:
+            assert not re.match(r'(https?:)?//', source), f'{name} loads {source}'
+    for style in site.rglob('*.css'):
+        found = re.findall(
+            r'(?:url\(|@import )\s*["\']?(?:https?:)?//[^)"\']+', style.read_text()
+        )
+        assert not found, f'{style.name} loads {found}'
+
+
+def test_links_lead_on(site, pages):
+    """Files, pages and anchors are there."""
+    for name, page in pages.items():
+        for target in page.links + page.loads:
+            parts = urlsplit(target)
+            if parts.scheme:
+                continue
+            path = (
+                (site / name).parent / unquote(parts.path)
+                if parts.path
+                else site / name
+            )
+            path = path.resolve()
+            assert path.is_file(), f'{name}: {target}'
+            if parts.fragment and path.suffix == '.html':
+                other = pages[path.relative_to(site.resolve()).as_posix()]
+                assert unquote(parts.fragment) in other.ids, f'{name}: {target}'
+
+
+def test_formulas_and_pictures(pages):
+    assert 'math' in pages['layer_attentions.html'].tags
+    assert 'math' in pages['api/layers.html'].tags
+    pictures = pages['get_started.html'].loads
+    assert sum('_dark' in source for source in pictures) == 2
+
+
+def test_search_works_without_a_server(site):
+    """Its index is a script, not something to be fetched."""
+    text = (site / 'searchindex.js').read_text('utf-8')
+    index = json.loads(re.fullmatch(r'Search\.setIndex\((.*)\)\s*', text, re.S)[1])
+    names = [index['docnames'][i] for i in index['titleterms']['polici']]
+    assert 'policies' in names
+    assert 'searchindex.js' in (site / 'search.html').read_text('utf-8')

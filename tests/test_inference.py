@@ -1,0 +1,379 @@
+"""mmela infer: inputs, devices, what is written, and what is refused."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmela import inference
+from mmela.convert.networks import check_fit, strip_wrapper
+from mmela.inference import PREDICTIONS, find_sources, infer, open_inferencer
+from tests.helpers.networks import classifier, save
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOL = ROOT / 'tools' / 'infer.py'
+CLASSES = ('ant', 'bee', 'wasp')
+
+
+def detector():
+    pytest.importorskip('mmdet')
+    pytest.importorskip('mmcv.ops', exc_type=ImportError)
+    cfg = Config.fromfile(
+        ROOT / 'configs/demo/faster-rcnn_r50-narrow_ela_fpn_shapes.py'
+    )
+    cfg.model.backbone.update(depth=18, base_channels=8)
+    cfg.model.backbone.layer_attention.head_dim = 8
+    cfg.model.neck.update(in_channels=[8, 16, 32, 64], out_channels=16)
+    cfg.model.rpn_head.update(in_channels=16, feat_channels=16)
+    cfg.model.roi_head.bbox_roi_extractor.out_channels = 16
+    cfg.model.roi_head.bbox_head.update(in_channels=16, num_classes=3)
+    cfg.model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=5)
+    cfg.test_dataloader.dataset.metainfo = dict(classes=CLASSES)
+    return cfg
+
+
+@pytest.fixture(scope='module')
+def network(tmp_path_factory):
+    """A detector, one attention of which is pruned: config and checkpoint."""
+    folder = tmp_path_factory.mktemp('detector')
+    pruned = ['backbone.layer1.1.layer_attn']
+    config, _ = save(folder, 'narrow', detector(), pruned)
+    return config, folder / 'narrow_pruned.pth'
+
+
+@pytest.fixture(scope='module')
+def photos(shapes):
+    return shapes / 'val2017'
+
+
+def read(path):
+    content = json.loads(Path(path).read_text())
+    assert {x['image_id'] for x in content['annotations']} <= {
+        x['id'] for x in content['images']
+    }
+    return content
+
+
+def boxes(content):
+    """By image, its detections without ids."""
+    return [
+        [
+            [*x['bbox'], x['score'], x['category_id']]
+            for x in content['annotations']
+            if x['image_id'] == image['id']
+        ]
+        for image in content['images']
+    ]
+
+
+@pytest.fixture(scope='module')
+def alone(network, photos, tmp_path_factory):
+    """Image by image on one device."""
+    out = tmp_path_factory.mktemp('alone') / 'out'
+    return out, read(infer(*network, [photos], out, score_thr=0.0))
+
+
+def test_the_same_as_mmdet_alone(network, photos, alone):
+    """mmdet's inferencer, loaded by itself, on files."""
+    from mmdet.apis import DetInferencer
+
+    inferencer = DetInferencer(*map(str, network), device='cpu', show_progress=False)
+    names = [str(path) for path in sorted(photos.iterdir())]
+    expected = inferencer(names)['predictions']
+    out, content = alone
+    assert [x['file_name'] for x in content['images']] == names
+    assert content['categories'] == [
+        dict(id=i, name=name) for i, name in enumerate(CLASSES, 1)
+    ]
+    for found, image in zip(boxes(content), expected):
+        assert len(found) == 5
+        left, top, right, bottom = np.transpose(image['bboxes'])
+        rows = [left, top, right - left, bottom - top, image['scores']]
+        rows.append(np.array(image['labels']) + 1)
+        assert np.allclose(found, np.transpose(rows), atol=1e-4)
+    for name in names:
+        drawn, image = cv2.imread(str(out / Path(name).name)), cv2.imread(name)
+        assert drawn.shape == image.shape and not np.array_equal(drawn, image)
+
+
+def test_batches_and_devices(network, photos, alone, tmp_path):
+    found = infer(
+        *network, [photos], tmp_path / 'out', batch_size=2, devices=['cpu', 'cpu'],
+        pictures=False,
+    )  # fmt: skip
+    assert [x.name for x in (tmp_path / 'out').iterdir()] == [PREDICTIONS]
+    content = read(found)
+    assert [x['file_name'] for x in content['images']] == [
+        x['file_name'] for x in alone[1]['images']
+    ]
+    for ours, theirs in zip(boxes(content), boxes(alone[1])):
+        assert np.allclose(ours, theirs, atol=1e-3)
+
+
+@pytest.fixture(scope='module')
+def clip(photos, tmp_path_factory):
+    path = tmp_path_factory.mktemp('clip') / 'clip.avi'
+    code = cv2.VideoWriter.fourcc(*'MJPG')
+    writer = cv2.VideoWriter(str(path), code, 5, (96, 96))
+    for image in sorted(photos.iterdir()):
+        writer.write(cv2.imread(str(image)))
+    writer.release()
+    return path
+
+
+def test_video_camera_and_names(network, photos, clip, tmp_path, monkeypatch):
+    """All in one call; a camera that shows the clip; one image twice."""
+    original = inference.Source.open
+
+    def open_camera(self):
+        return original(inference.Source('', clip) if self.path is None else self)
+
+    monkeypatch.setattr(inference.Source, 'open', open_camera)
+    image = sorted(photos.iterdir())[0]
+    inputs = [image, clip, str(photos / '*1.png'), 'camera:0']
+    content = read(infer(*network, inputs, tmp_path / 'out', frames=2))
+    one = Path(image).name
+    assert [x['file_name'] for x in content['images']] == [
+        str(image),
+        'clip.avi/000000.jpg',
+        'clip.avi/000001.jpg',
+        str(image),
+        'camera_0/000000.jpg',
+        'camera_0/000001.jpg',
+    ]
+    names = {x.name for x in (tmp_path / 'out').iterdir()}
+    again = one.replace('.png', '_2.png')
+    assert names == {one, again, 'clip.mp4', 'camera_0.mp4', PREDICTIONS}
+    video = cv2.VideoCapture(str(tmp_path / 'out' / 'clip.mp4'))
+    assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 2
+    assert video.get(cv2.CAP_PROP_FPS) == 5
+    found = boxes(content)
+    assert found[0] == found[3] and found[1] == found[4]
+
+
+def test_interrupted(network, photos, tmp_path, monkeypatch):
+    """What was found so far is written."""
+    plain = inference._plain
+    calls = []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    monkeypatch.setattr(inference, '_plain', stop)
+    content = read(infer(*network, [photos], tmp_path / 'out', pictures=False))
+    assert len(content['images']) == 2
+
+
+def test_ids_of_annotations(network, photos, shapes, tmp_path):
+    from pycocotools.coco import COCO
+
+    content = json.loads((shapes / 'annotations/instances_val2017.json').read_text())
+    for i, category in enumerate(content['categories'][:3]):
+        category['name'] = CLASSES[2 - i]
+    for image in content['images']:
+        image['id'] += 100
+    for annotation in content['annotations']:
+        annotation['image_id'] += 100
+    path = tmp_path / 'truth.json'
+    path.write_text(json.dumps(content))
+    found = read(
+        infer(*network, [photos], tmp_path / 'out', annotations=path, pictures=False)
+    )
+    truth = COCO(str(path))
+    COCO.loadRes(truth, found['annotations'])  # checks that the images are there
+    assert truth.getCatIds(catNms=['wasp']) == [found['categories'][2]['id']]
+    with pytest.raises(ValueError, match="no category 'ant'"):
+        content['categories'][2]['name'] = 'fly'
+        path.write_text(json.dumps(content))
+        infer(*network, [photos], tmp_path / 'new', annotations=path)
+    assert not (tmp_path / 'new').exists()
+
+
+def test_classifier(tmp_path, photos):
+    pytest.importorskip('mmpretrain')
+    cfg = classifier()
+    cfg['data_preprocessor'] = cfg['model'].pop('data_preprocessor')
+    cfg['test_dataloader']['dataset'].update(
+        type='CustomDataset', metainfo=dict(classes=('a', 'b', 'c', 'd'))
+    )
+    config, checkpoint = save(tmp_path, 'narrow', cfg)
+    content = read(infer(config, checkpoint, [photos], tmp_path / 'out', batch_size=2))
+    assert len(content['annotations']) == 4 * len(content['images']) == 12
+    assert sum(x['score'] for x in content['annotations']) == pytest.approx(3)
+    drawn = cv2.imread(str(tmp_path / 'out' / sorted(photos.iterdir())[0].name))
+    assert min(drawn.shape[:2]) == 224  # room for the names
+    # By hand: resized, normalised as the config says
+    image = cv2.imread(content['images'][0]['file_name'])
+    x = torch.from_numpy(cv2.resize(image, (40, 32)).astype(np.float32))
+    x = ((x - 127.5) / 50).permute(2, 0, 1)[None]
+    model = open_inferencer(config, checkpoint, 'cpu').model
+    scores = model.head.fc(model.extract_feat(x)[-1])[0].softmax(0)
+    best = content['annotations'][0]
+    assert best['score'] == pytest.approx(float(scores.max()), abs=1e-5)
+    assert best['category_id'] == int(scores.argmax()) + 1
+
+
+# -- what is refused -----------------------------------------------------------
+
+
+@pytest.fixture
+def tool(capsys):
+    main = runpy.run_path(str(TOOL))['main']
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as error:
+            main(list(map(str, arguments)))
+        message = str(error.value.code)
+        assert message.startswith('error: ') and '\n' not in message
+        return message
+
+    return run
+
+
+def test_inputs(photos, clip, tmp_path):
+    found = find_sources([photos, clip, 'camera:2'])
+    assert [x.is_stream for x in found] == [False] * 3 + [True] * 2
+    assert found[-1].camera == 2
+    (tmp_path / 'notes.txt').touch()
+    for given, error, message in [
+        (tmp_path / 'none.jpg', FileNotFoundError, 'none.jpg'),
+        (tmp_path / '*.jpg', FileNotFoundError, r'nothing fits .*\*.jpg'),
+        (tmp_path, FileNotFoundError, 'no image in'),
+        (tmp_path / 'notes.txt', ValueError, 'no image .* and no video'),
+        ('camera:front', ValueError, 'camera:front: a camera is camera:N'),
+    ]:
+        with pytest.raises(error, match=message):
+            find_sources([given])
+
+
+def test_what_can_be_read_is_written(network, photos, tmp_path, tool):
+    broken = tmp_path / 'broken.png'
+    broken.write_text('no image')
+    out = tmp_path / 'out'
+    message = tool(*network, broken, photos, '--out', out, '--no-pictures')
+    assert '1 of 4 inputs failed' in message and str(broken) in message
+    assert len(read(out / PREDICTIONS)['images']) == 3
+
+
+@pytest.mark.parametrize(
+    'option, message',
+    [
+        (['--batch-size', '0'], 'batch_size=0'),
+        (['--frames', '0'], 'frames=0'),
+        (['--score-thr', '2'], 'score_thr=2'),
+        (['--device', 'abacus'], 'abacus'),
+    ],
+)
+def test_arguments(network, photos, tmp_path, tool, option, message):
+    out = tmp_path / 'out'
+    assert message in tool(*network, photos, '--out', out, *option)
+    assert not out.exists()
+
+
+def test_folder_that_is_not_empty(network, photos, tool):
+    """So nothing is overwritten, the inputs least of all."""
+    assert 'is no empty folder' in tool(*network, photos, '--out', photos)
+    assert len(list(photos.iterdir())) == 3
+
+
+def test_checkpoint_of_another_network(network, photos, tmp_path, tool):
+    config, checkpoint = network
+    state = torch.load(checkpoint)
+    backbone = {k: v for k, v in state.items() if k.startswith('backbone.')}
+    other = tmp_path / 'backbone.pth'
+    torch.save(backbone, other)
+    lacking = len(state) - len(backbone)
+    message = tool(config, other, photos, '--out', tmp_path / 'out')
+    heads = sum(k.startswith('roi_head.') for k in state)
+    for part in (
+        f"{lacking} of the network's {len(state)} keys are missing",
+        f'{heads} of {heads} of its roi_head',
+        f"0 of the checkpoint's {len(backbone)} keys have no place",
+        str(other),
+        '--force',
+    ):
+        assert part in message
+    infer(config, other, [photos], tmp_path / 'out', pictures=False, force=True)
+    # And tools/test.py, before it does anything
+    check = runpy.run_path(str(ROOT / 'tools' / 'test.py'))['check']
+    with pytest.raises(SystemExit, match=f'{lacking} of the network'):
+        check([str(config), str(other)], force=False)
+    check([str(config), str(other)], force=True)
+    check([str(config), str(checkpoint)], force=False)
+    # A change on the command line counts
+    wide = ['--cfg-options', 'model.backbone.base_channels=16']
+    with pytest.raises(SystemExit, match='backbone'):
+        check([str(config), str(checkpoint), *wide], force=False)
+
+
+def test_fit():
+    """Most keys of a part, by name and shape; a wrapper's prefix does not count."""
+    model = torch.nn.ModuleDict(
+        dict(body=torch.nn.Linear(2, 3), head=torch.nn.Linear(3, 4))
+    )
+    state = model.state_dict()
+    check_fit(model, state, 'a.py', 'b.pth')
+    wrapped = {f'module.{k}': v for k, v in state.items()}
+    check_fit(model, strip_wrapper(wrapped), 'a.py', 'b.pth')
+    check_fit(model, {k: v for k, v in state.items() if k != 'head.bias'}, 'a', 'b')
+    state['head.weight'] = torch.zeros(5, 3)
+    check_fit(model, state, 'a.py', 'b.pth')  # one of two
+    state['head.bias'] = torch.zeros(5)
+    state['tail.weight'] = torch.zeros(1)
+    expected = (
+        r'b.pth is of another network than a.py: 2 of the network.s 4 keys .* such as '
+        r'head.weight \(2 of 2 of its head\), and 1 of the checkpoint.s 5 keys'
+    )
+    with pytest.raises(ValueError, match=expected):
+        check_fit(model, state, 'a.py', 'b.pth')
+
+
+def test_slim_checkpoint_with_the_whole_network(network, tmp_path):
+    """It lacks few keys, but an attention would be a random one."""
+    config, checkpoint = network
+    state = torch.load(checkpoint)
+    name = 'backbone.layer1.1.layer_attn'
+    slim = {k: v for k, v in state.items() if not k.startswith(name)}
+    torch.save(slim, tmp_path / 'slim.pth')
+    with pytest.raises(ValueError, match=rf'\d+ of \d+ of its {name}\)'):
+        open_inferencer(config, tmp_path / 'slim.pth', 'cpu')
+
+
+def test_lines_of_the_page(network, photos, tmp_path, monkeypatch):
+    """docs/inference.md, with files of the test in place of its own."""
+    page = (ROOT / 'docs' / 'inference.md').read_text('utf-8')
+    block = re.findall('```python\n(.*?)```', page, re.S)[-1]
+    lines = [line for line in block.splitlines() if line]
+    assert len(lines) <= 5
+    image = next(photos.iterdir())
+    for old, new in (
+        ('my_config.py', network[0]),
+        ('epoch_12.pth', network[1]),
+        ('photos/', photos),
+        ('street.jpg', image),
+    ):
+        assert old in block
+        block = block.replace(old, str(new))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block, names)
+    assert len(names['result']['scores']) == 5
+    assert (tmp_path / 'found' / PREDICTIONS).is_file()
+
+
+def test_config_of_no_detector(tmp_path, photos):
+    plain = dict(classifier(), default_scope='mmengine')
+    config = tmp_path / 'plain.py'
+    Config(plain).dump(config)
+    torch.save(dict(a=torch.zeros(1)), tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match="default_scope='mmengine'"):
+        infer(config, tmp_path / 'a.pth', [photos], tmp_path / 'out')

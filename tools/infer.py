@@ -1,0 +1,98 @@
+"""Detect or classify images, videos and a camera's frames.
+
+Writes each with its predictions into a new folder, and predictions.json: a data
+set of COCO whose annotations have a score. The inferencers are mmdet's and
+mmpretrain's. A pruned checkpoint needs no further option.
+
+Examples:
+  python tools/infer.py work_dirs/ela/my_config.py work_dirs/ela/epoch_12.pth \\
+      street.jpg photos/ 'more/**/*.png' clip.mp4 --out found
+  python tools/infer.py my_config.py epoch_12.pth camera:0 --out seen \\
+      --frames 300
+"""
+
+import argparse
+
+import mmela  # noqa: F401  (first: it provides operators where mmcv has none)
+from mmela.command_line import one_line
+from mmela.convert.networks import NETWORK_ERRORS
+from mmela.inference import infer
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='config of a detector or a classifier')
+    parser.add_argument('checkpoint', help='its checkpoint')
+    parser.add_argument(
+        'inputs',
+        nargs='+',
+        metavar='INPUT',
+        help='image, folder of images, pattern in quotes, video, or camera:N',
+    )
+    parser.add_argument('--out', required=True, metavar='DIR', help='folder to write')
+    parser.add_argument(
+        '--batch-size', type=int, default=1, metavar='N', help='default: %(default)s'
+    )
+    parser.add_argument(
+        '--device',
+        nargs='+',
+        metavar='NAME',
+        help='such as cpu or cuda:0 cuda:1, which share the images (default: an '
+        'accelerator if there is one)',
+    )
+    parser.add_argument(
+        '--score-thr',
+        type=float,
+        default=0.3,
+        metavar='SCORE',
+        help='draw boxes from this score on; predictions.json has all (default: '
+        '%(default)s)',
+    )
+    parser.add_argument(
+        '--no-pictures', action='store_true', help='write predictions.json alone'
+    )
+    parser.add_argument(
+        '--annotations',
+        metavar='FILE',
+        help='annotation file in COCO layout whose ids of images and categories '
+        'predictions.json takes, to be evaluated with it',
+    )
+    parser.add_argument(
+        '--frames',
+        type=int,
+        metavar='N',
+        help='most frames of each video or camera (default: all)',
+    )
+    parser.add_argument(
+        '--force',
+        action='store_true',
+        help='take a checkpoint that lacks most keys of the network',
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    try:
+        path = infer(
+            args.config,
+            args.checkpoint,
+            args.inputs,
+            args.out,
+            batch_size=args.batch_size,
+            devices=args.device,
+            score_thr=args.score_thr,
+            pictures=not args.no_pictures,
+            annotations=args.annotations,
+            frames=args.frames,
+            force=args.force,
+        )
+    except NETWORK_ERRORS as error:
+        raise SystemExit(f'error: {one_line(error)}') from error
+    print(path)
+
+
+if __name__ == '__main__':
+    main()
