@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from ..engine.tables import decision_table
 from ..pruning import EBQM, PruningDecision, PruningPolicy, build_policy
 from .drawing import WIDTH, Plot, Theme, legend_above, plain_text
 from .work_dir import short_name
@@ -138,6 +139,36 @@ def kl_plot(
         if count:
             # With more, the names would be wider than the picture.
             legend_above(axes, 2 if threshold is not None or count > 3 else 3)
+
+    return plot
+
+
+def table_plot(decision: PruningDecision) -> Plot:
+    """The table of a decision, for pages that show pictures and no text.
+
+    Args:
+        decision (PruningDecision): The decision.
+
+    Returns:
+        Callable[[Figure, Theme], None]: Plot for :func:`draw`.
+    """
+    text = plain_text(decision_table(decision.layers))
+
+    def plot(figure: Figure, theme: Theme) -> None:
+        label = figure.text(
+            0.5,
+            0.5,
+            text,
+            family='monospace',
+            size=7,
+            linespacing=1.3,
+            ha='center',
+            va='center',
+            color=theme.ink,
+        )
+        # The width of a letter depends on the resolution.
+        size = label.get_window_extent(figure.canvas.get_renderer()).size
+        figure.set_size_inches(*(size / figure.dpi + 0.2))
 
     return plot
 

@@ -72,18 +72,31 @@ def draw(plot: Plot, path: Path) -> Tuple[Path, Path]:
     """
     paths = path, path.with_name(f'{path.stem}_dark.png')
     for theme, target in zip((LIGHT, DARK), paths):
-        figure = Figure(
-            figsize=(WIDTH, 3), dpi=160, facecolor=theme.paper, layout='constrained'
-        )
-        canvas = FigureCanvasAgg(figure)
-        plot(figure, theme)
-        for axes in figure.axes:
-            _dress(axes, theme)
-        canvas.draw()
-        image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+        image = Image.fromarray(render(plot, theme))
         # A third of the size, and no difference to be seen
         image.quantize(128, method=Image.Quantize.MEDIANCUT).save(target, optimize=True)
     return paths
+
+
+def render(plot: Plot, theme: Theme = LIGHT) -> np.ndarray:
+    """Draw a picture into memory.
+
+    Args:
+        plot (Callable[[Figure, Theme], None]): Draws on a figure.
+        theme (Theme): For which page. Defaults to a light one.
+
+    Returns:
+        ndarray: (h, w, 3), RGB from 0 to 255.
+    """
+    figure = Figure(
+        figsize=(WIDTH, 3), dpi=160, facecolor=theme.paper, layout='constrained'
+    )
+    canvas = FigureCanvasAgg(figure)
+    plot(figure, theme)
+    for axes in figure.axes:
+        _dress(axes, theme)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def _dress(axes: Axes, theme: Theme) -> None:

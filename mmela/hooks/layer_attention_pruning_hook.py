@@ -6,6 +6,7 @@ from typing import Dict, List, Optional, Sequence
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from mmengine.visualization import LocalVisBackend
 
 from ..engine import StepTimes, check_wrapper, prune_run, trained_parameters
 from ..engine.tables import decision_table
@@ -75,7 +76,9 @@ class LayerAttentionPruningHook(Hook):
     after each decision, ``layer_attention/kl/NAME`` during a window and with
     the decision, ``normalized``, ``mapped`` and ``pruned`` with the decision,
     and ``layer_attention/step_time``, the median in seconds since the decision
-    before or the start, with each decision and at the end.
+    before or the start, with each decision and at the end. Experiment trackers
+    (backends other than ``LocalVisBackend``) get each decision as two pictures
+    too, the divergences and the table.
 
     Raises:
         TypeError: If a window is not a pair of integers.
@@ -380,6 +383,29 @@ class LayerAttentionPruningHook(Hook):
                 if value is not None:
                     scalars[f'layer_attention/{key}/{layer.name}'] = value
         runner.visualizer.add_scalars(scalars, step=decision.iteration)
+        self._show(runner, decision)
+
+    def _show(self, runner, decision: PruningDecision) -> None:
+        """Send pictures of a decision to the experiment trackers.
+
+        Not to files alone: there, ``tools/analysis/report.py`` draws from
+        ``pruning.json``.
+        """
+        backends = runner.visualizer._vis_backends.values()
+        files = all(isinstance(backend, LocalVisBackend) for backend in backends)
+        if files or not is_main_process():
+            return
+        # Here, as drawing takes long to import and few runs need it
+        from ..analysis.decision_plots import kl_plot, table_plot
+        from ..analysis.drawing import render
+
+        _, last = decision.window or (None, None)
+        name = f'pruning_{decision.unit}_{last}'
+        for suffix, plot in (('', kl_plot), ('_table', table_plot)):
+            # MLflow takes the format from the name.
+            runner.visualizer.add_image(
+                f'{name}{suffix}.png', render(plot(decision)), step=decision.iteration
+            )
 
     def after_train(self, runner) -> None:
         """Compare the step times between the decisions."""
