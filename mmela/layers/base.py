@@ -14,6 +14,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..ops import is_compiling
+from ..ops.normed_sum import just_below_zero
 
 
 class AttentionState(IntEnum):
@@ -472,12 +473,13 @@ class QKVLayerAttention(LayerAttention):
         # ReLU with gradient 1 at 0: with zero_init all of `out` is 0, and the
         # gradient 0 of F.relu there would keep it so for ever. No clamp_min,
         # whose backward pass is five times as slow on a CPU.
-        return F.threshold(out, _just_below_zero(out.dtype), 0.0)
+        return F.threshold(out, just_below_zero(out.dtype), 0.0)
 
 
 def pool(x: Tensor) -> Tensor:
     """Global average pooling, (B, C, H, W) to (B, 1, C)."""
-    return x.mean((2, 3)).unsqueeze(1)
+    # The gradient of a sum takes no memory, that of a mean as much as `x`
+    return (x.sum((2, 3)) / (x.shape[2] * x.shape[3])).unsqueeze(1)
 
 
 def channel_conv(channels: int) -> nn.Conv1d:
@@ -507,10 +509,3 @@ def eca_kernel_size(channels: int) -> int:
     """
     size = int(abs(math.log2(channels) + 1) / 2)
     return size if size % 2 else size + 1
-
-
-def _just_below_zero(dtype: torch.dtype) -> float:
-    """A negative number that ``dtype`` tells from 0 and no result reaches."""
-    if dtype == torch.float16:
-        return -(2.0**-24)  # its smallest normal number is not that small
-    return -torch.finfo(dtype).smallest_normal

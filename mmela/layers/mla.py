@@ -5,7 +5,6 @@ from typing import List
 import torch
 from torch import Tensor
 
-from ..ops import layer_weighted_sum
 from ..registry import LAYER_ATTENTIONS
 from .base import StageMemory, pool
 from .mrla_base import MRLABase
@@ -81,7 +80,7 @@ class MLA(MRLABase):
         keys = [self.heads(self.key(y)) for y in memory.pooled]
         values = [self.value_act(self.value(y)) for y in memory.inputs]
         attn = self.weights(query, torch.stack(keys, dim=2), memory)
-        return self.norm_relu(layer_weighted_sum(attn, values, self.backend))
+        return self.retrieve(attn, values)
 
     def weights(self, query: Tensor, keys: Tensor, memory: Memory) -> Tensor:
         """Weights of the blocks.

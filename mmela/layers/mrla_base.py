@@ -5,7 +5,13 @@ from typing import List, Tuple
 import torch
 from torch import Tensor
 
-from ..ops import check_backend, layer_weighted_sum
+from ..ops import (
+    can_norm_sum,
+    check_backend,
+    layer_weighted_sum,
+    normed_sum,
+    per_channel,
+)
 from ..registry import LAYER_ATTENTIONS
 from .base import QKVLayerAttention, StageMemory, pool
 
@@ -77,7 +83,14 @@ class MRLABase(QKVLayerAttention):
         scores = scores / math.sqrt(query.shape[-1])
         memory.scores.append(scores)
         attn = scores.softmax(-1)
-        return self.norm_relu(layer_weighted_sum(attn, memory.values, self.backend))
+        return self.retrieve(attn, memory.values)
+
+    def retrieve(self, attn: Tensor, values: List[Tensor]) -> Tensor:
+        """ReLU(norm(sum)) of values (B, C, H, W) by weights (B, G, t)."""
+        if self.backend == 'auto' and can_norm_sum(self.norm, values):
+            weights = per_channel(attn, values[0])
+            return normed_sum(weights, values, self.norm, self.relu)
+        return self.norm_relu(layer_weighted_sum(attn, values, self.backend))
 
     def store(self, x: Tensor, memory: Memory) -> Tensor:
         """Leave key and value in the memory; returns X pooled, (B, 1, C)."""

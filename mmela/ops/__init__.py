@@ -3,11 +3,16 @@ from .layer_weighted_sum import (
     check_backend,
     is_compiling,
     layer_weighted_sum,
+    per_channel,
 )
+from .normed_sum import can_norm_sum, normed_sum
 
 __all__ = [
     'BACKENDS',
+    'can_norm_sum',
     'check_backend',
     'is_compiling',
     'layer_weighted_sum',
+    'normed_sum',
+    'per_channel',
 ]

@@ -24,12 +24,11 @@ from torch.autograd.function import once_differentiable
 # Elements per program (a power of two) and its warps, by name of the GPU, then by
 # kernel, layout and size of an element. tools/benchmark/tune.py measures them.
 # 'default' is for GPUs that are not in it, and no measurement stands behind it.
-BLOCKS: Dict[str, Dict[str, Any]] = json.loads(
-    Path(
-        os.environ.get('MMELA_TRITON_BLOCKS')
-        or Path(__file__).with_name('triton_blocks.json')
-    ).read_text()
+BLOCKS_FILE = Path(
+    os.environ.get('MMELA_TRITON_BLOCKS')
+    or Path(__file__).with_name('triton_blocks.json')
 )
+BLOCKS: Dict[str, Dict[str, Any]] = json.loads(BLOCKS_FILE.read_text())
 
 
 @triton.jit

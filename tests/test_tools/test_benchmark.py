@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from tools.benchmark import (
     common,
     compare,
     depth,
+    gpu,
     hook_overhead,
     inference,
     memory,
@@ -276,6 +279,18 @@ def test_progress(monkeypatch, terminal):
         ]
 
 
+def test_no_round_begins_after_the_limit(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(common.time, 'perf_counter', lambda: next(clock))
+    seen = []
+    times = common.run_rounds(
+        {'a': int, 'b': int}, 9, CPU, 1, 8, lambda t: seen.append(len(t['b']))
+    )
+    # A call takes 1 s, and each look at the clock: 5 s for a round
+    assert {n: len(t) for n, t in times.items()} == dict(a=2, b=2)
+    assert seen == [1, 2]
+
+
 def test_statistics():
     result = common.summary([1.0, 2.0, 3.0, 4.0, 10.0])
     assert result['median'] == 3 and result['iqr'] == 2
@@ -496,3 +511,91 @@ def test_plot(trained, tmp_path):
         path = tmp_path / 'empty.json'
         path.write_text(json.dumps(content))
         plot.load(str(path), 'resnet')
+
+
+# -- all of it on a GPU, here without ------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def reduced(tmp_path_factory):
+    """Folder that gpu.sh has filled, without a GPU."""
+    out = tmp_path_factory.mktemp('gpu') / 'out'
+    done = subprocess.run(
+        ['bash', 'tools/benchmark/gpu.sh', str(out), '--reduced', '--parts']
+        + ['checks', 'tune', 'r50', 'rewrap'],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=dict(os.environ, MMELA_PYTHON=sys.executable),
+    )
+    log = (out / 'log.txt').read_text() if out.is_dir() else ''
+    assert done.returncode == 0, done.stderr[-2000:] + log[-2000:]
+    return out
+
+
+def test_gpu_script(reduced):
+    results = json.loads((reduced / 'results.json').read_text())
+    parts = results['parts']
+    assert {p['status'] for p in parts.values()} == {'done'}
+    checks = parts['checks']['results']
+    assert checks['complete'] and checks['passed'] >= 6 and checks['failed'] == []
+    variants = parts['r50']['results']['variants']
+    assert list(variants) == ['resnet', 'published', 'mrla-base']
+    assert parts['rewrap']['results']['median'] > 0
+    tables = (reduced / 'tables.md').read_text()
+    assert 'Tiny networks' in tables and '| mrla-base' in tables
+    kernels = 'triton' in sys.modules or find_spec('triton') is not None
+    assert ('## Triton kernels' in tables) == kernels
+    assert 'default' in json.loads((reduced / 'triton_blocks.json').read_text())
+
+
+def endless(out):
+    common.write_results(out, dict(tool='endless', rounds=1), tell=False)
+    time.sleep(1000)
+
+
+def test_a_part_that_does_not_end_is_stopped(tmp_path, monkeypatch):
+    """What it has written stays, and the next part has its turn."""
+    monkeypatch.setattr(gpu, 'PRELOAD', ())
+    monkeypatch.setattr(gpu, 'work', lambda tool, arguments, out, log: endless(out))
+    monkeypatch.setattr(gpu, 'POLL', 0.1)
+    run = gpu.Run(tmp_path, time.monotonic() + 60, reduced=True)
+    run.method = 'fork'
+    run.run([gpu.Part('a', 'endless', budget=1), gpu.Part('b', 'endless', budget=2)])
+    run.end = time.monotonic()
+    run.run([gpu.Part('c', 'endless')])
+    run.stop()
+    assert [run.status(name) for name in 'abc'] == ['stopped'] * 3
+    found = json.loads((tmp_path / 'results.json').read_text())['parts']
+    assert found['a']['results'] == dict(tool='endless', rounds=1)
+    assert not run.folder.exists()
+
+
+def test_only_what_is_compiled_is_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, 'work', lambda *args: None)
+    run = gpu.Run(tmp_path, time.monotonic() + 60, reduced=False)
+    run.method = 'fork'
+    run.parts['warm r50 ela'] = dict(status='done', seconds=1.0)
+    run.parts['warm r50 resnet'] = dict(status='stopped', seconds=1.0)
+    timed = gpu.timed('x', 'r50', '--compile', variants=('resnet', 'ela'), warm='r50')
+    run.run([timed, gpu.timed('y', 'r101', variants=('ela',), warm='r101')])
+    run.stop()
+    assert run.parts['x']['arguments'][-2:] == ['--variants', 'ela']
+    assert run.status('y') == 'nothing compiled'
+
+
+def test_every_part_has_options_that_its_tool_takes():
+    """Or the mistake would show on a GPU."""
+    names = [part.name for part in gpu.PARTS]
+    assert len(set(names)) == len(names)
+    for part in gpu.PARTS:
+        if part.tool in ('train_step', 'inference', 'hook_overhead'):
+            tool = dict(
+                train_step=train_step, inference=inference, hook_overhead=hook_overhead
+            )[part.tool]
+            variants = ['--variants', *part.variants] if part.variants else []
+            args = tool.parse_args([*part.arguments, *variants])
+            networks.complete_options(args, torch.device('cuda'))
+        for variant in part.variants if part.warm else ():
+            assert f'warm {part.warm} {variant}' in names
+    assert {goal[0] for goal in gpu.GOALS} <= set(names)

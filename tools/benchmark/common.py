@@ -62,6 +62,12 @@ def base_parser(description: str, rounds: int) -> argparse.ArgumentParser:
         help='measurements of each variant (default: %(default)s)',
     )
     parser.add_argument(
+        '--limit',
+        type=float,
+        metavar='SECONDS',
+        help='begin no round later than this after the first (default: none)',
+    )
+    parser.add_argument(
         '--steps',
         type=positive,
         help='steps that one measurement is the mean of (default: 1 on a CPU; '
@@ -156,17 +162,19 @@ def progress(items: Sequence[Item]) -> Iterator[Item]:
     """
     terminal = sys.stderr.isatty()
     start = told = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if terminal or now - told >= SILENCE:
-            told = now
-            left = (now - start) / done * (len(items) - done)
-            text = f'{done} of {len(items)}, about {left:.0f} s left'
-            begin, end = ('\r', '\x1b[K') if terminal else ('', '\n')
-            print(begin + text, end=end, file=sys.stderr, flush=True)
-    if terminal:
-        print(file=sys.stderr)
+    try:
+        for done, item in enumerate(items, 1):
+            yield item
+            now = time.monotonic()
+            if terminal or now - told >= SILENCE:
+                told = now
+                left = (now - start) / done * (len(items) - done)
+                text = f'{done} of {len(items)}, about {left:.0f} s left'
+                begin, end = ('\r', '\x1b[K') if terminal else ('', '\n')
+                print(begin + text, end=end, file=sys.stderr, flush=True)
+    finally:
+        if terminal:
+            print(file=sys.stderr)
 
 
 def run_rounds(
@@ -174,6 +182,8 @@ def run_rounds(
     rounds: int,
     device: torch.device,
     steps: int = 1,
+    limit: Optional[float] = None,
+    after_round: Callable[[Dict[str, List[float]]], object] = lambda times: None,
 ) -> Dict[str, List[float]]:
     """Time actions round-robin.
 
@@ -187,6 +197,9 @@ def run_rounds(
         device (torch.device): Device to wait for.
         steps (int): Calls in a row that one time is the mean of. Defaults to
             1.
+        limit (float, optional): Seconds after which no further round begins.
+            Defaults to None.
+        after_round (callable): Is given the times so far. Defaults to nothing.
 
     Returns:
         dict[str, list[float]]: Seconds per call, one for each round.
@@ -194,7 +207,13 @@ def run_rounds(
     names = list(actions)
     times: Dict[str, List[float]] = {name: [] for name in names}
     shifts = [index % len(names) for index in range(rounds)]
-    for name in progress([n for s in shifts for n in names[s:] + names[:s]]):
+    begin = time.perf_counter()
+    turns = [n for s in shifts for n in names[s:] + names[:s]]
+    for index, name in enumerate(progress(turns)):
+        if index and index % len(names) == 0:
+            after_round(times)
+            if limit is not None and time.perf_counter() - begin > limit:
+                break
         synchronize(device)
         start = time.perf_counter()
         for _ in range(steps):
@@ -340,19 +359,23 @@ def settings(args: argparse.Namespace) -> Dict[str, object]:
     }
 
 
-def write_results(out: Optional[str], results: dict) -> None:
+def write_results(out: Optional[str], results: dict, tell: bool = True) -> None:
     """Write results as JSON, if a file is given.
 
     Args:
         out (str, optional): The file; its folder is made.
         results (dict): Plain values.
+        tell (bool): Print the file's name. Defaults to True.
     """
     if out is None:
         return
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + '\n')
-    print(path)
+    whole = path.with_name(path.name + '.new')  # for who reads it meanwhile
+    whole.write_text(json.dumps(results, indent=2) + '\n')
+    whole.replace(path)
+    if tell:
+        print(path)
 
 
 def parse_size(text: str) -> Tuple[int, int]:

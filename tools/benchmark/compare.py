@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from typing import Dict, List
+from typing import Dict, List, Sequence
 
 import torch
 
@@ -16,6 +16,7 @@ from .common import (
     settings,
     summary,
     warn_if_busy,
+    write_results,
 )
 from .networks import Contestant, complete_options
 from .traffic import copy_bandwidth
@@ -28,8 +29,8 @@ def compare(args: argparse.Namespace, device: torch.device, train: bool) -> dict
     """Measure the variants that the options name, in turns.
 
     Memory is measured first, one variant after the other, with the warm-up;
-    then the times, round-robin. A variant that a GPU has no memory for is left
-    out.
+    then the times, round-robin, after each round of which the results so far are
+    written. A variant that a GPU has no memory for is left out.
 
     Args:
         args (argparse.Namespace): Options.
@@ -65,21 +66,32 @@ def compare(args: argparse.Namespace, device: torch.device, train: bool) -> dict
         if 'error' in results[variant]:  # now nothing holds its tensors
             del contestants[variant]
             torch.cuda.empty_cache()
-    if contestants:
-        times = run_rounds(
-            {n: c.step for n, c in contestants.items()}, args.rounds, device, args.steps
-        )
-    for name in contestants:
-        results[name].update(summary(times[name]))
-    bandwidth.append(copy_bandwidth(device, size))
-    add_ratios(results, max(bandwidth))
-    return dict(
+    compared = dict(
         tool='train_step' if train else 'inference',
         settings=settings(args),
         machine=about,
         bandwidth=bandwidth,
         variants=results,
     )
+
+    def keep(times: Dict[str, List[float]]) -> None:
+        for name in contestants:
+            results[name].update(summary(times[name]))
+        add_ratios(results, max(bandwidth))
+        write_results(args.out, compared, tell=False)
+
+    if contestants:
+        times = run_rounds(
+            {n: c.step for n, c in contestants.items()},
+            args.rounds,
+            device,
+            args.steps,
+            args.limit,
+            keep,
+        )
+        bandwidth.append(copy_bandwidth(device, size))
+        keep(times)
+    return compared
 
 
 def add_ratios(results: Dict[str, dict], bandwidth: float) -> None:
@@ -105,14 +117,9 @@ def add_ratios(results: Dict[str, dict], bandwidth: float) -> None:
 
 def title(results: dict) -> str:
     """What was measured on what, in two lines."""
-    s = results['settings']
     what = 'training step' if results['tool'] == 'train_step' else 'inference'
-    options = [s['dtype']]
-    options += ['channels_last'] if s['channels_last'] else []
-    options += ['compiled'] if s['compile'] else []
     return (
-        f'{what}: {s["net"]}, {s["size"][0]}x{s["size"][1]}, batch '
-        f'{s["batch"]}, {", ".join(options)}\n'
+        f'{what}: {setting(results)}\n'
         f'{describe(results["machine"])}; copies at '
         f'{max(results["bandwidth"]) / 1e9:.1f} GB/s'
     )
@@ -177,6 +184,53 @@ def table(results: dict) -> str:
     if results['machine']['busy']:
         remarks.append('The machine was busy: do not quote these times.')
     return '\n'.join([title(results), '', format_table(columns, rows), *remarks])
+
+
+def summary_table(all_results: Sequence[dict]) -> str:
+    """Results of several networks and settings in one table.
+
+    Args:
+        all_results (Sequence[dict]): Each of :func:`compare`, of one tool.
+
+    Returns:
+        str: Markdown.
+    """
+    train = all_results[0]['tool'] == 'train_step'
+    columns = ['network', 'variant', 'ms' if train else 'images/s']
+    columns += ['x published', 'x resnet', 'peak MiB', 'x published', 'x resnet']
+    rows = []
+    for results in all_results:
+        network = setting(results)
+        for name, result in results['variants'].items():
+            row = [network, name]
+            network = ''  # said once
+            if 'median' not in result:
+                rows.append([*row, result.get('error', '')])
+                continue
+            median = result['median']
+            row.append(
+                f'{median * 1e3:.1f} ± {result["iqr"] * 1e3:.1f}'
+                if train
+                else f'{results["settings"]["batch"] / median:.0f}'
+            )
+            row += [x and f'{float(x):.2f}' for x in _ratios(result['ratio'])]
+            row.append(f'{result["peak_bytes"] / 2**20:.0f}')
+            row += [x and f'{float(x):.2f}' for x in _ratios(result['memory_ratio'])]
+            rows.append(row)
+    lines = [describe(all_results[0]['machine']), '', format_table(columns, rows)]
+    return '\n'.join(lines)
+
+
+def setting(results: dict) -> str:
+    """Network, size, batch, data type, layout and compiler in a few words."""
+    s = results['settings']
+    options = [s['dtype']]
+    options += ['channels_last'] if s['channels_last'] else []
+    options += ['compiled'] if s['compile'] else []
+    return (
+        f'{s["net"]}, {s["size"][0]}x{s["size"][1]}, batch {s["batch"]}, '
+        f'{", ".join(options)}'
+    )
 
 
 def _ratios(ratios: Dict[str, float]) -> List[str]:

@@ -201,7 +201,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
                 dict(blocks=count, peak_bytes=resident + peak_rise(step, device))
             )
             steps[name, count] = step
-    times = run_rounds(steps, args.rounds, device, args.steps)
+    times = run_rounds(steps, args.rounds, device, args.steps, args.limit)
     fits = {}
     for name, results in stages.items():
         for result in results:

@@ -215,7 +215,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
         steps = make_steps(contestant, work_dir)
         for step in steps.values():
             step()
-        times = run_rounds(steps, args.rounds, device, args.steps)
+        times = run_rounds(steps, args.rounds, device, args.steps, args.limit)
     measuring = measuring_times(contestant, device, args.rounds)
     groups = dict(steps=times)
     if args.toolbox:

@@ -15,6 +15,7 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
+from mmela.hooks import use_channels_last
 from mmela.ops import BACKENDS
 from mmela.pruning import PruningReport
 from mmela.structure import layer_attentions, prune
@@ -38,7 +39,7 @@ VARIANTS = {
 }
 WITH_BACKEND = ('mrla-base', 'ela')
 
-IMAGENET = dict(r50=50, r101=101)
+IMAGENET = dict(r50=50, r101=101, r152=152)
 CIFAR = dict(cifar20=20, cifar56=56, cifar110=110)
 DETECTORS = {
     'faster-rcnn': 'faster_rcnn/faster-rcnn_r50_ela_fpn_1x_coco.py',
@@ -402,11 +403,12 @@ class Contestant:
             batch['data_samples'] = [
                 sample.to(device) for sample in batch['data_samples']
             ]
-        form = torch.contiguous_format
+        model.to(device)
         if args.channels_last:
-            form = torch.channels_last
-        batch['inputs'] = batch['inputs'].contiguous(memory_format=form)
-        model.to(device=device, memory_format=form)
+            use_channels_last(model)
+            batch['inputs'] = batch['inputs'].contiguous(
+                memory_format=torch.channels_last
+            )
         self.batch = batch
         model.train(train)
         self.optimizer = self.scaler = None

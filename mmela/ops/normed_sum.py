@@ -1,0 +1,229 @@
+"""The weighted sum over layers together with the normalization that follows.
+
+One after the other, sum, normalization and ReLU each leave a map behind for the
+backward pass. Together they leave none: the backward pass has the sum anew from
+the values, which are kept in any case, and the normalization from the sum.
+"""
+
+from typing import Iterator, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layer_weighted_sum import is_compiling
+
+# Elements of a piece: some of them fit into the caches
+PIECE = 2**19
+
+
+def can_norm_sum(norm: Optional[nn.Module], values: Sequence[Tensor]) -> bool:
+    """Whether :func:`normed_sum` can take the place of sum and normalization.
+
+    It can on a CPU for a ``BatchNorm2d`` that nobody has hooked.
+
+    Args:
+        norm (nn.Module, optional): The normalization.
+        values (Sequence[Tensor]): The values.
+
+    Returns:
+        bool: True if so.
+    """
+    return (
+        type(norm) is nn.BatchNorm2d
+        and not (is_compiling() or torch.jit.is_tracing())
+        and norm.affine
+        and norm.track_running_stats
+        and norm.momentum is not None
+        and not (norm._forward_hooks or norm._forward_pre_hooks)
+        and not (norm._backward_hooks or norm._backward_pre_hooks)
+        and values[0].device.type == 'cpu'
+        and all(v.dtype == values[0].dtype for v in values)
+        and norm.weight.dtype == torch.promote_types(values[0].dtype, torch.float32)
+    )
+
+
+def normed_sum(
+    weights: Sequence[Tensor],
+    values: Sequence[Tensor],
+    norm: nn.BatchNorm2d,
+    relu: bool,
+) -> Tensor:
+    """Normalize a weighted sum.
+
+    Args:
+        weights (Sequence[Tensor]): ``t`` weights per channel, each (B, C, 1, 1),
+            in single or double precision. A single one is taken to be a
+            softmax, which is 1 and has no gradient.
+        values (Sequence[Tensor]): ``t`` values, each (B, C, H, W).
+        norm (nn.BatchNorm2d): The normalization, see :func:`can_norm_sum`.
+        relu (bool): Whether a ReLU follows; its gradient at 0 is 1.
+
+    Returns:
+        Tensor: (B, C, H, W), in data type and memory format of the values.
+    """
+    if not norm.training and not torch.is_grad_enabled():
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = norm.bias - norm.running_mean * scale
+        if len(weights) == 1:
+            weights = [torch.ones_like(weights[0])]
+        weights = [w * scale[:, None, None] for w in weights]
+        return _sum(weights, values, shift[:, None, None], relu)
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+    return _NormedSum.apply(norm, relu, norm.weight, norm.bias, *weights, *values)
+
+
+def just_below_zero(dtype: torch.dtype) -> float:
+    """A negative number that ``dtype`` tells from 0 and no result reaches."""
+    if dtype == torch.float16:
+        return -(2.0**-24)  # its smallest normal number is not that small
+    return -torch.finfo(dtype).smallest_normal
+
+
+class _NormedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, norm, relu: bool, weight: Tensor, bias: Tensor, *tensors: Tensor):
+        half = len(tensors) // 2
+        total = _sum(tensors[:half], tensors[half:])
+        stats = norm.running_mean, norm.running_var
+        args = norm.training, norm.momentum, norm.eps
+        out, mean, invstd = torch.native_batch_norm(total, weight, bias, *stats, *args)
+        if not norm.training:  # it returns none
+            mean, invstd = stats[0].clone(), (stats[1] + norm.eps).rsqrt()
+        ctx.save_for_backward(weight, bias, mean, invstd, *tensors)
+        ctx.relu, ctx.training, ctx.eps = relu, norm.training, norm.eps
+        return _relu_(out) if relu else out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        weight, bias, mean, invstd, *tensors = ctx.saved_tensors
+        var = invstd**-2
+        half = len(tensors) // 2
+        weights, values = tensors[:half], tensors[half:]
+        if torch.is_grad_enabled():  # of this gradient another is wanted
+            stats = (None, None) if ctx.training else (mean, var - ctx.eps)
+            out = _plain(weights, values, stats, weight, bias, ctx.eps, ctx.relu)
+            inputs = [x for x in (weight, bias, *tensors) if x.requires_grad]
+            found = iter(
+                torch.autograd.grad(
+                    out, inputs, grad, create_graph=True, allow_unused=True
+                )
+            )
+            needs = ctx.needs_input_grad[2:]
+            return (None, None, *(next(found) if n else None for n in needs))
+        total = _sum(weights, values)
+        if ctx.relu:
+            stats = mean, var, False, 0.0, 0.0
+            normed = torch.native_batch_norm(total, weight, bias, *stats)[0]
+            grad = torch.ops.aten.threshold_backward(
+                grad, normed, just_below_zero(grad.dtype), grad_input=normed
+            )
+        stats = mean, var - ctx.eps, mean, invstd, ctx.training, ctx.eps
+        grad, *grad_norm = torch.ops.aten.native_batch_norm_backward(
+            grad, total, weight, *stats, [True] * 3
+        )
+        del total
+        needs = ctx.needs_input_grad[4:]
+        return (None, None, *grad_norm, *_gradients(grad, weights, values, needs))
+
+
+def _plain(
+    weights: Sequence[Tensor],
+    values: Sequence[Tensor],
+    stats: Tuple[Optional[Tensor], Optional[Tensor]],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """:func:`normed_sum` as autograd takes it apart by itself."""
+    total = values[0]
+    if len(values) > 1:
+        products = (w * v for w, v in zip(weights, values))
+        total = sum(products, torch.zeros(())).to(total.dtype)
+    out = F.batch_norm(total, *stats, weight, bias, stats[0] is None, 0.0, eps)
+    return F.threshold(out, just_below_zero(out.dtype), 0.0) if relu else out
+
+
+def _relu_(out: Tensor) -> Tensor:
+    return F.threshold_(out, just_below_zero(out.dtype), 0.0)
+
+
+def _pieces(value: Tensor) -> Iterator[slice]:
+    """Samples that are worked on together."""
+    step = max(1, PIECE // value[0].numel())
+    return (slice(i, i + step) for i in range(0, len(value), step))
+
+
+def _scratch(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for a piece."""
+    return torch.empty_like(value[next(_pieces(value))], dtype=dtype)
+
+
+def _sum(
+    weights: Sequence[Tensor],
+    values: Sequence[Tensor],
+    shift: Optional[Tensor] = None,
+    relu: bool = False,
+) -> Tensor:
+    """``sum_s weights[s] * values[s]`` in the data type of the weights.
+
+    With ``shift`` (C, 1, 1), that is added, and a ReLU may follow.
+    """
+    if len(values) == 1 and shift is None:
+        return values[0]
+    total = torch.empty_like(values[0])
+    wide = weights[0].dtype
+    same = wide == total.dtype
+    scratch = [] if same else [_scratch(total, wide) for _ in range(2)]
+    for s in _pieces(total):
+        out = total[s]
+        part = out if same else scratch[0][: len(out)]
+        for index, (w, v) in enumerate(zip(weights, values)):
+            v = v[s] if same else scratch[1][: len(out)].copy_(v[s])
+            if index:
+                part.addcmul_(w[s], v)
+            else:
+                torch.mul(w[s], v, out=part)
+        if shift is not None:
+            part.add_(shift)
+        if relu:
+            part.relu_()
+        if not same:
+            out.copy_(part)
+    return total
+
+
+def _gradients(
+    grad: Tensor,
+    weights: Sequence[Tensor],
+    values: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> List[Optional[Tensor]]:
+    """Gradients of :func:`_sum`."""
+    if len(values) == 1:
+        return [torch.zeros_like(weights[0]), grad]
+    wide = weights[0].dtype
+    same = wide == grad.dtype
+    outs = [
+        torch.empty_like(x) if n else None for x, n in zip((*weights, *values), needs)
+    ]
+    grad_weights, grad_values = outs[: len(weights)], outs[len(weights) :]
+    scratch = [_scratch(values[0], wide) for _ in range(1 if same else 2)]
+    for s in _pieces(grad):
+        g = grad[s]
+        product = scratch[0][: len(g)]
+        if not same:
+            g = scratch[1][: len(g)].copy_(g)
+        for w, v, grad_w, grad_v in zip(weights, values, grad_weights, grad_values):
+            if grad_w is not None:
+                v = v[s] if same else product.copy_(v[s])
+                torch.mul(g, v, out=product)
+                torch.sum(product, (2, 3), keepdim=True, out=grad_w[s])
+            if grad_v is not None:
+                if same:
+                    torch.mul(w[s], g, out=grad_v[s])
+                else:
+                    grad_v[s].copy_(torch.mul(w[s], g, out=product))
+    return outs
