@@ -259,7 +259,6 @@ def test_marks():
         if block.mark.startswith('run in '):
             test = ROOT / block.mark[len('run in ') :]
             assert test.is_file(), f'{block.where}: no {test}'
-            assert block.page.name in test.read_text('utf-8'), block.where
         elif block.mark:
             assert kind == 'not' and what in REASONS, f'{block.where}: {block.mark}'
 

@@ -50,7 +50,15 @@ class WholeNetwork(nn.Module):
         raise NotImplementedError
 
     def results(self, x: Tensor, size: Sequence[int]) -> Tuple[Tensor, ...]:
-        """Results of normalized images ``x`` whose part of ``size`` is no padding."""
+        """What the network finds.
+
+        Args:
+            x (Tensor): Normalized images, (B, 3, H, W).
+            size (Sequence[int]): Height and width of what of them is no padding.
+
+        Returns:
+            tuple[Tensor]: Results, as the class says.
+        """
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tuple[Tensor, ...]:
@@ -71,6 +79,12 @@ class WholeNetwork(nn.Module):
         """What the network's pre-processing makes of images.
 
         Its own code asks for their size as a number, so this does the same.
+
+        Args:
+            images (Tensor): See :meth:`forward`.
+
+        Returns:
+            Tensor: Normalized and padded images in float32, (B, 3, H, W).
         """
         own = self.model.data_preprocessor
         x = images.float()
