@@ -4,5 +4,9 @@ _base_ = [
     '../_base_/attentions/mrla-light_in1k.py',
 ]
 
-model = dict(backbone=_base_.backbone)
-model['backbone']['layer_attention']['drop_path'] = 0.0
+model = dict(
+    backbone=dict(
+        _base_.backbone,
+        layer_attention=dict(_base_.backbone.layer_attention, drop_path=0.0),
+    )
+)

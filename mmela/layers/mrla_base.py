@@ -35,7 +35,9 @@ class MRLABase(QKVLayerAttention):
         channels (int): Channels ``C`` of the block's output.
         head_dim (int): Channels ``d`` of one head. Defaults to 32.
         backend (str): How the sum is computed, see
-            :func:`mmela.ops.layer_weighted_sum`. Defaults to ``'auto'``.
+            :func:`mmela.ops.layer_weighted_sum`; with ``'auto'``, on a CPU
+            together with the normalization where that can be done, see
+            :func:`mmela.ops.can_norm_sum`. Defaults to ``'auto'``.
         relu (bool): Have a ReLU after the normalization; some of the networks
             that the authors published have none. Defaults to True.
         **kwargs: ``drop_path``, ``norm_cfg``, ``value_act_cfg``,

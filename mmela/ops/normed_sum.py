@@ -5,7 +5,7 @@ backward pass. Together they leave none: the backward pass has the sum anew from
 the values, which are kept in any case, and the normalization from the sum.
 """
 
-from typing import Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ def can_norm_sum(norm: Optional[nn.Module], values: Sequence[Tensor]) -> bool:
 def normed_sum(
     weights: Sequence[Tensor],
     values: Sequence[Tensor],
-    norm: nn.BatchNorm2d,
+    norm: Any,
     relu: bool,
 ) -> Tensor:
     """Normalize a weighted sum.
@@ -151,7 +151,7 @@ def _plain(
 
 
 def _relu_(out: Tensor) -> Tensor:
-    return F.threshold_(out, just_below_zero(out.dtype), 0.0)
+    return F.threshold(out, just_below_zero(out.dtype), 0.0, inplace=True)
 
 
 def _pieces(value: Tensor) -> Iterator[slice]:

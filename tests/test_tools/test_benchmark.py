@@ -29,6 +29,7 @@ from tools.benchmark import (
     networks,
     plot,
     predict,
+    profile_branch,
     published_form,
     traffic,
     train_step,
@@ -676,3 +677,37 @@ def test_every_part_has_options_that_its_tool_takes():
         for variant in part.variants if part.warm else ():
             assert f'warm {part.warm} {variant}' in names
     assert {goal[0] for goal in gpu.GOALS} <= set(names)
+
+
+@pytest.mark.parametrize('inference', [False, True])
+def test_profile_branch(inference, tmp_path, capsys):
+    out = tmp_path / 'profile.json'
+    extra = ['--inference'] if inference else []
+    profile_branch.main([*TINY, '--variant', 'ela', '--out', str(out), *extra])
+    results = json.loads(out.read_text())
+    parts = results['parts']
+    assert list(parts)[:7] == list(profile_branch.PARTS)
+    # Two blocks a stage, of which the second is pruned: one token each
+    sizes = [2 * c * s * s * 4 for c, s in ((64, 16), (128, 8), (256, 4))]
+    assert parts['value']['forward']['traffic'] == 2 * sum(sizes)
+    assert parts['sum']['backward']['traffic'] == 3 * sum(sizes)
+    whole = sum(parts[name]['forward']['traffic'] for name in profile_branch.PARTS)
+    assert parts['as computed']['forward']['traffic'] == whole
+    header = next(x for x in capsys.readouterr().out.splitlines() if x[:1] == '|')
+    assert ('backward, ms' in header) is not inference
+
+
+def test_profiled_parts_are_the_branch():
+    args = profile_branch.parse_args([*TINY, '--variant', 'mrla-base'])
+    args.variants = [args.variant]
+    networks.complete_options(args, CPU)
+    contestant = networks.Contestant(args.variant, args, CPU, {})
+    blocks = profile_branch.find_blocks(contestant)
+    assert [b.tokens for b in blocks] == [1, 2] * 3
+    inputs = [[b.map()] for b in blocks]
+    for block in blocks:
+        block.attention.train()
+    torch.testing.assert_close(
+        profile_branch.run_branch(blocks)(inputs),
+        profile_branch.run_plain(blocks)(inputs),
+    )

@@ -21,9 +21,10 @@ from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmela.layers import LayerAttention, MRLABase
+from mmela.layers.stages import AttentionStage
 from mmela.ops import layer_weighted_sum
 from mmela.structure import attention_stages
 
@@ -54,13 +55,13 @@ class Block(NamedTuple):
     """An active attention and what it works on.
 
     Attributes:
-        stage (nn.Module): Its stage.
+        stage (AttentionStage): Its stage.
         attention (LayerAttention): The attention.
         tokens (int): Number of blocks ``t`` that it sees, with its own.
         like (Tensor): Output of its block, (B, C, H, W).
     """
 
-    stage: nn.Module
+    stage: AttentionStage
     attention: LayerAttention
     tokens: int
     like: Tensor
@@ -182,6 +183,8 @@ def run_plain(blocks: Sequence[Block]) -> Callable[..., List[Tensor]]:
     """A function of the maps of all blocks that runs all parts in a row."""
 
     def run(inputs: Sequence[Sequence[Tensor]]) -> List[Tensor]:
+        keys: List[Tensor] = []
+        values: List[Tensor] = []
         outs = []
         for block, (x,) in zip(blocks, inputs):
             attention = block.attention
