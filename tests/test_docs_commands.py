@@ -232,7 +232,7 @@ def test_page(page, walk, capsys):
                     for command in commands(block):
                         run(command)
                 elif block.language == 'yaml':
-                    assert isinstance(yaml.safe_load(block.text), dict)
+                    assert isinstance(yaml.safe_load(block.text), (dict, list))
                 elif block.language == 'diff' or is_config(block.text):
                     is_diff = block.language == 'diff'
                     run_config(applied(block.text) if is_diff else block.text, walk)

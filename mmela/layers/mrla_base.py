@@ -88,7 +88,15 @@ class MRLABase(QKVLayerAttention):
         return self.retrieve(attn, memory.values)
 
     def retrieve(self, attn: Tensor, values: List[Tensor]) -> Tensor:
-        """ReLU(norm(sum)) of values (B, C, H, W) by weights (B, G, t)."""
+        """Sum the values, normalize, ReLU.
+
+        Args:
+            attn (Tensor): Weights of the blocks, (B, G, t).
+            values (list[Tensor]): Their values, each (B, C, H, W).
+
+        Returns:
+            Tensor: What is retrieved, (B, C, H, W).
+        """
         if self.backend == 'auto' and can_norm_sum(self.norm, values):
             weights = per_channel(attn, values[0])
             return normed_sum(weights, values, self.norm, self.relu)

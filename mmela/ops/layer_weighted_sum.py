@@ -97,9 +97,15 @@ def check_backend(backend: str) -> None:
 
 
 def per_channel(attn: Tensor, value: Tensor) -> Tuple[Tensor, ...]:
-    """(B, G, t) to ``t`` tensors (B, C, 1, 1), in at least single precision.
+    """Give each channel the weights of its head.
 
-    They are tiny beside one value.
+    Args:
+        attn (Tensor): Weights, (B, G, t).
+        value (Tensor): A value, (B, C, H, W).
+
+    Returns:
+        tuple[Tensor]: ``t`` tensors (B, C, 1, 1), in at least single precision;
+        they are tiny beside one value.
     """
     wide = torch.promote_types(value.dtype, torch.float32)
     size = value.size(1) // attn.size(1)
