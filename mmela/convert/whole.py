@@ -41,7 +41,7 @@ class WholeNetwork(nn.Module):
 
     def __init__(self, model: nn.Module, raw: bool = True) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.raw = raw
         self.check()
 

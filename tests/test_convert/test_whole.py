@@ -50,7 +50,7 @@ def build_classifier(pruned=()):
     from mmpretrain.registry import MODELS
 
     torch.manual_seed(0)
-    model = MODELS.build(classifier()['model']).eval()
+    model = MODELS.build(dict(classifier()['model'], _scope_='mmpretrain')).eval()
     prune(model, pruned)
     return model
 
@@ -102,7 +102,8 @@ def build_detector(name, **changes):
     from mmela.command_line import find_config
 
     register_all_modules()
-    model = Config.fromfile(find_config(f'mmdet::{name}')).model
+    cfg = Config.fromfile(find_config(f'mmdet::{name}'))
+    model = cfg.model
     model.backbone.update(
         type='ELAResNet',
         depth=18,
@@ -127,16 +128,19 @@ def build_detector(name, **changes):
             in_channels=16, conv_out_channels=16, num_classes=3
         )
         model.test_cfg.rpn.update(nms_pre=60, max_per_img=40)
-        model.test_cfg.rcnn.update(score_thr=0.3, max_per_img=20)
+        model.test_cfg.rcnn.update(score_thr=0.1, max_per_img=20)
     else:
         model.bbox_head.num_classes = 3
         model.test_cfg.update(nms_pre=60, score_thr=0.3, max_per_img=20)
-    model.merge_from_dict(changes)
+    cfg.merge_from_dict({f'model.{key}': value for key, value in changes.items()})
     torch.manual_seed(0)
-    detector = MODELS.build(model).eval()
+    detector = MODELS.build(cfg.model).eval()
     for parameter in detector.parameters():
         if parameter.dim() > 1:
             torch.nn.init.kaiming_normal_(parameter)
+    if 'roi_head' in model:
+        with torch.no_grad():
+            detector.roi_head.bbox_head.fc_cls.bias[-1] = -1.0  # background
     return detector
 
 
