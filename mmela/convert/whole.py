@@ -341,7 +341,8 @@ def _suppress(
     return (
         boxes.masked_fill(missing[..., None], 0.0),
         scores.clamp(min=0),
-        labels,
+        # A place may be that of another image's detection
+        labels.masked_fill(missing, -1),
     )
 
 
