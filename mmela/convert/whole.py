@@ -41,7 +41,7 @@ class WholeNetwork(nn.Module):
 
     def __init__(self, model: nn.Module, raw: bool = True) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.raw = raw
         self.check()
 
@@ -355,7 +355,8 @@ def _suppress(
     return (
         boxes.masked_fill(missing[..., None], 0.0),
         scores.clamp(min=0),
-        labels,
+        # A place may be that of another image's detection
+        labels.masked_fill(missing, -1),
     )
 
 

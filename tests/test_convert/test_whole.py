@@ -50,7 +50,7 @@ def build_classifier(pruned=()):
     from mmpretrain.registry import MODELS
 
     torch.manual_seed(0)
-    model = MODELS.build(classifier()['model']).eval()
+    model = MODELS.build(dict(classifier()['model'], _scope_='mmpretrain')).eval()
     prune(model, pruned)
     return model
 
@@ -102,7 +102,8 @@ def build_detector(name, **changes):
     from mmela.command_line import find_config
 
     register_all_modules()
-    model = Config.fromfile(find_config(f'mmdet::{name}')).model
+    cfg = Config.fromfile(find_config(f'mmdet::{name}'))
+    model = cfg.model
     model.backbone.update(
         type='ELAResNet',
         depth=18,
@@ -131,12 +132,18 @@ def build_detector(name, **changes):
     else:
         model.bbox_head.num_classes = 3
         model.test_cfg.update(nms_pre=60, score_thr=0.3, max_per_img=20)
-    model.merge_from_dict(changes)
+    cfg.merge_from_dict({f'model.{key}': value for key, value in changes.items()})
     torch.manual_seed(0)
-    detector = MODELS.build(model).eval()
-    for parameter in detector.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.kaiming_normal_(parameter)
+    detector = MODELS.build(cfg.model).eval()
+    detector.init_weights()
+    # Far from sure, and not of one mind
+    if 'roi_head' in model:
+        layers = {detector.roi_head.bbox_head.fc_cls: 30, detector.rpn_head.rpn_cls: 9}
+    else:
+        layers = {detector.bbox_head.retina_cls: 1e5}
+    for layer, factor in layers.items():
+        layer.weight.data *= factor
+        torch.nn.init.zeros_(layer.bias)
     return detector
 
 
@@ -149,7 +156,9 @@ DETECTORS = dict(
 def images(*shape):
     generator = torch.Generator().manual_seed(sum(shape))
     coarse = torch.rand(shape[0], 3, 9, 9, generator=generator) * 255
-    return torch.nn.functional.interpolate(coarse, shape[1:]).to(torch.uint8)
+    smooth = torch.nn.functional.interpolate(coarse, shape[1:], mode='bilinear')
+    noise = torch.rand(smooth.shape, generator=generator) * 60 - 30  # no ties
+    return (smooth + noise).clamp(0, 255).to(torch.uint8)
 
 
 def samples(x, scale=1.0):
