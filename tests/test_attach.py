@@ -192,7 +192,11 @@ def test_where_nothing_fits():
     'attention, error, message',
     [
         ('MRLABase', TypeError, 'must be a dict with a type'),
-        (dict(type='Nothing'), KeyError, "no layer attention 'Nothing'; .* KCLA, MLA"),
+        (
+            dict(type='Nothing'),
+            KeyError,
+            "no layer attention 'Nothing'; .* KCLA, LinearizedMLA, MLA",
+        ),
         (dict(type='WithLayerAttention'), KeyError, 'no layer attention'),
         (dict(type='MRLABase', head_dim=3), ValueError, 'does not divide the 8'),
     ],

@@ -1,4 +1,4 @@
-"""The page on any backbone: its examples run, without a toolbox."""
+"""The page on plain PyTorch: its examples run, without a toolbox."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).resolve().parents[1] / 'docs' / 'any_backbone.md'
+PAGE = Path(__file__).resolve().parents[1] / 'docs' / 'plain_pytorch.md'
 HIDING = """
 import sys
 
@@ -35,8 +35,7 @@ print('pruned', states.count(2), len(decision.pruned))
 
 def test_plain_pytorch():
     pytest.importorskip('torchvision')
-    text = PAGE.read_text('utf-8').partition('## In plain PyTorch')[2]
-    examples = re.findall('```python\n(.*?)```', text, re.DOTALL)
+    examples = re.findall('```python\n(.*?)```', PAGE.read_text('utf-8'), re.DOTALL)
     assert len(examples) == 2
     steps = examples[0].partition('\n\n')[2].strip().splitlines()
     assert len(steps) <= 13
