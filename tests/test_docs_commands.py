@@ -283,6 +283,19 @@ def test_every_tool_is_shown():
     ]
 
 
+def test_lines_for_the_shapes(tmp_path):
+    """In a config of mmdet they reach all data sets and the evaluators."""
+    (lines,) = [b for b in blocks(WALK) if b.language == 'python']
+    base = "_base_ = ['mmdet::retinanet/retinanet_r18_fpn_1x_coco.py']\n"
+    (tmp_path / 'shapes.py').write_text(base + lines.text)
+    cfg = Config.fromfile(tmp_path / 'shapes.py')
+    for split in ('train', 'val', 'test'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        assert dataset.data_root == 'data/shapes/'
+        assert [x.scale for x in dataset.pipeline if x.type == 'Resize'] == [(192, 192)]
+    assert cfg.test_evaluator.ann_file.startswith('data/shapes/')
+
+
 def test_trained_and_pruned(walk):
     work_dir = walk / 'work_dirs' / 'my_config'
     assert [d.window for d in decisions(work_dir)] == [(1, 1), (7, 7)]

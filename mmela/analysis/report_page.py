@@ -267,7 +267,7 @@ attentions</h3>
 eps {{ decision.eps }}; a pruned attention is
 {{ 'skipped, but its key and value stay' if decision.keep_value
    else 'removed whole' }}.
-{% if decision.warning %}<strong>{{ decision.warning }}.</strong>{% endif %}
+{% if decision.warning %}<strong>{{ decision.warning }}.</strong> {% endif %}
 {% if before.seconds and after.seconds %}Median step time:
 {{ '%.4g'|format(before.seconds) }} s before ({{ before.count }} logged
 values), {{ '%.4g'|format(after.seconds) }} s after ({{ after.count }} logged
