@@ -85,7 +85,10 @@ class WholeNetwork(nn.Module):
             return x
         # Too much, and then a part of it: where a size needs no padding, the
         # exporter would take it that none does
-        height, width = (-(-n // divisor) * divisor for n in images.shape[-2:])
+        # and not -(-n // divisor), as ONNX rounds towards zero
+        height, width = (
+            (n + divisor - 1) // divisor * divisor for n in images.shape[-2:]
+        )
         x = F.pad(x, (0, divisor, 0, divisor), value=own.pad_value)
         return x[..., :height, :width]
 
