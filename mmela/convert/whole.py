@@ -95,8 +95,16 @@ class WholeNetwork(nn.Module):
             if own._enable_normalize:
                 x = (x - own.mean) / own.std
         divisor = own.pad_size_divisor
-        below, right = (-(-n // divisor) * divisor - n for n in images.shape[-2:])
-        return F.pad(x, (0, right, 0, below), value=own.pad_value)
+        if divisor == 1:
+            return x
+        # Too much, and then a part of it: where a size needs no padding, the
+        # exporter would take it that none does
+        # and not -(-n // divisor), as ONNX rounds towards zero
+        height, width = (
+            (n + divisor - 1) // divisor * divisor for n in images.shape[-2:]
+        )
+        x = F.pad(x, (0, divisor, 0, divisor), value=own.pad_value)
+        return x[..., :height, :width]
 
 
 class _ExportablePooling(TorchFunctionMode):
