@@ -10,7 +10,8 @@ included (the model zoo leaves them out). Memory is what a training step keeps o
 one image for its backward pass. Both are counted, not measured.
 
 Examples:
-  python tools/analysis/cost.py my_config.py mmpretrain::resnet/resnet50_8xb32_in1k.py
+  python tools/analysis/cost.py my_config.py \\
+      mmpretrain::resnet/resnet50_8xb32_in1k.py
   python tools/analysis/cost.py ceit-tiny-mrla-light.py --minus ceit-tiny.py \\
       --over size 160 224 288 384
   python tools/analysis/cost.py resnet-kcla.py resnet-mrla-base.py \\
