@@ -343,10 +343,10 @@ def predict(args: argparse.Namespace, device: Device) -> List[dict]:
         device (Device): What they run on.
 
     Returns:
-        list[dict]: ``net``, ``variant``, ``operators`` and ``kernels`` (numbers
-        of launches, eager and compiled), ``gigabytes`` likewise, ``tflop``, and
-        ``gradients``, their bytes, ``eager`` and ``compiled``, seconds of a step
-        on one device.
+        list[dict]: ``net``, ``variant``, ``dtype``, ``batch``, ``operators`` and
+        ``kernels`` (numbers of launches, eager and compiled), ``gigabytes``
+        likewise, ``tflop``, ``gradients``, their bytes, and ``eager`` and
+        ``compiled``, seconds of a step on one device.
     """
     rows = []
     for net in args.nets:
@@ -365,6 +365,7 @@ def predict(args: argparse.Namespace, device: Device) -> List[dict]:
                 dict(
                     net=net,
                     variant=variant,
+                    dtype=args.dtype,
                     batch=options.batch,
                     operators=len(eager['operators']),
                     kernels=len(kernels),
@@ -387,8 +388,11 @@ def read_measured(path: Optional[str]) -> Dict[Tuple[str, str, str, bool, int], 
     """Measured variants by network, name, data type, compiled, and batch."""
     if path is None:
         return {}
-    content = json.loads(Path(path).read_text())
-    parts = [p.get('results') or {} for p in content.get('parts', {}).values()]
+    try:
+        content = json.loads(Path(path).read_text())
+        parts = [p.get('results') or {} for p in content.get('parts', {}).values()]
+    except (AttributeError, OSError, ValueError) as error:
+        raise SystemExit(f'error: {path}: {error!r}') from None
     found = {}
     for results in parts or [content]:
         if results.get('tool') == 'train_step':
@@ -400,18 +404,17 @@ def read_measured(path: Optional[str]) -> Dict[Tuple[str, str, str, bool, int], 
     return found
 
 
-def table(rows: Sequence[dict], args: argparse.Namespace, gpus: int) -> str:
+def table(rows: Sequence[dict], measured: Dict[tuple, dict], gpus: int) -> str:
     """Predictions as text.
 
     Args:
         rows (Sequence[dict]): Of :func:`predict`.
-        args (argparse.Namespace): Options.
+        measured (dict[tuple, dict]): Of :func:`read_measured`.
         gpus (int): Number of GPUs that exchange gradients.
 
     Returns:
         str: Markdown.
     """
-    measured = read_measured(args.measured)
     columns = ['network', 'variant', 'operators', 'GB', 'ms']
     columns += ['x resnet', 'measured', 'x published', 'measured']
     cells = []
@@ -423,7 +426,7 @@ def table(rows: Sequence[dict], args: argparse.Namespace, gpus: int) -> str:
                 if r['net'] == row['net']
             }
             step = same[row['variant']]
-            key = (row['net'], row['variant'], args.dtype, kind == 'compiled')
+            key = (row['net'], row['variant'], row['dtype'], kind == 'compiled')
             ratios = {}
             if gpus == 1:
                 ratios = measured.get((*key, row['batch']), {}).get('ratio', {})
@@ -473,9 +476,10 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = parse_args(argv)
     rate = args.tflops or (400.0 if args.dtype == 'bf16' else 200.0)
+    measured = read_measured(args.measured)  # before what takes minutes
     rows = predict(args, Device(args.bandwidth * 1e9, rate * 1e12))
     for gpus in args.gpus:
-        print(f'\n{gpus} GPU{"s" * (gpus > 1)}:\n\n{table(rows, args, gpus)}')
+        print(f'\n{gpus} GPU{"s" * (gpus > 1)}:\n\n{table(rows, measured, gpus)}')
     write_results(args.out, dict(tool='predict', rows=rows))
 
 

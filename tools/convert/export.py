@@ -8,7 +8,8 @@ Batch and image size stay free. Pruned attentions are not part of the result.
 
 Examples:
   python tools/convert/export.py my_config.py epoch_12.pth detector.onnx
-  python tools/convert/export.py my_config.py epoch_12.pth backbone.onnx --backbone
+  python tools/convert/export.py my_config.py epoch_12.pth backbone.onnx \\
+      --backbone
 """
 
 import argparse
