@@ -1,7 +1,6 @@
 """mmela infer: inputs, devices, what is written, and what is refused."""
 
 import json
-import re
 import runpy
 from pathlib import Path
 
@@ -347,28 +346,6 @@ def test_slim_checkpoint_with_the_whole_network(network, tmp_path):
     torch.save(slim, tmp_path / 'slim.pth')
     with pytest.raises(ValueError, match=rf'\d+ of \d+ of its {name}\)'):
         open_inferencer(config, tmp_path / 'slim.pth', 'cpu')
-
-
-def test_lines_of_the_page(network, photos, tmp_path, monkeypatch):
-    """docs/inference.md, with files of the test in place of its own."""
-    page = (ROOT / 'docs' / 'inference.md').read_text('utf-8')
-    block = re.findall('```python\n(.*?)```', page, re.S)[-1]
-    lines = [line for line in block.splitlines() if line]
-    assert len(lines) <= 5
-    image = next(photos.iterdir())
-    for old, new in (
-        ('my_config.py', network[0]),
-        ('epoch_12.pth', network[1]),
-        ('photos/', photos),
-        ('street.jpg', image),
-    ):
-        assert old in block
-        block = block.replace(old, str(new))
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(block, names)
-    assert len(names['result']['scores']) == 5
-    assert (tmp_path / 'found' / PREDICTIONS).is_file()
 
 
 def test_classes_of_the_data():
