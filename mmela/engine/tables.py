@@ -68,6 +68,9 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     buffer = io.StringIO()
-    Console(file=buffer, width=120).print(table)
+    # Jupyter and others ask rich for colours in the environment.
+    Console(file=buffer, width=120, force_terminal=False, color_system=None).print(
+        table
+    )
     lines = (line.rstrip() for line in buffer.getvalue().splitlines())
     return '\n'.join(line for line in lines if line)

@@ -22,6 +22,12 @@ def test_text_is_shown_as_it_is():
     assert found == r'pruned: in [/0.1, 0.2] [bold]\x1b[31m\nred'
 
 
+def test_no_colours_that_the_environment_asks_for(monkeypatch):
+    """Jupyter does; the text also goes to a file."""
+    monkeypatch.setenv('FORCE_COLOR', '1')
+    assert '\x1b' not in step_time_table([(8, 0.5, 100)])
+
+
 def test_printable():
     assert printable('KL ✕ 0.1') == 'KL ✕ 0.1'
     assert printable('\x07\x9b\u202e') == r'\x07\x9b\u202e'
