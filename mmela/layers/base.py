@@ -14,7 +14,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..ops import is_compiling
-from ..ops.normed_sum import just_below_zero
+from ..ops.normed_sum import relu_open_at_zero
 
 
 class AttentionState(IntEnum):
@@ -470,10 +470,7 @@ class QKVLayerAttention(LayerAttention):
             return out
         if not self.training:
             return F.relu(out)
-        # ReLU with gradient 1 at 0: with zero_init all of `out` is 0, and the
-        # gradient 0 of F.relu there would keep it so for ever. No clamp_min,
-        # whose backward pass is five times as slow on a CPU.
-        return F.threshold(out, just_below_zero(out.dtype), 0.0)
+        return relu_open_at_zero(out)
 
 
 def pool(x: Tensor) -> Tensor:

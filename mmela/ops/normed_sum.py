@@ -81,6 +81,23 @@ def just_below_zero(dtype: torch.dtype) -> float:
     return -torch.finfo(dtype).smallest_normal
 
 
+def relu_open_at_zero(out: Tensor, inplace: bool = False) -> Tensor:
+    """ReLU whose gradient at 0 is 1.
+
+    With ``zero_init`` all that it gets is 0, and the gradient 0 of ``F.relu``
+    there would keep it so for ever. No ``clamp_min``, whose backward pass is five
+    times as slow on a CPU.
+
+    Args:
+        out (Tensor): Any shape.
+        inplace (bool): Write into ``out``. Defaults to False.
+
+    Returns:
+        Tensor: The same shape.
+    """
+    return F.threshold(out, just_below_zero(out.dtype), 0.0, inplace=inplace)
+
+
 class _NormedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, norm, relu: bool, weight: Tensor, bias: Tensor, *tensors: Tensor):
@@ -93,7 +110,7 @@ class _NormedSum(torch.autograd.Function):
             mean, invstd = stats[0].clone(), (stats[1] + norm.eps).rsqrt()
         ctx.save_for_backward(weight, bias, mean, invstd, *tensors)
         ctx.relu, ctx.training, ctx.eps = relu, norm.training, norm.eps
-        return _relu_(out) if relu else out
+        return relu_open_at_zero(out, inplace=True) if relu else out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -147,11 +164,7 @@ def _plain(
         products = (w * v for w, v in zip(weights, values))
         total = sum(products, torch.zeros(())).to(total.dtype)
     out = F.batch_norm(total, *stats, weight, bias, stats[0] is None, 0.0, eps)
-    return F.threshold(out, just_below_zero(out.dtype), 0.0) if relu else out
-
-
-def _relu_(out: Tensor) -> Tensor:
-    return F.threshold(out, just_below_zero(out.dtype), 0.0, inplace=True)
+    return relu_open_at_zero(out) if relu else out
 
 
 def _pieces(value: Tensor) -> Iterator[slice]:
