@@ -1,8 +1,9 @@
 """The weighted sum over layers together with the normalization that follows.
 
 One after the other, sum, normalization and ReLU each leave a map behind for the
-backward pass. Together they leave none: the backward pass has the sum anew from
-the values, which are kept in any case, and the normalization from the sum.
+backward pass. Together they leave none, or one: the backward pass has the sum of
+few values anew from them, as they are kept in any case, that of many is kept, and
+the normalization is had from the sum.
 """
 
 from typing import Any, Iterator, List, Optional, Sequence, Tuple
@@ -15,6 +16,9 @@ from .layer_weighted_sum import is_compiling
 
 # Elements of a piece: some of them fit into the caches
 PIECE = 2**19
+# Up to so many values their sum is had anew in the backward pass; of more, that
+# takes longer than it is worth
+MOST_SUMMED_AGAIN = 4
 
 
 def can_norm_sum(norm: Optional[nn.Module], values: Sequence[Tensor]) -> bool:
@@ -108,13 +112,14 @@ class _NormedSum(torch.autograd.Function):
         out, mean, invstd = torch.native_batch_norm(total, weight, bias, *stats, *args)
         if not norm.training:  # it returns none
             mean, invstd = stats[0].clone(), (stats[1] + norm.eps).rsqrt()
-        ctx.save_for_backward(weight, bias, mean, invstd, *tensors)
+        kept = total if half > MOST_SUMMED_AGAIN else None
+        ctx.save_for_backward(weight, bias, mean, invstd, kept, *tensors)
         ctx.relu, ctx.training, ctx.eps = relu, norm.training, norm.eps
         return relu_open_at_zero(out, inplace=True) if relu else out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        weight, bias, mean, invstd, *tensors = ctx.saved_tensors
+        weight, bias, mean, invstd, kept, *tensors = ctx.saved_tensors
         var = invstd**-2
         half = len(tensors) // 2
         weights, values = tensors[:half], tensors[half:]
@@ -129,9 +134,12 @@ class _NormedSum(torch.autograd.Function):
             )
             needs = ctx.needs_input_grad[2:]
             return (None, None, *(next(found) if n else None for n in needs))
-        total = _sum(weights, values)
         # What the gradients of the values may take the memory of
-        spare = [] if total is values[0] else [total]
+        spare: List[Tensor] = []
+        total = kept
+        if total is None:
+            total = _sum(weights, values)
+            spare += [] if total is values[0] else [total]
         if ctx.relu:
             stats = mean, var, False, 0.0, 0.0
             normed = torch.native_batch_norm(total, weight, bias, *stats)[0]
