@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, Union
 
 import torch
+from mmengine.fileio import get_local_path
 from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
@@ -126,7 +127,7 @@ def load_from_safetensors(filename: str, map_location: Any = None) -> dict:
     """Load a safetensors file, for mmengine.
 
     Args:
-        filename (str): The file.
+        filename (str): The file, or its address (``https://...``).
         map_location (str | torch.device, optional): Where the tensors go;
             functions and dicts count for storages, which there are none of.
             Defaults to None, which means the CPU.
@@ -135,8 +136,9 @@ def load_from_safetensors(filename: str, map_location: Any = None) -> dict:
         dict: The checkpoint.
     """
     on_device = isinstance(map_location, (str, torch.device))
-    path = Path(filename).expanduser()
-    return read_safetensors(path, map_location if on_device else 'cpu')
+    with get_local_path(filename) as local:
+        path = Path(local).expanduser()
+        return read_safetensors(path, map_location if on_device else 'cpu')
 
 
 def load_from_hub(filename: str, map_location: Any = None) -> Any:
@@ -158,6 +160,8 @@ def register_loaders() -> None:
     """Have mmengine load what this module reads."""
     for prefix, loader in (
         (r'.*\.safetensors$', load_from_safetensors),
+        # mmengine asks the pattern that is last by name first: before its own
+        (r'https?://.*\.safetensors(\?.*)?$', load_from_safetensors),
         ('hf://', load_from_hub),
     ):
         CheckpointLoader.register_scheme(prefix, loader, force=True)

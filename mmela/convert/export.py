@@ -85,6 +85,9 @@ def export_network(
         dynamo=True,
         verbose=False,
     )
+    if hasattr(onnx_program, 'rename_axes'):  # a newer torch; else they are s0, s1
+        batch, _, height, width = onnx_program.model.graph.inputs[0].shape
+        onnx_program.rename_axes({batch: 'batch', height: 'height', width: 'width'})
     onnx_program.model.metadata_props['mmela'] = text
     onnx_program.save(path)
 

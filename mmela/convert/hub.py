@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Set, Union
 
 from mmengine.config import Config
 
 from ..compat.loaders import HUB_CHECKPOINT
+from ..engine.data_root import move_paths
 from ..engine.tables import decision_table
 from ..layers import AttentionState
 from ..pruning import PruningDecision, PruningReport
@@ -35,13 +36,29 @@ def shared_config(cfg: Config) -> Config:
     Returns:
         Config: A copy without ``work_dir``, ``load_from``, ``resume`` and
         ``launcher``, and without checkpoints that parts of the model would be
-        initialized from.
+        initialized from. An absolute ``data_root`` such as ``/home/ann/coco``
+        becomes ``data/coco``, wherever paths begin with it.
     """
     content = cfg.to_dict()
     for key in ('work_dir', 'load_from', 'resume', 'launcher'):
         content.pop(key, None)
     content['model'] = _without_pretrained(content['model'])
+    for root in sorted(_data_roots(content), key=len, reverse=True):
+        content = move_paths(content, root, f'data/{Path(root).name}')
     return Config(content)
+
+
+def _data_roots(node: Any) -> Set[str]:
+    """Absolute folders that a config names as ``data_root``."""
+    if isinstance(node, dict):
+        root = node.get('data_root')
+        own = set()
+        if isinstance(root, str) and root.startswith('/') and root.strip('/'):
+            own.add(root.rstrip('/'))
+        return own.union(*map(_data_roots, node.values()))
+    if isinstance(node, (list, tuple)):
+        return set().union(*map(_data_roots, node))
+    return set()
 
 
 def _without_pretrained(node: Any) -> Any:

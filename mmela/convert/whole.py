@@ -116,7 +116,8 @@ class _ExportablePooling(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.max_pool2d and args[1:] == (1,) and set(kwargs) == {'stride'}:
+        padded = kwargs.get('padding') or kwargs.get('return_indices')
+        if func is F.max_pool2d and args[1:] == (1,) and not padded:
             step = kwargs['stride']
             return args[0][..., ::step, ::step]
         return func(*args, **kwargs)
@@ -343,10 +344,15 @@ def _suppress(
     Returns:
         tuple[Tensor]: As :class:`SingleStage` says.
     """
+    # Two boxes that no image has: torchvision tells the exporter that at least two
+    # are kept
+    boxes = torch.cat([boxes, boxes.new_tensor([[0.0, 0.0, 1.0, 1.0]] * 2)])
+    image = torch.cat([image, image.new_tensor([-1, -2])])
+    scores = F.pad(scores, (0, 2))
+    labels, groups = (F.pad(x, (0, 2)) for x in (labels, groups))
     # Groups lie side by side, images below each other, so that none overlap.
     # With both in one row, coordinates would lose precision.
-    edges = F.pad(boxes, (0, 0, 0, 1))
-    span = edges.max() - edges.min() + 1
+    span = boxes.max() - boxes.min() + 1
     if cfg.nms.get('class_agnostic', False):
         groups = torch.zeros_like(groups)
     shift = torch.stack([groups, image, groups, image], -1) * span

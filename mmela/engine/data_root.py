@@ -1,6 +1,6 @@
 import json
 import os.path as osp
-from typing import List, Tuple
+from typing import Any, List, Tuple
 
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS, RUNNERS
@@ -53,16 +53,26 @@ def set_data_root(cfg: Config) -> List[str]:
         for part in ('dataloader', 'evaluator'):
             if cfg.get(f'{split}_{part}'):
                 node = cfg[f'{split}_{part}']
-                cfg[f'{split}_{part}'] = _move(node, old, new)
+                cfg[f'{split}_{part}'] = move_paths(node, old, new)
     return _fill_in(cfg) + _take_categories(cfg)
 
 
-def _move(node, old: str, new: str):
-    """Containers with the paths in folder ``old`` moved to ``new``."""
+def move_paths(node: Any, old: str, new: str) -> Any:
+    """Move the paths of a config.
+
+    Args:
+        node (Any): Containers.
+        old (str): A folder, without a slash at its end.
+        new (str): The folder in its place.
+
+    Returns:
+        Any: Containers of the same types, in which what is in ``old`` is in
+        ``new``.
+    """
     if isinstance(node, dict):
-        return type(node)((k, _move(v, old, new)) for k, v in node.items())
+        return type(node)((k, move_paths(v, old, new)) for k, v in node.items())
     if isinstance(node, (list, tuple)):
-        return type(node)(_move(value, old, new) for value in node)
+        return type(node)(move_paths(value, old, new) for value in node)
     if isinstance(node, str) and (node == old or node.startswith(old + '/')):
         return new + node[len(old) :]
     return node

@@ -1,5 +1,9 @@
 """Checkpoints of safetensors and on the Hub, by what loads checkpoints."""
 
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +48,19 @@ def test_round_trip(tmp_path):
         weights=[0.5, 2.0],
         epoch=3,
     )
+
+
+def test_from_an_address(tmp_path):
+    write_safetensors(tmp_path / 'x.safetensors', dict(a=torch.ones(2)), dict(epoch=1))
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f'http://127.0.0.1:{server.server_port}/x.safetensors'
+        for end in ('', '?download=true'):
+            found = CheckpointLoader.load_checkpoint(url + end, 'cpu')
+            assert found['meta'] == dict(epoch=1)
+            assert found['state_dict']['a'].tolist() == [1, 1]
+        server.shutdown()
 
 
 def test_more_than_tensors_is_refused(tmp_path):

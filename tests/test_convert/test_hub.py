@@ -177,3 +177,24 @@ def test_shared_config():
         data_root='d',
     )
     assert cfg.model.backbone.init_cfg == start
+
+
+def test_shared_config_names_no_folder_of_this_machine():
+    root = '/home/ann/coco'
+    dataset = dict(data_root=f'{root}/', ann_file='annotations/val.json')
+    cfg = Config(
+        dict(
+            model=dict(type='A', text='/home/ann/coconut'),
+            data_root=root,
+            test_dataloader=dict(dataset=dict(datasets=[dataset])),
+            test_evaluator=dict(ann_file=f'{root}/annotations/val.json'),
+            other_dataset=dict(data_root='data/voc/'),
+        )
+    )
+    shared = shared_config(cfg)
+    assert shared.model.text == '/home/ann/coconut'
+    assert shared.data_root == 'data/coco'
+    moved = shared.test_dataloader.dataset.datasets[0]
+    assert moved == dict(data_root='data/coco/', ann_file='annotations/val.json')
+    assert shared.test_evaluator.ann_file == 'data/coco/annotations/val.json'
+    assert shared.other_dataset.data_root == 'data/voc/'

@@ -11,6 +11,7 @@ from mmela.convert.export import export_network
 from mmela.convert.exported import ExportedDetector, paste_masks
 from mmela.convert.whole import whole_network
 from mmela.structure import prune
+from tests.helpers.documents import ROOT, blocks
 from tests.helpers.networks import classifier
 
 pytest.importorskip('onnx')
@@ -45,6 +46,17 @@ def nodes_of(onnx_model, name):
     return len(nodes), len(weights)
 
 
+def run_documented(word, **names):
+    """Run the block of docs/deployment.md that has a word; what it has named."""
+    (code,) = (
+        block.text
+        for block in blocks(ROOT / 'docs' / 'deployment.md')
+        if block.language == 'python' and word in block.text
+    )
+    exec(code, names)
+    return names
+
+
 def build_classifier(pruned=()):
     pytest.importorskip('mmpretrain')
     from mmpretrain.registry import MODELS
@@ -66,6 +78,9 @@ def test_classifier(tmp_path):
     assert nodes_of(onnx_model, PRUNED) == (0, 0)
     nodes, weights = nodes_of(onnx_model, KEPT)
     assert nodes > 5 and weights > 2
+    (given,) = onnx_model.graph.input
+    dims = [dim.dim_param or dim.dim_value for dim in given.type.tensor_type.shape.dim]
+    assert dims == ['batch', 3, 'height', 'width']
     meta = {entry.key: entry.value for entry in onnx_model.metadata_props}
     assert json.loads(meta['mmela']) == dict(
         classes=['a', 'b', 'c', 'd'], raw=True, outputs=['scores']
@@ -90,6 +105,23 @@ def test_program_of_normalized_images(tmp_path):
         with torch.no_grad():
             expected = model(x, mode='tensor').softmax(-1)
         torch.testing.assert_close(program(x)[0], expected)
+
+
+def test_int8_by_onnxruntime(tmp_path, monkeypatch):
+    import onnx
+
+    monkeypatch.chdir(tmp_path)
+    export_network(build_classifier([PRUNED]), 'detector.onnx', (40, 48))
+    pictures = [images(1, 64, 64 + n).numpy() for n in range(8)]
+    run_documented('quantize_static', images=pictures)
+    types = [node.op_type for node in onnx.load('detector_int8.onnx').graph.node]
+    assert types.count('QuantizeLinear') > 5
+    exact, quantized = (
+        [onnxruntime.InferenceSession(f).run(None, dict(images=x))[0] for x in pictures]
+        for f in ('detector.onnx', 'detector_int8.onnx')
+    )
+    assert not np.array_equal(exact, quantized)
+    np.testing.assert_allclose(quantized, exact, atol=0.05)
 
 
 def build_detector(name, **changes):
@@ -119,14 +151,15 @@ def build_detector(name, **changes):
         head.update(in_channels=16, feat_channels=16)
         head.anchor_generator.strides = [16, 32, 64]
     if 'roi_head' in model:
-        for key in ('bbox_roi_extractor', 'mask_roi_extractor'):
-            model.roi_head[key].update(out_channels=16, featmap_strides=[16, 32])
-        model.roi_head.bbox_head.update(
-            in_channels=16, fc_out_channels=32, num_classes=3
-        )
-        model.roi_head.mask_head.update(
-            in_channels=16, conv_out_channels=16, num_classes=3
-        )
+        roi_head = model.roi_head
+        for part in (roi_head.bbox_roi_extractor, roi_head.get('mask_roi_extractor')):
+            if part:
+                part.update(out_channels=16, featmap_strides=[16, 32])
+        roi_head.bbox_head.update(in_channels=16, fc_out_channels=32, num_classes=3)
+        if 'mask_head' in roi_head:
+            roi_head.mask_head.update(
+                in_channels=16, conv_out_channels=16, num_classes=3
+            )
         model.test_cfg.rpn.update(nms_pre=3000, max_per_img=3000)
         model.test_cfg.rcnn.update(score_thr=0.3, max_per_img=300)
     else:
@@ -266,6 +299,55 @@ def test_detector_in_a_runner(exported):
     assert len(found) > 3 and matched(other, one) > 0.8
     if 'masks' in expected:
         assert found.masks.shape == expected.masks.shape == (len(found), 112, 144)
+
+
+def test_documented_use(exported, monkeypatch):
+    _, path = exported
+    monkeypatch.chdir(path.parent)
+    if 'masks' in whole_network(exported[0]).output_names:
+        pytest.skip('the page shows boxes')
+    found = run_documented('InferenceSession')
+    assert found['boxes'].shape == (1, 2000, 4)
+
+
+@pytest.fixture(scope='module')
+def program(tmp_path_factory):
+    detector = build_detector('faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py')
+    path = tmp_path_factory.mktemp('program') / 'detector.pt2'
+    export_network(detector, path, (224, 288))
+    return detector, path
+
+
+def test_program_of_a_detector(program):
+    """Smallest maps of even and odd sizes, as FPN takes every other pixel of one."""
+    detector, path = program
+    runs = ExportedDetector(path)
+    for shape in [(1, 224, 288), (1, 250, 161), (1, 192, 256), (1, 97, 130)]:
+        x = images(*shape)
+        (found,) = runs(list(x), samples(x))
+        (expected,) = predictions(detector, x)
+        one, other = (
+            dict(boxes=r.bboxes, scores=r.scores, labels=r.labels)
+            for r in (found.pred_instances, expected)
+        )
+        assert len(one['boxes']) == len(expected) > 3
+        assert matched(one, other) == matched(other, one) == 1
+
+
+def test_program_finds_nothing(tmp_path):
+    detector = build_detector(DETECTORS['retinanet'])
+    detector.bbox_head.test_cfg.score_thr = 1.0
+    path = tmp_path / 'detector.pt2'
+    export_network(detector, path, (224, 288))
+    x = images(1, 224, 288)
+    (found,) = ExportedDetector(path)(list(x), samples(x))
+    assert len(found.pred_instances) == 0
+
+
+def test_documented_use_of_a_program(program, monkeypatch):
+    monkeypatch.chdir(program[1].parent)
+    found = run_documented('torch.export.load')
+    assert found['boxes'].shape == (1, 300, 4)
 
 
 def test_openvino(exported):

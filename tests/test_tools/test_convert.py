@@ -87,10 +87,15 @@ def test_slim_keeps_values_that_are_seen(network, tmp_path):
 
 
 @pytest.mark.parametrize('suffix', ['.onnx', '.pt'])
-def test_export(network, tmp_path, suffix):
+def test_export(network, tmp_path, capsys, suffix):
     config, checkpoint, model = network
     out = tmp_path / f'backbone{suffix}'
     tool('export', config, checkpoint, out, '--backbone', '--size', '64', '96')
+    said = capsys.readouterr().out.strip().splitlines()[-1]
+    megabytes = out.stat().st_size / 1e6
+    assert said == (
+        f'{out}: {megabytes:.1f} MB, without the 2 pruned of 13 layer attentions'
+    )
     if suffix == '.onnx':
         onnxruntime = pytest.importorskip('onnxruntime')
         session = onnxruntime.InferenceSession(str(out))

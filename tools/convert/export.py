@@ -13,6 +13,7 @@ Examples:
 """
 
 import argparse
+from pathlib import Path
 
 from mmengine.registry import MODELS
 
@@ -20,6 +21,8 @@ import mmela  # noqa: F401
 from mmela.command_line import one_line
 from mmela.convert.export import export_backbone, export_network
 from mmela.convert.networks import NETWORK_ERRORS, load_fitting, open_network
+from mmela.layers import AttentionState
+from mmela.structure import layer_attentions
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -84,7 +87,12 @@ def main(argv=None) -> None:
             )
     except NETWORK_ERRORS as error:
         raise SystemExit(f'error: {one_line(error)}') from error
-    print(args.out)
+    line = f'{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB'
+    attentions = layer_attentions(model).values()
+    pruned = sum(a.attention_state == AttentionState.PRUNED for a in attentions)
+    if pruned:
+        line += f', without the {pruned} pruned of {len(attentions)} layer attentions'
+    print(line)
 
 
 if __name__ == '__main__':
