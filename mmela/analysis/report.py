@@ -19,6 +19,8 @@ from .work_dir import Run, short_name
 
 # What drawing or reading a file of another content may raise
 _MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+# Below so many logged step times the change between two is no finding
+_FEW_TIMES = 5
 
 
 def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) -> Path:
@@ -107,6 +109,7 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
         analyses=shown,
         maps=list(maps.values()),
         steps=[step for step in steps if step.count],
+        few=_FEW_TIMES,
         last_step=last_step,
         last=run.metrics.get(last_step, {}),
         decisions=decisions,
@@ -158,7 +161,7 @@ def _detections(work_dir: Path, comparison: dict, inline: Callable) -> dict:
         per_class=per_class,
         curves=curves,
         colors=COLORS,
-        threshold=THRESHOLD,
+        usual=THRESHOLD,
         most=CURVES,
     )
 

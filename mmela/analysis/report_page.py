@@ -186,7 +186,9 @@ between.{% endif %}</p>
 <p class="soft"><span class="truth">annotated</span>
 <span class="right">detected, and there (IoU 0.5 or more)</span>
 <span class="wrong">detected, but not there</span> Boxes with a score of
-{{ threshold }} or more, in per cent. The images are those with objects of most
+{{ '%.2g'|format(comparison.threshold) }} or more, in per cent
+{%- if comparison.threshold < usual %}: a higher one would leave fewer of the last
+network than there are objects{% endif %}. The images are those with objects of most
 of COCO's sizes, and of these the ones with nearest to five.</p>
 {% for entry in comparison.shown %}
 <div class="row">
@@ -271,7 +273,8 @@ eps {{ decision.eps }}; a pruned attention is
 {% if before.seconds and after.seconds %}Median step time:
 {{ '%.4g'|format(before.seconds) }} s before ({{ before.count }} logged
 values), {{ '%.4g'|format(after.seconds) }} s after ({{ after.count }} logged
-values){{ change(before.seconds, after.seconds) }}.
+values){{ change(before.seconds, after.seconds) if few <= before.count and
+few <= after.count else ', too few to compare' }}.
 {% else %}There is no step time logged both before and after.{% endif %}</p>
 <div class="pictures"><figure>
 {{ picture(bars, 'KL divergence of each attention, kept or pruned') }}

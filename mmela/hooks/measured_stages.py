@@ -26,7 +26,8 @@ def measured_stages(
         parameters (Iterable[nn.Parameter]): What the optimizer holds.
         followers (dict[str, str]): By name of a module that gets the
             structure of another, the name of that one.
-        logger (Logger): Is told which networks are left alone.
+        logger (Logger): Is told which networks are left alone, and where no
+            stage has two attentions to compare.
 
     Returns:
         dict[str, AttentionStage]: The stages by name, of networks that are
@@ -59,6 +60,15 @@ def measured_stages(
         )
     for follower, module in followers.items():
         _check_follower(model, follower, module, measured)
+    active = [sum(a.active for a in stage.attentions) for stage in measured.values()]
+    if max(active) <= 2:
+        logger.warning(
+            'No stage has more than two active layer attentions. The second of a stage is '
+            'compared with the first, which sees its own block alone: its divergence '
+            'tells how much it looks at its own block, and not whether it repeats '
+            'another. Stages of three and more blocks are what pruning is for, as '
+            'in ResNet-50.'
+        )
     frozen = {
         network_of(model, name) or 'the model'
         for name in stages

@@ -13,7 +13,12 @@ from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
 from mmela.analysis import make_report, measure_before_after
-from mmela.analysis.before_after import choose_images, coco_evaluation, find_pair
+from mmela.analysis.before_after import (
+    choose_images,
+    choose_threshold,
+    coco_evaluation,
+    find_pair,
+)
 from mmela.analysis.before_after_plots import read_before_after
 from mmela.analysis.work_dir import Run
 from mmela.structure import layer_attentions, prune
@@ -64,6 +69,22 @@ def test_crowds_are_neither_right_nor_wrong():
     predictions = [found(*boxes, scores=[0.9, 0.8])]
     evaluation = coco_evaluation([image(*boxes, ignored=[1])], predictions, ['a'])
     assert evaluation.eval['precision'][:, :, 0, 0, -1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    'scores, expected',
+    [
+        ([[0.9, 0.8], [0.7, 0.6, 0.2]], 0.5),  # three objects, the third has 0.7
+        ([[0.9, 0.2], [0.19, 0.18]], 0.19),
+        ([[0.9], [0.3]], 0.3),  # fewer boxes than objects
+        ([[0.001, 0.001], [0.001]], 0.01),
+        ([[], []], 0.5),
+    ],
+)
+def test_choice_of_threshold(scores, expected):
+    infos = [image((0, 0, 9, 9), (9, 9, 20, 20)), image((0, 0, 9, 9))]
+    predictions = [found(*[(0, 0, 9, 9)] * len(s), scores=s) for s in scores]
+    assert choose_threshold(infos, predictions) == pytest.approx(expected)
 
 
 def test_choice_of_images():

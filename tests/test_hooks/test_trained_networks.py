@@ -51,6 +51,14 @@ def test_frozen_teacher_is_left_alone(tmp_path, teacher):
     assert log_of(runner).count('teacher is not trained') == 1
 
 
+@pytest.mark.parametrize('depth', [2, 3])
+def test_says_where_no_stage_has_two_to_compare(tmp_path, depth):
+    cfg = toy_config(tmp_path, HOOK, log_level='INFO')
+    cfg.model['depth'] = depth
+    said = log_of(train(cfg)).count('No stage has more than two active layer att')
+    assert said == (depth == 2)
+
+
 @pytest.mark.parametrize('keep_value', [False, True])
 def test_follower_gets_the_structure(tmp_path, keep_value):
     hook = dict(HOOK, followers=dict(teacher='student'), keep_value=keep_value)
