@@ -63,11 +63,11 @@ def measured_stages(
     active = [sum(a.active for a in stage.attentions) for stage in measured.values()]
     if max(active) <= 2:
         logger.warning(
-            'No stage has more than two active layer attentions. The second of a stage is '
-            'compared with the first, which sees its own block alone: its divergence '
-            'tells how much it looks at its own block, and not whether it repeats '
-            'another. Stages of three and more blocks are what pruning is for, as '
-            'in ResNet-50.'
+            'No stage has more than two active layer attentions. The second of a '
+            'stage is compared with the first, which sees its own block alone: its '
+            'divergence tells how much it looks at its own block, and not whether it '
+            'repeats another. Stages of three and more blocks are what pruning is '
+            'for, as in ResNet-50.'
         )
     frozen = {
         network_of(model, name) or 'the model'
