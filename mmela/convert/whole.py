@@ -116,10 +116,11 @@ class _ExportablePooling(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        padded = kwargs.get('padding') or kwargs.get('return_indices')
-        if func is F.max_pool2d and args[1:] == (1,) and not padded:
-            step = kwargs['stride']
-            return args[0][..., ::step, ::step]
+        if func is F.max_pool2d and args[1:] == (1,):
+            step = kwargs.get('stride')
+            other = kwargs.get('padding') or kwargs.get('return_indices')
+            if isinstance(step, int) and not other:
+                return args[0][..., ::step, ::step]
         return func(*args, **kwargs)
 
 
