@@ -29,6 +29,7 @@ from mmengine.registry import (
 )
 from mmengine.visualization import Visualizer
 
+from mmela.__main__ import TOOLS
 from mmela.analysis.before_after_plots import read_before_after
 from mmela.analysis.work_dir import Run
 from tests.helpers.documents import (
@@ -109,6 +110,7 @@ train_cfg = dict(val_interval=12)
 SMALLER = {
     'tools/analysis/cam.py': ['--max-channels', '2', '--score-thr', '0'],
     'tools/dataset/make_shapes.py': ['--train', '4', '--val', '2', '--size', '64'],
+    'shapes': ['--train', '4', '--val', '2', '--size', '64'],  # mmela shapes
 }
 OTHER_NAMES = {'layer3.4': 'layer3.0', 'layer3.5': 'layer3.1'}
 
@@ -125,7 +127,7 @@ def walk(tmp_path_factory):
     (cwd / 'my_config.py').write_text(config)
     with in_folder(cwd):
         for block in page:
-            if block.language == 'bash':
+            if block.language == 'bash' and not block.mark:
                 for command in commands(block):
                     run(command)
         image = cv2.imread(str(sorted((cwd / 'data').rglob('*.png'))[0]))
@@ -158,9 +160,12 @@ DONE = set()
 
 def run(command):
     """Run a command in this process, to save its start; each only once."""
-    if tuple(command) in DONE:
+    same = tuple(command)
+    if command[0] == 'mmela' and command[1] in TOOLS:
+        same = ('python', f'tools/{TOOLS[command[1]]}', *command[2:])
+    if same in DONE:
         return
-    DONE.add(tuple(command))
+    DONE.add(same)
     # They are processes of their own on the page.
     MMLogger._instance_dict.clear()
     DefaultScope._instance_dict.clear()
@@ -176,7 +181,7 @@ def run(command):
                 from mmela.__main__ import main
 
                 patch.setattr(sys, 'argv', command)
-                main(arguments, standalone_mode=False)
+                main(arguments + SMALLER.get(arguments[0], []), standalone_mode=False)
             elif arguments[0] == '-c':
                 exec(arguments[1], {'__name__': '__main__'})
             elif arguments[0] == '-m':
@@ -266,20 +271,22 @@ def test_marks():
 def test_every_tool_is_shown():
     """The steps that the page promises, in their order."""
     found = [c for b in blocks(WALK) if b.language == 'bash' for c in commands(b)]
-    tools = [command[1].rpartition('/')[2] for command in found]
+    assert all(command[0] == 'mmela' for command in found)
+    tools = [command[1] for command in found]
     assert tools == [
-        'make_shapes.py',
-        'train.py',
-        'layer_attention.py',
-        'layer_attention.py',
-        'report.py',
-        'pictures.py',
-        'test.py',
-        'infer.py',
-        'slim.py',
-        'test.py',
-        'export.py',
-        'train.py',
+        'shapes',
+        'train',
+        'layer-attention',
+        'layer-attention',
+        'report',
+        'pictures',
+        'test',
+        'infer',
+        'slim',
+        'test',
+        'export',
+        'export',
+        'train',
     ]
 
 

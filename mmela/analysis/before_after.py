@@ -22,10 +22,10 @@ from .inputs import evenly, load_network, validation_loader
 from .work_dir import Run
 
 FOLDER = 'before_after'
-FORMAT = 2
+FORMAT = 1
 # Areas in pixels where COCO has objects begin to be medium and large
 _SIZES = (32**2, 96**2)
-THRESHOLD = 0.5  # score from which a box is drawn, unless few have it
+THRESHOLD = 0.5  # score from which all boxes are drawn
 COLORS = dict(truth=LIGHT.lines[2], right=LIGHT.kept, wrong=LIGHT.pruned)
 _EDGE = 512  # pixels of a picture's longer side
 _SHOWN = dict(detections=4, classes=6)
@@ -118,7 +118,7 @@ def measure_before_after(
     stamp = [
         None if path is None else [path.name, path.stat().st_mtime_ns]
         for path in (pair.before, pair.after)
-    ] + [images, FORMAT]
+    ] + [images]
     out = run.work_dir / FOLDER / f'{FOLDER}.json'
     if out.is_file():
         try:
@@ -150,14 +150,8 @@ def measure_before_after(
         judged = judge(infos, found['predictions'], result['classes'])
         found['right'] = judged.pop('right')
         result['sides'][side] = dict(found['about'], **judged)
-    if kind == 'detections':
-        threshold = choose_threshold(infos, sides['after']['predictions'])
-        result['threshold'] = threshold
-        result['shown'] = _show_detections(
-            infos, sides, result['classes'], out.parent, threshold
-        )
-    else:
-        result['shown'] = _show_classes(infos, sides, result['classes'], out.parent)
+    show = _show_detections if kind == 'detections' else _show_classes
+    result['shown'] = show(infos, sides, result['classes'], out.parent)
     text = json.dumps(result, default=float)
     out.write_text(text + '\n', encoding='utf-8')
     return out
@@ -342,29 +336,24 @@ def choose_images(infos: Sequence[dict], number: int) -> List[int]:
     return [best[i] for i in evenly(len(best), number)]
 
 
-def choose_threshold(infos: Sequence[dict], predictions: Sequence[dict]) -> float:
-    """Choose the score from which on boxes are drawn.
+def choose_boxes(scores: np.ndarray, objects: int) -> np.ndarray:
+    """Choose the boxes to draw in an image.
 
     Args:
-        infos (Sequence[dict]): See :func:`coco_evaluation`.
-        predictions (Sequence[dict]): See :func:`coco_evaluation`.
+        scores (np.ndarray): Scores of the boxes, (n, ).
+        objects (int): Number of annotated objects.
 
     Returns:
-        float: 0.5; of a network that is less sure, the score that as many boxes
-        have as there are objects, in hundredths and at least 0.01.
+        np.ndarray: Indices of those with a score of 0.5 or more; of a network
+        that is less sure, of as many of the best as there are objects. The best
+        comes last, to be drawn on top.
     """
-    objects = sum(len(_objects(info)) for info in infos)
-    scores = np.sort(np.concatenate([p['scores'] for p in predictions]))[::-1]
-    sure = scores[min(objects, len(scores)) - 1] if objects and len(scores) else 1.0
-    return float(np.clip(np.floor(100 * sure) / 100, 0.01, THRESHOLD))
+    number = max(objects, int((scores >= THRESHOLD).sum()))
+    return np.argsort(-scores, kind='stable')[:number][::-1]
 
 
 def _show_detections(
-    infos: Sequence[dict],
-    sides: Dict[str, dict],
-    classes: Sequence[str],
-    out: Path,
-    threshold: float,
+    infos: Sequence[dict], sides: Dict[str, dict], classes: Sequence[str], out: Path
 ) -> List[dict]:
     visualizer = Visualizer()
     shown = []
@@ -381,8 +370,7 @@ def _show_detections(
         counts = {}
         for side, found in sides.items():
             prediction = found['predictions'][index]
-            # The best are drawn last, on top
-            keep = np.flatnonzero(prediction['scores'] >= threshold)[::-1]
+            keep = choose_boxes(prediction['scores'], len(objects))
             right = found['right'][index][keep]
             labels = prediction['labels'][keep]
             scores = np.floor(100 * prediction['scores'][keep]).astype(int)

@@ -161,7 +161,7 @@ def _detections(work_dir: Path, comparison: dict, inline: Callable) -> dict:
         per_class=per_class,
         curves=curves,
         colors=COLORS,
-        usual=THRESHOLD,
+        threshold=THRESHOLD,
         most=CURVES,
     )
 

@@ -186,9 +186,8 @@ between.{% endif %}</p>
 <p class="soft"><span class="truth">annotated</span>
 <span class="right">detected, and there (IoU 0.5 or more)</span>
 <span class="wrong">detected, but not there</span> Boxes with a score of
-{{ '%.2g'|format(comparison.threshold) }} or more, in per cent
-{%- if comparison.threshold < usual %}: a higher one would leave fewer of the last
-network than there are objects{% endif %}. The images are those with objects of most
+{{ threshold }} or more, and at least as many as there are objects; scores are in
+per cent. The images are those with objects of most
 of COCO's sizes, and of these the ones with nearest to five.</p>
 {% for entry in comparison.shown %}
 <div class="row">
@@ -270,6 +269,11 @@ eps {{ decision.eps }}; a pruned attention is
 {{ 'skipped, but its key and value stay' if decision.keep_value
    else 'removed whole' }}.
 {% if decision.warning %}<strong>{{ decision.warning }}.</strong> {% endif %}
+{% set compared = decision.layers|rejectattr('divergence', 'none')|list %}
+{% if compared and not compared|rejectattr('shape', 'equalto', 0)|list %}
+<strong>Each attention that was compared is the second of its stage: its
+divergence tells how much it looks at its own block, and not whether it repeats
+another.</strong> {% endif %}
 {% if before.seconds and after.seconds %}Median step time:
 {{ '%.4g'|format(before.seconds) }} s before ({{ before.count }} logged
 values), {{ '%.4g'|format(after.seconds) }} s after ({{ after.count }} logged
@@ -349,7 +353,7 @@ precision.</p>{% endif %}
 </table></div>
 <p class="soft">Medians of the values in the log, each of which is a mean over
 the last iterations (mmengine: 10 unless set otherwise). Measuring in a window
-is included.</p>
+is included, and so is whatever else the machine was doing.</p>
 {% else %}<p>There is no step time in the log.</p>{% endif %}
 {% if parameters %}
 <div class="box" tabindex="0" role="region" aria-label="Parameters"><table>

@@ -1,6 +1,7 @@
 import json
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Union
+from typing import Any, Dict, Iterator, Optional, Sequence, Union
 
 import torch
 from mmengine.utils import digit_version
@@ -69,14 +70,14 @@ def export_network(
     network = whole_network(model, raw)
     x = torch.zeros(2, 3, *size, dtype=torch.uint8 if raw else torch.float32)
     free = torch.export.Dim.DYNAMIC
-    with torch.no_grad():
+    text = json.dumps(dict(info or {}, raw=raw, outputs=network.output_names))
+    with torch.no_grad(), _frozen(network):
         program = torch.export.export(
             network, (x,), dynamic_shapes=({0: free, 2: free, 3: free},), strict=False
         )
-    text = json.dumps(dict(info or {}, raw=raw, outputs=network.output_names))
-    if path.suffix == '.pt2':
-        torch.export.save(program, path, extra_files=dict(mmela=text))
-        return
+        if path.suffix == '.pt2':
+            torch.export.save(program, path, extra_files=dict(mmela=text))
+            return
     onnx_program = torch.onnx.export(
         program,
         (x,),
@@ -90,6 +91,18 @@ def export_network(
         onnx_program.rename_axes({batch: 'batch', height: 'height', width: 'width'})
     onnx_program.model.metadata_props['mmela'] = text
     onnx_program.save(path)
+
+
+@contextmanager
+def _frozen(network: nn.Module) -> Iterator[None]:
+    """Parameters take no gradient: a program would ask for one wherever it runs."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def export_backbone(

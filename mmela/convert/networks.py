@@ -232,10 +232,14 @@ def check_fit(
     ]
     if faults:
         spare = sum(key not in own for key in state_dict)
+        slim = all('.layer_attn.' in key for key in missing) and any(
+            '.layer_attn.' in key for key in state_dict
+        )
+        hint = 'a slim checkpoint goes with the config that slim.py wrote; '
         raise ValueError(
             f'{checkpoint} is of another network than {config}: {len(missing)} of the '
             f"network's {len(own)} keys are missing or have another shape, such as "
             f'{missing[0]} ({", ".join(faults[:3])}), and {spare} of the '
-            f"checkpoint's {len(state_dict)} keys have no place; --force takes it all "
-            'the same'
+            f"checkpoint's {len(state_dict)} keys have no place; "
+            f'{hint if slim else ""}--force takes it all the same'
         )

@@ -70,11 +70,15 @@ def learning_state(deviation: Optional[float], movement: Optional[float]) -> str
     if deviation is not None and deviation < MIN_DEVIATION:
         found.append(
             f'their divergences are within {deviation:.0%} of those of uniform '
-            'attention, so what is pruned depends on the position'
+            f'attention, and less than {MIN_DEVIATION:.0%} says nothing: what is '
+            'pruned depends on the position or on chance'
         )
     if movement is not None and movement < MIN_MOVEMENT:
         found.append(
             f'query and key have moved by {movement:.1%} from their random start, '
-            'so what is pruned depends on that'
+            f'and up to {MIN_MOVEMENT:.0%} what is pruned depends on that'
         )
-    return f'The layer attentions have not learned yet: {"; ".join(found)}'
+    return (
+        f'The layer attentions have not learned yet: {"; ".join(found)}. What helps: '
+        'later windows, put_off_until, a larger learning rate of query and key'
+    )

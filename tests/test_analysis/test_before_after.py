@@ -14,8 +14,8 @@ from PIL import Image
 
 from mmela.analysis import make_report, measure_before_after
 from mmela.analysis.before_after import (
+    choose_boxes,
     choose_images,
-    choose_threshold,
     coco_evaluation,
     find_pair,
 )
@@ -72,19 +72,17 @@ def test_crowds_are_neither_right_nor_wrong():
 
 
 @pytest.mark.parametrize(
-    'scores, expected',
+    'scores, objects, expected',
     [
-        ([[0.9, 0.8], [0.7, 0.6, 0.2]], 0.5),  # three objects, the third has 0.7
-        ([[0.9, 0.2], [0.19, 0.18]], 0.19),
-        ([[0.9], [0.3]], 0.3),  # fewer boxes than objects
-        ([[0.001, 0.001], [0.001]], 0.01),
-        ([[], []], 0.5),
+        ([0.6, 0.9, 0.2, 0.5], 1, [3, 0, 1]),  # all from 0.5 on
+        ([0.3, 0.01, 0.4], 2, [0, 2]),  # as many as there are objects
+        ([0.3], 2, [0]),
+        ([], 2, []),
+        ([0.3], 0, []),
     ],
 )
-def test_choice_of_threshold(scores, expected):
-    infos = [image((0, 0, 9, 9), (9, 9, 20, 20)), image((0, 0, 9, 9))]
-    predictions = [found(*[(0, 0, 9, 9)] * len(s), scores=s) for s in scores]
-    assert choose_threshold(infos, predictions) == pytest.approx(expected)
+def test_choice_of_boxes(scores, objects, expected):
+    assert choose_boxes(np.array(scores), objects).tolist() == expected
 
 
 def test_choice_of_images():

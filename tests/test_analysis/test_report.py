@@ -250,6 +250,19 @@ def test_deep_network_and_unknown_policy(tmp_path):
     check_pictures(tmp_path)
 
 
+@pytest.mark.parametrize('shape', [0.0, 0.1])
+def test_says_where_nothing_can_repeat_another(tmp_path, shape):
+    make_work_dir(tmp_path, dict(layer1=2, layer2=2), POLICY)
+    report = json.loads((tmp_path / 'pruning.json').read_text())
+    for decision in report['decisions']:
+        for layer in decision['layers']:
+            if layer['divergence'] is not None:
+                layer['shape'] = shape
+    (tmp_path / 'pruning.json').write_text(json.dumps(report))
+    found = 'is the second of its stage' in make_report(tmp_path).read_text('utf-8')
+    assert found == (shape == 0)
+
+
 def test_known_policy():
     # Beta(2, 5) CDF at 0.5: 1 - 0.5**6 - 6 * 0.5**6
     layer = LayerDecision('a', 'b', 1.0, normalized=0.5, mapped=0.890625)
