@@ -74,10 +74,10 @@ def tests(session):
 
 @nox.session
 def docs(session):
-    """The site, in docs/_build."""
+    """The site, in docs/_build/html."""
     session.install(*SETUP, *DOCS)
     session.install('--no-deps', '-e', '.')
-    session.run('sphinx-build', '-W', '--keep-going', 'docs', 'docs/_build')
+    session.run('sphinx-build', '-W', '--keep-going', 'docs', 'docs/_build/html')
 
 
 @nox.session

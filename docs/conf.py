@@ -1,4 +1,4 @@
-"""Settings of the site: ``sphinx-build -W docs OUT``, or ``nox -s docs``.
+"""Settings of the site: ``sphinx-build -W docs docs/_build/html``, or ``nox -s docs``.
 
 Needs requirements/docs.txt, and what mmela itself needs, as the reference is
 read from the docstrings of what is imported.
@@ -29,7 +29,7 @@ extensions = [
     'sphinx.ext.napoleon',
     'sphinx_copybutton',
 ]
-exclude_patterns = ['_build']
+exclude_patterns = ['_build', 'jupyter_execute']
 
 # -- Markdown -----------------------------------------------------------------
 
@@ -41,6 +41,7 @@ copybutton_exclude = '.linenos, .gp, .go'
 # -- docstrings ----------------------------------------------------------------
 
 autodoc_member_order = 'bysource'
+toc_object_entries_show_parents = 'hide'
 autodoc_typehints = 'none'  # the docstrings have the types
 autodoc_default_options = {'show-inheritance': True}
 napoleon_numpy_docstring = False

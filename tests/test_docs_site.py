@@ -66,7 +66,8 @@ def test_every_page_is_there(pages):
     names = {
         path.relative_to(ROOT / 'docs').with_suffix('.html').as_posix()
         for path in sources
-        if path.suffix in ('.md', '.ipynb') and not path.parent.name.startswith('_')
+        if path.suffix in ('.md', '.ipynb')
+        and not {'_build', 'jupyter_execute'} & set(path.parts)
     }
     assert names <= set(pages)
     assert {'index.html', 'search.html', 'genindex.html'} <= set(pages)

@@ -59,6 +59,7 @@ def test_stored_outputs():
     pictures = [o for o in outputs if 'image/' in ' '.join(o.get('data', {}))]
     assert len(pictures) == 3
     text = NOTEBOOK.read_text('utf-8')
+    assert '\\u001b' not in text  # a raw escape is lost when code is copied
     assert len(text) < 250_000
     for path in ('/root', '/tmp', '/home', '/work/', str(ROOT)):
         assert path not in text

@@ -23,11 +23,16 @@ from ...layers import (
 )
 from ...layers.stages import is_frozen
 
-__all__ = ['TOKEN_DEFAULTS', 'HookedLayerAttentionMixin', 'LayerAttentionMixin']
+__all__ = [
+    'TOKEN_DEFAULTS',
+    'HookedLayerAttentionMixin',
+    'LayerAttentionArguments',
+    'LayerAttentionMixin',
+]
 
 
 class LayerAttentionArguments:
-    """What the two mixins below share: arguments, and building an attention.
+    """What the two mixins share: arguments, and building an attention.
 
     Args:
         *args: Positional arguments of the backbone.
@@ -81,7 +86,15 @@ class LayerAttentionArguments:
             )
 
     def forward(self, *args, **kwargs) -> Any:
-        """As that of the backbone."""
+        """As that of the backbone.
+
+        Args:
+            *args: As of the backbone.
+            **kwargs: As of the backbone.
+
+        Returns:
+            Any: What the backbone returns.
+        """
         with forward_pass():
             return super().forward(*args, **kwargs)
 
@@ -217,7 +230,7 @@ class LayerAttentionMixin(LayerAttentionArguments):
     ``layer_attn``; all other keys of the state dict stay those of the
     backbone.
 
-    The arguments are those of :class:`LayerAttentionArguments`.
+    The arguments are those of :class:`.LayerAttentionArguments`.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -260,7 +273,7 @@ class HookedLayerAttentionMixin(LayerAttentionArguments):
     state dict stay those of the backbone. A subclass says in
     :meth:`attention_stages` which blocks form a stage.
 
-    The arguments are those of :class:`LayerAttentionArguments`.
+    The arguments are those of :class:`.LayerAttentionArguments`.
     """
 
     def __init__(self, *args, **kwargs) -> None:

@@ -25,7 +25,7 @@ class ELAResNet(LayerAttentionMixin, ResNet):
             :class:`mmela.layers.MRLABase`. Defaults to
             ``dict(type='MRLABase')``.
         **kwargs: All further arguments of ``mmdet.models.ResNet`` and of
-            :class:`LayerAttentionMixin`.
+            :class:`.LayerAttentionMixin`.
 
     Example:
         >>> import torch
@@ -67,7 +67,7 @@ class ELARegNet(LayerAttentionMixin, RegNet):
             width of each stage: 8 does for all named architectures. Defaults
             to ``dict(type='MRLABase')``.
         **kwargs: All further arguments of ``mmdet.models.RegNet`` and of
-            :class:`LayerAttentionMixin`.
+            :class:`.LayerAttentionMixin`.
     """
 
 
@@ -88,7 +88,7 @@ class ELAPyramidVisionTransformerV2(
             here. Defaults to ``dict(type='MRLABase')``.
         **kwargs: All further arguments of
             ``mmdet.models.PyramidVisionTransformerV2`` and of
-            :class:`HookedLayerAttentionMixin`.
+            :class:`.HookedLayerAttentionMixin`.
     """
 
     def attention_stages(self):

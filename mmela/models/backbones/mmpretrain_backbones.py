@@ -36,7 +36,7 @@ class ELAResNet(LayerAttentionMixin, ResNet):
             :class:`mmela.layers.MRLABase`. Defaults to
             ``dict(type='MRLABase')``.
         **kwargs: All further arguments of ``mmpretrain.models.ResNet`` and of
-            :class:`LayerAttentionMixin`.
+            :class:`.LayerAttentionMixin`.
 
     Example:
         >>> import torch
@@ -94,7 +94,7 @@ class ELARegNet(LayerAttentionMixin, RegNet):
             width of each stage: 8 does for all named architectures. Defaults
             to ``dict(type='MRLABase')``.
         **kwargs: All further arguments of ``mmpretrain.models.RegNet`` and of
-            :class:`LayerAttentionMixin`.
+            :class:`.LayerAttentionMixin`.
     """
 
 
@@ -114,7 +114,7 @@ class ELAEfficientNet(HookedLayerAttentionMixin, EfficientNet):
             share out the channels of the stage before. Defaults to
             ``dict(type='MRLABase')``.
         **kwargs: All further arguments of ``mmpretrain.models.EfficientNet``
-            and of :class:`HookedLayerAttentionMixin`.
+            and of :class:`.HookedLayerAttentionMixin`.
     """
 
     def attention_stages(self):
@@ -153,11 +153,11 @@ class ELAVisionTransformer(HookedLayerAttentionMixin, VisionTransformer):
             here. Defaults to ``dict(type='MRLABase')``.
         **kwargs: All further arguments of
             ``mmpretrain.models.VisionTransformer`` and of
-            :class:`HookedLayerAttentionMixin`.
+            :class:`.HookedLayerAttentionMixin`.
 
     Raises:
         ValueError: If ``layers_per_stage`` is less than 1, or as
-            :class:`HookedLayerAttentionMixin` does.
+            :class:`.HookedLayerAttentionMixin` does.
     """
 
     def __init__(self, *args, layers_per_stage: int = 4, **kwargs) -> None:
@@ -195,11 +195,11 @@ class ELACeiT(ELAVisionTransformer, CeiT):
         layer_attention (dict): Config of the layer attention, see
             :class:`mmela.layers.MRLABase`; the papers have ``head_dim=16``
             here. Defaults to ``dict(type='MRLABase')``.
-        **kwargs: All further arguments of :class:`CeiT` and of
-            :class:`HookedLayerAttentionMixin`.
+        **kwargs: All further arguments of :class:`.CeiT` and of
+            :class:`.HookedLayerAttentionMixin`.
 
     Raises:
-        ValueError: As :class:`CeiT` and :class:`ELAVisionTransformer` do.
+        ValueError: As :class:`.CeiT` and :class:`ELAVisionTransformer` do.
     """
 
 

@@ -15,7 +15,7 @@ class ELAResNet(LayerAttentionMixin, ResNet):
             :class:`mmela.layers.MRLABase`. Defaults to
             ``dict(type='MRLABase')``.
         **kwargs: All further arguments of ``mmseg.models.ResNet`` and of
-            :class:`LayerAttentionMixin`.
+            :class:`.LayerAttentionMixin`.
 
     Example:
         >>> import torch
@@ -35,5 +35,5 @@ class ELAResNetV1c(LayerAttentionMixin, ResNetV1c):
 
     Args:
         **kwargs: Those of ``mmseg.models.ResNetV1c`` and of
-            :class:`LayerAttentionMixin`.
+            :class:`.LayerAttentionMixin`.
     """

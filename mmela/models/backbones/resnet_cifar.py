@@ -87,7 +87,7 @@ class ELAResNet_CIFAR(LayerAttentionMixin, ResNet_CIFAR):
             :class:`mmela.layers.MRLABase`. Defaults to
             ``dict(type='MRLABase')``.
         **kwargs: All further arguments of mmpretrain's ``ResNet_CIFAR`` and of
-            :class:`LayerAttentionMixin`.
+            :class:`.LayerAttentionMixin`.
 
     Example:
         >>> import torch
@@ -122,7 +122,7 @@ class ELABottleneckResNet_CIFAR(ELAResNet_CIFAR, BottleneckResNet_CIFAR):
             :class:`mmela.layers.MRLABase`. Defaults to
             ``dict(type='MRLABase')``; the papers have ``head_dim=16`` here.
         **kwargs: All further arguments of :class:`BottleneckResNet_CIFAR` and
-            of :class:`LayerAttentionMixin`.
+            of :class:`.LayerAttentionMixin`.
 
     Raises:
         ValueError: If ``depth`` is not 9n + 2.

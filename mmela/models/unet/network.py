@@ -121,7 +121,7 @@ class ELAUNetResNet(LayerAttentionMixin, UNetResNet):
             ``head_dim=16`` (section V-C). Defaults to
             ``dict(type='MRLABase')``.
         **kwargs: All further arguments of :class:`UNetResNet` and of
-            :class:`LayerAttentionMixin`.
+            :class:`.LayerAttentionMixin`.
 
     Example:
         >>> import torch
