@@ -96,8 +96,6 @@ def open_inferencer(
     if scope == 'mmpretrain':
         from mmpretrain import ImageClassificationInferencer
 
-        if cfg.get('data_preprocessor'):
-            cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
         model = MODELS.build(cfg.model)
         load_mostly_fitting(model, state_dict, config, checkpoint, force)
         model._config, model._dataset_meta = cfg, dict(classes=classes)

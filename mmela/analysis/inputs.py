@@ -43,10 +43,9 @@ def load_network(
         SystemExit: If a file is missing or is not what it should be.
         ValueError: If the checkpoint is of another network.
     """
-    cfg, _, state_dict = open_network(str(config), str(checkpoint))
-    cfg.merge_from_dict(cfg_options or {})
-    if cfg.get('data_preprocessor'):  # where mmpretrain and mmseg have it
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    cfg, _, state_dict = open_network(
+        str(config), str(checkpoint), cfg_options=cfg_options
+    )
     model = MODELS.build(cfg.model)
     load_fitting(model, state_dict, config, checkpoint)
     model.to(device or get_device())

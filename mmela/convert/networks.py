@@ -1,5 +1,5 @@
 from pathlib import Path
-from typing import Any, Dict, Sequence, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.config import Config
@@ -23,17 +23,22 @@ NETWORK_ERRORS = (
 
 
 def open_network(
-    config: Union[str, Path], checkpoint: Union[str, Path], *outs: Union[str, Path]
+    config: Union[str, Path],
+    checkpoint: Union[str, Path],
+    *outs: Union[str, Path],
+    cfg_options: Optional[dict] = None,
 ) -> Tuple[Config, dict, Dict[str, Tensor]]:
     """Read a network's config and checkpoint for a command-line tool.
 
-    The default scope becomes that of the config.
+    The default scope becomes that of the config. A pre-processing that stands
+    beside the model, as in MMPretrain, becomes a part of it, as in a runner.
 
     Args:
         config (str | Path): Path of the config.
         checkpoint (str | Path): Path of the checkpoint or of a bare state
             dict, of torch or of safetensors; ``hf://...`` on the Hub.
         *outs (str | Path): Files that the tool will write.
+        cfg_options (dict, optional): Changes of the config. Defaults to None.
 
     Returns:
         tuple[Config, dict, dict[str, Tensor]]: The config, what the checkpoint
@@ -59,6 +64,9 @@ def open_network(
         raise SystemExit(line) from error
     if not has_model:
         raise SystemExit(f'error: {config} has no model')
+    cfg.merge_from_dict(cfg_options or {})
+    if cfg.get('data_preprocessor'):
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     try:
         meta, state_dict = read_state_dict(checkpoint)
     except (ImportError, OSError, ValueError) as error:

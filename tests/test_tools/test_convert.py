@@ -10,8 +10,10 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
 
+from mmela.analysis.inputs import load_network
 from mmela.layers import AttentionState
 from mmela.structure import layer_attentions, prune
+from tests.helpers.networks import classifier, save
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmcv.ops', exc_type=ImportError)
@@ -112,6 +114,23 @@ def test_export(network, tmp_path, capsys, suffix):
         assert len(found) == len(expected) == 4
         for a, b in zip(found, expected):
             np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_export_of_a_classifier(tmp_path):
+    """MMPretrain's configs have the pre-processing beside the model."""
+    pytest.importorskip('mmpretrain')
+    if not hasattr(torch.export.Dim, 'DYNAMIC'):
+        pytest.skip('needs torch 2.6')
+    cfg = classifier()
+    cfg['data_preprocessor'] = cfg['model'].pop('data_preprocessor')
+    config, checkpoint = save(tmp_path, 'narrow', cfg)
+    tool('export', config, checkpoint, tmp_path / 'x.pt2', '--size', '32', '64')
+    _, model = load_network(config, checkpoint, device='cpu')
+    images = torch.randint(0, 256, (2, 3, 32, 64), dtype=torch.uint8)
+    (found,) = torch.export.load(tmp_path / 'x.pt2').module()(images)
+    with torch.no_grad():  # normalized by hand
+        expected = model((images - 127.5) / 50, mode='tensor').softmax(-1)
+    torch.testing.assert_close(found, expected)
 
 
 def test_prune_after_training(network, tmp_path, shapes):
