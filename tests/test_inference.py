@@ -12,7 +12,8 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from mmela import inference
-from mmela.convert.networks import check_fit, strip_wrapper
+from mmela.convert.networks import check_fit
+from mmela.convert.published import strip_module
 from mmela.inference import PREDICTIONS, find_sources, infer, open_inferencer
 from tests.helpers.networks import classifier, save
 
@@ -323,7 +324,7 @@ def test_fit():
     state = model.state_dict()
     check_fit(model, state, 'a.py', 'b.pth')
     wrapped = {f'module.{k}': v for k, v in state.items()}
-    check_fit(model, strip_wrapper(wrapped), 'a.py', 'b.pth')
+    check_fit(model, strip_module(wrapped), 'a.py', 'b.pth')
     check_fit(model, {k: v for k, v in state.items() if k != 'head.bias'}, 'a', 'b')
     state['head.weight'] = torch.zeros(5, 3)
     check_fit(model, state, 'a.py', 'b.pth')  # one of two

@@ -26,8 +26,8 @@ from mmela.convert.networks import (
     NETWORK_ERRORS,
     check_fit,
     read_state_dict,
-    strip_wrapper,
 )
+from mmela.convert.published import strip_module
 
 
 def check(arguments, force: bool) -> None:
@@ -48,7 +48,7 @@ def check(arguments, force: bool) -> None:
         cfg.merge_from_dict(parser.parse_known_args(arguments[2:])[0].cfg_options)
         init_default_scope(cfg.get('default_scope', 'mmengine'))
         model = MODELS.build(cfg.model)
-        check_fit(model, strip_wrapper(state_dict), arguments[0], checkpoint)
+        check_fit(model, strip_module(state_dict), arguments[0], checkpoint)
     except NETWORK_ERRORS as error:
         raise SystemExit(f'error: {one_line(error)}') from error
 

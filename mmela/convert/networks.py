@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..command_line import one_line
 from ..compat.checkpoints import load_checkpoint
 from ..compat.loaders import is_on_hub
+from .published import strip_module
 
 # What building a network of somebody's config, and loading it, may raise
 NETWORK_ERRORS = (
@@ -183,18 +184,10 @@ def load_mostly_fitting(
             a layer attention, are missing or have another shape. The message has
             the counts.
     """
-    state_dict = strip_wrapper(state_dict)
+    state_dict = strip_module(state_dict)
     if not force:
         check_fit(model, state_dict, config, checkpoint)
     load_state_dict(model, state_dict)
-
-
-def strip_wrapper(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Keys without the ``module.`` of a wrapper for distributed training."""
-    start = 'module.'
-    if not all(key.startswith(start) for key in state_dict):
-        return state_dict
-    return {key[len(start) :]: value for key, value in state_dict.items()}
 
 
 def check_fit(

@@ -185,10 +185,26 @@ def strip_module(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
     Returns:
         dict[str, Tensor]: The same tensors by shorter keys.
     """
-    prefix = 'module.'
-    if not all(key.startswith(prefix) for key in state_dict):
-        return state_dict
-    return {key[len(prefix) :]: value for key, value in state_dict.items()}
+    part = part_of(state_dict, 'module.')
+    return part if len(part) == len(state_dict) else state_dict
+
+
+def part_of(state_dict: Dict[str, Tensor], prefix: str) -> Dict[str, Tensor]:
+    """State dict of a part of a network.
+
+    Args:
+        state_dict (dict[str, Tensor]): That of the network.
+        prefix (str): What the keys of the part begin with, such as
+            ``'backbone.'``.
+
+    Returns:
+        dict[str, Tensor]: The tensors of the part by keys without the prefix.
+    """
+    return {
+        key[len(prefix) :]: value
+        for key, value in state_dict.items()
+        if key.startswith(prefix)
+    }
 
 
 def detect_arch(keys: Iterable[str]) -> str:
@@ -336,11 +352,7 @@ def published_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
     if arch == 'kcla_unet':
         return _unet_backbone(converted)
     prefix = 'backbone.' if 'backbone.layer1.0.conv1.weight' in converted else ''
-    tensors = {
-        key[len(prefix) :]: value
-        for key, value in converted.items()
-        if key.startswith(prefix)
-    }
+    tensors = part_of(converted, prefix)
     blocks = tuple(len(indices) for indices in _blocks(tensors))
     deep = 'conv1.weight' not in tensors
     cifar = not deep and _shape(tensors, 'conv1.weight', 4)[-1] == 3
@@ -466,11 +478,7 @@ def _map_deit(state_dict: Dict[str, Tensor], arch: str, target: str) -> KeyMap:
 def _deit_backbone(converted: Dict[str, Tensor], arch: str) -> dict:
     """Config of the vision transformer that a converted checkpoint is for."""
     prefix = 'backbone.' if 'backbone.pos_embed' in converted else ''
-    tensors = {
-        key[len(prefix) :]: value
-        for key, value in converted.items()
-        if key.startswith(prefix)
-    }
+    tensors = part_of(converted, prefix)
     _, tokens, dims = _shape(tensors, 'pos_embed', 3)
     patch = _shape(tensors, 'patch_embed.projection.weight', 4)[-1]
     side = math.isqrt(tokens - 1)
@@ -830,12 +838,7 @@ def _unet_value(state_dict: Dict[str, Tensor], old: str, value: Tensor) -> Tenso
 
 def _unet_backbone(converted: Dict[str, Tensor]) -> dict:
     """Config of the encoder of the U-Net that a converted checkpoint is for."""
-    prefix = 'backbone.'
-    tensors = {
-        key[len(prefix) :]: value
-        for key, value in converted.items()
-        if key.startswith(prefix)
-    }
+    tensors = part_of(converted, 'backbone.')
     blocks = _blocks(tensors)
     widths = [
         _shape(tensors, f'layer{i}.0.conv1.weight', 4)[0]

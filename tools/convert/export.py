@@ -21,6 +21,7 @@ import mmela  # noqa: F401
 from mmela.command_line import one_line
 from mmela.convert.export import export_backbone, export_network
 from mmela.convert.networks import NETWORK_ERRORS, load_fitting, open_network
+from mmela.convert.published import part_of
 from mmela.layers import AttentionState
 from mmela.structure import layer_attentions
 
@@ -61,15 +62,10 @@ def main(argv=None) -> None:
     if args.backbone and args.normalized:
         raise SystemExit('error: --backbone takes normalized images: no --normalized')
     cfg, meta, state_dict = open_network(args.config, args.checkpoint, args.out)
-    model_cfg, prefix = cfg.model, ''
+    model_cfg = cfg.model
     if args.backbone:
-        prefix = 'backbone.'
         model_cfg = model_cfg.get('backbone')
-        state_dict = {
-            key[len(prefix) :]: value
-            for key, value in state_dict.items()
-            if key.startswith(prefix)
-        }
+        state_dict = part_of(state_dict, 'backbone.')
         for path, found in ((args.checkpoint, state_dict), (args.config, model_cfg)):
             if not found:
                 raise SystemExit(f'error: {path} has no backbone')
