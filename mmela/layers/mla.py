@@ -1,4 +1,3 @@
-import math
 from dataclasses import dataclass, field
 from typing import List
 
@@ -81,23 +80,6 @@ class MLA(MRLABase):
         values = [self.value_act(self.value(y)) for y in memory.inputs]
         attn = self.weights(query, torch.stack(keys, dim=2), memory)
         return self.retrieve(attn, values)
-
-    def weights(self, query: Tensor, keys: Tensor, memory: Memory) -> Tensor:
-        """Weights of the blocks.
-
-        Args:
-            query (Tensor): (B, G, 1, d).
-            keys (Tensor): (B, G, t, d).
-            memory (MLA.Memory): Memory of the stage, which gets the scores.
-
-        Returns:
-            Tensor: (B, G, t).
-        """
-        # A product and a sum, not a matmul, which autocast would do in half
-        scores = (query * keys).sum(-1)  # (B, G, t)
-        scores = scores / math.sqrt(query.shape[-1])
-        memory.scores.append(scores)
-        return scores.softmax(-1)
 
     def store(self, x: Tensor, memory: Memory) -> None:
         """Leave the output of the block in the memory."""

@@ -80,12 +80,25 @@ class MRLABase(QKVLayerAttention):
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         pooled = self.store(x, memory)
         query = self.heads(self.query(pooled)).unsqueeze(2)  # (B, G, 1, d)
+        attn = self.weights(query, torch.stack(memory.keys, dim=2), memory)
+        return self.retrieve(attn, memory.values)
+
+    def weights(self, query: Tensor, keys: Tensor, memory: StageMemory) -> Tensor:
+        """Weights of the blocks (MRLA, eq. 6).
+
+        Args:
+            query (Tensor): (B, G, 1, d).
+            keys (Tensor): (B, G, t, d).
+            memory (StageMemory): Memory of the stage, which gets the scores.
+
+        Returns:
+            Tensor: (B, G, t).
+        """
         # A product and a sum, not a matmul, which autocast would do in half
-        scores = (query * torch.stack(memory.keys, dim=2)).sum(-1)  # (B, G, t)
+        scores = (query * keys).sum(-1)  # (B, G, t)
         scores = scores / math.sqrt(query.shape[-1])
         memory.scores.append(scores)
-        attn = scores.softmax(-1)
-        return self.retrieve(attn, memory.values)
+        return scores.softmax(-1)
 
     def retrieve(self, attn: Tensor, values: List[Tensor]) -> Tensor:
         """Sum the values, normalize, ReLU.
