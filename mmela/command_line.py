@@ -1,10 +1,11 @@
+import argparse
 import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import List, Tuple, Union
 
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 
 from .compat.versions import is_installed
 
@@ -103,6 +104,25 @@ def run_tool(
             raise SystemExit(f'error: no {label} at {path}')
     sys.argv = [str(tool), str(find_config(argv[0])), *channels_last(argv[1:])]
     runpy.run_path(str(tool), run_name='__main__')
+
+
+def add_cfg_options(
+    parser: argparse.ArgumentParser, text: str = 'change settings of the config'
+) -> None:
+    """Add the option ``--cfg-options``, as the toolboxes' tools have it.
+
+    Args:
+        parser (argparse.ArgumentParser): Parser of a tool.
+        text (str): Its help. Defaults to ``'change settings of the config'``.
+    """
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        metavar='KEY=VALUE',
+        help=text,
+    )
 
 
 def channels_last(argv: List[str]) -> List[str]:

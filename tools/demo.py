@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import List
 
 from dataset.make_shapes import make_shapes
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
 from mmela.analysis import make_report, measure_before_after, summarize
 from mmela.analysis.attention import hook_settings, measure_attention, save_measurement
 from mmela.analysis.inputs import load_network, validation_loader
 from mmela.analysis.work_dir import Run
-from mmela.command_line import one_line
+from mmela.command_line import add_cfg_options, one_line
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'demo' / 'faster-rcnn_r50-narrow_ela_fpn_shapes.py'
@@ -46,13 +46,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         action='store_true',
         help='go on from the last checkpoint in the work directory',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='change settings of the config; data_root=DIR alone trains on '
+    add_cfg_options(
+        parser,
+        'change settings of the config; data_root=DIR alone trains on '
         'another data set in COCO layout',
     )
     return parser.parse_args(argv)

@@ -15,9 +15,7 @@ import shlex
 from functools import partial
 from pathlib import Path
 
-from mmengine.config import DictAction
-
-from mmela.command_line import one_line
+from mmela.command_line import add_cfg_options, one_line
 from mmela.studies.cluster import connect, run_ray
 from mmela.studies.page import portable, write_page
 from mmela.studies.results import collect, write_tables
@@ -95,14 +93,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help='run these variants, and those that they start from',
     )
     parser.add_argument('--seeds', nargs='+', type=int, help='run these seeds')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='change settings of all configs',
-    )
+    add_cfg_options(parser, 'change settings of all configs')
     parser.add_argument(
         '--retries',
         type=between(int, 0),

@@ -17,10 +17,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from mmela.command_line import find_config, one_line, run_tool
+from mmela.command_line import add_cfg_options, find_config, one_line, run_tool
 from mmela.compat.loaders import is_on_hub
 from mmela.convert.networks import (
     NETWORK_ERRORS,
@@ -44,7 +44,7 @@ def check(arguments, force: bool) -> None:
             return
         cfg = Config.fromfile(find_config(arguments[0]))
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
+        add_cfg_options(parser)
         cfg.merge_from_dict(parser.parse_known_args(arguments[2:])[0].cfg_options)
         init_default_scope(cfg.get('default_scope', 'mmengine'))
         model = MODELS.build(cfg.model)

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Dict, Iterator, Optional, Sequence, Tuple
 
 import numpy as np
-from mmengine.config import DictAction
 from mmengine.dataset import Compose
 from mmengine.utils import ProgressBar
 from torch import nn
@@ -44,7 +43,7 @@ from mmela.analysis.inputs import (
     load_network,
 )
 from mmela.analysis.patch_attention import PatchLook, layer_names, patch_attention
-from mmela.command_line import one_line
+from mmela.command_line import add_cfg_options, one_line
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -121,14 +120,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         '--device', help='such as cpu or cuda:0 (default: an accelerator, if any)'
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='change settings of the configs',
-    )
+    add_cfg_options(parser, 'change settings of the configs')
     return parser.parse_args(argv)
 
 

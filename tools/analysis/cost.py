@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.utils import ProgressBar
 
@@ -42,7 +42,7 @@ from mmela.analysis.complexity import (
 from mmela.analysis.cost_plots import QUANTITIES, growth_plot, trade_off_plot
 from mmela.analysis.drawing import Plot, draw
 from mmela.analysis.work_dir import Run
-from mmela.command_line import find_config, one_line
+from mmela.command_line import add_cfg_options, find_config, one_line
 
 SIZE = 'size'
 
@@ -85,14 +85,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         metavar='DIR',
         help='folder for the table and the pictures (default: %(default)s)',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='change settings of the configs',
-    )
+    add_cfg_options(parser, 'change settings of the configs')
     return parser.parse_args(argv)
 
 

@@ -18,7 +18,6 @@ Example:
 import argparse
 from pathlib import Path
 
-from mmengine.config import DictAction
 from mmengine.utils import ProgressBar
 
 import mmela  # noqa: F401
@@ -34,7 +33,7 @@ from mmela.analysis.inputs import (
     load_network,
     validation_loader,
 )
-from mmela.command_line import one_line
+from mmela.command_line import add_cfg_options, one_line
 from mmela.engine.tables import decision_table
 from mmela.pruning import PruningDecision
 from mmela.structure import attention_stages
@@ -64,14 +63,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         '--device', help='such as cpu or cuda:0 (default: an accelerator, if any)'
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='change settings of the config',
-    )
+    add_cfg_options(parser)
     return parser.parse_args(argv)
 
 

@@ -22,7 +22,7 @@ from mmengine.runner import Runner
 from mmengine.utils import track_iter_progress
 
 import mmela  # noqa: F401
-from mmela.command_line import one_line
+from mmela.command_line import add_cfg_options, one_line
 from mmela.convert.networks import load_fitting, open_network
 from mmela.engine.tables import decision_table
 from mmela.hooks import NetworkKLMeter
@@ -56,14 +56,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         '--reduction', default='mean_kl', choices=['mean_kl', 'mean_distribution']
     )
     parser.add_argument('--keep-value', action='store_true')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='change settings of the config',
-    )
+    add_cfg_options(parser)
     return parser.parse_args(argv)
 
 
