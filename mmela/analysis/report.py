@@ -54,10 +54,7 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
     pictures.mkdir(exist_ok=True)
 
     def inline(plot: Plot, name: str) -> Tuple[str, ...]:
-        return tuple(
-            'data:image/png;base64,' + base64.b64encode(path.read_bytes()).decode()
-            for path in draw(plot, pictures / f'{name}.png')
-        )
+        return tuple(_embedded(p) for p in draw(plot, pictures / f'{name}.png'))
 
     steps = run.step_times()
     decisions = []
@@ -133,11 +130,12 @@ def _detections(work_dir: Path, comparison: dict, inline: Callable) -> dict:
     for entry in comparison['shown'] if comparison else ():
         if comparison['kind'] == 'detections':
             entry['sources'] = {
-                side: _jpeg(work_dir / FOLDER / check_name(name))
+                side: _embedded(work_dir / FOLDER / check_name(name))
                 for side, name in entry['pictures'].items()
             }
         else:
-            entry['source'] = _jpeg(work_dir / FOLDER / check_name(entry['picture']))
+            name = check_name(entry['picture'])
+            entry['source'] = _embedded(work_dir / FOLDER / name)
     values = [{x['label']: x for x in side['per_class']} for side in sides.values()]
     labels = sorted({label for some in values for label in some})
     per_class = [
@@ -166,8 +164,10 @@ def _detections(work_dir: Path, comparison: dict, inline: Callable) -> dict:
     )
 
 
-def _jpeg(path: Path) -> str:
-    return 'data:image/jpeg;base64,' + base64.b64encode(path.read_bytes()).decode()
+def _embedded(path: Path) -> str:
+    """Address of a picture that holds it, for a page that opens offline."""
+    kind = 'png' if path.suffix == '.png' else 'jpeg'
+    return f'data:image/{kind};base64,' + base64.b64encode(path.read_bytes()).decode()
 
 
 def read_analyses(work_dir: Path) -> List[Tuple[Path, str, str, dict]]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 
 from mmela.structure import prune
 
@@ -51,3 +51,22 @@ def classifier(**kwargs):
         ),
         test_dataloader=dict(dataset=dict(pipeline=pipeline)),
     )
+
+
+def transformer(head='VisionTransformerClsHead', **kwargs):
+    """A vision transformer of MMPretrain on 4x4 patches and more, in eval mode."""
+    init_default_scope('mmpretrain')
+    torch.manual_seed(0)
+    arch = dict(embed_dims=12, num_layers=2, num_heads=3, feedforward_channels=16)
+    model = MODELS.build(
+        dict(
+            type='ImageClassifier',
+            backbone=dict(
+                dict(type='VisionTransformer', arch=arch, img_size=32, patch_size=8),
+                **kwargs,
+            ),
+            head=head and dict(type=head, num_classes=5, in_channels=12),
+            data_preprocessor=dict(mean=[127.5] * 3, std=[50.0] * 3),
+        )
+    )
+    return model.eval()

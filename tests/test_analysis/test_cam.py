@@ -18,6 +18,7 @@ from mmela.analysis import cam  # noqa: E402
 from mmela.analysis.drawing import draw_over_image  # noqa: E402
 from mmela.analysis.inputs import input_picture  # noqa: E402
 from mmela.structure import prune  # noqa: E402
+from tests.helpers.networks import transformer  # noqa: E402
 
 
 @pytest.fixture
@@ -177,25 +178,6 @@ def test_blocks_of_other_backbones():
     model.backbone.eval()
     model.backbone(torch.randn(1, 3, 32, 32))
     assert outputs[0].shape[1] == cam.channel_count(model, names[-1])
-
-
-def transformer(**kwargs):
-    init_default_scope('mmpretrain')
-    torch.manual_seed(0)
-    arch = dict(embed_dims=12, num_layers=2, num_heads=3, feedforward_channels=16)
-    model = MODELS.build(
-        dict(
-            type='ImageClassifier',
-            backbone=dict(
-                dict(type='VisionTransformer', arch=arch, img_size=32, patch_size=8),
-                **kwargs,
-            ),
-            head=dict(type='VisionTransformerClsHead', num_classes=5, in_channels=12),
-            data_preprocessor=dict(mean=[127.5] * 3, std=[50.0] * 3),
-        )
-    )
-    model.eval()
-    return model
 
 
 def test_tokens_equal_the_librarys():

@@ -9,25 +9,12 @@ from torch import nn
 
 pytest.importorskip('mmpretrain')
 
-from mmengine.registry import MODELS, init_default_scope  # noqa: E402
-
 from mmela.analysis.patch_attention import patch_attention  # noqa: E402
+from tests.helpers.networks import transformer  # noqa: E402
 
 
 def network(**kwargs):
-    init_default_scope('mmpretrain')
-    torch.manual_seed(0)
-    arch = dict(embed_dims=12, num_layers=2, num_heads=3, feedforward_channels=16)
-    model = MODELS.build(
-        dict(
-            type='ImageClassifier',
-            backbone=dict(
-                dict(type='VisionTransformer', arch=arch, img_size=32, patch_size=8),
-                **kwargs,
-            ),
-            data_preprocessor=dict(mean=[127.5] * 3, std=[50.0] * 3),
-        )
-    )
+    model = transformer(None, **kwargs)
     for parameter in model.parameters():  # or all weights would be about the same
         nn.init.normal_(parameter, std=0.5)
     return model
