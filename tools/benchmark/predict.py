@@ -41,6 +41,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from mmela.layers import mrla_base
+
 from .common import autocast, format_table, positive, write_results
 from .networks import (
     DETECTORS,
@@ -263,16 +265,22 @@ def fused(operators: Sequence[Operator]) -> Iterator[Tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def kernels_counted() -> Iterator[None]:
-    """Within, backend='triton' counts what its kernels would do."""
-    try:
-        from mmela.ops import triton_kernels
-    except ImportError:  # no Triton: no variant of it either
-        yield
-        return
-    with patch.multiple(
-        triton_kernels, works=lambda *args: True, LayerWeightedSum=OnePass
-    ):
+def as_on_a_gpu() -> Iterator[None]:
+    """Within, a GPU's operators are counted, which the tensors here are not on.
+
+    Sum and norm are not one function, as on a CPU, and backend='triton' counts what
+    its kernels would do.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(mrla_base, 'can_norm_sum', lambda *_: False))
+        with contextlib.suppress(ImportError):  # no Triton: no variant of it either
+            from mmela.ops import triton_kernels
+
+            stack.enter_context(
+                patch.multiple(
+                    triton_kernels, works=lambda *args: True, LayerWeightedSum=OnePass
+                )
+            )
         yield
 
 
@@ -326,7 +334,7 @@ def record(variant: str, args: argparse.Namespace, compiled: bool) -> dict:
         for recorder in (Recorder(), Recorder()):  # the first makes its state
             optimizer.zero_grad(set_to_none=True)
             OnePass.recorder = recorder
-            with recorder, kernels_counted():
+            with recorder, as_on_a_gpu():
                 with autocast(torch.device('cpu'), args.dtype):
                     loss = features_of(model, args, x)
                 loss.backward()
