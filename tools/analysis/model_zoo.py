@@ -16,7 +16,6 @@ Example:
 import argparse
 import logging
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
@@ -27,7 +26,7 @@ from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mmengine.utils import ProgressBar
 from torch import nn
 
-from mmela.analysis.complexity import count_flops
+from mmela.analysis.complexity import ForImages, count_flops
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = ROOT / 'configs' / 'papers.yml'
@@ -208,20 +207,7 @@ def count_parameters(folder: str, model: nn.Module) -> float:
 
 def count_macs(model: nn.Module, size: Sequence[int]) -> float:
     """Billions of multiply-adds for one image of (height, width)."""
-    if model.__class__.__module__.startswith('mmdet'):
-        from mmdet.structures import DetDataSample
-
-        sample = DetDataSample(
-            metainfo=dict(
-                img_shape=size,
-                ori_shape=size,
-                pad_shape=size,
-                batch_input_shape=size,
-                scale_factor=(1, 1),
-            )
-        )
-        model.forward = partial(model.forward, data_samples=[sample])
-    return count_flops(model, size) / 1e9
+    return count_flops(ForImages(model), size) / 1e9
 
 
 def parameters_agree(row: dict, count: float) -> bool:
