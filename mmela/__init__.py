@@ -14,7 +14,7 @@ allow_checkpoint_classes()
 keep_loading_safe()
 register_loaders()
 
-from . import hooks, layers  # noqa: E402  (registration)
+from . import baselines, hooks, layers  # noqa: E402  (registration)
 from .attach import attach_layer_attention  # noqa: E402
 from .engine import rewrap_after_loading  # noqa: E402
 from .registry import LAYER_ATTENTIONS, register_backbones  # noqa: E402
@@ -26,6 +26,7 @@ __all__ = [
     'LAYER_ATTENTIONS',
     '__version__',
     'attach_layer_attention',
+    'baselines',
     'hooks',
     'layers',
     'register_backbones',

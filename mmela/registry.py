@@ -6,6 +6,8 @@ from typing import Union
 
 from mmengine.registry import MODELS, Registry
 
+from .arguments import did_you_mean
+
 LAYER_ATTENTIONS = Registry('layer attention', parent=MODELS, scope='mmela')
 """Registry: Layer attentions, a child of mmengine's ``MODELS``:
 ``dict(type='MRLABase')`` within ``layer_attention``,
@@ -27,8 +29,11 @@ def find_layer_attention(type: Union[str, type]) -> type:
     found = LAYER_ATTENTIONS.get(type) if isinstance(type, str) else type
     if not isclass(found):  # a function, which builds backbones
         classes = LAYER_ATTENTIONS.module_dict.items()
-        names = ', '.join(sorted(name for name, kind in classes if isclass(kind)))
-        raise KeyError(f'there is no layer attention {type!r}; allowed are {names}')
+        names = sorted(name for name, kind in classes if isclass(kind))
+        raise KeyError(
+            f'there is no layer attention {type!r}{did_you_mean(type, names)}; allowed '
+            f'are {", ".join(names)}'
+        )
     return found
 
 

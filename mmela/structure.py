@@ -1,11 +1,51 @@
 """The layer attentions of a model: where they are, and pruning them."""
 
-from typing import Dict, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Callable, Dict, Iterable, List, Optional, Sequence
 
 from mmengine.model import is_model_wrapper
-from torch import nn
+from torch import Tensor, nn
 
-from .layers import AttentionStage, AttentionState, LayerAttention
+from .arguments import did_you_mean
+from .layers import AttentionState, LayerAttention
+from .layers.stage import Stage
+
+
+@dataclass
+class AttentionStage:
+    """The layer attentions of a stage, as they are in a model.
+
+    Attributes:
+        name (str): Name of the stage in the model, such as ``backbone.layer1``.
+        network (str): Name of the network in the model that was given its
+            attentions, such as ``backbone``; empty for the model itself.
+        place (Stage): What its attentions have in common.
+        named (dict[str, LayerAttention]): Its attentions by their names in the
+            model, in the order of the forward pass, pruned ones too.
+        blocks (dict[str, nn.Module]): All blocks of the stage by their names in
+            the model, those without an attention too.
+    """
+
+    name: str
+    network: str
+    place: Stage
+    named: Dict[str, LayerAttention] = field(default_factory=dict)
+    blocks: Dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def attentions(self) -> List[LayerAttention]:
+        """list[LayerAttention]: The attentions, in order."""
+        return list(self.named.values())
+
+    @property
+    def observer(self) -> Optional[Callable[[List[Tensor]], None]]:
+        """callable | None: Called after each forward pass with the scores of the
+        active attentions, a list of (B, G, t) tensors without gradient."""
+        return self.place.observer
+
+    @observer.setter
+    def observer(self, observer: Optional[Callable[[List[Tensor]], None]]) -> None:
+        self.place.observer = observer
 
 
 def attention_stages(model: nn.Module) -> Dict[str, AttentionStage]:
@@ -20,11 +60,61 @@ def attention_stages(model: nn.Module) -> Dict[str, AttentionStage]:
     """
     if is_model_wrapper(model):
         model = model.module
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, AttentionStage) and module.attentions
-    }
+    found: Dict[int, AttentionStage] = {}
+    modules = dict(model.named_modules())
+    for block_name, block in modules.items():
+        attention = getattr(block, 'layer_attn', None)
+        if not isinstance(attention, LayerAttention) or attention.place is None:
+            continue
+        place = attention.place
+        name = f'{block_name}.layer_attn' if block_name else 'layer_attn'
+        network = block_name[: -len(place.block)].rstrip('.')
+        if not block_name.endswith(place.block):
+            network = ''  # a part of the network, in another
+        stage = found.setdefault(
+            id(place.stage), AttentionStage('', network, place.stage)
+        )
+        stage.named[name] = attention
+    networks = list(dict.fromkeys(stage.network for stage in found.values()))
+    stages = sorted(
+        found.values(), key=lambda s: (networks.index(s.network), s.place.number)
+    )
+    for stage in stages:
+        order = sorted(stage.named, key=lambda name: stage.named[name].place.index)
+        stage.named = {name: stage.named[name] for name in order}
+        prefix = f'{stage.network}.' if stage.network else ''
+        names = [prefix + name for name in stage.place.blocks]
+        if not all(name in modules for name in names):
+            names = [name.rpartition('.')[0] for name in order]
+        stage.blocks = {name: modules[name] for name in names}
+    return _named(stages)
+
+
+def _named(stages: Sequence[AttentionStage]) -> Dict[str, AttentionStage]:
+    """Stages by the names that their blocks have in common, such as ``layer1``.
+
+    Where several have the same, the numbers of their blocks tell them apart:
+    ``layers.0-3``.
+    """
+    parts = [[name.split('.')[:-1] for name in stage.named] for stage in stages]
+    common = []
+    for names in parts:
+        shared = 0
+        for values in zip(*(name[:-1] for name in names)):
+            if len(set(values)) > 1:
+                break
+            shared += 1
+        common.append('.'.join(names[0][:shared]))
+    result = {}
+    for stage, names, name in zip(stages, parts, common):
+        if common.count(name) > 1 or not name:
+            depth = len(name.split('.')) if name else 0
+            first, last = ('.'.join(part[depth:]) for part in (names[0], names[-1]))
+            span = first if first == last else f'{first}-{last}'
+            name = f'{name}.{span}' if name else span
+        stage.name = name
+        result[name] = stage
+    return result
 
 
 def layer_attentions(model: nn.Module) -> Dict[str, LayerAttention]:
@@ -38,29 +128,30 @@ def layer_attentions(model: nn.Module) -> Dict[str, LayerAttention]:
         e.g. ``backbone.layer1.0.layer_attn``.
     """
     return {
-        f'{stage_name}.{name}' if stage_name else name: attention
-        for stage_name, stage in attention_stages(model).items()
-        for name, attention in stage.named_attentions().items()
+        name: attention
+        for stage in attention_stages(model).values()
+        for name, attention in stage.named.items()
     }
 
 
-def network_of(model: nn.Module, stage_name: str) -> str:
-    """Name of the network that owns a stage, such as ``student.backbone``.
+def unreached(model: nn.Module) -> List[str]:
+    """Active layer attentions that no forward pass has come to.
+
+    After the first training pass there should be none: an attention may be in a
+    part of the network that does not run, or its block may be called by another
+    method than its forward.
 
     Args:
-        model (nn.Module): A model, not wrapped.
-        stage_name (str): As of :func:`attention_stages`.
+        model (nn.Module): A model, wrapped for distributed training or not.
 
     Returns:
-        str: Name of the nearest module around the stage that is more than a
-        list of modules; empty for the model itself.
+        list[str]: Their names.
     """
-    name = stage_name.rpartition('.')[0]
-    while isinstance(
-        model.get_submodule(name), (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-    ):
-        name = name.rpartition('.')[0]
-    return name
+    return [
+        name
+        for name, attention in layer_attentions(model).items()
+        if attention.active and not attention.reached
+    ]
 
 
 def trained_stages(
@@ -87,7 +178,7 @@ def trained_stages(
         for name, stage in attention_stages(model).items()
         if any(
             id(param) in updated
-            for param in model.get_submodule(network_of(model, name)).parameters()
+            for param in model.get_submodule(stage.network).parameters()
         )
     }
 
@@ -97,22 +188,46 @@ def prune(model: nn.Module, names: Sequence[str], keep_value: bool = False) -> N
 
     Args:
         model (nn.Module): A model, wrapped for distributed training or not.
-        names (Sequence[str]): Names as of :func:`layer_attentions`.
+        names (Sequence[str]): Names as of :func:`layer_attentions`, or of the
+            blocks, as in the table that attaching them prints.
         keep_value (bool): Let later attentions still see the key and value.
             What no later attention of the stage would see goes all the same:
             its parameters would get no gradient, which distributed training
             waits for. Defaults to False.
 
     Raises:
-        KeyError: If there is no layer attention of a name.
+        KeyError: If there is no layer attention of a name; nothing is pruned then.
     """
     attentions = layer_attentions(model)
     state = AttentionState.VALUE_ONLY if keep_value else AttentionState.PRUNED
-    for name in names:
-        attention = attentions[name]
+    for attention in [find_attention(attentions, name) for name in names]:
         attention.attention_state = max(attention.attention_state, state)
     for stage in attention_stages(model).values():
         for attention in reversed(stage.attentions):
             if attention.active:
                 break
             attention.attention_state = AttentionState.PRUNED
+
+
+def find_attention(
+    attentions: Dict[str, LayerAttention], name: str
+) -> LayerAttention:
+    """A layer attention by its name or by that of its block.
+
+    Args:
+        attentions (dict[str, LayerAttention]): Of :func:`layer_attentions`.
+        name (str): The name.
+
+    Returns:
+        LayerAttention: The attention.
+
+    Raises:
+        KeyError: If there is none; the message lists those that there are.
+    """
+    for full in (name, f'{name}.layer_attn'):
+        if full in attentions:
+            return attentions[full]
+    raise KeyError(
+        f'there is no layer attention {name!r}{did_you_mean(name, attentions)}; there '
+        f'are {", ".join(attentions) or "none"}'
+    )

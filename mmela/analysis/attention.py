@@ -4,14 +4,14 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..hooks.meter import NetworkKLMeter, check_measurement
-from ..layers import AttentionState, HookedAttentionStage, LayerAttention
+from ..layers import AttentionState, LayerAttention
 from ..pruning import LayerDecision, PruningPolicy, build_policy
 from ..structure import AttentionStage, attention_stages
 from .keys import KeyRecorder
@@ -64,19 +64,10 @@ class StageRecorder:
             if attention is not None and attention.active
         ]
         self._first = min(active, default=-1)
-        hooked = isinstance(self.stage, HookedAttentionStage)
-        blocks = stage_blocks(self.stage)
-        for index, (block, attention) in enumerate(blocks):
+        for index, (block, attention) in enumerate(stage_blocks(self.stage)):
+            # Its attention runs before all other hooks of the block.
             record = partial(self._record_feature, index)
-            # With what the attention has added: in a hook of the block that ran
-            # before this one, or else between this block and the next.
-            if hooked:
-                handle = block.register_forward_hook(record)
-            elif index + 1 < len(blocks):
-                handle = blocks[index + 1][0].register_forward_pre_hook(record)
-            else:
-                handle = self.stage.register_forward_hook(record)
-            self._handles.append(handle)
+            self._handles.append(block.register_forward_hook(record))
             query = getattr(attention, 'query', None)
             if query is not None and attention.active:
                 self._handles.append(
@@ -106,13 +97,10 @@ class StageRecorder:
             mean.add(score.double().softmax(-1))
 
     def _record_feature(
-        self,
-        index: int,
-        module: nn.Module,
-        args: tuple,
-        output: Optional[Tensor] = None,
+        self, index: int, module: nn.Module, args: tuple, output: Any
     ) -> None:
-        feature = (args[0] if output is None else output).detach()
+        attention = getattr(module, 'layer_attn', None) or self.stage.attentions[0]
+        feature = attention.place.features.get(output).detach()
         (last, before), self._feature = self._feature, (index, feature)
         # Otherwise it is of another forward pass.
         if last == index - 1 >= 0 and before.shape == feature.shape:
@@ -155,14 +143,14 @@ def stage_blocks(
     """Blocks of a stage and their attentions.
 
     Args:
-        stage (AttentionStage): A stage of any kind.
+        stage (AttentionStage): A stage.
 
     Returns:
         list[tuple[nn.Module, LayerAttention | None]]: In order.
     """
-    if isinstance(stage, HookedAttentionStage):
-        return [(block, stage.attention_of(i)) for i, block in enumerate(stage.blocks)]
-    return [(block, getattr(block, 'layer_attn', None)) for block in stage]
+    return [
+        (block, getattr(block, 'layer_attn', None)) for block in stage.blocks.values()
+    ]
 
 
 def effective_contributions(lambdas: Sequence[Tensor]) -> Tensor:
@@ -452,8 +440,7 @@ def _judge(
     }
     layers = []
     for stage_name, stage in meter.stages.items():
-        for name, attention in stage.named_attentions().items():
-            name = f'{stage_name}.{name}'
+        for name, attention in stage.named.items():
             gone = reasons.get(attention.attention_state, '')
             layers.append(
                 known.get(name) or LayerDecision(name, stage_name, reason=gone)

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import AttentionStage, HookedAttentionStage, TokenAttentionStage
 from ..structure import attention_stages
 from .attention import measure_attention, stage_blocks
 from .patch_attention import PatchSize, is_transformer, layer_names
@@ -181,23 +180,6 @@ def is_detector(model: nn.Module) -> bool:
     )
 
 
-class NextInput:
-    """What a block hands to the next one, for forward hooks.
-
-    Args:
-        block (nn.Module): The next block.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
-
-    def register_forward_hook(self, hook: Callable):
-        """Have a hook see the input of the block as if it were an output."""
-        return self.block.register_forward_pre_hook(
-            lambda module, args: hook(module, args, args[0])
-        )
-
-
 class TokensAsMap:
     """What a transformer layer puts out, as a map of patches, for forward hooks.
 
@@ -237,7 +219,7 @@ def target_layers(model: nn.Module) -> Dict[str, Any]:
             layer attention, or a vision transformer of MMPretrain such as DeiT.
 
     Returns:
-        dict[str, nn.Module | NextInput | TokensAsMap]: By the name of the block
+        dict[str, nn.Module | TokensAsMap]: By the name of the block
         in the backbone, such as ``layer1.2``, in order: what a forward hook sees
         the output of the block with that of its layer attention at.
 
@@ -247,23 +229,15 @@ def target_layers(model: nn.Module) -> Dict[str, Any]:
     backbone = getattr(model, 'backbone', nn.Module())
     layers: Dict[str, Any] = {}
     for name in getattr(backbone, 'res_layers', ()):
-        stage = getattr(backbone, name)
-        blocks = list(stage)
-        # The stage adds what an attention retrieves, after the block.
-        outputs = [*map(NextInput, blocks[1:]), stage]
-        if not isinstance(stage, AttentionStage):
-            outputs = blocks
-        layers.update({f'{name}.{i}': layer for i, layer in enumerate(outputs)})
+        blocks = enumerate(getattr(backbone, name))
+        layers.update({f'{name}.{index}': block for index, block in blocks})
     if layers:
         return layers
     if is_transformer(backbone):
         return {name: TokensAsMap(backbone, name) for name in layer_names(backbone)}
-    names = {module: name for name, module in backbone.named_modules()}
     for stage in attention_stages(backbone).values():
-        if isinstance(stage, HookedAttentionStage) and not isinstance(
-            stage, TokenAttentionStage
-        ):
-            layers.update({names[block]: block for block in stage.blocks})
+        if stage.attentions[0].place.features.layout == 'BCHW':
+            layers.update(stage.blocks)
     if not layers:
         raise ValueError(
             f'the backbone of {type(model).__name__} has no '

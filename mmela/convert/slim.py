@@ -7,14 +7,13 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..attach import AttachedStages
 from ..compat.loaders import write_safetensors
 from ..hooks import LayerAttentionPruningHook
-from ..layers import AttentionState
-from ..structure import layer_attentions
+from ..layers import AttentionState, LayerAttention
+from ..structure import attention_stages, layer_attentions
 from .networks import load_fitting, open_network
 
-AttentionBlocks = Dict[str, List[List[Union[int, str]]]]
+AttentionBlocks = Dict[str, List[List[str]]]
 # What of a checkpoint's `meta` outlives the training
 KEPT_META = ('dataset_meta', 'epoch', 'iter')
 
@@ -26,7 +25,7 @@ class SlimNetwork(NamedTuple):
         cfg (Config): Its config.
         state_dict (dict[str, Tensor]): Its state dict.
         meta (dict): What is known of its data set and training.
-        blocks (dict[str, list[list[int | str]]]): The blocks that still have
+        blocks (dict[str, list[list[str]]]): The blocks that still have
             an attention, as of :func:`slim_state_dict`.
         before (dict[str, Tensor]): The state dict that it was made from.
         attentions (int): Number of attentions in that.
@@ -125,36 +124,39 @@ def slim_state_dict(model: nn.Module) -> Tuple[Dict[str, Tensor], AttentionBlock
         model (nn.Module): A network with layer attentions.
 
     Returns:
-        tuple[dict[str, Tensor], dict[str, list[list[int | str]]]]: The state
-        dict without the keys of pruned attentions, and the blocks that still
-        have an attention: for each backbone, by its name in the network such
-        as ``backbone``, a list of block indices per stage. Or of names, of a
-        backbone that :func:`mmela.attach_layer_attention` gave attentions.
+        tuple[dict[str, Tensor], dict[str, list[list[str]]]]: The state dict
+        without the keys of pruned attentions, and ``blocks`` of
+        :func:`mmela.attach_layer_attention` for each backbone, by its name in the
+        network such as ``backbone``: the names of the blocks of each stage, those
+        without an attention after a ``'!'``.
 
     Raises:
         ValueError: If there is no layer attention in the network.
     """
-    attentions = layer_attentions(model)
-    if not attentions:
+    stages = attention_stages(model)
+    if not stages:
         raise ValueError('the network has no layer attention')
-    pruned = tuple(
-        f'{name}.'
-        for name, attention in attentions.items()
-        if attention.attention_state == AttentionState.PRUNED
-    )
-    state_dict = {
-        key: value
-        for key, value in model.state_dict().items()
-        if not key.startswith(pruned)
-    }
+    state_dict = dict(model.state_dict())
     blocks: AttentionBlocks = {}
-    for name, module in model.named_modules():
-        if hasattr(module, 'remaining_attention_blocks'):
-            blocks[name] = module.remaining_attention_blocks()
-        elif isinstance(module, AttachedStages):
-            # Those of a class of mmela are named by it already
-            blocks.setdefault(name.rpartition('.')[0], module.remaining_blocks())
+    for stage in stages.values():
+        kept = set()
+        for name, attention in stage.named.items():
+            pruned = attention.attention_state == AttentionState.PRUNED
+            if pruned and not _holds_shared(attention, stage.attentions):
+                for key in [k for k in state_dict if k.startswith(f'{name}.')]:
+                    del state_dict[key]
+            else:
+                kept.add(attention.place.block)
+        names = [n if n in kept else f'!{n}' for n in stage.place.blocks]
+        blocks.setdefault(stage.network, []).append(names)
     return state_dict, blocks
+
+
+def _holds_shared(attention: LayerAttention, stage: List[LayerAttention]) -> bool:
+    """Whether others that are not pruned use what an attention holds for all."""
+    return any(hasattr(attention, name) for name in attention.shared) and any(
+        other.attention_state != AttentionState.PRUNED for other in stage
+    )
 
 
 def slim_config(cfg: Config, blocks: AttentionBlocks) -> Config:
@@ -164,7 +166,7 @@ def slim_config(cfg: Config, blocks: AttentionBlocks) -> Config:
 
     Args:
         cfg (Config): Config of the network.
-        blocks (dict[str, list[list[int | str]]]): What :func:`slim_state_dict`
+        blocks (dict[str, list[list[str]]]): What :func:`slim_state_dict`
             returns.
 
     Returns:
@@ -182,8 +184,8 @@ def slim_config(cfg: Config, blocks: AttentionBlocks) -> Config:
             raise ValueError(
                 f'the network has a backbone {name}, but its config has none there'
             )
-        attached = any(isinstance(block, str) for stage in stages for block in stage)
-        node['blocks' if attached else 'attention_blocks'] = stages
+        node.pop('attention_blocks', None)  # of versions before 0.2
+        node['blocks'] = stages
     cfg['custom_hooks'] = [
         hook for hook in cfg.get('custom_hooks') or [] if not _is_pruning_hook(hook)
     ]

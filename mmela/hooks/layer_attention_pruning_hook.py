@@ -156,9 +156,9 @@ class LayerAttentionPruningHook(Hook):
             runner.model, trained_parameters(runner), self.followers, runner.logger
         )
         self._attentions = {
-            check_name(f'{stage_name}.{name}'): attention
-            for stage_name, stage in self._stages.items()
-            for name, attention in stage.named_attentions().items()
+            check_name(name): attention
+            for stage in self._stages.values()
+            for name, attention in stage.named.items()
         }
         active = self._count_active()
         runner.visualizer.add_scalars(

@@ -8,7 +8,6 @@ from ..structure import (
     AttentionStage,
     attention_stages,
     layer_attentions,
-    network_of,
     trained_stages,
 )
 
@@ -70,8 +69,8 @@ def measured_stages(
             'for, as in ResNet-50.'
         )
     frozen = {
-        network_of(model, name) or 'the model'
-        for name in stages
+        stage.network or 'the model'
+        for name, stage in stages.items()
         if name not in trained and not any(_within(name, f) for f in followers)
     }
     for name in sorted(frozen):

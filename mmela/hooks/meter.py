@@ -41,7 +41,7 @@ def check_measurement(reduction: str, eps: float) -> None:
 class KLMeter:
     """Accumulates the redundancy of a stage's attentions over many batches.
 
-    It is the observer of an :class:`~mmela.layers.AttentionStage`. The sums
+    It is the observer of an :class:`~mmela.structure.AttentionStage`. The sums
     stay on the device in double precision; only :meth:`compute` waits for
     them.
 
@@ -67,7 +67,7 @@ class KLMeter:
         self.identity: List[str] = []
         seen = 0
         device = torch.device('cpu')
-        for name, attention in stage.named_attentions().items():
+        for name, attention in stage.named.items():
             seen += attention.attention_state != AttentionState.PRUNED
             if attention.active:
                 self.tokens[name] = seen
@@ -112,8 +112,8 @@ class KLMeter:
         """KL divergence of each active attention from its predecessor.
 
         Returns:
-            dict[str, Divergence | None]: By name within the stage; None for the
-            first, and for all where the stage has not run.
+            dict[str, Divergence | None]: By name; None for the first, and for all
+            where the stage has not run.
         """
         sums, count = self.sums[:-1].cpu(), self.sums[-1].cpu()
         if not count:
@@ -238,8 +238,8 @@ class NetworkKLMeter:
             none, as for the first of a stage.
         """
         return {
-            f'{stage}.{name}': value
-            for stage, meter in self.meters.items()
+            name: value
+            for meter in self.meters.values()
             for name, value in meter.compute().items()
         }
 

@@ -3,32 +3,20 @@
 import math
 from abc import ABCMeta, abstractmethod
 from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_activation_layer, build_norm_layer
 from mmcv.cnn.bricks import DropPath
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from ..arguments import check_arguments
 from ..ops import is_compiling
 from ..ops.normed_sum import relu_open_at_zero
-
-
-class AttentionState(IntEnum):
-    """What is left of a layer attention.
-
-    The value is what a checkpoint holds under ``layer_attn.state``.
-    """
-
-    ACTIVE = 0
-    """Nothing is pruned."""
-    VALUE_ONLY = 1
-    """Retrieves nothing, but later layers still see its key and value."""
-    PRUNED = 2
-    """Removed whole: its block is a plain residual block."""
+from .state import AttentionState, decode, decode_text, encode, encode_text
 
 
 @dataclass
@@ -41,17 +29,30 @@ class StageMemory:
         scores (list[Tensor]): Scaled scores before the softmax of each active
             attention so far, (B, G, t) with ``t`` the number of tokens that it
             attends over; empty where attentions weigh no layers.
+        first (LayerAttention, optional): The first attention of the stage, which
+            holds what the attentions of a stage share. Defaults to None.
     """
 
     scores: List[Tensor] = field(default_factory=list)
+    first: Optional['LayerAttention'] = None
 
 
-class LayerAttention(BaseModule, metaclass=ABCMeta):
+class _LayerAttentionMeta(ABCMeta):
+    """Checks arguments before a constructor runs, and signs what it has made."""
+
+    def __call__(cls, *args, **kwargs):
+        check_arguments(cls, kwargs)
+        attention = super().__call__(*args, **kwargs)
+        attention.register_buffer('signature', encode_text(attention.fingerprint()))
+        return attention
+
+
+class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
     """Layer attention of one residual block.
 
-    A subclass has the formula in :meth:`forward` and beside it, as ``Memory``,
-    what the blocks of a stage share for it. Its stage adds the result to the
-    output of the block and sees to what is pruned.
+    A subclass has the formula in :meth:`attend` and beside it, as ``Memory``,
+    what the blocks of a stage share for it. The hooks of its block call
+    :meth:`update`.
 
     Args:
         channels (int): Channels ``C`` of the block's output.
@@ -60,7 +61,13 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
             in training. Defaults to 0.
         init_cfg (dict, optional): Initialization config. Defaults to None.
 
+    Attributes:
+        place (Place, optional): Where it is in its network, see
+            :class:`mmela.layers.stage.Place`. None outside of one.
+        taps (dict[str, str]): What :meth:`connect` returned.
+
     Raises:
+        TypeError: If an argument is unknown or of another type.
         ValueError: If ``channels`` is no multiple of ``head_dim`` or
             ``drop_path`` is not in [0, 1).
     """
@@ -71,44 +78,28 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
     """bool: Whether the attention yields a distribution over layers, which is
     what redundancy is measured on."""
 
-    takes_block = False
-    """bool: Whether the constructor takes the index of the block in its
-    stage, as ``block``."""
-
     needs_identity = False
-    """bool: Whether the stage shall hand over the identity input of the
-    block, as ``memory.identity``."""
+    """bool: Whether it needs the identity input of the block, as
+    ``memory.identity``."""
 
     crosses_stages = False
     """bool: Whether the first attention of a stage takes over the memory of
-    the stage before, as ``memory.before``. Its constructor then takes
-    ``previous_channels`` and ``stride``."""
-
-    replaces = False
-    """bool: Whether what is retrieved takes the place of the block's output
-    instead of being added to it."""
-
-    before_sum = False
-    """bool: Whether it works within the block instead of after it, see
-    :meth:`connect`; the stage then adds nothing to the block's output."""
-
-    needs_memory = True
-    """bool: Whether it has any use for the memory, if it is ``before_sum``."""
+    the stage before, as ``memory.before``."""
 
     shared: Tuple[str, ...] = ()
     """tuple[str]: Submodules that the attentions of a stage have in common and
-    the first of them holds. The constructor of the others takes that one as
-    ``first``."""
-
-    random_start: Optional[Tensor] = None
-    """Tensor | None: Weights of query and key as they were drawn."""
+    the first of them holds, which is ``memory.first`` for the others. Those are
+    made with ``owns_shared=False``."""
 
     used_by_value: Tuple[str, ...] = ()
     """tuple[str]: Submodules that ``VALUE_ONLY`` still uses."""
 
+    random_start: Optional[Tensor] = None
+    """Tensor | None: Weights of query and key as they were drawn."""
+
     scale: Optional[nn.Parameter]
-    """nn.Parameter: Factor per channel, (C,), which the stage applies to what
-    is retrieved; None for none."""
+    """nn.Parameter: Factor per channel, (C,), of what is retrieved; None for
+    none."""
 
     def __init__(
         self,
@@ -131,27 +122,34 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
         self.num_heads = channels // head_dim
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.register_parameter('scale', None)
+        self.place: Any = None
+        self.taps: Dict[str, str] = {}
+        self.loaded = False  # from a checkpoint
         self._state = AttentionState.ACTIVE
         self._disabled: List[str] = []
         # The state travels in the checkpoint as a buffer; the forward pass
-        # reads `_state`, so that it never waits for the device.
-        self.register_buffer('state', torch.tensor(0, dtype=torch.uint8))
-        self._seen = self._state_version()
+        # reads `_state`, so that it does not wait for the device.
+        self.register_buffer('state', torch.tensor(encode(AttentionState.ACTIVE)))
+        self._note_state()
 
-    @classmethod
-    def would_need_identity(cls, arguments: dict) -> bool:
-        """Whether an attention with these arguments has ``needs_identity``.
+    def forward(self, x: Tensor, memory: Optional[StageMemory] = None) -> Tensor:
+        """Extend the memory and attend over it.
+
+        Without a memory ``x`` is returned: a block that loops over its children
+        runs its attention as one of them.
 
         Args:
-            arguments (dict): Arguments of the constructor.
+            x (Tensor): Output ``X^t`` of the residual block, (B, C, H, W).
+            memory (StageMemory, optional): Memory of the stage, a ``Memory``.
+                Defaults to None.
 
         Returns:
-            bool: True if it has. To be overridden where they decide.
+            Tensor: What the block retrieves, (B, C, H, W).
         """
-        return cls.needs_identity
+        return x if memory is None else self.attend(x, memory)
 
     @abstractmethod
-    def forward(self, x: Tensor, memory: StageMemory) -> Tensor:
+    def attend(self, x: Tensor, memory: Any) -> Tensor:
         """Extend the memory and attend over it.
 
         Args:
@@ -159,11 +157,11 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
             memory (StageMemory): Memory of the stage, a ``Memory``.
 
         Returns:
-            Tensor: What the block retrieves, (B, C, H, W). Its stage adds that
-            to ``x``, with stochastic depth.
+            Tensor: What the block retrieves, (B, C, H, W); :meth:`update` adds
+            that to ``x``, with stochastic depth.
         """
 
-    def store(self, x: Tensor, memory: StageMemory) -> None:
+    def store(self, x: Tensor, memory: Any) -> Any:
         """Extend the memory without attending over it (``VALUE_ONLY``).
 
         Args:
@@ -175,18 +173,71 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
         """
         raise NotImplementedError(f'{type(self).__name__} has no key and value to keep')
 
-    def connect(self, block: nn.Module) -> List[Tuple[nn.Module, str]]:
+    def update(
+        self, features: Tensor, memory: Any, args: tuple, output: Any
+    ) -> Tensor:
+        """What a block passes on, after its attention as far as that is left.
+
+        Args:
+            features (Tensor): Features that the block returned, in its layout.
+            memory (StageMemory): Memory of the stage, a ``Memory``.
+            args (tuple): Arguments of the block.
+            output (Any): All that the block returned.
+
+        Returns:
+            Tensor: Features of the same shape; the same object where nothing is
+            done.
+        """
+        state = self.attention_state
+        if state == AttentionState.PRUNED:
+            return features
+        x = features
+        if state == AttentionState.VALUE_ONLY:
+            # The network has `features` and may write into it; the memory must not
+            # change with it.
+            x = features.clone()
+        layout = self.place.features
+        if layout.layout != 'BCHW' and hasattr(self, 'pre_norm'):
+            x = self.pre_norm(x)
+        x, restore = layout.to_map(x, args, output)
+        if state == AttentionState.VALUE_ONLY:
+            self.store(x, memory)
+            return features
+        retrieved = restore(self(x, memory))
+        if self.scale is not None:
+            # Here and not in `attend`, as it counts for class tokens too
+            scale = self.scale.to(retrieved.dtype)
+            on_maps = layout.layout == 'BCHW'
+            retrieved = retrieved * (scale[:, None, None] if on_maps else scale)
+        return self.combine(features, retrieved)
+
+    def combine(self, features: Tensor, retrieved: Tensor) -> Tensor:
+        """Put what is retrieved to the features of a block.
+
+        Args:
+            features (Tensor): Features of the block.
+            retrieved (Tensor): What its attention retrieves, of the same shape.
+
+        Returns:
+            Tensor: Of the same shape.
+        """
+        return features + self.drop_path(retrieved)
+
+    def connect(
+        self, block: nn.Module
+    ) -> Tuple[Dict[str, str], Dict[str, nn.Module]]:
         """Meet the block, for attentions that reach into it.
 
         Args:
-            block (nn.Module): The block.
+            block (nn.Module): The block, which is not changed here.
 
         Returns:
-            list[tuple[nn.Module, str]]: Submodules of the block, each with the
-            name of a method that takes the submodule's input, its output and
-            the memory, and returns what takes the place of the output.
+            tuple[dict[str, str], dict[str, nn.Module]]: By name of a submodule of
+            the block, the method that sees its output, see
+            :class:`mmela.layers.stage.Tap`; and what takes the place of
+            submodules.
         """
-        return []
+        return {}, {}
 
     # -- what is left of it --------------------------------------------------
 
@@ -194,6 +245,11 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
     def active(self) -> bool:
         """bool: Whether the attention is computed."""
         return self.attention_state == AttentionState.ACTIVE
+
+    @property
+    def reached(self) -> bool:
+        """bool: Whether a forward pass has come to it, where it has a place."""
+        return self.place is None or self.place.stage.reached[self.place.index]
 
     def movement(self) -> Optional[float]:
         """How far query and key have come from their random start.
@@ -207,22 +263,38 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
     @property
     def attention_state(self) -> AttentionState:
         """AttentionState: What is left of the attention."""
-        if not self.training and not is_compiling():
-            if self._state_version() != self._seen:
-                # Somebody wrote to the buffer: an averaged copy of the network
-                self.attention_state = AttentionState(int(self.state))
+        if not is_compiling() and self._state_changed():
+            # By somebody else: an averaged copy, a loader, another network's state
+            try:
+                self._state = decode(self.state)[0]
+            except ValueError as error:
+                where = self.place.block if self.place else type(self).__name__
+                raise ValueError(f'layer attention of {where}: {error}') from error
+            self._note_state()
         return self._state
 
     @attention_state.setter
     def attention_state(self, state: AttentionState) -> None:
         self._state = AttentionState(state)
-        self.state.fill_(int(self._state))
-        self._seen = self._state_version()
+        self.state.fill_(encode(self._state))
+        self._note_state()
         self._sync_requires_grad()
 
-    def _state_version(self) -> int:
-        """Changes whenever the buffer is written to; costs no synchronization."""
-        return 0 if self.state.is_inference() else self.state._version
+    def _note_state(self) -> None:
+        version = None if self.state.is_inference() else self.state._version
+        self._seen = self.state, version
+
+    def _state_changed(self) -> bool:
+        """Whether the buffer was written to; that costs no synchronization."""
+        seen, version = self._seen
+        if torch._C._functorch.is_functorch_wrapped_tensor(self.state):
+            return False  # under vmap it is no one value
+        if self.state is not seen:
+            # Replicas have the state of the network that they are of.
+            return not (self.state.is_meta or getattr(self, '_is_replica', False))
+        if self.training and torch.is_grad_enabled():
+            return False  # distributed training writes the buffer in each pass
+        return not self.state.is_inference() and self.state._version != version
 
     def _sync_requires_grad(self) -> None:
         """Take the parameters that the state leaves unused out of training.
@@ -250,37 +322,59 @@ class LayerAttention(BaseModule, metaclass=ABCMeta):
 
     # -- checkpoints ---------------------------------------------------------
 
-    def signature(self) -> str:
+    def fingerprint(self) -> str:
         """What tells attentions apart whose parameters look the same.
 
         Returns:
-            str: Class and arguments; a checkpoint holds it beside the
-            parameters and does not load into an attention with another.
+            str: Class and arguments. A checkpoint holds it as ``signature`` and
+            does not load into an attention with another.
         """
         return f'{type(self).__name__}(head_dim={self.head_dim})'
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        # A tensor, as files for tensors alone (safetensors) hold it too
-        destination[prefix + 'signature'] = torch.tensor(
-            list(self.signature().encode()), dtype=torch.uint8
-        )
-
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        saved = state_dict.pop(prefix + 'signature', None)
-        if saved is not None:  # checkpoints of mmela 0.1 have none
-            text = bytes(saved.tolist()).decode(errors='replace')
-            if text != self.signature():
+        if any(key.startswith(prefix) for key in state_dict):
+            self.loaded = True
+            self._check_signature(state_dict, prefix)
+            self._load_state(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_signature(self, state_dict: dict, prefix: str) -> None:
+        saved = state_dict.get(prefix + 'signature')
+        # Checkpoints of mmela 0.1 have none.
+        if saved is not None and not saved.is_meta:
+            text = decode_text(saved)
+            if text != self.fingerprint():
                 raise RuntimeError(
                     f'the checkpoint holds {text!r} at {prefix[:-1]}, but the '
-                    f'network has {self.signature()!r} there'
+                    f'network has {self.fingerprint()!r} there'
                 )
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + 'state' in state_dict:
-            self.attention_state = AttentionState(int(self.state))
+        state_dict[prefix + 'signature'] = self.signature.detach().clone()
+
+    def _load_state(self, state_dict: dict, prefix: str) -> None:
+        key = prefix + 'state'
+        if key not in state_dict:
+            raise RuntimeError(
+                f'the checkpoint has weights of {prefix[:-1]} but no {key}, so it is '
+                'not known whether that is pruned; save the buffers too'
+            )
+        if state_dict[key].is_meta:
+            return
+        try:
+            state, exact = decode(state_dict[key])
+        except ValueError as error:
+            raise RuntimeError(f'{key}: {error}') from error
+        if not exact:
+            print_log(
+                f'{key} is {float(state_dict[key]):g}: an average of networks of '
+                'which some have pruned this attention. It is taken as pruned.',
+                'current',
+                level=30,
+            )
+        self.attention_state = state
+        state_dict[key] = self.state.detach().clone()
 
     def extra_repr(self) -> str:
-        return f'channels={self.channels}, {self.signature()}, {self._state.name}'
+        return f'channels={self.channels}, {self.fingerprint()}, {self._state.name}'
 
 
 class QKVLayerAttention(LayerAttention):
@@ -364,6 +458,9 @@ class QKVLayerAttention(LayerAttention):
                 raise ValueError(f'small_init={small_init} is not in (0, 1]')
         self.zero_init = zero_init
         self.small_init = small_init
+        # Before the value: tools that fold a norm into the convolution registered
+        # before it must not take the two for a pair.
+        self.norm = build_norm_layer(norm_cfg, channels)[1] if norm_cfg else None
         if fc_reduction is None:
             self.query: Union[nn.Conv1d, nn.Linear] = channel_conv(channels)
             self.key: Union[nn.Conv1d, nn.Linear] = channel_conv(channels)
@@ -379,8 +476,8 @@ class QKVLayerAttention(LayerAttention):
         self.value_act = (
             build_activation_layer(value_act_cfg) if value_act_cfg else nn.Identity()
         )
-        self.norm = build_norm_layer(norm_cfg, channels)[1] if norm_cfg else None
-        if self.from_plain and norm_cfg is None:
+        # What is added to class tokens passes no norm, so there the scale counts.
+        if self.from_plain and (norm_cfg is None or token_norm_cfg):
             self.scale = nn.Parameter(torch.zeros(channels))
         if token_norm_cfg:
             self.pre_norm = build_norm_layer(token_norm_cfg, channels)[1]
@@ -395,7 +492,7 @@ class QKVLayerAttention(LayerAttention):
         return self.zero_init or self.small_init is not None
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew."""
+        """Draw new weights."""
         if hasattr(self, 'query'):
             self.query.reset_parameters()
             self.key.reset_parameters()
@@ -410,11 +507,12 @@ class QKVLayerAttention(LayerAttention):
         if isinstance(self.value, nn.Conv2d):
             nn.init.normal_(self.value.weight, std=math.sqrt(2 / fan_out))
         weight = 0.0 if self.zero_init else self.small_init or 1.0
+        if self.scale is not None:
+            nn.init.constant_(self.scale, weight)
+            weight = 1.0
         if self.norm is not None:
             nn.init.constant_(self.norm.weight, weight)
             nn.init.constant_(self.norm.bias, 0.0)
-        if self.scale is not None:
-            nn.init.constant_(self.scale, weight)
 
     def init_weights(self) -> None:
         """Initialize the weights, after those that a parent set by type."""
@@ -423,6 +521,13 @@ class QKVLayerAttention(LayerAttention):
         else:
             self.reset_parameters()
             self._is_init = True
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        has_norm = f'{prefix}norm.weight' in state_dict
+        if self.scale is not None and self.norm is not None and has_norm:
+            # Versions before 0.2 had no scale beside a norm.
+            state_dict.setdefault(f'{prefix}scale', torch.ones_like(self.scale))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _query_and_key(self) -> Tensor:
         """Weights of query and key, (2 k,), on the CPU."""

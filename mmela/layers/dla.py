@@ -4,8 +4,7 @@ from typing import Optional, Tuple
 from torch import Tensor, nn
 
 from ..registry import LAYER_ATTENTIONS
-from .base import LayerAttention
-from .branch import pooled
+from .base import pool
 from .cells import BottleneckCell
 from .mrla_base import MRLABase
 from .mrla_light import MRLALight
@@ -37,8 +36,8 @@ class DLALight(MRLALight):
         head_dim (int): Channels ``d`` of one head. Defaults to 32.
         reduction (int): Reduction within the DSU: 4 on CIFAR, 16 on ImageNet.
             Defaults to 16.
-        first (DLALight, optional): The first attention of the stage, which
-            holds the DSU. Defaults to None.
+        owns_shared (bool): Whether it is the first attention of its stage, which
+            holds the DSU. Defaults to True.
         **kwargs: See :class:`MRLALight`.
 
     Raises:
@@ -64,31 +63,30 @@ class DLALight(MRLALight):
         channels: int,
         head_dim: int = 32,
         reduction: int = 16,
-        first: Optional[LayerAttention] = None,
+        owns_shared: bool = True,
         **kwargs,
     ) -> None:
         super().__init__(channels, head_dim, **kwargs)
         self.reduction = reduction
-        self._first = (first,) if first else ()
-        if first is None:
+        if owns_shared:
             self.dsu = BottleneckCell(channels, reduction, output_gate=False)
             self.refresh = nn.Conv2d(
                 channels, channels, 3, padding=1, groups=channels, bias=False
             )
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        shared = self._first[0] if self._first else self
-        memory.state = shared.dsu(pooled(x), memory.state)
+    def attend(self, x: Tensor, memory: Memory) -> Tensor:
+        shared = memory.first or self
+        memory.state = shared.dsu(pool(x).squeeze(1), memory.state)
         name = 'identity' if self.needs_identity else 'output'
         previous = getattr(memory, name)
         if previous is not None:
-            gate = shared.dsu(pooled(previous), memory.state)[0]
+            gate = shared.dsu(pool(previous).squeeze(1), memory.state)[0]
             refreshed = previous * gate[..., None, None] + shared.refresh(previous)
             setattr(memory, name, refreshed)
-        return super().forward(x, memory)
+        return super().attend(x, memory)
 
-    def signature(self) -> str:
-        return f'{super().signature()[:-1]}, reduction={self.reduction})'
+    def fingerprint(self) -> str:
+        return f'{super().fingerprint()[:-1]}, reduction={self.reduction})'
 
 
 @LAYER_ATTENTIONS.register_module()
@@ -110,8 +108,8 @@ class DLABase(MRLABase):
         head_dim (int): Channels ``d`` of one head. Defaults to 32.
         reduction (int): Reduction within the DSU: 4 on CIFAR, 16 on ImageNet.
             Defaults to 16.
-        first (DLABase, optional): The first attention of the stage, which
-            holds the DSU. Defaults to None.
+        owns_shared (bool): Whether it is the first attention of its stage, which
+            holds the DSU. Defaults to True.
         **kwargs: See :class:`MRLABase`.
 
     Raises:
@@ -137,25 +135,24 @@ class DLABase(MRLABase):
         channels: int,
         head_dim: int = 32,
         reduction: int = 16,
-        first: Optional[LayerAttention] = None,
+        owns_shared: bool = True,
         **kwargs,
     ) -> None:
         super().__init__(channels, head_dim, **kwargs)
         self.reduction = reduction
-        self._first = (first,) if first else ()
-        if first is None:
+        if owns_shared:
             self.dsu = BottleneckCell(channels, reduction, output_gate=False)
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        dsu = (self._first[0] if self._first else self).dsu
-        memory.state = dsu(pooled(x), memory.state)
+    def attend(self, x: Tensor, memory: Memory) -> Tensor:
+        dsu = (memory.first or self).dsu
+        memory.state = dsu(pool(x).squeeze(1), memory.state)
         memory.keys = [
             k * dsu(k.flatten(1), memory.state)[0].view_as(k) for k in memory.keys
         ]
         memory.values = [
-            v * dsu(pooled(v), memory.state)[0][..., None, None] for v in memory.values
+            v * dsu(pool(v).squeeze(1), memory.state)[0][..., None, None] for v in memory.values
         ]
-        return super().forward(x, memory)
+        return super().attend(x, memory)
 
-    def signature(self) -> str:
-        return f'{super().signature()[:-1]}, reduction={self.reduction})'
+    def fingerprint(self) -> str:
+        return f'{super().fingerprint()[:-1]}, reduction={self.reduction})'

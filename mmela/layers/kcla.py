@@ -181,7 +181,7 @@ class KCLA(QKVLayerAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew."""
+        """Draw new weights."""
         super().reset_parameters()
         nn.init.xavier_uniform_(self.query.weight)
         nn.init.xavier_uniform_(self.key.weight)
@@ -190,7 +190,7 @@ class KCLA(QKVLayerAttention):
         if hasattr(self, 'cross_stage'):
             self.cross_stage.reset_parameters()
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+    def attend(self, x: Tensor, memory: Memory) -> Tensor:
         pooled = pool(x)
         query, key = self.heads(self.query(pooled)), self.heads(self.key(pooled))
         norm = key.norm(dim=-1)  # (B, G)
@@ -241,14 +241,14 @@ class KCLA(QKVLayerAttention):
             memory.mean, key = self.cross_stage(mean)
             memory.mass = self.weigh(self.heads(key).norm(dim=-1))
 
-    def signature(self) -> str:
+    def fingerprint(self) -> str:
         # What is not the default alone, as checkpoints of before have no more
         rest = '' if self.relu else ', relu=False'
         rest += '' if self.direction == 'own' else f', direction={self.direction}'
         rest += '' if self.accumulate else ', accumulate=False'
         rest += '' if self.eps == 1e-3 else f', eps={self.eps:g}'
         return (
-            f'{super().signature()[:-1]}, temperature={self.temperature:g}, '
+            f'{super().fingerprint()[:-1]}, temperature={self.temperature:g}, '
             f'exp_norm={self.exp_norm}, head_attention={self.head_attention_type}, '
             f'recurrent={self.recurrent}{rest})'
         )
@@ -298,7 +298,7 @@ class CrossStage(nn.Module):
         self.key = channel_conv(channels)
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew."""
+        """Draw new weights."""
         if isinstance(self.reduce, nn.Conv2d):
             nn.init.kaiming_normal_(self.reduce.weight, mode='fan_out')
         nn.init.xavier_uniform_(self.key.weight)

@@ -139,8 +139,8 @@ class LinearizedMLA(MLA):
         scores = (query * (mix @ keys)).sum(-1) / math.sqrt(query.shape[-1])
         return scores.softmax(-1) @ self.mix_values.weight[:, :count].to(keys.dtype)
 
-    def signature(self) -> str:
-        return f'{super().signature()[:-1]}, kind={self.kind})'
+    def fingerprint(self) -> str:
+        return f'{super().fingerprint()[:-1]}, kind={self.kind})'
 
 
 def _norm(x: Tensor) -> Tensor:

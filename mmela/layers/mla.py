@@ -71,9 +71,9 @@ class MLA(MRLABase):
                     )
             kwargs['relu'] = False
         super().__init__(channels, head_dim, **kwargs)
-        self.replaces = replace
+        self.replace = replace
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+    def attend(self, x: Tensor, memory: Memory) -> Tensor:
         self.store(x, memory)
         query = self.heads(self.query(memory.pooled[-1])).unsqueeze(2)
         keys = [self.heads(self.key(y)) for y in memory.pooled]
@@ -81,11 +81,14 @@ class MLA(MRLABase):
         attn = self.weights(query, torch.stack(keys, dim=2), memory)
         return self.retrieve(attn, values)
 
+    def combine(self, features: Tensor, retrieved: Tensor) -> Tensor:
+        return retrieved if self.replace else super().combine(features, retrieved)
+
     def store(self, x: Tensor, memory: Memory) -> None:
         """Leave the output of the block in the memory."""
         memory.inputs.append(x)
         memory.pooled.append(pool(x))
 
-    def signature(self) -> str:
-        replace = ', replace=True' if self.replaces else ''
-        return f'{super().signature()[:-1]}{replace})'
+    def fingerprint(self) -> str:
+        replace = ', replace=True' if self.replace else ''
+        return f'{super().fingerprint()[:-1]}{replace})'

@@ -77,7 +77,7 @@ class MRLABase(QKVLayerAttention):
         self.backend = backend
         self.relu = relu
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+    def attend(self, x: Tensor, memory: Memory) -> Tensor:
         pooled = self.store(x, memory)
         query = self.heads(self.query(pooled)).unsqueeze(2)  # (B, G, 1, d)
         attn = self.weights(query, torch.stack(memory.keys, dim=2), memory)
@@ -122,7 +122,7 @@ class MRLABase(QKVLayerAttention):
         memory.values.append(self.value_act(self.value(x)))
         return pooled
 
-    def signature(self) -> str:
+    def fingerprint(self) -> str:
         # As in checkpoints of versions without the argument where it is True
         relu = '' if self.relu else ', relu=False'
-        return f'{super().signature()[:-1]}{relu})'
+        return f'{super().fingerprint()[:-1]}{relu})'

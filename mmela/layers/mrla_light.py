@@ -58,12 +58,15 @@ class MRLALight(QKVLayerAttention):
 
         Attributes:
             identity (Tensor, optional): Identity input of the block, after
-                its downsample, (B, C, H, W); the stage puts it there.
+                its downsample, (B, C, H, W); the block's hooks put it there.
+            shortcut (Tensor, optional): What the downsample of the running block
+                has returned.
             output (Tensor, optional): :math:`O^{t-1}` of the active attention
                 before, (B, C, H, W).
         """
 
         identity: Optional[Tensor] = None
+        shortcut: Optional[Tensor] = None
         output: Optional[Tensor] = None
 
     def __init__(
@@ -94,16 +97,21 @@ class MRLALight(QKVLayerAttention):
             self.identity_norm = norm
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew."""
+        """Draw new weights."""
         super().reset_parameters()
         if hasattr(self, 'lambda_o'):  # not yet in the parent's constructor
             nn.init.normal_(self.lambda_o)
 
-    @classmethod
-    def would_need_identity(cls, arguments: dict) -> bool:
-        return arguments.get('previous', 'identity') == 'identity'
+    def connect(self, block):
+        shortcut = self.place.shortcut if self.needs_identity else None
+        return {shortcut: 'note_shortcut'} if shortcut else {}, {}
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+    def note_shortcut(self, x: Tensor, output: Tensor, memory: Optional[Memory]):
+        """Keep what the downsample of the block has returned."""
+        if memory is not None:
+            memory.shortcut = output
+
+    def attend(self, x: Tensor, memory: Memory) -> Tensor:
         value = self.value_act(self.value(x))
         if self.gate:
             value = value * self._gates(x, value)
@@ -128,7 +136,7 @@ class MRLALight(QKVLayerAttention):
         if previous is None and self.needs_identity:
             raise ValueError(
                 "MRLALight with previous='identity' needs the identity input of its "
-                'block in the memory; an AttentionStage puts it there'
+                'block in the memory; the hooks of its block put it there'
             )
         if not self.learn_lambda:
             return value if previous is None else value + previous.to(value.dtype)
@@ -139,7 +147,7 @@ class MRLALight(QKVLayerAttention):
         # distributed training waits for the gradient of each parameter.
         return (1 + 0 * scale) * value
 
-    def signature(self) -> str:
+    def fingerprint(self) -> str:
         # What is not the default alone, as checkpoints of before have no more
         rest = '' if self.learn_lambda else ', learn_lambda=False'
-        return f'{super().signature()[:-1]}, previous={self.previous}{rest})'
+        return f'{super().fingerprint()[:-1]}, previous={self.previous}{rest})'

@@ -12,21 +12,16 @@ from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 from torch.utils.data import Dataset
 
-from mmela.layers import SequentialAttentionStage
-from mmela.registry import find_layer_attention
+from mmela import attach_layer_attention
 
 CHANNELS = 8
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, layer_attention=None):
+    def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(CHANNELS)
-        if layer_attention:
-            arguments = dict(layer_attention)
-            attention = find_layer_attention(arguments.pop('type'))
-            self.layer_attn = attention(CHANNELS, **arguments)
 
     def forward(self, x):
         return x + F.relu(self.norm(self.conv(x)))
@@ -41,9 +36,14 @@ class ToyNetwork(BaseModel):
         self.norm_eval = norm_eval
         self.frozen_stages = frozen_stages
         for name in ('layer1', 'layer2'):
-            blocks = [ResidualBlock(layer_attention) for _ in range(depth)]
-            setattr(self, name, SequentialAttentionStage(*blocks))
+            blocks = [ResidualBlock() for _ in range(depth)]
+            setattr(self, name, nn.Sequential(*blocks))
         self.head = nn.Linear(CHANNELS, 1)
+        if layer_attention:
+            blocks = [
+                [f'{name}.{i}' for i in range(depth)] for name in ('layer1', 'layer2')
+            ]
+            attach_layer_attention(self, layer_attention, blocks, input_size=(6, 8))
 
     def train(self, mode=True):
         super().train(mode)

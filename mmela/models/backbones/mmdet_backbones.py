@@ -11,8 +11,7 @@ from mmdet.models.backbones import (
 from mmdet.registry import MODELS
 from torch import Tensor
 
-from ...layers import TokenAttentionStage
-from .mixin import TOKEN_DEFAULTS, HookedLayerAttentionMixin, LayerAttentionMixin
+from .mixin import LayerAttentionMixin
 
 
 @MODELS.register_module()
@@ -64,17 +63,15 @@ class ELARegNet(LayerAttentionMixin, RegNet):
         arch (str | dict): Architecture, e.g. ``'regnetx_3.2gf'``.
         layer_attention (dict): Config of the layer attention, see
             :class:`mmela.layers.MRLABase`. Its ``head_dim`` must divide the
-            width of each stage: 8 does for all named architectures. Defaults
-            to ``dict(type='MRLABase')``.
+            width of each stage, as 8 does for all named architectures; not given,
+            it is the largest that does. Defaults to ``dict(type='MRLABase')``.
         **kwargs: All further arguments of ``mmdet.models.RegNet`` and of
             :class:`.LayerAttentionMixin`.
     """
 
 
 @MODELS.register_module()
-class ELAPyramidVisionTransformerV2(
-    HookedLayerAttentionMixin, PyramidVisionTransformerV2
-):
+class ELAPyramidVisionTransformerV2(LayerAttentionMixin, PyramidVisionTransformerV2):
     """MMDetection's PVTv2 with a layer attention after each layer.
 
     The value has a GELU (MRLA, algorithm 4; algorithm 2, of MRLA-base, has
@@ -88,24 +85,10 @@ class ELAPyramidVisionTransformerV2(
             here. Defaults to ``dict(type='MRLABase')``.
         **kwargs: All further arguments of
             ``mmdet.models.PyramidVisionTransformerV2`` and of
-            :class:`.HookedLayerAttentionMixin`.
+            :class:`.LayerAttentionMixin`.
     """
-
-    def attention_stages(self):
-        stages = []
-        for (_, blocks, _), heads, stride in zip(
-            self.layers, self.num_heads, self.strides
-        ):
-            stage = TokenAttentionStage(blocks, resolution=_second)
-            stages.append((stage, self.embed_dims * heads, stride, TOKEN_DEFAULTS))
-        return stages
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         """(B, 3, H, W) to one map per stage of ``out_indices``."""
         # A tuple, which the heads of MMPretrain ask for
         return tuple(super().forward(x))
-
-
-def _second(args: tuple, output: Tensor) -> Tuple[int, int]:
-    """Layers of PVT are called with their tokens and the map's size."""
-    return args[1]

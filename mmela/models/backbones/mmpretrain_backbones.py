@@ -1,5 +1,3 @@
-from typing import Any, List, Tuple
-
 from mmpretrain.models.backbones import (
     EfficientNet,
     RegNet,
@@ -12,13 +10,10 @@ from mmpretrain.models.backbones import (
     VisionTransformer,
 )
 from mmpretrain.registry import MODELS
-from torch import nn
 
-from ...layers import HookedAttentionStage, TokenAttentionStage
-from ...layers.stages import current_pass
 from .. import heads  # noqa: F401  (registration)
 from .ceit import CeiT
-from .mixin import TOKEN_DEFAULTS, HookedLayerAttentionMixin, LayerAttentionMixin
+from .mixin import LayerAttentionMixin
 from .resnet_cifar import (  # noqa: F401  registers them
     BottleneckResNet_CIFAR,
     ELABottleneckResNet_CIFAR,
@@ -91,15 +86,15 @@ class ELARegNet(LayerAttentionMixin, RegNet):
         arch (str | dict): Architecture, e.g. ``'regnetx_3.2gf'``.
         layer_attention (dict): Config of the layer attention, see
             :class:`mmela.layers.MRLABase`. Its ``head_dim`` must divide the
-            width of each stage: 8 does for all named architectures. Defaults
-            to ``dict(type='MRLABase')``.
+            width of each stage, as 8 does for all named architectures; not given,
+            it is the largest that does. Defaults to ``dict(type='MRLABase')``.
         **kwargs: All further arguments of ``mmpretrain.models.RegNet`` and of
             :class:`.LayerAttentionMixin`.
     """
 
 
 @MODELS.register_module()
-class ELAEfficientNet(HookedLayerAttentionMixin, EfficientNet):
+class ELAEfficientNet(LayerAttentionMixin, EfficientNet):
     """MMPretrain's EfficientNet with a layer attention after each block that
     has a residual connection (MRLA, section 5.1).
 
@@ -110,35 +105,16 @@ class ELAEfficientNet(HookedLayerAttentionMixin, EfficientNet):
         arch (str): Architecture, e.g. ``'b0'`` or ``'b1'``.
         layer_attention (dict): Config of the layer attention, see
             :class:`mmela.layers.MRLABase`; the papers have ``head_dim=8``
-            here. ``KCLA`` needs ``cross_stage=False``, as its heads cannot
+            here. With ``KCLA`` nothing crosses the stages, as its heads cannot
             share out the channels of the stage before. Defaults to
             ``dict(type='MRLABase')``.
         **kwargs: All further arguments of ``mmpretrain.models.EfficientNet``
-            and of :class:`.HookedLayerAttentionMixin`.
+            and of :class:`.LayerAttentionMixin`.
     """
-
-    def attention_stages(self):
-        defaults = dict(norm_cfg=self._attention_norm_cfg())
-        groups: List[Tuple[List[nn.Module], int, int]] = []
-        blocks, stride = [], 1
-        for layer in list(self.layers)[1:-1]:
-            for block in layer:
-                if not _is_residual(block):
-                    # Another width or resolution from here on
-                    blocks, stride = [], stride * _stride(block)
-                    continue
-                if not blocks:
-                    groups.append((blocks, _width(block), stride))
-                    stride = 1
-                blocks.append(block)
-        return [
-            (HookedAttentionStage(blocks), channels, stride, defaults)
-            for blocks, channels, stride in groups
-        ]
 
 
 @MODELS.register_module()
-class ELAVisionTransformer(HookedLayerAttentionMixin, VisionTransformer):
+class ELAVisionTransformer(LayerAttentionMixin, VisionTransformer):
     """MMPretrain's vision transformer, such as DeiT, with layer attention.
 
     The layers are partitioned into stages of four (MRLA, appendix B.1). The
@@ -153,32 +129,12 @@ class ELAVisionTransformer(HookedLayerAttentionMixin, VisionTransformer):
             here. Defaults to ``dict(type='MRLABase')``.
         **kwargs: All further arguments of
             ``mmpretrain.models.VisionTransformer`` and of
-            :class:`.HookedLayerAttentionMixin`.
+            :class:`.LayerAttentionMixin`.
 
     Raises:
         ValueError: If ``layers_per_stage`` is less than 1, or as
-            :class:`.HookedLayerAttentionMixin` does.
+            :class:`.LayerAttentionMixin` does.
     """
-
-    def __init__(self, *args, layers_per_stage: int = 4, **kwargs) -> None:
-        if layers_per_stage < 1:
-            raise ValueError(f'layers_per_stage={layers_per_stage} is less than 1')
-        self.layers_per_stage = layers_per_stage
-        super().__init__(*args, **kwargs)
-
-    def attention_stages(self):
-        resolution = _PatchResolution(self.patch_embed)
-        extra = self.num_extra_tokens if self.with_cls_token else 0
-        layers, size = list(self.layers), self.layers_per_stage
-        return [
-            (
-                TokenAttentionStage(layers[i : i + size], resolution, extra),
-                self.embed_dims,
-                1,
-                TOKEN_DEFAULTS,
-            )
-            for i in range(0, len(layers), size)
-        ]
 
 
 @MODELS.register_module()
@@ -196,46 +152,8 @@ class ELACeiT(ELAVisionTransformer, CeiT):
             :class:`mmela.layers.MRLABase`; the papers have ``head_dim=16``
             here. Defaults to ``dict(type='MRLABase')``.
         **kwargs: All further arguments of :class:`.CeiT` and of
-            :class:`.HookedLayerAttentionMixin`.
+            :class:`.LayerAttentionMixin`.
 
     Raises:
         ValueError: As :class:`.CeiT` and :class:`ELAVisionTransformer` do.
     """
-
-
-class _PatchResolution:
-    """Height and width of the map of patches, as the patch embedding gives them."""
-
-    def __init__(self, patch_embed: nn.Module) -> None:
-        patch_embed.register_forward_hook(self._remember)
-
-    def _remember(self, module: nn.Module, args: tuple, output: tuple) -> None:
-        current_pass()[self] = output[1]
-
-    def __call__(self, args: tuple, output: Any) -> Tuple[int, int]:
-        return current_pass()[self]
-
-
-def _is_residual(block: nn.Module) -> bool:
-    """Whether a block of EfficientNet adds its input to its output."""
-    if hasattr(block, 'with_res_shortcut'):  # InvertedResidual
-        return block.with_res_shortcut
-    return block.with_residual  # EdgeResidual
-
-
-def _last_conv(block: nn.Module) -> nn.Conv2d:
-    return [m for m in block.modules() if isinstance(m, nn.Conv2d)][-1]
-
-
-def _width(block: nn.Module) -> int:
-    """Channels of a block's output."""
-    return _last_conv(block).out_channels
-
-
-def _stride(block: nn.Module) -> int:
-    """Stride of a block."""
-    stride = 1
-    for module in block.modules():
-        if isinstance(module, nn.Conv2d):
-            stride *= module.stride[0]
-    return stride

@@ -133,8 +133,3 @@ class ELAUNetResNet(LayerAttentionMixin, UNetResNet):
         >>> [tuple(x.shape[1:]) for x in encoder(torch.rand(1, 3, 64, 64))]
         [(16, 64, 64), (32, 32, 32), (64, 16, 16), (128, 8, 8), (128, 8, 8)]
     """
-
-    def make_res_layer(self, **kwargs) -> nn.Module:
-        """Build the blocks of a stage and attach their layer attentions."""
-        # Above the mixin too, as that reads the width of the attentions here.
-        return super().make_res_layer(**self._set_widths(kwargs))

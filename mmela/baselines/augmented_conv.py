@@ -1,11 +1,17 @@
-from typing import List, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from ..layers import AttentionState, StageMemory
 from ..registry import LAYER_ATTENTIONS
-from .base import AttentionState, StageMemory
-from .branch import BranchAttention, convolutions
+from .branch import (
+    BranchAttention,
+    Replacements,
+    SummedConv2d,
+    Taps,
+    convolutions,
+)
 
 
 @LAYER_ATTENTIONS.register_module()
@@ -63,7 +69,7 @@ class AA(BranchAttention):
         self.keys, self.values, self.heads = keys, values, heads
         self.min_key, self.max_size = min_key, max_size
 
-    def connect(self, block: nn.Module) -> List[Tuple[nn.Module, str]]:
+    def connect(self, block: nn.Module) -> Tuple[Taps, Replacements]:
         found = convolutions(block)
         names = [
             n for n in found if found[n].kernel_size == (3, 3) and found[n].groups == 1
@@ -72,7 +78,8 @@ class AA(BranchAttention):
             raise ValueError(
                 f'a {type(block).__name__} has no 3x3 convolution with one group'
             )
-        conv = found[names[-1]]
+        name = names[-1]
+        conv = found[name]
         key = max(round(self.keys * conv.out_channels / self.heads), self.min_key)
         value = max(round(self.values * conv.out_channels / self.heads), 1)
         self.key_dim, self.value_dim = key, value
@@ -83,12 +90,8 @@ class AA(BranchAttention):
         self.relative_x = nn.Parameter(torch.randn(offsets, key) * key**-0.5)
         self.relative_y = nn.Parameter(torch.randn(offsets, key) * key**-0.5)
         # The convolution leaves room for the attention
-        narrow = conv.out_channels - self.heads * value
-        conv.weight = nn.Parameter(conv.weight.detach()[:narrow].clone())
-        if conv.bias is not None:
-            conv.bias = nn.Parameter(conv.bias.detach()[:narrow].clone())
-        conv.out_channels = narrow
-        return [(conv, 'augment')]
+        narrow = SummedConv2d(conv, conv.out_channels - self.heads * value)
+        return {name: 'augment'}, {name: narrow}
 
     @property
     def attention_state(self) -> AttentionState:
@@ -119,9 +122,9 @@ class AA(BranchAttention):
         if x.shape[2:] != output.shape[2:]:
             size = (output.shape[2], output.shape[3])
             x = nn.functional.adaptive_avg_pool2d(x, size)
-        return torch.cat([output, self(x, memory)], 1)
+        return torch.cat([output, self.attend(x, memory)], 1)
 
-    def forward(self, x: Tensor, memory: Optional[StageMemory] = None) -> Tensor:
+    def attend(self, x: Tensor, memory: Optional[StageMemory] = None) -> Tensor:
         height, width = x.shape[2:]
         heads, dk = self.heads, self.key_dim
         # (B, heads, H W, d) each
@@ -150,7 +153,7 @@ class AA(BranchAttention):
         limit = self.max_size - 1
         return table[offsets.clamp(-limit, limit) + limit]
 
-    def signature(self) -> str:
+    def fingerprint(self) -> str:
         return (
             f'AA(keys={self.keys:g}, values={self.values:g}, heads={self.heads}, '
             f'min_key={self.min_key}, max_size={self.max_size})'

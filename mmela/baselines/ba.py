@@ -1,12 +1,12 @@
 from dataclasses import dataclass
-from typing import List, Optional, Tuple
+from typing import Optional, Tuple
 
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 
+from ..layers import StageMemory
 from ..registry import LAYER_ATTENTIONS
-from .base import StageMemory
-from .branch import BranchAttention, branch_end, convolutions, pooled
+from .branch import BranchAttention, Replacements, Taps, convolutions, pooled
 
 
 @LAYER_ATTENTIONS.register_module()
@@ -63,16 +63,15 @@ class BA(BranchAttention):
         norm = build_norm_layer(dict(type='BN1d'), width)[1]
         self.layers[name] = nn.Sequential(nn.Linear(channels, width, bias=False), norm)
 
-    def connect(self, block: nn.Module) -> List[Tuple[nn.Module, str]]:
+    def connect(self, block: nn.Module) -> Tuple[Taps, Replacements]:
+        taps, replacements = super().connect(block)
         # What a convolution takes in is what the layer before has given
         inner = {n: conv for n, conv in convolutions(block).items() if n != 'conv1'}
         for name, conv in inner.items():
             self._add_layer(name, conv.in_channels)
-        return [(conv, f'bridge_{name}') for name, conv in inner.items()] + [
-            (branch_end(block), 'replace')
-        ]
+        return {**{name: f'bridge_{name}' for name in inner}, **taps}, replacements
 
-    def bridge_conv2(self, x: Tensor, output: Tensor, memory: Memory) -> None:
+    def bridge_conv2(self, x: Tensor, output: Tensor, memory: Optional[Memory]) -> None:
         """Note what the first layer of the block has given.
 
         Args:
@@ -82,7 +81,7 @@ class BA(BranchAttention):
         """
         self._bridge('conv2', x, memory)
 
-    def bridge_conv3(self, x: Tensor, output: Tensor, memory: Memory) -> None:
+    def bridge_conv3(self, x: Tensor, output: Tensor, memory: Optional[Memory]) -> None:
         """Note what the second layer of the block has given.
 
         Args:
@@ -92,15 +91,17 @@ class BA(BranchAttention):
         """
         self._bridge('conv3', x, memory)
 
-    def _bridge(self, name: str, x: Tensor, memory: Memory) -> None:
+    def _bridge(self, name: str, x: Tensor, memory: Optional[Memory]) -> None:
+        if self.runs_alone(memory):
+            return
         term = self.layers[name](pooled(x))
         memory.bridges = term if memory.bridges is None else memory.bridges + term
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+    def attend(self, x: Tensor, memory: Memory) -> Tensor:
         total = self.layers['last'](pooled(x))
         if memory.bridges is not None:
             total, memory.bridges = total + memory.bridges, None
         return x * self.out(self.relu(total)).sigmoid()[..., None, None]
 
-    def signature(self) -> str:
+    def fingerprint(self) -> str:
         return f'BA(reduction={self.reduction})'

@@ -1,13 +1,19 @@
 from dataclasses import dataclass
-from typing import List, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 
+from ..layers import StageMemory
 from ..registry import LAYER_ATTENTIONS
-from .base import StageMemory
-from .branch import BranchAttention, branch_end, convolutions
+from .branch import (
+    BranchAttention,
+    Replacements,
+    SummedConv2d,
+    Taps,
+    convolutions,
+)
 
 
 @LAYER_ATTENTIONS.register_module()
@@ -37,9 +43,7 @@ class RLAg(BranchAttention):
         channels (int): Channels ``C`` of the block's output.
         hidden (int): Channels of ``h``: 32 on ImageNet. Defaults to 32.
         norm_cfg (dict): Normalization. Defaults to ``dict(type='BN')``.
-        previous_channels (int, optional): Not used. Defaults to None.
-        stride (int): Not used. Defaults to 1.
-        **kwargs: ``first`` and ``init_cfg``, see :class:`BranchAttention`.
+        **kwargs: ``owns_shared`` and ``init_cfg``, see :class:`BranchAttention`.
 
     Raises:
         ValueError: If ``hidden`` is less than 1, ``drop_path`` is set, or the
@@ -66,8 +70,6 @@ class RLAg(BranchAttention):
         channels: int,
         hidden: int = 32,
         norm_cfg: Optional[dict] = dict(type='BN'),  # noqa: B006
-        previous_channels: Optional[int] = None,
-        stride: int = 1,
         **kwargs,
     ) -> None:
         if hidden < 1:
@@ -80,12 +82,13 @@ class RLAg(BranchAttention):
         super().__init__(channels, **kwargs)
         self.hidden = hidden
         self.norm = build_norm_layer(norm_cfg or dict(type='BN'), hidden)[1]
-        if not self._first:
+        if self.owns_shared:
             self.reduce = nn.Conv2d(channels, hidden, 1, bias=False)
             self.recur = nn.Conv2d(hidden, hidden, 3, padding=1, bias=False)
 
-    def connect(self, block: nn.Module) -> List[Tuple[nn.Module, str]]:
-        conv = convolutions(block)['conv1']
+    def connect(self, block: nn.Module) -> Tuple[Taps, Replacements]:
+        taps, _ = super().connect(block)
+        conv = SummedConv2d(convolutions(block)['conv1'])
         self.input = nn.Conv2d(
             self.hidden,
             conv.out_channels,
@@ -95,38 +98,45 @@ class RLAg(BranchAttention):
             conv.dilation,
             bias=False,
         )
-        return [(conv, 'tell'), (branch_end(block), 'replace')]
+        return {'conv1': 'add_hidden', **taps}, {'conv1': conv}
 
-    def tell(self, x: Tensor, output: Tensor, memory: Memory) -> Tensor:
+    def add_hidden(
+        self, x: Tensor, output: Tensor, memory: Optional[Memory]
+    ) -> Optional[Tensor]:
         """Add to the first convolution what it gets from ``h``.
 
         Args:
             x (Tensor): Input of the convolution, (B, C_in, H_in, W_in).
             output (Tensor): Its output, (B, C_out, H, W).
-            memory (RLAg.Memory): Memory of the stage.
+            memory (RLAg.Memory, optional): Memory of the stage.
 
         Returns:
-            Tensor: The sum, (B, C_out, H, W).
+            Tensor | None: The sum, (B, C_out, H, W).
         """
+        if self.runs_alone(memory):
+            return None
         if memory.before is not None:
             memory.hidden = memory.before.hidden
             memory.before = None
         if memory.hidden is None:
             memory.hidden = x.new_zeros(len(x), self.hidden, *x.shape[2:])
+        if memory.hidden.shape[2:] != x.shape[2:]:  # a block without it has a stride
+            size = (x.shape[2], x.shape[3])
+            memory.hidden = F.adaptive_avg_pool2d(memory.hidden, size)
         # Nobody uses the norm of the last block, but it stays part of the
         # graph: distributed training waits for the gradient of each parameter.
         unused = 0 * (self.norm.weight + self.norm.bias)
         memory.hidden = memory.hidden + unused[:, None, None].to(memory.hidden.dtype)
         return output + self.input(memory.hidden)
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        hidden = memory.hidden
-        assert hidden is not None  # tell() ran before
+    def attend(self, x: Tensor, memory: Memory) -> Tensor:
+        hidden, first = memory.hidden, memory.first or self
+        assert hidden is not None  # add_hidden() ran before
         if hidden.shape[2:] != x.shape[2:]:
             hidden = F.adaptive_avg_pool2d(hidden, (x.shape[2], x.shape[3]))
-        hidden = self.norm(hidden + self.first.reduce(x))
-        memory.hidden = self.first.recur(hidden.tanh())
+        hidden = self.norm(hidden + first.reduce(x))
+        memory.hidden = first.recur(hidden.tanh())
         return x.clone()  # the block adds to it in place
 
-    def signature(self) -> str:
+    def fingerprint(self) -> str:
         return f'RLAg(hidden={self.hidden})'

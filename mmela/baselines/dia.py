@@ -3,10 +3,10 @@ from typing import Optional, Tuple
 
 from torch import Tensor
 
+from ..layers import StageMemory
+from ..layers.cells import BottleneckCell
 from ..registry import LAYER_ATTENTIONS
-from .base import StageMemory
 from .branch import BranchAttention, pooled
-from .cells import BottleneckCell
 
 
 @LAYER_ATTENTIONS.register_module()
@@ -24,7 +24,7 @@ class DIA(BranchAttention):
         channels (int): Channels ``C`` of the block's output.
         reduction (int): Reduction within the LSTM: 4 on CIFAR, 20 on ImageNet.
             Defaults to 4.
-        **kwargs: ``drop_path``, ``norm_cfg``, ``first`` and ``init_cfg``, see
+        **kwargs: ``drop_path``, ``norm_cfg``, ``owns_shared`` and ``init_cfg``, see
             :class:`BranchAttention`.
 
     Raises:
@@ -48,12 +48,12 @@ class DIA(BranchAttention):
     def __init__(self, channels: int, reduction: int = 4, **kwargs) -> None:
         super().__init__(channels, **kwargs)
         self.reduction = reduction
-        if not self._first:
+        if self.owns_shared:
             self.cell = BottleneckCell(channels, reduction, output_gate=True)
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        memory.state = self.first.cell(pooled(x), memory.state)
+    def attend(self, x: Tensor, memory: Memory) -> Tensor:
+        memory.state = (memory.first or self).cell(pooled(x), memory.state)
         return x * memory.state[0][..., None, None]
 
-    def signature(self) -> str:
+    def fingerprint(self) -> str:
         return f'DIA(reduction={self.reduction})'

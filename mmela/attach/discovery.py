@@ -7,11 +7,24 @@ are computed from which, and where two of one shape are added.
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from ..layers.features import (
+    Features,
+    Path,
+    Resolution,
+    Size,
+    count_alike,
+    pairs,
+    sizes,
+    tensors,
+)
+from ..arguments import did_you_mean
+from .blocks import Block, same_features
 
 Blocks = Union[str, Sequence[Union[str, Sequence[str]]]]
 
@@ -24,91 +37,10 @@ _SAME = {
 }
 _ADD = {'add', 'add_', '__add__', '__iadd__', '__radd__', 'addcmul', 'sum'}
 _MAX_EXTRA_TOKENS = 16
-
-
-@dataclass
-class Block:
-    """A module that a layer attention can follow.
-
-    Attributes:
-        name (str): Its name in the network.
-        module (nn.Module): The module.
-        shape (tuple[int, ...]): Of its output, batch size first.
-        layout (str): ``'BCHW'``, ``'BHWC'`` or ``'BLC'`` (tokens).
-        channels (int): Channels of its output.
-        size (tuple[int, int]): Height and width of its output.
-        extra (int): Tokens that precede those of the map. Defaults to 0.
-        resolution (Resolution, optional): How to find height and width of
-            tokens in a forward pass. Defaults to None.
-        same_input (bool): Whether its input has the shape of its output.
-            Defaults to True.
-        shortcut (nn.Module, optional): What brings its input to the shape of
-            its output. Defaults to None.
-        residual (bool): Whether it adds what it computes to something.
-            Defaults to True.
-        follows (bool): Whether its input is computed from the output of the
-            block before. Defaults to False.
-    """
-
-    name: str
-    module: nn.Module
-    shape: Tuple[int, ...]
-    layout: str
-    channels: int
-    size: Tuple[int, int]
-    extra: int = 0
-    resolution: Optional['Resolution'] = None
-    same_input: bool = True
-    shortcut: Optional[nn.Module] = None
-    residual: bool = True
-    follows: bool = False
-
-
-class Resolution:
-    """Height and width of the map that tokens are of, found as in a trial.
-
-    Args:
-        where (str): ``'output'`` or ``'arguments'`` of the layer, ``'module'``
-            or ``'square'``.
-        index (int): Which of the pairs of numbers there, or of the maps that
-            the module returns. Defaults to 0.
-        module (nn.Module, optional): A module that runs before the layer, such
-            as the patch embedding. Defaults to None.
-        extra (int): Tokens that precede those of the map. Defaults to 0.
-    """
-
-    def __init__(
-        self,
-        where: str,
-        index: int = 0,
-        module: Optional[nn.Module] = None,
-        extra: int = 0,
-    ) -> None:
-        self.where = where
-        self.index = index
-        self.extra = extra
-        self.module = (module,)  # in a tuple, so that it is nobody's submodule
-
-    def watch(self) -> None:
-        """Have the module tell the size of its map in each forward pass."""
-        if self.module[0] is not None:
-            self.module[0].register_forward_hook(self._remember)
-
-    def _remember(self, module: nn.Module, args: tuple, output: Any) -> None:
-        from .layers.stages import current_pass
-
-        current_pass()[self] = list(_sizes(output))[self.index]
-
-    def __call__(self, args: tuple, output: Any) -> Tuple[int, int]:
-        from .layers.stages import current_pass
-
-        if self.where == 'module':
-            return current_pass()[self]
-        if self.where == 'square':
-            out = _first_tensor(output)
-            side = round((out.size(1) - self.extra) ** 0.5)
-            return side, side
-        return list(_pairs(output if self.where == 'output' else args))[self.index]
+# Height and width may be so far from one and the same share of the input.
+_MOST_STRETCH = 0.8
+# Two layouts whose stretch differs by less cannot be told apart.
+_TIE = 0.15
 
 
 @dataclass
@@ -121,8 +53,13 @@ class _Call:
     depth: int
     began: int
     parents: Tuple[int, ...]
+    in_path: Path = (0,)
     shape_in: Optional[Tuple[int, ...]] = None
+    changes_input: bool = False
+    path: Path = ()  # to the features in the output
+    alone: bool = True  # there are no other features in it
     args: tuple = ()
+    version: int = 0
     derived_from: int = 0  # bits: the calls that its input was computed from
     shape: Optional[Tuple[int, ...]] = None
     pairs_in: List[tuple] = field(default_factory=list)
@@ -169,7 +106,7 @@ class _Watch(TorchFunctionMode):
         if name in ('__get__', '__set__', 'size', 'dim', 'stride'):
             if not torch.is_tensor(result):
                 return result
-        inputs = list(tensors_of((args, kwargs or {})))
+        inputs = list(_tensors((args, kwargs or {})))
         if not inputs:
             return result
         self._clock += 1
@@ -181,7 +118,7 @@ class _Watch(TorchFunctionMode):
         elif name in _SAME or any(result is t for t in inputs):
             same = getattr(inputs[0], '_mmela_same', set())
             more = getattr(inputs[0], '_mmela_more', set())
-        for tensor in tensors_of(result):
+        for tensor in _tensors(result):
             if isinstance(tensor, nn.Parameter):
                 continue
             tensor._mmela_from = seen | getattr(tensor, '_mmela_from', 0)
@@ -233,13 +170,15 @@ class _Watch(TorchFunctionMode):
             self.calls.append(call)
             self._stack.append(call)
             everything = (*args, *kwargs.values())
-            x = everything[0] if everything else None
-            call.pairs_in = list(_pairs(everything))
-            for tensor in tensors_of(everything):
+            call.pairs_in = list(pairs(everything))
+            for tensor in _tensors(everything):
                 call.derived_from |= getattr(tensor, '_mmela_from', 0)
-            if torch.is_tensor(x):
+            found = _first(everything[:1])
+            if found is not None:
+                call.in_path, x = found
                 call.shape_in = tuple(x.shape)
                 call.args = (id(x),)
+                call.version = x._version
                 x._mmela_same = {*getattr(x, '_mmela_same', ()), call.index}
 
         return hook
@@ -248,60 +187,34 @@ class _Watch(TorchFunctionMode):
         call = self._stack.pop()
         self._clock += 1
         call.ended = self._clock
-        call.pairs_out = list(_pairs(output))
-        call.sizes = list(_sizes(output))
-        out = _first_tensor(output)
-        for tensor in tensors_of(output):
+        call.pairs_out = list(pairs(output))
+        call.sizes = list(sizes(output))
+        for tensor in _tensors(output):
             tensor._mmela_from = getattr(tensor, '_mmela_from', 0) | 1 << call.index
             made = getattr(tensor, '_mmela_made', [])
             tensor._mmela_made = [*made, call.index]
-        if out is not None:
+        x = _first((*args, *kwargs.values())[:1])
+        call.changes_input = x is not None and x[1]._version != call.version
+        found = _first(output)
+        if found is not None:
+            call.path, out = found
             call.shape = tuple(out.shape)
+            call.alone = not call.path or count_alike(output, out) == 1
             call.adds = out.numel() in call.sums
             call.identity = call.index in getattr(out, '_mmela_more', ())
 
 
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested lists, tuples and dicts, in order."""
-    if torch.is_tensor(value):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_of(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_of(item)
+def _tensors(value: Any) -> Iterable[Tensor]:
+    return (tensor for _, tensor in tensors(value))
 
 
-def _first_tensor(output: Any) -> Optional[Tensor]:
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    return output if torch.is_tensor(output) else None
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _pairs(values: Any) -> Iterator[Tuple[int, int]]:
-    """Pairs of integers, also those that follow each other."""
-    if not isinstance(values, (tuple, list)):
-        return
-    for first, second in zip(values, values[1:]):
-        if _is_int(first) and _is_int(second):
-            yield first, second
-    for value in values:
-        if isinstance(value, (tuple, list)) and len(value) == 2:
-            yield from _pairs(value)
-
-
-def _sizes(output: Any) -> Iterator[Tuple[int, int]]:
-    """Sizes of maps in what a module returns, or the sizes that it tells."""
-    for value in output if isinstance(output, (tuple, list)) else (output,):
-        if torch.is_tensor(value) and value.dim() == 4:
-            yield value.shape[2], value.shape[3]
-            yield value.shape[1], value.shape[2]
-    yield from _pairs(output)
+def _first(value: Any) -> Optional[Tuple[Path, Tensor]]:
+    """The first tensor; None too where a list has several, which are equals."""
+    found = list(tensors(value))
+    inner = value[0] if isinstance(value, tuple) and len(value) == 1 else value
+    if not found or isinstance(inner, list) and len(found) > 1:
+        return None
+    return found[0]
 
 
 def watch(network: nn.Module, *inputs: Tensor) -> List[_Call]:
@@ -315,32 +228,70 @@ def watch(network: nn.Module, *inputs: Tensor) -> List[_Call]:
         list: The calls of its modules, in order.
     """
     modes = {module: module.training for module in network.modules()}
+    buffers = [
+        (module, name, buffer, buffer._version, buffer.clone())
+        for module in modes
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     watcher = _Watch(network)
     try:
         for module in modes:
             module.training = False
-        with torch.no_grad(), watcher:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), watcher:
             network(*inputs)
     finally:
         watcher.close()
         for module, mode in modes.items():
             module.training = mode
+        for module, name, buffer, version, value in buffers:
+            module._buffers[name] = buffer
+            if buffer._version != version:
+                buffer.copy_(value)
     return watcher.calls
 
 
-def find_blocks(
-    calls: Sequence[_Call], batch: int, size: Tuple[int, int]
-) -> List[Block]:
+@dataclass
+class Trial:
+    """A watched forward pass.
+
+    Attributes:
+        calls (list): What :func:`watch` returned.
+        batch (int): Batch size of the input.
+        size (tuple[int, int]): Height and width of the input.
+        layouts (dict[str, str]): Layouts of maps that a second size has told, by
+            name of the module. Defaults to none.
+        tied (set[str]): Modules whose layout this size does not tell.
+    """
+
+    calls: List[_Call]
+    batch: int
+    size: Size
+    layouts: Dict[str, str] = field(default_factory=dict)
+    tied: Set[str] = field(default_factory=set)
+
+    def settle(self, other: 'Trial') -> None:
+        """Tell layouts by a trial of another size: channels stay as many."""
+        shapes = {call.name: call.shape for call in other.calls}
+        for call in self.calls:
+            one, two = call.shape, shapes.get(call.name)
+            if call.name in self.tied and one and two and len(two) == 4:
+                first, last = one[1] == two[1], one[3] == two[3]
+                if first != last:
+                    self.layouts[call.name] = 'BCHW' if first else 'BHWC'
+        self.tied -= set(self.layouts)
+
+
+def find_blocks(trial: Trial) -> List[Block]:
     """The residual blocks of a network.
 
     Args:
-        calls (Sequence): What :func:`watch` returns.
-        batch (int): Batch size of the input.
-        size (tuple[int, int]): Height and width of the input.
+        trial (Trial): A watched forward pass.
 
     Returns:
         list[Block]: In the order in which they run.
     """
+    calls = trial.calls
     times = Counter(call.module for call in calls)
     fitting = {
         call.index
@@ -348,7 +299,7 @@ def find_blocks(
         if times[call.module] == 1
         and call.name
         and (call.identity or call.adds)
-        and describe(calls, call, batch, size) is not None
+        and describe(trial, call) is not None
     }
     inner: Dict[int, List[_Call]] = {}
     for index in sorted(fitting):
@@ -360,8 +311,7 @@ def find_blocks(
         index
         for index in fitting
         if not calls[index].adds
-        and len(group(_described(calls, _outermost(inner.get(index, ())), batch, size)))
-        == 1
+        and len(group(_described(trial, _outermost(inner.get(index, ()))))) == 1
     }
     kinds = {
         type(calls[index].module)
@@ -374,47 +324,43 @@ def find_blocks(
         for index in inner
         if type(calls[index].module) in kinds
         and times[calls[index].module] == 1
-        and describe(calls, calls[index], batch, size) is not None
+        and describe(trial, calls[index]) is not None
     }
     chosen = _outermost(calls[index] for index in sorted(fitting - lists))
-    return _described(calls, chosen, batch, size)
+    return _described(trial, chosen)
 
 
-def find_plain_blocks(
-    calls: Sequence[_Call], batch: int, size: Tuple[int, int]
-) -> List[Block]:
+def find_plain_blocks(trial: Trial) -> List[Block]:
     """Blocks of a network without residual connections, such as VGG.
 
     These are consecutive modules of one kind whose outputs have one width and
     resolution.
 
     Args:
-        calls (Sequence): What :func:`watch` returns.
-        batch (int): Batch size of the input.
-        size (tuple[int, int]): Height and width of the input.
+        trial (Trial): A watched forward pass.
 
     Returns:
         list[Block]: In the order in which they run.
     """
-    times = Counter(call.module for call in calls)
+    times = Counter(call.module for call in trial.calls)
     siblings: Dict[Tuple[int, ...], List[_Call]] = {}
-    for call in calls:
+    for call in trial.calls:
         once = times[call.module] == 1
         if call.name and once and any(True for _ in call.module.parameters()):
             siblings.setdefault(call.parents, []).append(call)
-    fitting: List[_Call] = []
+    fitting: Dict[int, _Call] = {}
     for members in siblings.values():
         for one, other in zip(members, members[1:]):
-            pair = [describe(calls, call, batch, size) for call in (one, other)]
+            first, second = describe(trial, one), describe(trial, other)
             if (
                 type(one.module) is type(other.module)
-                and None not in pair
-                and same_features(*pair)
+                and first is not None
+                and second is not None
+                and same_features(first, second)
                 and other.derived_from >> one.index & 1
             ):
-                fitting += [one, other]
-    unique = {call.index: call for call in fitting}
-    return _described(calls, _outermost(unique[i] for i in sorted(unique)), batch, size)
+                fitting.update({one.index: one, other.index: other})
+    return _described(trial, _outermost(fitting[i] for i in sorted(fitting)))
 
 
 def _outermost(calls: Iterable[_Call]) -> List[_Call]:
@@ -426,101 +372,117 @@ def _outermost(calls: Iterable[_Call]) -> List[_Call]:
     return chosen
 
 
-def _described(calls, chosen, batch, size) -> List[Block]:
-    blocks = []
+def _described(trial: Trial, chosen: Iterable[_Call]) -> List[Block]:
+    blocks: List[Block] = []
     before: Optional[_Call] = None
     for call in chosen:
-        block = describe(calls, call, batch, size)
-        block.residual = call.identity or call.adds
+        block = describe(trial, call)
+        assert block is not None and block.size is not None
         block.follows = before is not None and bool(
             call.derived_from >> before.index & 1
         )
+        if blocks and block.follows and blocks[-1].size is not None:
+            sides = zip(blocks[-1].size, block.size)
+            ratio = max(1, round(blocks[-1].size[0] / block.size[0]))
+            # No stride where pooling or padding made it another size
+            exact = all(-(-large // ratio) == small for large, small in sides)
+            block.stride = ratio if exact else 0
         before = call
         blocks.append(block)
     return blocks
 
 
-def describe(
-    calls: Sequence[_Call], call: _Call, batch: int, size: Tuple[int, int]
-) -> Optional[Block]:
+def describe(trial: Trial, call: _Call) -> Optional[Block]:
     """What a module returns, as features.
 
     Args:
-        calls (Sequence): What :func:`watch` returns.
-        call (_Call): One of them.
-        batch (int): Batch size of the input.
-        size (tuple[int, int]): Height and width of the input.
+        trial (Trial): A watched forward pass.
+        call (_Call): A call of the module in it.
 
     Returns:
-        Block | None: None if it is no map and no tokens.
+        Block | None: None if it is no map and no tokens, or one of several.
     """
     shape = call.shape
-    if shape is None or call.shape_in is None or shape[0] != batch:
+    if shape is None or call.shape_in is None or shape[0] != trial.batch:
         return None
-    same = call.shape_in == shape
-    shortcut = None
-    if not same and call.shortcut is not None:
-        shortcut = calls[call.shortcut].module
-    common = dict(same_input=same, shortcut=shortcut)
+    if not call.alone:
+        return None
     if len(shape) == 4:
-        first = _stretch(shape[2:], size)
-        last = _stretch(shape[1:3], size)
-        if min(first, last) > 0.8 or min(shape[1:]) < 1:
+        layout = _layout(trial, call, shape)
+        if layout is None:
             return None
-        if first <= last:
-            return Block(
-                call.name, call.module, shape, 'BCHW', shape[1], shape[2:], **common
-            )
-        return Block(
-            call.name, call.module, shape, 'BHWC', shape[3], shape[1:3], **common
-        )
-    if len(shape) != 3 or shape[1] < 2:
+        size = shape[2:] if layout == 'BCHW' else shape[1:3]
+        channels = shape[1] if layout == 'BCHW' else shape[3]
+        features = Features(layout, call.path)
+        source = None
+    elif len(shape) == 3 and shape[1] > 1:
+        found = _find_resolution(trial, call, shape[1])
+        if found is None:
+            return None
+        resolution, extra, size, source = found
+        channels = shape[2]
+        features = Features('BLC', call.path, extra, resolution)
+    else:
         return None
-    found = _find_resolution(calls, call, shape[1], size)
-    if found is None:
-        return None
-    resolution, hw = found
-    return Block(
-        call.name,
-        call.module,
-        shape,
-        'BLC',
-        shape[2],
-        hw,
-        resolution.extra,
-        resolution,
-        **common,
-    )
+    block = Block(call.name, call.module, channels, features, call.in_path)
+    block.shape, block.size = shape, (size[0], size[1])
+    block.tells_size = source
+    block.changes_input = call.changes_input
+    block.same_input = call.shape_in == shape
+    if not block.same_input and call.shortcut is not None:
+        block.shortcut = trial.calls[call.shortcut].name[len(call.name) + 1 :]
+    return block
 
 
-def _stretch(shape: Sequence[int], size: Tuple[int, int]) -> float:
+def _layout(trial: Trial, call: _Call, shape: Tuple[int, ...]) -> Optional[str]:
+    """Layout of a map; None if it is none. A tie is noted in the trial."""
+    if call.name in trial.layouts:
+        return trial.layouts[call.name]
+    first = _stretch(shape[2:], trial.size)
+    last = _stretch(shape[1:3], trial.size)
+    if min(first, last) > _MOST_STRETCH or min(shape[1:]) < 1:
+        return None
+    if abs(first - last) < _TIE:
+        trial.tied.add(call.name)
+    return 'BCHW' if first <= last else 'BHWC'
+
+
+def _stretch(shape: Sequence[int], size: Size) -> float:
     """How far height and width are from one and the same share of the input."""
     ratio = shape[0] * size[1] / (shape[1] * size[0])
     return max(ratio, 1 / ratio) - 1
 
 
-def _find_resolution(calls, call, length, size):
+def _find_resolution(
+    trial: Trial, call: _Call, length: int
+) -> Optional[Tuple[Resolution, int, Size, Optional[nn.Module]]]:
     """Where height and width of the tokens that a layer returns can be read."""
-    best = None
-    sources = [('output', call.pairs_out, None), ('arguments', call.pairs_in, None)]
-    for before in reversed(calls[: call.index]):
+    best: Optional[Tuple[Resolution, int, Size, Optional[nn.Module]]] = None
+    sources: List[tuple] = [
+        ('output', call.pairs_out, None),
+        ('arguments', call.pairs_in, None),
+    ]
+    for before in reversed(trial.calls[: call.index]):
         if before.ended and before.ended < call.began and before.sizes:
             sources.append(('module', before.sizes, before.module))
-    for where, pairs, module in sources:
-        for index, (height, width) in enumerate(pairs):
-            if height < 1 or width < 1 or _stretch((height, width), size) > 0.8:
+    for where, found, module in sources:
+        for index, (height, width) in enumerate(found):
+            if min(height, width) < 1:
+                continue
+            if _stretch((height, width), trial.size) > _MOST_STRETCH:
                 continue
             extra = length - height * width
             if not 0 <= extra <= _MAX_EXTRA_TOKENS or extra > length // 2:
                 continue
-            if best is None or extra < best[0].extra:
-                found = Resolution(where, index, module, extra)
-                best = found, (height, width)
-    if best is None:
+            if best is None or extra < best[1]:
+                best = Resolution(where, index), extra, (height, width), module
+    if best is None and trial.size[0] == trial.size[1]:
+        # Nobody tells it: for images of this size alone
         for extra in range(min(_MAX_EXTRA_TOKENS, length // 2)):
             side = round((length - extra) ** 0.5)
             if side > 1 and side * side == length - extra:
-                return Resolution('square', extra=extra), (side, side)
+                resolution = Resolution('square', length=length - extra)
+                return resolution, extra, (side, side), None
     return best
 
 
@@ -535,21 +497,11 @@ def group(blocks: Sequence[Block]) -> List[List[Block]]:
     """
     stages: List[List[Block]] = []
     for block in blocks:
-        fits = stages and block.follows and same_features(stages[-1][-1], block)
-        if fits:
+        if stages and block.follows and same_features(stages[-1][-1], block):
             stages[-1].append(block)
         else:
             stages.append([block])
     return stages
-
-
-def same_features(one: Block, other: Block) -> bool:
-    """Whether the outputs of two blocks can be attended over together."""
-    return (one.layout, one.shape, one.extra) == (
-        other.layout,
-        other.shape,
-        other.extra,
-    )
 
 
 def name_matches(pattern: str, name: str) -> bool:
@@ -566,19 +518,12 @@ def name_matches(pattern: str, name: str) -> bool:
     return re.fullmatch('[^.]*'.join(parts), name) is not None
 
 
-def name_blocks(
-    calls: Sequence[_Call],
-    patterns: Sequence[str],
-    batch: int,
-    size: Tuple[int, int],
-) -> List[Block]:
+def name_blocks(trial: Trial, patterns: Sequence[str]) -> List[Block]:
     """The blocks of given names, in the order in which they run.
 
     Args:
-        calls (Sequence): What :func:`watch` returns.
+        trial (Trial): A watched forward pass.
         patterns (Sequence[str]): Names or patterns of names.
-        batch (int): Batch size of the input.
-        size (tuple[int, int]): Height and width of the input.
 
     Returns:
         list[Block]: The blocks.
@@ -587,27 +532,28 @@ def name_blocks(
         ValueError: If a name is of no module that runs once and returns
             features.
     """
+    calls = trial.calls
     times = Counter(call.module for call in calls)
-    chosen = []
+    chosen: Dict[int, _Call] = {}
     for pattern in patterns:
         matching = [c for c in calls if c.name and name_matches(pattern, c.name)]
         if not matching:
-            seen = [c.name for c in calls if c.depth in (1, 2)]
+            seen = dict.fromkeys(c.name for c in calls if c.depth in (1, 2))
             raise ValueError(
-                f'blocks: no module {pattern!r} runs in the backbone; there are '
-                f'{", ".join(dict.fromkeys(seen))} and what is in them'
+                f'blocks: no module {pattern!r} runs in the backbone'
+                f'{did_you_mean(pattern, [c.name for c in calls])}; there are '
+                f'{", ".join(seen)} and what is in them'
             )
         for call in matching:
             if times[call.module] > 1:
                 raise ValueError(
                     f'blocks: {call.name} runs more than once in a forward pass'
                 )
-            if describe(calls, call, batch, size) is None:
+            if describe(trial, call) is None:
                 raise ValueError(
                     f'blocks: {call.name} takes {call.shape_in} and returns '
-                    f'{call.shape}, which are no features: maps (B, C, H, W) or '
-                    '(B, H, W, C), or tokens (B, L, C)'
+                    f'{call.shape}, which are no features: one map (B, C, H, W) or '
+                    '(B, H, W, C), or tokens (B, L, C) of a map of known size'
                 )
-        chosen += matching
-    by_index = {call.index: call for call in chosen}
-    return _described(calls, [by_index[i] for i in sorted(by_index)], batch, size)
+            chosen[call.index] = call
+    return _described(trial, [chosen[index] for index in sorted(chosen)])

@@ -1,0 +1,104 @@
+"""Checks of arguments that come from a config, before anything is built."""
+
+import inspect
+import numbers
+import typing
+from difflib import get_close_matches
+from typing import Any, Dict, Iterable, Optional, Sequence, Union
+
+KINDS = {
+    bool: (lambda v: isinstance(v, bool), 'True or False'),
+    int: (lambda v: _is_number(v, numbers.Integral), 'an integer'),
+    float: (lambda v: _is_number(v, numbers.Real), 'a number'),
+    str: (lambda v: isinstance(v, str), 'a string'),
+    dict: (lambda v: isinstance(v, dict), 'a dict'),
+}
+
+
+def check_arguments(cls: type, arguments: Dict[str, Any]) -> None:
+    """Check names and types of keyword arguments of a class.
+
+    Args:
+        cls (type): The class. Where its constructor passes ``**kwargs`` on, the
+            arguments of its base class are allowed too.
+        arguments (dict): The arguments.
+
+    Raises:
+        TypeError: If one is unknown or its value is of another type than its
+            annotation says. The message names the class, the value and what is
+            allowed.
+    """
+    allowed = arguments_of(cls)
+    for name, value in arguments.items():
+        if name not in allowed:
+            raise TypeError(
+                f'{cls.__name__} has no argument {name!r}{did_you_mean(name, allowed)}; '
+                f'its arguments are {", ".join(allowed)}'
+            )
+        wanted = _wanted(value, allowed[name])
+        if wanted:
+            raise TypeError(
+                f'{cls.__name__}: {name}={value!r} is of type {type(value).__name__}; '
+                f'allowed is {wanted}'
+            )
+
+
+def arguments_of(cls: type) -> Dict[str, Any]:
+    """Arguments of the constructor of a class, with their annotations.
+
+    Args:
+        cls (type): The class.
+
+    Returns:
+        dict[str, Any]: By name; ``inspect.Parameter.empty`` without annotation.
+    """
+    found: Dict[str, Any] = {}
+    for base in cls.__mro__:
+        constructor = vars(base).get('__init__')
+        if constructor is None:
+            continue
+        parameters = list(inspect.signature(constructor).parameters.values())[1:]
+        for parameter in parameters:
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                found.setdefault(parameter.name, parameter.annotation)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The known name that is nearest to an unknown one, as part of a message.
+
+    Args:
+        name (str): The unknown name.
+        known (Iterable[str]): Known names.
+
+    Returns:
+        str: Such as ``" (did you mean 'head_dim'?)"``; empty if none is near.
+    """
+    lower = {other.lower(): other for other in known}
+    near = get_close_matches(str(name).lower(), lower, n=1)
+    return f' (did you mean {lower[near[0]]!r}?)' if near else ''
+
+
+def _wanted(value: Any, annotation: Any) -> Optional[str]:
+    """What is allowed instead of a value; None if it is allowed or unknown."""
+    options: Sequence[Any] = (annotation,)
+    if typing.get_origin(annotation) is Union:
+        options = typing.get_args(annotation)
+    names = []
+    for option in options:
+        if option is type(None):
+            fits, name = (lambda v: v is None), 'None'
+        elif option in KINDS:
+            fits, name = KINDS[option]
+        else:
+            return None  # no simple type: the class looks itself
+        if fits(value):
+            return None
+        names.append(name)
+    return ' or '.join(names)
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

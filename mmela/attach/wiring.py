@@ -1,0 +1,704 @@
+"""Give the blocks of a network layer attentions. Nobody else builds them."""
+
+from contextlib import ExitStack
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from ..arguments import arguments_of
+from ..layers import AttentionState, LayerAttention
+from ..layers.stage import Place, Stage, attach_hooks, ensure_tap
+from ..registry import LAYER_ATTENTIONS, find_layer_attention
+from .blocks import Block, same_features
+from .checkpoints import OlderCheckpoints
+from .discovery import (
+    Blocks,
+    Trial,
+    find_blocks,
+    find_plain_blocks,
+    group,
+    name_blocks,
+    name_matches,
+    watch,
+)
+from .families import LAYERS_PER_STAGE, Stages, is_resnet, known_stages
+from .inputs import Size, channels_to_try, other_arguments, random_images, sizes_to_try
+
+TOKEN_DEFAULTS = dict(
+    norm_cfg=None,
+    value_act_cfg=dict(type='GELU'),
+    token_norm_cfg=dict(type='LN', eps=1e-6),
+)
+"""dict: Defaults of the attentions of transformer layers."""
+
+NORMS_OF_MAPS = ('BN', 'BN2d', 'SyncBN', 'MMSyncBN', 'GN')
+"""tuple[str]: Normalizations that attentions on maps take over."""
+
+CHANNELS_LAST_TRIES = ((1.5, 1.5), (2, 2), (1.5, 2))
+
+
+class _Seat(NamedTuple):
+    """An attention that is built, and what attaching it changes."""
+
+    block: Block
+    attention: LayerAttention
+    replacements: Dict[str, nn.Module]
+    frozen: bool
+
+
+def attach_layer_attention(
+    backbone: nn.Module,
+    layer_attention: Optional[dict] = None,
+    blocks: Blocks = 'auto',
+    reset_pruning: bool = False,
+    input_size: Optional[Size] = None,
+    input_channels: Optional[int] = None,
+    layers_per_stage: int = LAYERS_PER_STAGE,
+) -> nn.Module:
+    """Give the blocks of any network layer attentions, in place.
+
+    The attention of a block becomes its submodule ``layer_attn``; all other keys
+    of the network stay as they are. What was attached is printed as a table. A
+    network of no known family runs once, to see the features of its blocks. After
+    an error the network is as it was.
+
+    Args:
+        backbone (nn.Module): A network that takes images, (B, C, H, W).
+        layer_attention (dict, optional): Config of the layer attention, such as
+            ``dict(type='MRLABase')``. What is not given follows the blocks:
+            ``channels``; ``head_dim``, the largest up to 32 that divides them;
+            ``drop_path``, that of the block, but in ResNets the default of the
+            attention; ``norm_cfg``, that of the backbone, for maps (B, C, H, W),
+            and a layer norm before the attention and a GELU for transformers. With
+            ``zero_init`` or ``small_init`` the blocks of stages that the backbone
+            freezes get none: it would stay as it starts.
+            Defaults to ``dict(type='MRLABase')``.
+        blocks (str | Sequence): ``'auto'`` takes the residual blocks, and puts
+            consecutive ones of one width and resolution into stages; a transformer
+            without stages gets stages of ``layers_per_stage``. Or names or
+            patterns such as ``'layers.*'``, of which stages are formed in the
+            same way, or a list of names for each stage. A name after a ``'!'``
+            keeps its place in a stage without an attention. Defaults to
+            ``'auto'``.
+        reset_pruning (bool): Start with no attention pruned although the
+            checkpoint of the backbone's ``init_cfg`` is of a pruned network. A
+            pruned attention then goes on with the weights that it had when it was
+            pruned. Nothing else is reset: not by ``load_from``, not when a run is
+            resumed and not when it is tested. Defaults to False.
+        input_size (tuple[int, int], optional): Height and width of the input
+            for that run. Defaults to None: the size that the network is made
+            for, or else sizes from 224 on.
+        input_channels (int, optional): Channels of the input for that run.
+            Defaults to None: those of the network's first convolution.
+        layers_per_stage (int): Layers of a stage of a transformer without stages.
+            Defaults to 4.
+
+    Returns:
+        nn.Module: The backbone.
+
+    Raises:
+        KeyError: If there is no layer attention of that ``type``.
+        TypeError: If ``layer_attention`` is not a dict with a ``type``, or has an
+            argument that is unknown or of another type.
+        ValueError: If the network is a wrapper or has layer attentions already, no
+            block of it fits, ``blocks`` is or names none, or an argument does not
+            fit a block.
+
+    Example:
+        >>> import torch, torchvision
+        >>> import mmela
+        >>> net = torchvision.models.mobilenet_v2()
+        >>> net = mmela.attach_layer_attention(net, dict(type='MRLABase'))
+        >>> net(torch.rand(2, 3, 64, 64)).shape
+        torch.Size([2, 1000])
+    """
+    arguments, attention_class = check_layer_attention(layer_attention)
+    if type(layers_per_stage) is not int or layers_per_stage < 1:
+        raise ValueError(f'layers_per_stage={layers_per_stage!r} is less than 1')
+    _check_network(backbone)
+    stages, without = _find_stages(
+        backbone, blocks, input_size, input_channels, layers_per_stage
+    )
+    frozen = _frozen_by_itself(backbone, stages)
+    seats, rows, left_out = [], [], []
+    before: Optional[Tuple[Stage, List[Block]]] = None
+    for members in stages:
+        stage = Stage([block.name for block in members], len(rows))
+        # Where blocks are named, theirs are wanted.
+        absent = blocks == 'auto' and _leaves_out(
+            members, attention_class, arguments, frozen
+        )
+        mine: List[_Seat] = []
+        for index, block in enumerate(members):
+            if absent or block.name in without:
+                continue
+            own = _arguments(backbone, block, attention_class, arguments)
+            if index == 0 and before is not None:
+                own.update(_crossing(before, block, attention_class, own, stage))
+            seat = _build(
+                block, index, attention_class, own, stage, block.name in frozen, mine
+            )
+            if seat is not None:
+                mine.append(seat)
+            elif blocks != 'auto':
+                raise ValueError(
+                    f'blocks: {block.name} takes an input of another shape than '
+                    f'its output, {block.shape}, so {attention_class.__name__} '
+                    "has no identity there; leave it out, or use previous='output'"
+                )
+        stage.set_size(len(mine))
+        seats += mine
+        if absent:
+            left_out += [block.name for block in members]
+        rows.append(_row(len(rows), members, mine, absent))
+        if not absent:
+            before = stage, members
+    if not seats and not left_out and not without:
+        raise ValueError(f'blocks={blocks} leaves no block with a layer attention')
+    _sit_down(backbone, seats)
+    names = [[block.name for block in members] for members in stages]
+    backbone._register_load_state_dict_pre_hook(OlderCheckpoints(names, left_out))
+    if hasattr(backbone, 'init_weights'):
+        backbone.init_weights = _InitWeights(backbone, reset_pruning)
+    print_log(
+        f'Layer attention of {type(backbone).__name__}:\n{_table(rows)}', 'current'
+    )
+    return backbone
+
+
+@LAYER_ATTENTIONS.register_module(name='WithLayerAttention')
+def with_layer_attention(backbone: Any, **kwargs) -> nn.Module:
+    """A backbone of any toolbox with layer attention, for configs.
+
+    ``type='mmela.WithLayerAttention'``. What is built is the backbone itself,
+    with its keys, attributes and methods.
+
+    Args:
+        backbone (dict): Config of the backbone.
+        **kwargs: Those of :func:`attach_layer_attention`; ``init_cfg`` takes the
+            place of that of the backbone.
+
+    Returns:
+        nn.Module: The backbone.
+
+    Raises:
+        KeyError: If there is no such backbone or layer attention.
+        TypeError: If ``backbone`` is no config of a module.
+        ValueError: As :func:`attach_layer_attention` does.
+    """
+    from mmengine.registry import MODELS
+
+    if not isinstance(backbone, dict) or 'type' not in backbone:
+        raise TypeError(
+            'WithLayerAttention needs the config of a backbone such as '
+            f"backbone=dict(type='SwinTransformer'), got {backbone!r}"
+        )
+    if 'init_cfg' in kwargs:  # what tools set to None before they load weights
+        backbone = {**backbone, 'init_cfg': kwargs.pop('init_cfg')}
+    return attach_layer_attention(MODELS.build(backbone), **kwargs)
+
+
+def check_layer_attention(layer_attention: Optional[dict]) -> Tuple[dict, type]:
+    """Arguments and class of a layer attention.
+
+    Args:
+        layer_attention (dict, optional): Its config; None for ``MRLABase``.
+
+    Returns:
+        tuple[dict, type]: Its arguments and its class.
+
+    Raises:
+        KeyError: If there is no layer attention of that ``type``.
+        TypeError: If it is not a dict with a ``type``.
+    """
+    if layer_attention is None:
+        layer_attention = dict(type='MRLABase')
+    if not isinstance(layer_attention, dict) or 'type' not in layer_attention:
+        raise TypeError(
+            'layer_attention must be a dict with a type such '
+            f"as dict(type='MRLABase'), got {layer_attention}"
+        )
+    arguments = dict(layer_attention)
+    return arguments, find_layer_attention(arguments.pop('type'))
+
+
+def _check_network(backbone: nn.Module) -> None:
+    name = type(backbone).__name__
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+    if is_model_wrapper(backbone) or isinstance(backbone, wrappers):
+        raise ValueError(
+            f'{name} wraps a network; give that attentions before it is wrapped: '
+            'attach_layer_attention(model.module)'
+        )
+    if isinstance(backbone, torch.jit.ScriptModule) or hasattr(backbone, '_orig_mod'):
+        raise ValueError(f'{name} is compiled; attach before torch.compile or script')
+    if any(isinstance(module, LayerAttention) for module in backbone.modules()):
+        raise ValueError(f'{name} has layer attentions already')
+
+
+# -- which blocks ----------------------------------------------------------------
+
+
+def _find_stages(
+    backbone: nn.Module,
+    blocks: Blocks,
+    input_size: Optional[Size],
+    input_channels: Optional[int],
+    layers_per_stage: int,
+) -> Tuple[Stages, Set[str]]:
+    """Stages, and names of the blocks in them that get no attention."""
+    known = known_stages(backbone, layers_per_stage)
+    if isinstance(blocks, str) and blocks == 'auto':
+        if known is not None:
+            return known, set()
+        return _discover(backbone, input_size, input_channels, layers_per_stage), set()
+    _check_form(blocks)
+    flat = [name for entry in blocks for name in _names(entry)]
+    without = {name[1:] for name in flat if name.startswith('!')}
+    patterns = [name.lstrip('!') for name in flat]
+    found = [block for members in known or () for block in members]
+    for pattern in patterns:
+        if not any(name_matches(pattern, block.name) for block in found):
+            found = []  # not in the table: a forward pass tells
+    if found:
+        named = [b for b in found if any(name_matches(p, b.name) for p in patterns)]
+    else:
+        named = _settled(
+            backbone,
+            input_size,
+            input_channels,
+            lambda trial: name_blocks(trial, patterns),
+        )
+    if all(isinstance(entry, str) for entry in blocks):
+        if found:
+            chosen = {block.name for block in named}
+            kept = [[b for b in m if b.name in chosen] for m in known or ()]
+            return [members for members in kept if members], without
+        return group(named), without
+    stages = []
+    for number, entry in enumerate(blocks):
+        patterns = [name.lstrip('!') for name in entry]
+        members = [
+            block
+            for block in named
+            if any(name_matches(pattern, block.name) for pattern in patterns)
+        ]
+        for block in members[1:]:
+            if not same_features(members[0], block):
+                raise ValueError(
+                    f'blocks[{number}]: {members[0].name} returns '
+                    f'{members[0].shape} and {block.name} {block.shape}, but the '
+                    'blocks of a stage have one width and resolution'
+                )
+        stages.append(members)
+    return stages, without
+
+
+def _discover(
+    backbone: nn.Module,
+    input_size: Optional[Size],
+    input_channels: Optional[int],
+    layers_per_stage: int,
+) -> Stages:
+    trials: List[Trial] = []
+
+    def find(trial: Trial) -> List[Block]:
+        trials.append(trial)
+        return find_blocks(trial) or find_plain_blocks(trial)
+
+    stages = group(_settled(backbone, input_size, input_channels, find))
+    if not stages:
+        calls = trials[-1].calls
+        ran = ', '.join(sorted({type(c.module).__name__ for c in calls if c.name}))
+        raise ValueError(
+            f'no blocks of {type(backbone).__name__} were found that add to their '
+            'input, or are of one kind and follow each other, and return maps '
+            '(B, C, H, W) or (B, H, W, C) or tokens (B, L, C), '
+            f'among {len(calls)} calls of {ran}. Name the blocks: '
+            "blocks=['layer1.*', 'layer2.*'] or a list of names for each stage"
+        )
+    own_drop_path = is_resnet(backbone)
+    for members in stages:
+        for block in members:
+            block.own_drop_path = own_drop_path
+    one_size = len({members[0].size for members in stages}) == 1
+    if one_size and stages[0][0].features.layout != 'BCHW':
+        step = layers_per_stage
+        stages = [m[i : i + step] for m in stages for i in range(0, len(m), step)]
+    return stages
+
+
+def _settled(backbone, input_size, input_channels, find) -> List[Block]:
+    """Blocks of a trial, with a second one where the first does not tell layouts."""
+    trial = _try(backbone, input_size, input_channels)
+    found = find(trial)
+    tied = {block.name for block in found} & trial.tied
+    if not tied:
+        return found
+    height, width = trial.size
+    for down, across in CHANNELS_LAST_TRIES:
+        other = (int(height * down), int(width * across))
+        try:
+            trial.settle(_try(backbone, other, input_channels))
+        except ValueError:  # the network takes no other size
+            continue
+        found = find(trial)
+        tied = {block.name for block in found} & trial.tied
+        if not tied:
+            return found
+    name = sorted(tied)[0]
+    shape = next(block.shape for block in found if block.name == name)
+    raise ValueError(
+        f'{name} returns {shape}, of which it cannot be told whether the channels are '
+        'the second or the last; give another input_size=(height, width), whose '
+        'maps are of another size than the channels'
+    )
+
+
+def _try(
+    backbone: nn.Module, input_size: Optional[Size], input_channels: Optional[int]
+) -> Trial:
+    """A watched forward pass at the first size that a network takes."""
+    if input_size is not None:
+        input_size = _check_size(input_size)
+    if input_channels is not None and (
+        type(input_channels) is not int or input_channels < 1
+    ):
+        raise ValueError(f'input_channels={input_channels!r} is not an integer >= 1')
+    sizes = [input_size] if input_size else sizes_to_try(backbone)
+    channels = [input_channels] if input_channels else channels_to_try(backbone)
+    batch = 2
+    reason: Optional[Exception] = None
+    for count in channels:
+        for size in sizes:
+            x = random_images(backbone, batch, count, size)
+            try:
+                calls = watch(backbone, x, *other_arguments(backbone))
+            except Exception as error:  # of any kind: it is somebody else's code
+                reason = reason or error
+            else:
+                return Trial(calls, batch, size)
+    raise ValueError(
+        f'{type(backbone).__name__} runs with images of none of the sizes {sizes} '
+        f'with {" or ".join(map(str, channels))} channels: {reason}; give '
+        'input_size=(height, width) and input_channels'
+    ) from reason
+
+
+def _check_size(size: Any) -> Size:
+    fits = isinstance(size, (tuple, list)) and len(size) == 2
+    if not fits or not all(type(side) is int and side > 0 for side in size):
+        raise ValueError(f'input_size={size!r} is not a pair (height, width)')
+    return size[0], size[1]
+
+
+def _names(entry: Any) -> List[str]:
+    return [entry] if isinstance(entry, str) else list(entry)
+
+
+def _check_form(blocks: Any) -> None:
+    form = "'auto', a list of names or patterns, or a list of such a list per stage"
+    if isinstance(blocks, str) or not isinstance(blocks, (list, tuple)):
+        raise ValueError(f'blocks={blocks!r} is not {form}')
+    flat = [isinstance(entry, str) for entry in blocks]
+    inner = [n for e in blocks if isinstance(e, (list, tuple)) for n in e]
+    if (
+        not blocks
+        or any(flat) != all(flat)
+        or not all(isinstance(name, str) for name in inner)
+        or not all(isinstance(e, (str, list, tuple)) for e in blocks)
+    ):
+        raise ValueError(f'blocks={blocks!r} is not {form}')
+    names = [name for entry in blocks for name in _names(entry)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f'blocks={blocks!r} has {twice[0]!r} more than once')
+
+
+# -- frozen stages -----------------------------------------------------------------
+
+
+def _frozen_by_itself(backbone: nn.Module, stages: Stages) -> Set[str]:
+    """Names of the blocks that a backbone of a toolbox freezes by itself.
+
+    What a user has frozen by ``requires_grad_(False)`` is none of these: its
+    attentions are new and may be trained alone.
+    """
+    freeze = getattr(backbone, '_freeze_stages', None)
+    count = getattr(backbone, 'frozen_stages', -1)
+    if freeze is None or not isinstance(count, int) or count < 0:
+        return set()
+    flags = [(param, param.requires_grad) for param in backbone.parameters()]
+    modes = [(module, module.training) for module in backbone.modules()]
+    try:
+        for param, _ in flags:
+            if param.is_floating_point():
+                param.requires_grad_(True)
+        freeze()
+        return {
+            block.name
+            for members in stages
+            for block in members
+            if not any(p.requires_grad for p in block.module.parameters())
+        }
+    finally:
+        for param, flag in flags:
+            param.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _leaves_out(
+    members: Sequence[Block], attention_class: type, arguments: dict, frozen: Set[str]
+) -> bool:
+    """Whether a stage gets no attention, as it would stay as it starts."""
+    return (
+        bool(members)
+        and all(block.name in frozen for block in members)
+        and _starts_from_plain(arguments)
+        and not _crosses(attention_class, arguments)
+    )
+
+
+def _starts_from_plain(arguments: dict) -> bool:
+    return bool(arguments.get('zero_init')) or arguments.get('small_init') is not None
+
+
+# -- building ------------------------------------------------------------------------
+
+
+def _arguments(
+    backbone: nn.Module, block: Block, attention_class: type, given: dict
+) -> Dict[str, Any]:
+    """Arguments of the attention of a block, from its block and its config."""
+    allowed = arguments_of(attention_class)
+    found: Dict[str, Any] = {}
+    if 'head_dim' in allowed:
+        found['head_dim'] = max(d for d in range(1, 33) if block.channels % d == 0)
+    if not block.own_drop_path:
+        found['drop_path'] = _drop_path(block.module)
+    if block.features.layout != 'BCHW':
+        found.update({k: v for k, v in TOKEN_DEFAULTS.items() if k in allowed})
+    elif 'norm_cfg' in allowed:
+        norm_cfg = getattr(backbone, 'norm_cfg', None)
+        known = isinstance(norm_cfg, dict) and norm_cfg.get('type') in NORMS_OF_MAPS
+        # Detectors with a frozen BN have requires_grad=False in norm_cfg. The norm
+        # of the attention comes from no pre-trained network: it learns.
+        found['norm_cfg'] = (
+            {k: v for k, v in norm_cfg.items() if k != 'requires_grad'}
+            if known
+            else dict(type='BN')
+        )
+    return {**found, **given}
+
+
+def _drop_path(block: nn.Module) -> float:
+    """Probability of the stochastic depth of a block; 0 if it has none."""
+    for module in block.modules():
+        if type(module).__name__ in ('DropPath', 'StochasticDepth'):
+            value = getattr(module, 'drop_prob', getattr(module, 'p', None))
+            return float(value or 0.0)
+    return 0.0
+
+
+def _crosses(attention_class: type, arguments: dict) -> bool:
+    """Whether attentions take over the memory of the stage before."""
+    return bool(
+        attention_class.crosses_stages and arguments.get('cross_stage', True)
+    )
+
+
+def _crossing(
+    before: Tuple[Stage, List[Block]],
+    block: Block,
+    attention_class: type,
+    arguments: dict,
+    stage: Stage,
+) -> dict:
+    """Have a stage start with the memory of the one before, where it can."""
+    earlier, members = before
+    if not members or not _crosses(attention_class, arguments):
+        return {}
+    if not block.follows or block.stride < 1:
+        return {}
+    allowed = arguments_of(attention_class)
+    crossing = dict(previous_channels=members[-1].channels, stride=block.stride)
+    if 'previous_channels' in allowed and 'cross_stage' not in arguments:
+        heads = block.channels // arguments['head_dim'] or 1
+        if members[-1].channels % heads:
+            print_log(
+                f'{attention_class.__name__}: the stage of {block.name} takes over '
+                f'nothing: its {heads} heads cannot share out the '
+                f'{members[-1].channels} channels of the stage before',
+                'current',
+            )
+            return {}
+    if earlier.size:
+        stage.before = earlier
+        earlier.hands_over = True
+    return {k: v for k, v in crossing.items() if k in allowed}
+
+
+def _build(
+    block: Block,
+    index: int,
+    attention_class: type,
+    arguments: Dict[str, Any],
+    stage: Stage,
+    frozen: bool,
+    earlier: Sequence[_Seat],
+) -> Optional[_Seat]:
+    """An attention for a block; None where the block lacks what it needs."""
+    allowed = arguments_of(attention_class)
+    if 'block' in allowed:
+        arguments['block'] = index
+    if earlier and attention_class.shared:
+        arguments['owns_shared'] = False
+    if frozen and arguments.get('small_init') is not None:
+        # There for the next stage alone, which goes on with it
+        arguments.update(small_init=None, zero_init=True)
+    attention = attention_class(block.channels, **arguments)
+    lacks = not block.same_input and block.shortcut is None
+    if attention.needs_identity and lacks:
+        return None
+    attention.place = Place(
+        stage,
+        block.name,
+        len(earlier),
+        block.features,
+        block.inputs,
+        None if block.same_input else block.shortcut,
+        block.changes_input,
+    )
+    attention.taps, replacements = attention.connect(block.module)
+    like = next(iter(block.module.parameters()), None)
+    if like is not None:
+        attention.to(like.device, like.dtype if like.is_floating_point() else None)
+    attention.train(block.module.training)
+    if frozen and not any(p.requires_grad for p in block.module.parameters()):
+        attention.requires_grad_(False)
+    return _Seat(block, attention, replacements, frozen)
+
+
+def _sit_down(backbone: nn.Module, seats: Sequence[_Seat]) -> None:
+    """Attach all attentions, or none."""
+    with ExitStack() as undo:
+        watched = set()
+        for block, attention, replacements, _ in seats:
+            module = block.module
+            if hasattr(module, 'layer_attn'):
+                raise ValueError(f'{block.name} has a layer_attn of its own')
+            for name, other in replacements.items():
+                undo.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, other)
+            undo.callback(module._modules.pop, 'layer_attn', None)
+            module.layer_attn = attention
+            for handle in attach_hooks(module):
+                undo.callback(handle.remove)
+            for name, method in attention.taps.items():
+                undo.callback(ensure_tap(module, name, attention, method).remove)
+            source = block.tells_size
+            if source is not None and block.features.resolution not in watched:
+                watched.add(block.features.resolution)
+                undo.callback(block.features.resolution.watch(source).remove)
+            for handle in _expect(module, attention):
+                undo.callback(handle.remove)
+        undo.pop_all()
+
+
+def _expect(module: nn.Module, attention: LayerAttention) -> list:
+    """Have the first backward pass notice an attention that no pass has reached.
+
+    Some networks call a method of a block other than its forward, of which no hook
+    is told.
+    """
+    param = next((p for p in module.parameters() if p.requires_grad), None)
+    inner = {id(p) for p in attention.parameters()}
+    if param is None or id(param) in inner:
+        return []
+
+    @torch.utils.hooks.unserializable_hook
+    def check(grad: torch.Tensor) -> None:
+        handle.remove()
+        if not attention.reached:
+            raise RuntimeError(
+                f'layer attention: {attention.place.block} is trained, but its '
+                'attention has not run: the network calls another method of the block '
+                'than its forward(). Leave the block out by blocks=[...]'
+            )
+
+    handle = param.register_hook(check)
+    return [handle]
+
+
+class _InitWeights:
+    """``init_weights`` of a backbone that leaves its attentions alone.
+
+    Many initialize by type of module, attentions included; others know only
+    their own modules.
+    """
+
+    def __init__(self, backbone: nn.Module, reset_pruning: bool) -> None:
+        self.original = backbone.init_weights
+        self.backbone = (backbone,)
+        self.reset_pruning = reset_pruning
+
+    def __call__(self, *args, **kwargs) -> Any:
+        attentions = [
+            module
+            for module in self.backbone[0].modules()
+            if isinstance(module, LayerAttention)
+        ]
+        for attention in attentions:
+            attention.loaded = False
+        result = self.original(*args, **kwargs)
+        for attention in attentions:
+            if not attention.loaded:
+                attention.init_weights()
+            if self.reset_pruning:
+                attention.attention_state = AttentionState.ACTIVE
+        return result
+
+
+# -- the table ------------------------------------------------------------------------
+
+
+def _row(
+    number: int, members: Sequence[Block], seats: Sequence[_Seat], absent: bool
+) -> tuple:
+    if not members:
+        return (str(number), *[''] * 6)
+    first, attended = members[0], [seat.block.name for seat in seats]
+    names = ', '.join(attended) if len(attended) < 3 else ''
+    names = names or (f'{attended[0]} ... {attended[-1]}' if attended else 'none')
+    if absent:
+        names = f'none: {first.name} ... {members[-1].name} are frozen'
+    what = first.features.layout
+    if first.size is not None:
+        what = f'{first.size[0]}x{first.size[1]}, {what}'
+    if first.features.extra:
+        what += f', {first.features.extra} more'
+    heads = {seat.attention.head_dim for seat in seats}
+    return (
+        str(number),
+        str(len(attended)),
+        names,
+        type(first.module).__name__,
+        str(first.channels),
+        ', '.join(map(str, sorted(heads))),
+        what,
+    )
+
+
+def _table(rows: Sequence[tuple]) -> str:
+    head = ('stage', 'blocks', 'names', 'type', 'channels', 'head_dim', 'features')
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    lines = [head, tuple('-' * width for width in widths), *rows]
+    return '\n'.join(
+        '| ' + ' | '.join(c.ljust(w) for c, w in zip(line, widths)) + ' |'
+        for line in lines
+    )

@@ -1,0 +1,247 @@
+"""Attentions over the residual branch of a block, before the sum."""
+
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import build_plugin_layer
+from torch import Tensor, nn
+
+from ..layers import LayerAttention, StageMemory
+from ..registry import LAYER_ATTENTIONS
+
+Taps = Dict[str, str]
+Replacements = Dict[str, nn.Module]
+
+
+class BranchAttention(LayerAttention):
+    """Attention over the residual branch of a block.
+
+    What :meth:`attend` returns takes the place of the branch ``F(X)`` in
+    ``X + F(X)``. For blocks of ResNet and of its relatives, and for those of
+    EfficientNet.
+
+    Args:
+        channels (int): Channels ``C`` of the block's output.
+        drop_path (float): Probability of leaving the branch of a sample as it
+            is in training; where it is not, its change is scaled up in turn.
+            Defaults to 0.
+        norm_cfg (dict, optional): Normalization, of attentions that have one.
+            Defaults to ``dict(type='BN')``.
+        owns_shared (bool): Whether it is the first attention of its stage, which
+            holds what all of them share. Defaults to True.
+        init_cfg (dict, optional): Initialization config. Defaults to None.
+
+    Raises:
+        ValueError: If ``drop_path`` is not in [0, 1).
+    """
+
+    needs_memory = True
+    """bool: Whether it uses the memory of its stage. That does not stand a block
+    that activation checkpointing computes twice."""
+
+    def __init__(
+        self,
+        channels: int,
+        drop_path: float = 0.0,
+        norm_cfg: Optional[dict] = dict(type='BN'),  # noqa: B006
+        owns_shared: bool = True,
+        init_cfg: Optional[dict] = None,
+    ) -> None:
+        super().__init__(channels, 1, drop_path, init_cfg)
+        self.owns_shared = owns_shared
+
+    def connect(self, block: nn.Module) -> Tuple[Taps, Replacements]:
+        if self.needs_memory and getattr(block, 'with_cp', False):
+            raise ValueError(
+                f'with_cp=True computes a block twice, but {type(self).__name__} '
+                'changes the memory of its stage within the block; set with_cp=False'
+            )
+        return {branch_end(block): 'replace_branch'}, {}
+
+    def replace_branch(
+        self, x: Tensor, branch: Tensor, memory: Optional[StageMemory]
+    ) -> Optional[Tensor]:
+        """Attend over the branch.
+
+        Args:
+            x (Tensor): Input of the last module of the branch, not used.
+            branch (Tensor): The branch ``F(X)``, (B, C, H, W).
+            memory (StageMemory, optional): Memory of the stage; None where the
+                module runs without its block.
+
+        Returns:
+            Tensor | None: What takes the place of the branch, (B, C, H, W).
+        """
+        if self.runs_alone(memory):
+            return None
+        out = self.attend(branch, memory)
+        if isinstance(self.drop_path, nn.Identity) or not self.training:
+            return out
+        return branch + self.drop_path(out - branch)
+
+    def runs_alone(self, memory: Optional[StageMemory]) -> bool:
+        """Whether a submodule runs without its block, so there is nothing to do.
+
+        Raises:
+            RuntimeError: If that is activation checkpointing, which would compute
+                something else than before.
+        """
+        if memory is not None or not self.needs_memory:
+            return False
+        if getattr(torch._C, '_current_graph_task_id', lambda: -1)() != -1:
+            raise RuntimeError(
+                f'layer attention: {type(self).__name__} changes the memory of its '
+                f'stage within {self.place.block}, which activation checkpointing '
+                'computes twice; checkpoint nothing there'
+            )
+        return True
+
+    def update(
+        self, features: Tensor, memory: Any, args: tuple, output: Any
+    ) -> Tensor:
+        """The features as they are: the work is done within the block."""
+        return features
+
+    def fingerprint(self) -> str:
+        return f'{type(self).__name__}()'
+
+
+@LAYER_ATTENTIONS.register_module()
+class Plugin(BranchAttention):
+    """A plugin of mmcv on the residual branch of a block.
+
+    The toolboxes have no layer attention there but plugins, MMPretrain not
+    even those: this brings any to every backbone, and ``attention_blocks`` of
+    the backbone says to which blocks. Those of mmela are
+    ``SqueezeExcitation``, ``ECA``, ``CBAM``, ``BAM`` and ``DoubleAttention``;
+    mmcv has ``ContextBlock`` and ``NonLocal2d``.
+
+    Args:
+        channels (int): Channels ``C`` of the block's output.
+        plugin (dict): Config of the plugin; ``in_channels`` is filled in.
+        **kwargs: ``drop_path``, ``norm_cfg`` and ``init_cfg``, see
+            :class:`BranchAttention`.
+
+    Raises:
+        KeyError: If there is no such plugin.
+        TypeError: If ``plugin`` is not a dict with a ``type``.
+    """
+
+    needs_memory = False
+
+    def __init__(self, channels: int, plugin: Optional[dict] = None, **kwargs) -> None:
+        if not isinstance(plugin, dict) or 'type' not in plugin:
+            raise TypeError(
+                "plugin must be a dict with a type such as dict(type='ECA'), "
+                f'got {plugin}'
+            )
+        super().__init__(channels, **kwargs)
+        self.config = dict(plugin)
+        self.plugin = build_plugin_layer(self.config, in_channels=channels)[1]
+
+    def attend(self, x: Tensor, memory: Optional[StageMemory] = None) -> Tensor:
+        return self.plugin(x)
+
+    def fingerprint(self) -> str:
+        return f'Plugin({self.config["type"]})'
+
+
+class SummedConv2d(nn.Module):
+    """A convolution that something is added to before the norm that follows.
+
+    It is no ``nn.Conv2d``, so tools that fold a norm into the convolution before
+    it, which would be wrong here, leave the two alone. Keys are those of the
+    convolution that it takes the place of.
+
+    Args:
+        conv (nn.Conv2d): The convolution. Its parameters are used.
+        out_channels (int, optional): Use the first output channels alone. Defaults
+            to None, which means all.
+
+    Raises:
+        ValueError: If it is no plain 2-D convolution with zeros as padding.
+    """
+
+    def __init__(self, conv: nn.Module, out_channels: Optional[int] = None) -> None:
+        super().__init__()
+        if type(conv) is not nn.Conv2d or conv.padding_mode != 'zeros':
+            raise ValueError(
+                f'a {type(conv).__name__} is not a plain nn.Conv2d, which is needed '
+                'here'
+            )
+        self.weight, self.bias = conv.weight, conv.bias
+        if out_channels is not None:
+            self.weight = nn.Parameter(conv.weight.detach()[:out_channels].clone())
+            if conv.bias is not None:
+                self.bias = nn.Parameter(conv.bias.detach()[:out_channels].clone())
+        self.in_channels, self.out_channels = conv.in_channels, len(self.weight)
+        self.kernel_size, self.stride = conv.kernel_size, conv.stride
+        self.padding, self.dilation = conv.padding, conv.dilation
+        self.groups = conv.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H_in, W_in) to (B, C_out, H, W)."""
+        return F.conv2d(
+            x,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+        )
+
+    def extra_repr(self) -> str:
+        return f'{self.in_channels}, {self.out_channels}, {self.kernel_size}'
+
+
+def branch_end(block: nn.Module) -> str:
+    """The submodule of a block whose output is the residual branch.
+
+    Args:
+        block (nn.Module): A block of ResNet or a relative, or of EfficientNet.
+
+    Returns:
+        str: Name of its last normalization, or last convolution with one.
+
+    Raises:
+        ValueError: If the block is of another kind.
+    """
+    for name in ('norm3', 'norm2', 'linear_conv', 'conv2'):
+        if getattr(block, name, None) is not None:
+            return name
+    raise ValueError(
+        f'where the residual branch of a {type(block).__name__} ends is not known; '
+        'allowed are the blocks of ResNet, its relatives, and EfficientNet'
+    )
+
+
+def convolutions(block: nn.Module) -> Dict[str, Any]:
+    """Convolutions of a block of ResNet by name, in order.
+
+    Args:
+        block (nn.Module): The block.
+
+    Returns:
+        dict[str, nn.Module]: ``conv1``, ``conv2`` and ``conv3`` as far as it
+        has them.
+
+    Raises:
+        ValueError: If ``conv1`` is no convolution: a block of another kind.
+    """
+    found = {
+        name: getattr(block, name)
+        for name in ('conv1', 'conv2', 'conv3')
+        if hasattr(getattr(block, name, None), 'in_channels')
+    }
+    if not hasattr(block, 'norm1') or 'conv1' not in found:
+        raise ValueError(
+            f'a {type(block).__name__} is no block of ResNet or of a relative'
+        )
+    return found
+
+
+def pooled(x: Tensor) -> Tensor:
+    """Global average pooling, (B, C, H, W) to (B, C)."""
+    return torch.flatten(x.mean((2, 3)), 1)
