@@ -59,7 +59,10 @@ def arguments_of(cls: type) -> Dict[str, Any]:
             continue
         parameters = list(inspect.signature(constructor).parameters.values())[1:]
         for parameter in parameters:
-            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            if parameter.kind in (
+                parameter.POSITIONAL_OR_KEYWORD,
+                parameter.KEYWORD_ONLY,
+            ):
                 found.setdefault(parameter.name, parameter.annotation)
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break

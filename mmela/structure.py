@@ -209,9 +209,7 @@ def prune(model: nn.Module, names: Sequence[str], keep_value: bool = False) -> N
             attention.attention_state = AttentionState.PRUNED
 
 
-def find_attention(
-    attentions: Dict[str, LayerAttention], name: str
-) -> LayerAttention:
+def find_attention(attentions: Dict[str, LayerAttention], name: str) -> LayerAttention:
     """A layer attention by its name or by that of its block.
 
     Args:

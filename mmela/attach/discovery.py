@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..arguments import did_you_mean
 from ..layers.features import (
     Features,
     Path,
@@ -23,7 +24,6 @@ from ..layers.features import (
     sizes,
     tensors,
 )
-from ..arguments import did_you_mean
 from .blocks import Block, same_features
 
 Blocks = Union[str, Sequence[Union[str, Sequence[str]]]]

@@ -507,9 +507,7 @@ def _drop_path(block: nn.Module) -> float:
 
 def _crosses(attention_class: type, arguments: dict) -> bool:
     """Whether attentions take over the memory of the stage before."""
-    return bool(
-        attention_class.crosses_stages and arguments.get('cross_stage', True)
-    )
+    return bool(attention_class.crosses_stages and arguments.get('cross_stage', True))
 
 
 def _crossing(

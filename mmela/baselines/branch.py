@@ -97,9 +97,7 @@ class BranchAttention(LayerAttention):
             )
         return True
 
-    def update(
-        self, features: Tensor, memory: Any, args: tuple, output: Any
-    ) -> Tensor:
+    def update(self, features: Tensor, memory: Any, args: tuple, output: Any) -> Tensor:
         """The features as they are: the work is done within the block."""
         return features
 

@@ -7,9 +7,11 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ..attach import input_channels
 from ..compat.loaders import write_safetensors
 from ..hooks import LayerAttentionPruningHook
 from ..layers import AttentionState, LayerAttention
+from ..layers.features import tensors
 from ..structure import attention_stages, layer_attentions
 from .networks import load_fitting, open_network
 
@@ -107,12 +109,14 @@ def _difference(
     one: nn.Module, other: nn.Module, names: Iterable[str], size: int
 ) -> float:
     """Largest absolute difference of the outputs of two networks' backbones."""
-    x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    return max(
-        float((a - b).abs().max())
-        for name in names
-        for a, b in zip(*(m.get_submodule(name)(x) for m in (one, other)))
-    )
+    gaps = [0.0]
+    for name in names:
+        networks = [model.get_submodule(name) for model in (one, other)]
+        shape = (2, input_channels(networks[0]), size, size)
+        x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        outputs = [[t for _, t in tensors(network(x))] for network in networks]
+        gaps += [float((a - b).abs().max()) for a, b in zip(*outputs)]
+    return max(gaps)
 
 
 def slim_state_dict(model: nn.Module) -> Tuple[Dict[str, Tensor], AttentionBlocks]:
@@ -178,8 +182,11 @@ def slim_config(cfg: Config, blocks: AttentionBlocks) -> Config:
     cfg = copy.deepcopy(cfg)
     for name, stages in blocks.items():
         node = cfg.model
-        for part in name.split('.'):
-            node = node.get(part) if isinstance(node, ConfigDict) else None
+        for part in filter(None, name.split('.')):
+            if isinstance(node, (list, tuple)) and part.isdigit():
+                node = node[int(part)] if int(part) < len(node) else None
+            else:
+                node = node.get(part) if isinstance(node, ConfigDict) else None
         if not isinstance(node, ConfigDict) or 'type' not in node:
             raise ValueError(
                 f'the network has a backbone {name}, but its config has none there'

@@ -6,12 +6,14 @@ from typing import Dict, List, Optional, Sequence
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmengine.visualization import LocalVisBackend
 
-from ..engine import StepTimes, check_wrapper, prune_run, trained_parameters
-from ..engine.tables import decision_table
+from ..arguments import check_arguments
+from ..engine import check_wrapper, prune_run, trained_parameters
+from ..layers import LayerAttention
 from ..pruning import PruningDecision, PruningReport, build_policy
 from ..pruning.record import check_name, keep_earlier
+from ..structure import AttentionStage, unreached
+from .decision_log_hook import DecisionLogHook
 from .measured_stages import measured_stages
 from .measurement import Measurement
 from .meter import NetworkKLMeter, check_measurement
@@ -72,16 +74,17 @@ class LayerAttentionPruningHook(Hook):
             no other checkpoint need be from before: that of the epoch is saved
             after the pruning. Defaults to True.
 
-    The visualizer gets ``layer_attention/active`` when the training starts and
-    after each decision, ``layer_attention/kl/NAME`` during a window and with
-    the decision, ``normalized``, ``mapped`` and ``pruned`` with the decision,
-    and ``layer_attention/step_time``, the median in seconds since the decision
-    before or the start, with each decision and at the end. Experiment trackers
-    (backends other than ``LocalVisBackend``) get each decision as two pictures
-    too, the divergences and the table.
+    What is logged, in tables, scalars and pictures, is up to a
+    :class:`DecisionLogHook`, which a run gets with this one.
+
+    Attributes:
+        history (list[PruningDecision]): The decisions of the run so far.
+        attentions (dict[str, LayerAttention]): What is measured, by name.
+        open (Measurement | None): The window in progress.
 
     Raises:
-        TypeError: If a window is not a pair of integers.
+        TypeError: If a window is not a pair of integers, or an argument is unknown
+            or of another type.
         ValueError: If a window starts before 1, is reversed, overlaps another
             or ends after the training; if the policy or another argument is
             unknown or out of range; if the loop, the model or a follower does
@@ -106,19 +109,31 @@ class LayerAttentionPruningHook(Hook):
         followers: Optional[Dict[str, str]] = None,
         keep_unpruned: bool = True,
     ) -> None:
+        # Not by the names alone, which Python checks: by their types too
+        check_arguments(
+            type(self),
+            dict(
+                by_epoch=by_epoch,
+                keep_value=keep_value,
+                reduction=reduction,
+                eps=eps,
+                log_interval=log_interval,
+                put_off_until=put_off_until,
+                keep_unpruned=keep_unpruned,
+            ),
+        )
         self.windows = check_windows(windows)
         self.policy = build_policy(policy)
         check_measurement(reduction, eps)
-        if type(log_interval) is not int or log_interval < 0:
+        if log_interval < 0:
             raise ValueError(f'log_interval={log_interval!r} is not an integer >= 0')
         self.by_epoch = by_epoch
         self.keep_value = keep_value
         self.reduction = reduction
         self.eps = eps
         self.log_interval = log_interval
-        if put_off_until is not None and (
-            type(put_off_until) is not int
-            or not any(window[1] < put_off_until for window in self.windows)
+        if put_off_until is not None and not any(
+            window[1] < put_off_until for window in self.windows
         ):
             raise ValueError(
                 f'put_off_until={put_off_until!r} is not an integer above the end of '
@@ -145,30 +160,37 @@ class LayerAttentionPruningHook(Hook):
                 f'its attributes must be plain values ({error})'
             ) from error
         self.history: List[PruningDecision] = []
-        self._open: Optional[Measurement] = None
+        self.attentions: Dict[str, LayerAttention] = {}
+        self.open: Optional[Measurement] = None
         self._loaded: Optional[dict] = None  # of a checkpoint
+
+    def before_run(self, runner) -> None:
+        """Check that it is the only one, and have its decisions logged."""
+        kinds = [type(hook) for hook in runner.hooks]
+        if sum(issubclass(kind, LayerAttentionPruningHook) for kind in kinds) > 1:
+            raise ValueError(
+                'the run has two LayerAttentionPruningHooks, of which the second would '
+                'overwrite pruning.json and the decisions in the checkpoints of the '
+                'first; give one, with all windows (custom_hooks of a _base_ config '
+                'are replaced as a whole: list one there or in yours)'
+            )
+        if not any(issubclass(kind, DecisionLogHook) for kind in kinds):
+            runner.register_hook(DecisionLogHook(self.log_interval))
 
     def before_train(self, runner) -> None:
         """Check that the hook fits the run, and take up a resumed window."""
         check_run(runner, self.windows, self.by_epoch, self.put_off_until)
         check_wrapper(runner.model)
-        self._stages = measured_stages(
+        self._stages: Dict[str, AttentionStage] = measured_stages(
             runner.model, trained_parameters(runner), self.followers, runner.logger
         )
-        self._attentions = {
+        self.attentions = {
             check_name(name): attention
             for stage in self._stages.values()
             for name, attention in stage.named.items()
         }
-        active = self._count_active()
-        runner.visualizer.add_scalars(
-            {'layer_attention/active': active}, step=runner.iter
-        )
-        runner.logger.info(
-            f'Layer attentions: {active} of {len(self._attentions)} active in '
-            f'{len(self._stages)} stages'
-        )
-        self._step_times = StepTimes(runner)
+        for stage in self._stages.values():
+            stage.place.set_size(stage.place.size)  # none is reached yet
         self._resume(runner)
 
     def _resume(self, runner) -> None:
@@ -178,8 +200,8 @@ class LayerAttentionPruningHook(Hook):
         resumes = loaded is not None and runner.iter > 0
         if resumes:
             for name, start in loaded.get('random_start', {}).items():
-                if name in self._attentions:
-                    self._attentions[name].random_start = start
+                if name in self.attentions:
+                    self.attentions[name].random_start = start
             self.history = [
                 PruningDecision.from_dict(data, self.settings)
                 for data in loaded['history']
@@ -191,7 +213,7 @@ class LayerAttentionPruningHook(Hook):
         if resumes and loaded['window'] is not None:
             self._resume_window(runner, loaded['window'], done)
         missed = [w for w in self._undecided() if w[1] <= done]
-        if missed and self._open is None:
+        if missed and self.open is None:
             rest = '' if self.windows[-1][1] > done else ', and no window is left'
             runner.logger.warning(
                 f'Windows {missed} are past without a decision, as the run stands '
@@ -235,8 +257,8 @@ class LayerAttentionPruningHook(Hook):
 
     def _open_window(self, window: Window, put_off: int = 0) -> Measurement:
         meter = NetworkKLMeter(self._stages, self.reduction, self.eps)
-        self._open = Measurement(window, meter, put_off)
-        return self._open
+        self.open = Measurement(window, meter, put_off)
+        return self.open
 
     def before_train_epoch(self, runner) -> None:
         """Open a window that starts with this epoch."""
@@ -247,13 +269,13 @@ class LayerAttentionPruningHook(Hook):
         """Measure the coming iteration if a window is open."""
         if not self.by_epoch:
             self._begin(runner)
-        if self._open is not None:
-            self._open.start()
+        if self.open is not None:
+            self.open.start()
 
     def _begin(self, runner) -> None:
         """Begin an epoch or iteration."""
         done = self._done(runner)
-        if self._open is None:
+        if self.open is None:
             for window in self._undecided():
                 if window[0] <= done + 1 <= window[1]:
                     self._open_window(window)
@@ -262,8 +284,8 @@ class LayerAttentionPruningHook(Hook):
                             f'Window {window} is measured from {done + 1} on: '
                             'the checkpoint does not hold its beginning.'
                         )
-        if self._open is not None:
-            self._open.begin(done)
+        if self.open is not None:
+            self.open.begin(done)
 
     # -- reduce, decide, broadcast, apply ----------------------------------
 
@@ -271,23 +293,23 @@ class LayerAttentionPruningHook(Hook):
         self, runner, batch_idx, data_batch=None, outputs=None
     ) -> None:
         """Reduce what was measured; close a window that ends here."""
-        if self._open is None:
+        if batch_idx == 0:
+            self._name_unreached(runner)
+        if self.open is None:
             return
-        self._open.stop()
+        self.open.stop()
         iteration = runner.iter + 1
-        if self.log_interval and iteration % self.log_interval == 0:
-            self._log_divergences(runner, iteration)
-        if not self.by_epoch and iteration == self._open.window[1]:
+        if not self.by_epoch and iteration == self.open.window[1]:
             self._close_window(runner, iteration)
 
     def after_train_epoch(self, runner) -> None:
         """Close a window that ends with this epoch."""
-        if self.by_epoch and self._open and runner.epoch + 1 == self._open.window[1]:
+        if self.by_epoch and self.open and runner.epoch + 1 == self.open.window[1]:
             self._close_window(runner, runner.iter)
 
     def _close_window(self, runner, iteration: int) -> None:
         """Decide, on rank 0 alone: floating point may differ elsewhere."""
-        measured, self._open = self._open, None
+        measured, self.open = self.open, None
         message = [None]
         if is_main_process():
             for stage in measured.meter.silent_stages():
@@ -323,7 +345,6 @@ class LayerAttentionPruningHook(Hook):
         prune_run(runner, decision.pruned, self.keep_value, self.followers)
         self.history.append(decision)
         self._write_report(runner)
-        self._log(runner, decision)
 
     def _has_pruned(self) -> bool:
         return any(decision.pruned for decision in self.history)
@@ -346,72 +367,15 @@ class LayerAttentionPruningHook(Hook):
 
     # -- report ------------------------------------------------------------
 
-    def _count_active(self) -> int:
-        return sum(attention.active for attention in self._attentions.values())
-
-    def _log_divergences(self, runner, iteration: int) -> None:
-        """Write what the open window has measured so far."""
-        if is_main_process():
-            scalars = {
-                f'layer_attention/kl/{name}': value.total
-                for name, value in self._open.meter.compute().items()
-                if value is not None
-            }
-            runner.visualizer.add_scalars(scalars, step=iteration)
-
-    def _log(self, runner, decision: PruningDecision) -> None:
-        before, after = len(decision.layers), len(decision.active)
-        self._step_times.record(runner, before, decision.iteration)
-        window = '-'.join(map(str, sorted(set(decision.window))))
-        runner.logger.info(
-            f'Layer attention pruning after {decision.unit} {window}: '
-            f'{before} -> {after} active attentions, {self.policy}\n'
-            + decision_table(decision.layers)
-        )
-        if decision.warning:
-            runner.logger.warning(f'{decision.warning}.')
-        scalars = {'layer_attention/active': after}
-        for layer in decision.layers:
-            for key, value in (
-                ('kl', layer.divergence),
-                ('kl_shape', layer.shape),
-                ('kl_own', layer.own),
-                ('normalized', layer.normalized),
-                ('mapped', layer.mapped),
-                ('pruned', int(layer.pruned)),
-            ):
-                if value is not None:
-                    scalars[f'layer_attention/{key}/{layer.name}'] = value
-        runner.visualizer.add_scalars(scalars, step=decision.iteration)
-        self._show(runner, decision)
-
-    def _show(self, runner, decision: PruningDecision) -> None:
-        """Send pictures of a decision to the experiment trackers.
-
-        Not to files alone: there, ``tools/analysis/report.py`` draws from
-        ``pruning.json``.
-        """
-        backends = runner.visualizer._vis_backends.values()
-        files = all(isinstance(backend, LocalVisBackend) for backend in backends)
-        if files or not is_main_process():
-            return
-        # Here, as drawing takes long to import and few runs need it
-        from ..analysis.decision_plots import kl_plot, table_plot
-        from ..analysis.drawing import render
-
-        _, last = decision.window or (None, None)
-        name = f'pruning_{decision.unit}_{last}'
-        for suffix, plot in (('', kl_plot), ('_table', table_plot)):
-            # MLflow takes the format from the name.
-            runner.visualizer.add_image(
-                f'{name}{suffix}.png', render(plot(decision)), step=decision.iteration
+    def _name_unreached(self, runner) -> None:
+        """Say which attentions the first pass of an epoch has not come to."""
+        missed = [name for name in unreached(runner.model) if name in self.attentions]
+        if missed:
+            runner.logger.warning(
+                'No training pass has come to these layer attentions, so they are '
+                f'neither trained nor measured: {", ".join(missed)}. Their blocks do '
+                'not run, or the network calls another method of them than forward().'
             )
-
-    def after_train(self, runner) -> None:
-        """Compare the step times between the decisions."""
-        self._step_times.record(runner, self._count_active(), runner.iter)
-        if self._step_times.table():
-            runner.logger.info('Training speed:\n' + self._step_times.table())
 
     def _report_path(self, runner) -> str:
         return osp.join(runner.work_dir, 'pruning.json')
@@ -430,9 +394,9 @@ class LayerAttentionPruningHook(Hook):
             history=[decision.to_dict() for decision in self.history],
             random_start={
                 name: attention.random_start
-                for name, attention in self._attentions.items()
+                for name, attention in self.attentions.items()
             },
-            window=self._open and self._open.state_dict(done),
+            window=self.open and self.open.state_dict(done),
         )
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:

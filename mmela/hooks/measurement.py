@@ -18,12 +18,16 @@ class Measurement:
         window (tuple[int, int]): First and last epoch or iteration.
         meter (NetworkKLMeter): Measures.
         put_off (int): By how much the window was put off. Defaults to 0.
+
+    Attributes:
+        announced (bool): Whether the log has told of it.
     """
 
     def __init__(self, window: Window, meter: NetworkKLMeter, put_off: int = 0) -> None:
         self.window = window
         self.put_off = put_off
         self.meter = meter
+        self.announced = False
         self.begin(window[0] - 1)
         self._running = False
 

@@ -173,9 +173,7 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
         """
         raise NotImplementedError(f'{type(self).__name__} has no key and value to keep')
 
-    def update(
-        self, features: Tensor, memory: Any, args: tuple, output: Any
-    ) -> Tensor:
+    def update(self, features: Tensor, memory: Any, args: tuple, output: Any) -> Tensor:
         """What a block passes on, after its attention as far as that is left.
 
         Args:
@@ -223,9 +221,7 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
         """
         return features + self.drop_path(retrieved)
 
-    def connect(
-        self, block: nn.Module
-    ) -> Tuple[Dict[str, str], Dict[str, nn.Module]]:
+    def connect(self, block: nn.Module) -> Tuple[Dict[str, str], Dict[str, nn.Module]]:
         """Meet the block, for attentions that reach into it.
 
         Args:

@@ -150,7 +150,8 @@ class DLABase(MRLABase):
             k * dsu(k.flatten(1), memory.state)[0].view_as(k) for k in memory.keys
         ]
         memory.values = [
-            v * dsu(pool(v).squeeze(1), memory.state)[0][..., None, None] for v in memory.values
+            v * dsu(pool(v).squeeze(1), memory.state)[0][..., None, None]
+            for v in memory.values
         ]
         return super().attend(x, memory)
 

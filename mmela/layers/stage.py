@@ -199,7 +199,9 @@ def after_block(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any
             _complete_identity(block, run, everything, output)
         new = attention.update(x, run.memory, everything, output)
     except ValueError as error:
-        raise RuntimeError(f'layer attention: block {place.block} {error}') from error
+        raise RuntimeError(
+            f'layer attention: block {place.block} {error}; leave it out by blocks=[...]'
+        ) from error
     if run.done < stage.size:
         _running.runs[stage] = run
     else:
@@ -240,7 +242,9 @@ def _current(place: Place) -> _Run:
 def _taken_over(before: Stage, args: tuple) -> StageMemory:
     """Memory that the stage before has ended with."""
     memory = _running.handed_over.pop(before, None)
-    found = [] if memory is None else list(filter(torch.is_tensor, vars(memory).values()))
+    found = (
+        [] if memory is None else list(filter(torch.is_tensor, vars(memory).values()))
+    )
     lost = found and not any(t.requires_grad for t in found)
     needs = any(t.requires_grad for _, t in tensors(args))
     if memory is None or needs and lost:

@@ -1,7 +1,7 @@
 """Which layer attentions are redundant: pure functions of KL divergences."""
 
 from .divergence import Divergence, attention_kl, safe_log, split_kl
-from .ebqm import EBQMResult, ebqm
+from .ebqm import PooledDecision, ebqm
 from .policies import (
     EBQM,
     FixedCount,
@@ -17,9 +17,9 @@ from .signal import deviation, has_learned
 __all__ = [
     'Divergence',
     'EBQM',
-    'EBQMResult',
     'FixedCount',
     'LayerDecision',
+    'PooledDecision',
     'PRUNING_POLICIES',
     'PruningDecision',
     'PruningPolicy',

@@ -6,8 +6,8 @@ from scipy import special
 
 
 @dataclass(frozen=True)
-class EBQMResult:
-    """Result of :func:`ebqm`; arrays have the shape of its input, (L,).
+class PooledDecision:
+    """What is decided on pooled values; arrays have their shape, (L,).
 
     Attributes:
         skip (ndarray): Whether a layer is skipped.
@@ -82,13 +82,13 @@ def beta_cdf(x: np.ndarray, alpha: float, beta: float) -> np.ndarray:
 
 def map_quantiles(
     kl: np.ndarray, gamma: float, mu: float, cdf: Callable[[np.ndarray], np.ndarray]
-) -> EBQMResult:
+) -> PooledDecision:
     """Algorithm 1 of ELA with any CDF on [0, 1]."""
     normalized = np.full(kl.shape, np.nan)
     mapped = np.full(kl.shape, np.nan)
     skip = np.zeros(kl.shape, dtype=bool)
     if kl.size == 0:
-        return EBQMResult(skip, skip.copy(), normalized, mapped, np.nan)
+        return PooledDecision(skip, skip.copy(), normalized, mapped, np.nan)
     quantile = float(np.quantile(kl, gamma))
     selected = kl <= quantile
     values = kl[selected]
@@ -97,7 +97,7 @@ def map_quantiles(
         normalized[selected] = (values - values.min()) / (values.max() - values.min())
         mapped[selected] = cdf(normalized[selected])
         skip[selected] = mapped[selected] < mu
-    return EBQMResult(skip, selected, normalized, mapped, quantile)
+    return PooledDecision(skip, selected, normalized, mapped, quantile)
 
 
 def ebqm(
@@ -106,7 +106,7 @@ def ebqm(
     alpha: float = 2.0,
     beta: float = 5.0,
     mu: float = 0.2,
-) -> EBQMResult:
+) -> PooledDecision:
     """Enhanced Beta Quantile Mapping (ELA, algorithm 1).
 
     Of the values up to their ``gamma``-quantile, those are skipped whose
@@ -125,7 +125,7 @@ def ebqm(
             0.2 for COCO. Defaults to 0.2.
 
     Returns:
-        EBQMResult: Which layers are skipped, and the numbers behind it.
+        PooledDecision: Which layers are skipped, and the numbers behind it.
 
     Raises:
         ValueError: If an argument is out of range or a value is not finite.

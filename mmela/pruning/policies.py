@@ -5,8 +5,9 @@ from typing import Dict, List, Optional, Sequence, Tuple, Union
 import numpy as np
 from scipy import special
 
+from ..arguments import check_arguments, did_you_mean
 from .divergence import Divergence
-from .ebqm import EBQMResult, beta_cdf, check_kl, check_number, map_quantiles
+from .ebqm import PooledDecision, beta_cdf, check_kl, check_number, map_quantiles
 from .record import LayerDecision
 from .registry import PRUNING_POLICIES
 
@@ -52,7 +53,8 @@ class PruningPolicy(metaclass=ABCMeta):
     ) -> None:
         if criterion not in CRITERIA:
             raise ValueError(
-                f'criterion={criterion!r} is unknown; allowed are '
+                f'criterion={criterion!r} is unknown'
+                f'{did_you_mean(criterion, CRITERIA)}; allowed are '
                 f'{", ".join(map(repr, CRITERIA))}'
             )
         self.criterion = criterion
@@ -83,14 +85,14 @@ class PruningPolicy(metaclass=ABCMeta):
         return f'{type(self).__name__}({arguments})'
 
     @abstractmethod
-    def decide(self, kl: np.ndarray) -> EBQMResult:
+    def decide(self, kl: np.ndarray) -> PooledDecision:
         """Decide on pooled values.
 
         Args:
             kl (ndarray): Finite KL divergences, (M,).
 
         Returns:
-            EBQMResult: The decision before the limits.
+            PooledDecision: The decision before the limits.
         """
 
     def map(self, x: np.ndarray) -> Optional[np.ndarray]:
@@ -306,8 +308,12 @@ def build_policy(cfg: Union[dict, PruningPolicy, None] = None) -> PruningPolicy:
     # Not by the registry: from a file, a name may be that of anything.
     policy = known.get(kind.split('mmela.')[-1]) if isinstance(kind, str) else kind
     if not (isinstance(policy, type) and issubclass(policy, PruningPolicy)):
-        raise ValueError(f'policy type {kind!r} is unknown; allowed are {allowed}')
+        raise ValueError(
+            f'policy type {kind!r} is unknown{did_you_mean(kind, known)}; allowed are '
+            f'{allowed}'
+        )
     try:
+        check_arguments(policy, arguments)
         return policy(**arguments)
     except TypeError as error:
         raise ValueError(f'policy={dict(cfg)!r}: {error}') from error
@@ -415,7 +421,7 @@ class EBQM(PruningPolicy):
             return _truncated(np.exp, x)
         return _truncated(special.expit, x)
 
-    def decide(self, kl: np.ndarray) -> EBQMResult:
+    def decide(self, kl: np.ndarray) -> PooledDecision:
         return map_quantiles(kl, self.gamma, self.mu, self.map)
 
 
@@ -444,7 +450,7 @@ class Threshold(PruningPolicy):
     def map(self, x: np.ndarray) -> np.ndarray:
         return x
 
-    def decide(self, kl: np.ndarray) -> EBQMResult:
+    def decide(self, kl: np.ndarray) -> PooledDecision:
         return map_quantiles(kl, 1.0, self.mu, self.map)
 
 
@@ -467,11 +473,11 @@ class FixedCount(PruningPolicy):
         super().__init__(**kwargs)
         self.count = _check_count('count', count, 0)
 
-    def decide(self, kl: np.ndarray) -> EBQMResult:
+    def decide(self, kl: np.ndarray) -> PooledDecision:
         skip = np.zeros(kl.shape, dtype=bool)
         skip[np.argsort(kl, kind='stable')[: self.count]] = True
         nothing = np.full(kl.shape, np.nan)
-        return EBQMResult(skip, np.ones_like(skip), nothing, nothing.copy(), np.nan)
+        return PooledDecision(skip, np.ones_like(skip), nothing, nothing.copy(), np.nan)
 
 
 @PRUNING_POLICIES.register_module()
@@ -529,15 +535,17 @@ class QuantileMapping(PruningPolicy):
     def threshold(self) -> float:
         return self.mu
 
-    def decide(self, kl: np.ndarray) -> EBQMResult:
+    def decide(self, kl: np.ndarray) -> PooledDecision:
         nothing = np.full(kl.shape, np.nan)
         everything = np.ones(kl.shape, dtype=bool)
         if kl.size < 2 or kl.max() == kl.min():
-            return EBQMResult(~everything, everything, nothing, nothing.copy(), np.nan)
+            return PooledDecision(
+                ~everything, everything, nothing, nothing.copy(), np.nan
+            )
         p = (kl[None] <= kl[:, None]).mean(1)
         p = np.minimum(p, 1 - 0.5 / kl.size)
         if self.target == 'gamma':
             mapped = special.gammaincinv(self.shape, p) * self.scale
         else:
             mapped = -np.log1p(-p) / self.rate
-        return EBQMResult(mapped < self.mu, everything, p, mapped, np.nan)
+        return PooledDecision(mapped < self.mu, everything, p, mapped, np.nan)

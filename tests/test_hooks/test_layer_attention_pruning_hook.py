@@ -12,7 +12,7 @@ from mmengine.registry import HOOKS, MODELS
 from mmela.hooks import LayerAttentionPruningHook
 from mmela.layers import AttentionState
 from mmela.pruning import PRUNING_POLICIES, FixedCount, PruningReport
-from mmela.structure import layer_attentions
+from mmela.structure import attention_stages, layer_attentions
 from tests.helpers.runs import (
     HOOK,
     POLICY,
@@ -102,7 +102,7 @@ def test_kl_is_the_mean_over_the_window(tmp_path):
         attention.attention_state = AttentionState.ACTIVE
     seen = {'layer1': [], 'layer2': []}
     for name in seen:
-        getattr(runner.model, name).observer = seen[name].append
+        attention_stages(runner.model)[name].observer = seen[name].append
     dataset = runner.train_dataloader.dataset
     runner.model(dataset.images, dataset.targets)
     expected = []
@@ -122,7 +122,7 @@ def test_nothing_is_measured_outside_the_windows(tmp_path):
         toy_config(tmp_path, dict(windows=[(2, 2)], policy=POLICY), epochs=3)
     )
     assert len(decisions(runner.work_dir)) == 1
-    assert runner.model.layer1.observer is None
+    assert attention_stages(runner.model)['layer1'].observer is None
 
 
 def test_pruned_parameters_no_longer_change(run):

@@ -1,0 +1,170 @@
+from typing import Any, Optional
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.visualization import LocalVisBackend
+
+from ..engine import StepTimes
+from ..engine.tables import decision_table
+from ..pruning import PruningDecision
+
+
+@HOOKS.register_module()
+class DecisionLogHook(Hook):
+    """Log what a :class:`LayerAttentionPruningHook` measures and decides.
+
+    A run with that hook gets this one by itself.
+
+    The visualizer gets ``layer_attention/active`` when the training starts and
+    after each decision, ``layer_attention/kl/NAME`` during a window and with
+    the decision, ``normalized``, ``mapped`` and ``pruned`` with the decision,
+    and ``layer_attention/step_time``, the median in seconds since the decision
+    before or the start, with each decision and at the end. Experiment trackers
+    (backends other than ``LocalVisBackend``) get each decision as two pictures
+    too, the divergences and the table.
+
+    Args:
+        interval (int): Write the divergences measured so far each so many
+            iterations of a window, which waits for the device. 0 writes them with
+            the decision alone. Defaults to 50.
+    """
+
+    # After the hook that prunes (ABOVE_NORMAL), before those that log and save
+    priority = 'NORMAL'
+
+    def __init__(self, interval: int = 50) -> None:
+        self.interval = interval
+        self._pruning: Any = None
+        self._told = 0
+
+    def before_train(self, runner) -> None:
+        """Log how many attentions are active."""
+        self._pruning = _pruning_hook(runner)
+        if self._pruning is None:
+            raise ValueError('DecisionLogHook logs for a LayerAttentionPruningHook')
+        self._told = len(self._pruning.history)
+        active, attentions = self._count_active(), self._pruning.attentions
+        runner.visualizer.add_scalars(
+            {'layer_attention/active': active}, step=runner.iter
+        )
+        stages = {id(attention.place.stage) for attention in attentions.values()}
+        runner.logger.info(
+            f'Layer attentions: {active} of {len(attentions)} active in '
+            f'{len(stages)} stages'
+        )
+        self._step_times = StepTimes(runner)
+
+    def before_train_epoch(self, runner) -> None:
+        """Log that a window has begun."""
+        self._log_begin(runner)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        """Log that a window has begun, in a loop of iterations."""
+        self._log_begin(runner)
+
+    def after_train_iter(
+        self, runner, batch_idx, data_batch=None, outputs=None
+    ) -> None:
+        """Log what an open window has measured, or what was decided."""
+        iteration = runner.iter + 1
+        measured = self._pruning.open
+        due = self.interval and iteration % self.interval == 0
+        if measured is not None and due and is_main_process():
+            scalars = {
+                f'layer_attention/kl/{name}': value.total
+                for name, value in measured.meter.compute().items()
+                if value is not None
+            }
+            runner.visualizer.add_scalars(scalars, step=iteration)
+        self._log_new(runner)
+
+    def after_train_epoch(self, runner) -> None:
+        """Log what was decided at the end of an epoch."""
+        self._log_new(runner)
+
+    def after_train(self, runner) -> None:
+        """Compare the step times between the decisions."""
+        self._step_times.record(runner, self._count_active(), runner.iter)
+        if self._step_times.table():
+            runner.logger.info('Training speed:\n' + self._step_times.table())
+
+    def _count_active(self) -> int:
+        return sum(a.active for a in self._pruning.attentions.values())
+
+    def _log_begin(self, runner) -> None:
+        measured = self._pruning.open
+        if measured is None or measured.announced:
+            return
+        measured.announced = True
+        unit = 'epoch' if self._pruning.by_epoch else 'iteration'
+        runner.logger.info(
+            f'Measuring the layer attentions in {unit} {_span(measured.window)}; '
+            'the decision follows at its end.'
+        )
+
+    def _log_new(self, runner) -> None:
+        """Log the decisions that have come since the last call."""
+        for decision in self._pruning.history[self._told :]:
+            self._log(runner, decision)
+        self._told = len(self._pruning.history)
+
+    def _log(self, runner, decision: PruningDecision) -> None:
+        before, after = len(decision.layers), len(decision.active)
+        self._step_times.record(runner, before, decision.iteration)
+        runner.logger.info(
+            f'Layer attention pruning after {decision.unit} {_span(decision.window)}: '
+            f'{before} -> {after} active attentions, {self._pruning.policy}\n'
+            + decision_table(decision.layers)
+        )
+        if decision.warning:
+            runner.logger.warning(f'{decision.warning}.')
+        runner.logger.info(
+            f'{runner.work_dir}/pruning.json has every number of this decision; '
+            f'`mmela report {runner.work_dir}` draws it. The network from before the '
+            f'first pruning, if it was kept, is {runner.work_dir}/before_pruning.pth.'
+        )
+        scalars = {'layer_attention/active': after}
+        for layer in decision.layers:
+            for key, value in (
+                ('kl', layer.divergence),
+                ('kl_shape', layer.shape),
+                ('kl_own', layer.own),
+                ('normalized', layer.normalized),
+                ('mapped', layer.mapped),
+                ('pruned', int(layer.pruned)),
+            ):
+                if value is not None:
+                    scalars[f'layer_attention/{key}/{layer.name}'] = value
+        runner.visualizer.add_scalars(scalars, step=decision.iteration)
+        self._show(runner, decision)
+
+    def _show(self, runner, decision: PruningDecision) -> None:
+        """Send pictures of a decision to the experiment trackers.
+
+        Not to files alone: there, ``mmela report`` draws from ``pruning.json``.
+        """
+        backends = runner.visualizer._vis_backends.values()
+        files = all(isinstance(backend, LocalVisBackend) for backend in backends)
+        if files or not is_main_process():
+            return
+        # Here, as drawing takes long to import and few runs need it
+        from ..analysis.decision_plots import kl_plot, table_plot
+        from ..analysis.drawing import render
+
+        _, last = decision.window or (None, None)
+        name = f'pruning_{decision.unit}_{last}'
+        for suffix, plot in (('', kl_plot), ('_table', table_plot)):
+            # MLflow takes the format from the name.
+            runner.visualizer.add_image(
+                f'{name}{suffix}.png', render(plot(decision)), step=decision.iteration
+            )
+
+
+def _span(window: Any) -> str:
+    return '-'.join(map(str, sorted(set(window))))
+
+
+def _pruning_hook(runner) -> Optional[Any]:
+    """The hook of a run that has a history of decisions."""
+    return next((hook for hook in runner.hooks if hasattr(hook, 'history')), None)
