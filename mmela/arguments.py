@@ -32,8 +32,9 @@ def check_arguments(cls: type, arguments: Dict[str, Any]) -> None:
     for name, value in arguments.items():
         if name not in allowed:
             raise TypeError(
-                f'{cls.__name__} has no argument {name!r}{did_you_mean(name, allowed)}; '
-                f'its arguments are {", ".join(allowed)}'
+                f'{cls.__name__} has no argument {name!r}'
+                f'{did_you_mean(name, allowed)}; its arguments are '
+                f'{", ".join(allowed)}'
             )
         wanted = _wanted(value, allowed[name])
         if wanted:

@@ -14,7 +14,7 @@ model = dict(
         out_indices=(3,),
         drop_path_rate=0.1,
         layer_attention=dict(type='MRLABase', head_dim=16),
-        attention_blocks=[[], [], [], []],
+        blocks=[[], [], [], []],
     ),
     neck=dict(_delete_=True, type='GlobalAveragePooling'),
     head=dict(

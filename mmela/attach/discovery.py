@@ -217,12 +217,16 @@ def _first(value: Any) -> Optional[Tuple[Path, Tensor]]:
     return found[0]
 
 
-def watch(network: nn.Module, *inputs: Tensor) -> List[_Call]:
+def watch(
+    network: nn.Module, *inputs: Any, outputs: Optional[List[Tensor]] = None
+) -> List[_Call]:
     """Run a network once, in eval mode and without gradients, and watch it.
 
     Args:
         network (nn.Module): The network; left as it was.
-        *inputs (Tensor): Its input.
+        *inputs (Tensor | None): Its input.
+        outputs (list, optional): Gets the tensors that it returns. Defaults to
+            None.
 
     Returns:
         list: The calls of its modules, in order.
@@ -239,7 +243,9 @@ def watch(network: nn.Module, *inputs: Tensor) -> List[_Call]:
         for module in modes:
             module.training = False
         with torch.random.fork_rng(devices=[]), torch.no_grad(), watcher:
-            network(*inputs)
+            result = network(*inputs)
+        if outputs is not None:
+            outputs += [tensor.detach() for tensor in _tensors(result)]
     finally:
         watcher.close()
         for module, mode in modes.items():

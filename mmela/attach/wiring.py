@@ -38,6 +38,7 @@ TOKEN_DEFAULTS = dict(
 NORMS_OF_MAPS = ('BN', 'BN2d', 'SyncBN', 'MMSyncBN', 'GN')
 """tuple[str]: Normalizations that attentions on maps take over."""
 
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 CHANNELS_LAST_TRIES = ((1.5, 1.5), (2, 2), (1.5, 2))
 
 
@@ -81,9 +82,10 @@ def attach_layer_attention(
             consecutive ones of one width and resolution into stages; a transformer
             without stages gets stages of ``layers_per_stage``. Or names or
             patterns such as ``'layers.*'``, of which stages are formed in the
-            same way, or a list of names for each stage. A name after a ``'!'``
-            keeps its place in a stage without an attention. Defaults to
-            ``'auto'``.
+            same way; or for each stage a list of names, of which one after a
+            ``'!'`` keeps its place without an attention; or for each stage that
+            ``'auto'`` gives a list of the indices, from 0, of the blocks that have
+            one. Defaults to ``'auto'``.
         reset_pruning (bool): Start with no attention pruned although the
             checkpoint of the backbone's ``init_cfg`` is of a pruned network. A
             pruned attention then goes on with the weights that it had when it was
@@ -159,7 +161,14 @@ def attach_layer_attention(
             before = stage, members
     if not seats and not left_out and not without:
         raise ValueError(f'blocks={blocks} leaves no block with a layer attention')
-    _sit_down(backbone, seats)
+    containers = any(isinstance(seat.block.module, CONTAINERS) for seat in seats)
+    images = (input_size, input_channels) if containers else None
+    before_attaching = _outputs(backbone, *images) if images else None
+    with ExitStack() as undo:
+        _sit_down(seats, undo)
+        if images and before_attaching is not None:
+            _check_unchanged(backbone, seats, before_attaching, images)
+        undo.pop_all()
     names = [[block.name for block in members] for members in stages]
     backbone._register_load_state_dict_pre_hook(OlderCheckpoints(names, left_out))
     if hasattr(backbone, 'init_weights'):
@@ -179,7 +188,8 @@ def with_layer_attention(backbone: Any, **kwargs) -> nn.Module:
 
     Args:
         backbone (dict): Config of the backbone.
-        **kwargs: Those of :func:`attach_layer_attention`; ``init_cfg`` takes the
+        **kwargs: Those of :func:`attach_layer_attention`; ``attention_blocks``, as
+            versions before 0.2 called ``blocks`` by index; ``init_cfg`` takes the
             place of that of the backbone.
 
     Returns:
@@ -199,6 +209,9 @@ def with_layer_attention(backbone: Any, **kwargs) -> nn.Module:
         )
     if 'init_cfg' in kwargs:  # what tools set to None before they load weights
         backbone = {**backbone, 'init_cfg': kwargs.pop('init_cfg')}
+    if kwargs.get('attention_blocks') is not None:
+        kwargs['blocks'] = kwargs['attention_blocks']
+    kwargs.pop('attention_blocks', None)
     return attach_layer_attention(MODELS.build(backbone), **kwargs)
 
 
@@ -252,10 +265,12 @@ def _find_stages(
 ) -> Tuple[Stages, Set[str]]:
     """Stages, and names of the blocks in them that get no attention."""
     known = known_stages(backbone, layers_per_stage)
-    if isinstance(blocks, str) and blocks == 'auto':
-        if known is not None:
-            return known, set()
-        return _discover(backbone, input_size, input_channels, layers_per_stage), set()
+    by_index = _are_indices(blocks)
+    if by_index or isinstance(blocks, str) and blocks == 'auto':
+        stages = known or _discover(
+            backbone, input_size, input_channels, layers_per_stage
+        )
+        return stages, _others(stages, blocks) if by_index else set()
     _check_form(blocks)
     flat = [name for entry in blocks for name in _names(entry)]
     without = {name[1:] for name in flat if name.startswith('!')}
@@ -296,6 +311,35 @@ def _find_stages(
                 )
         stages.append(members)
     return stages, without
+
+
+def _are_indices(blocks: Any) -> bool:
+    """Whether blocks are a list of indices for each stage."""
+    return (
+        isinstance(blocks, (list, tuple))
+        and bool(blocks)
+        and all(isinstance(entry, (list, tuple)) for entry in blocks)
+        and all(type(index) is int for entry in blocks for index in entry)
+    )
+
+
+def _others(stages: Stages, blocks: Any) -> Set[str]:
+    """Names of the blocks that are not among the indices of their stage."""
+    if len(blocks) != len(stages):
+        raise ValueError(
+            f'blocks={blocks} is for {len(blocks)} stages, but the backbone has '
+            f'{len(stages)}'
+        )
+    others = set()
+    for number, (indices, members) in enumerate(zip(blocks, stages)):
+        allowed = set(range(len(members)))
+        if list(indices) != sorted(set(indices)) or not set(indices) <= allowed:
+            raise ValueError(
+                f'blocks[{number}]={list(indices)} must name blocks of the stage once '
+                f'each and in order; allowed are 0 to {len(members) - 1}'
+            )
+        others |= {members[index].name for index in allowed - set(indices)}
+    return others
 
 
 def _discover(
@@ -360,9 +404,15 @@ def _settled(backbone, input_size, input_channels, find) -> List[Block]:
 
 
 def _try(
-    backbone: nn.Module, input_size: Optional[Size], input_channels: Optional[int]
+    backbone: nn.Module,
+    input_size: Optional[Size],
+    input_channels: Optional[int],
+    outputs: Optional[List[torch.Tensor]] = None,
 ) -> Trial:
-    """A watched forward pass at the first size that a network takes."""
+    """A watched forward pass at the first size that a network takes.
+
+    What the network returns is added to ``outputs``.
+    """
     if input_size is not None:
         input_size = _check_size(input_size)
     if input_channels is not None and (
@@ -377,7 +427,7 @@ def _try(
         for size in sizes:
             x = random_images(backbone, batch, count, size)
             try:
-                calls = watch(backbone, x, *other_arguments(backbone))
+                calls = watch(backbone, x, *other_arguments(backbone), outputs=outputs)
             except Exception as error:  # of any kind: it is somebody else's code
                 reason = reason or error
             else:
@@ -401,7 +451,10 @@ def _names(entry: Any) -> List[str]:
 
 
 def _check_form(blocks: Any) -> None:
-    form = "'auto', a list of names or patterns, or a list of such a list per stage"
+    form = (
+        "'auto', a list of names or patterns, or a list of names or of indices for "
+        'each stage'
+    )
     if isinstance(blocks, str) or not isinstance(blocks, (list, tuple)):
         raise ValueError(f'blocks={blocks!r} is not {form}')
     flat = [isinstance(entry, str) for entry in blocks]
@@ -582,30 +635,61 @@ def _build(
     return _Seat(block, attention, replacements, frozen)
 
 
-def _sit_down(backbone: nn.Module, seats: Sequence[_Seat]) -> None:
-    """Attach all attentions, or none."""
-    with ExitStack() as undo:
-        watched = set()
-        for block, attention, replacements, _ in seats:
-            module = block.module
-            if hasattr(module, 'layer_attn'):
-                raise ValueError(f'{block.name} has a layer_attn of its own')
-            for name, other in replacements.items():
-                undo.callback(setattr, module, name, getattr(module, name))
-                setattr(module, name, other)
-            undo.callback(module._modules.pop, 'layer_attn', None)
-            module.layer_attn = attention
-            for handle in attach_hooks(module):
-                undo.callback(handle.remove)
-            for name, method in attention.taps.items():
-                undo.callback(ensure_tap(module, name, attention, method).remove)
-            source = block.tells_size
-            if source is not None and block.features.resolution not in watched:
-                watched.add(block.features.resolution)
-                undo.callback(block.features.resolution.watch(source).remove)
-            for handle in _expect(module, attention):
-                undo.callback(handle.remove)
-        undo.pop_all()
+def _sit_down(seats: Sequence[_Seat], undo: ExitStack) -> None:
+    """Attach all attentions; ``undo`` takes them away again."""
+    watched = set()
+    for block, attention, replacements, _ in seats:
+        module = block.module
+        if hasattr(module, 'layer_attn'):
+            raise ValueError(f'{block.name} has a layer_attn of its own')
+        for name, other in replacements.items():
+            undo.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, other)
+        undo.callback(module._modules.pop, 'layer_attn', None)
+        module.layer_attn = attention
+        for handle in attach_hooks(module):
+            undo.callback(handle.remove)
+        for name, method in attention.taps.items():
+            undo.callback(ensure_tap(module, name, attention, method).remove)
+        source, resolution = block.tells_size, block.features.resolution
+        if source is not None and resolution not in watched:
+            watched.add(resolution)
+            undo.callback(resolution.watch(source).remove)
+        for handle in _expect(module, attention):
+            undo.callback(handle.remove)
+
+
+def _outputs(backbone: nn.Module, size: Optional[Size], channels: Optional[int]):
+    """What a network returns for the images of a trial."""
+    outputs: List[torch.Tensor] = []
+    _try(backbone, size, channels, outputs)
+    return outputs
+
+
+def _check_unchanged(
+    backbone: nn.Module, seats: Sequence[_Seat], before: list, images: tuple
+) -> None:
+    """Check blocks that are containers, which may use their children by number.
+
+    Raises:
+        ValueError: If the network without its attentions is another one.
+    """
+    for seat in seats:
+        seat.attention._state = AttentionState.PRUNED
+    try:
+        after = _outputs(backbone, *images)
+    except ValueError:
+        after = []
+    finally:
+        for seat in seats:
+            seat.attention._state = AttentionState.ACTIVE
+            seat.attention.place.stage.set_size(seat.attention.place.stage.size)
+    if len(before) != len(after) or not all(map(torch.equal, before, after)):
+        kinds = {type(s.block.module).__name__: s.block.name for s in seats}
+        raise ValueError(
+            'the network is another one with a further child in its blocks, of which '
+            f'some are containers of modules: {kinds}. Name other blocks'
+        )
 
 
 def _expect(module: nn.Module, attention: LayerAttention) -> list:

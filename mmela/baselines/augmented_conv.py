@@ -29,7 +29,7 @@ class AA(BranchAttention):
 
     The attention takes the place of channels of the convolution, which gets
     narrower. In a ResNet-50 the paper has it in the last three stages:
-    ``attention_blocks`` of the backbone. Where the convolution has a stride,
+    ``blocks`` of the backbone. Where the convolution has a stride,
     the attention is over the pooled map.
 
     Args:

@@ -110,7 +110,7 @@ class Plugin(BranchAttention):
     """A plugin of mmcv on the residual branch of a block.
 
     The toolboxes have no layer attention there but plugins, MMPretrain not
-    even those: this brings any to every backbone, and ``attention_blocks`` of
+    even those: this brings any to every backbone, and ``blocks`` of
     the backbone says to which blocks. Those of mmela are
     ``SqueezeExcitation``, ``ECA``, ``CBAM``, ``BAM`` and ``DoubleAttention``;
     mmcv has ``ContextBlock`` and ``NonLocal2d``.

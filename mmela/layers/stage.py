@@ -200,7 +200,8 @@ def after_block(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any
         new = attention.update(x, run.memory, everything, output)
     except ValueError as error:
         raise RuntimeError(
-            f'layer attention: block {place.block} {error}; leave it out by blocks=[...]'
+            f'layer attention: block {place.block} {error}; leave it out by '
+            'blocks=[...]'
         ) from error
     if run.done < stage.size:
         _running.runs[stage] = run
@@ -231,8 +232,8 @@ def _current(place: Place) -> _Run:
         _running.runs.pop(place.stage, None)
         raise RuntimeError(
             f'layer attention: block {place.block} runs in a pass in which the blocks '
-            f'of its stage before it have not all run: {", ".join(place.stage.blocks)}. '
-            'Blocks that are skipped at random, that run alone, or that activation '
+            f'of its stage before it ({", ".join(place.stage.blocks)}) have not all '
+            'run. Blocks that are skipped at random, that run alone, or that activation '
             'checkpointing runs again from outside (checkpoint within the block, or '
             'use with_cp=True) cannot have one; leave them out by blocks=[...]'
         )

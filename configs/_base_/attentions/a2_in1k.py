@@ -6,5 +6,5 @@ backbone = dict(
     layer_attention=dict(
         type='Plugin', plugin=dict(type='DoubleAttention', reduction=2)
     ),
-    attention_blocks=[[], [1, 3], [1, 3, 5], []],
+    blocks=[[], [1, 3], [1, 3, 5], []],
 )

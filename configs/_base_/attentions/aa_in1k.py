@@ -4,5 +4,5 @@ custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 backbone = dict(
     type='ELAResNet',
     layer_attention=dict(type='AA'),
-    attention_blocks=[[], [0, 1, 2, 3], [0, 1, 2, 3, 4, 5], [0, 1, 2]],
+    blocks=[[], [0, 1, 2, 3], [0, 1, 2, 3, 4, 5], [0, 1, 2]],
 )

@@ -4,5 +4,5 @@ custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 backbone = dict(
     type='ELAResNet',
     layer_attention=dict(type='Plugin', plugin=dict(type='ContextBlock', ratio=1 / 16)),
-    attention_blocks=[[], [], [4], []],
+    blocks=[[], [], [4], []],
 )

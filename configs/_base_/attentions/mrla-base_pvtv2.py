@@ -2,5 +2,5 @@
 # algorithm 2).
 backbone = dict(
     layer_attention=dict(type='MRLABase', head_dim=16, value_act_cfg=None),
-    attention_blocks=None,
+    blocks='auto',
 )

@@ -1,3 +1,3 @@
 _base_ = './nl_r50_coco.py'
 
-backbone = dict(attention_blocks=[[], [], [21], []])
+backbone = dict(blocks=[[], [], [21], []])
