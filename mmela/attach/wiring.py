@@ -735,8 +735,6 @@ class _InitWeights:
             for module in self.backbone[0].modules()
             if isinstance(module, LayerAttention)
         ]
-        for attention in attentions:
-            attention.loaded = False
         result = self.original(*args, **kwargs)
         for attention in attentions:
             if not attention.loaded:

@@ -117,23 +117,22 @@ class LayerAttentionPruningHook(Hook):
                 keep_value=keep_value,
                 reduction=reduction,
                 eps=eps,
-                log_interval=log_interval,
-                put_off_until=put_off_until,
                 keep_unpruned=keep_unpruned,
             ),
         )
         self.windows = check_windows(windows)
         self.policy = build_policy(policy)
         check_measurement(reduction, eps)
-        if log_interval < 0:
+        if type(log_interval) is not int or log_interval < 0:
             raise ValueError(f'log_interval={log_interval!r} is not an integer >= 0')
         self.by_epoch = by_epoch
         self.keep_value = keep_value
         self.reduction = reduction
         self.eps = eps
         self.log_interval = log_interval
-        if put_off_until is not None and not any(
-            window[1] < put_off_until for window in self.windows
+        if put_off_until is not None and (
+            type(put_off_until) is not int
+            or not any(window[1] < put_off_until for window in self.windows)
         ):
             raise ValueError(
                 f'put_off_until={put_off_until!r} is not an integer above the end of '

@@ -233,9 +233,10 @@ def _current(place: Place) -> _Run:
         raise RuntimeError(
             f'layer attention: block {place.block} runs in a pass in which the blocks '
             f'of its stage before it ({", ".join(place.stage.blocks)}) have not all '
-            'run. Blocks that are skipped at random, that run alone, or that activation '
-            'checkpointing runs again from outside (checkpoint within the block, or '
-            'use with_cp=True) cannot have one; leave them out by blocks=[...]'
+            'run. Blocks that are skipped at random, that run alone, or that '
+            'activation checkpointing runs again from outside (use with_cp=True, '
+            'which does so within the block) cannot have one; leave them out by '
+            'blocks=[...]'
         )
     return run
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mmengine.hooks import EMAHook
 from mmengine.registry import HOOKS, MODELS
 
-from mmela.hooks import LayerAttentionPruningHook
+from mmela.hooks import DecisionLogHook, LayerAttentionPruningHook
 from mmela.layers import AttentionState
 from mmela.pruning import PRUNING_POLICIES, FixedCount, PruningReport
 from mmela.structure import attention_stages, layer_attentions
@@ -313,6 +313,8 @@ class HalfUsedNetwork(ToyNetwork):
     """Its second stage never runs."""
 
     def forward(self, inputs, target, mode='tensor'):
+        if mode == 'tensor':  # where attentions are attached
+            return super().forward(inputs, target)
         out = self.head(self.layer1(inputs).mean((2, 3)))[:, 0]
         return dict(loss=F.mse_loss(out, target))
 
@@ -322,6 +324,7 @@ def test_stage_that_never_runs_is_kept(tmp_path):
     cfg.model.type = 'HalfUsedNetwork'
     runner = train(cfg)
     assert 'layer2 has not run in window (1, 1)' in log_of(runner)
+    assert 'No training pass has come to these layer attentions' in log_of(runner)
     assert 'diverged' not in log_of(runner)
     assert pruned(runner.model)
     assert all(name.startswith('layer1') for name in pruned(runner.model))
@@ -354,7 +357,7 @@ def test_report_is_written_before_the_log(tmp_path, monkeypatch):
     def fail(self, runner, decision):
         raise RuntimeError('no terminal')
 
-    monkeypatch.setattr(LayerAttentionPruningHook, '_log', fail)
+    monkeypatch.setattr(DecisionLogHook, '_log', fail)
     with pytest.raises(RuntimeError, match='no terminal'):
         train(toy_config(tmp_path, HOOK))
     assert decisions(tmp_path)[0].pruned

@@ -109,7 +109,7 @@ def epochs(tmp_path_factory):
     ]
     cfg = still(work_dir, LONG, savers, default_hooks=BY_ITER)
     shown = dict(cfg.train_dataloader, sampler=dict(type='DefaultSampler'))
-    best = dict(type='CheckpointHook', save_best='mean', rule='greater')
+    best = dict(type='CheckpointHook', save_best='mean', rule='less')
     cfg.custom_hooks.append(best)
     runner = train(
         cfg, val_dataloader=shown, val_cfg={}, val_evaluator=dict(type='ToyMetric')
