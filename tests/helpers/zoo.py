@@ -199,8 +199,8 @@ def attach(network: nn.Module, name: str, attention: str = 'MRLABase', **kwargs)
     config = dict(ATTENTIONS[attention], **kwargs)
     attach_layer_attention(network, config, input_size=NETWORKS[name].size, **options)
     if not kwargs.get('zero_init'):
-        for module in layer_attentions(network).values():
-            stir(module, 2)
+        for seed, module in enumerate(layer_attentions(network).values()):
+            stir(module, seed)  # each in its own way
     return network
 
 
