@@ -157,11 +157,15 @@ def alive(batch):
     """Tensors of a batch size that nothing else has."""
     gc.collect()
     return [
-        o for o in gc.get_objects() if torch.is_tensor(o) and o.dim() and len(o) == batch
+        o
+        for o in gc.get_objects()
+        if torch.is_tensor(o) and o.dim() and len(o) == batch
     ]
 
 
-@pytest.mark.parametrize('attention', ['MRLABase', 'MRLALight', 'KCLA', 'MLA', 'DLABase'])
+@pytest.mark.parametrize(
+    'attention', ['MRLABase', 'MRLALight', 'KCLA', 'MLA', 'DLABase']
+)
 @pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError, GeneratorExit])
 @pytest.mark.parametrize('index', [1, 2, 4])
 @pytest.mark.parametrize('training', [False, True])

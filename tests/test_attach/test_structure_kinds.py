@@ -505,7 +505,9 @@ def test_detectors_that_call_blocks_by_another_name():
         network.train()
         names = set(layer_attentions(network))
         fresh = copy.deepcopy(network)
-        outs = fresh.rfp_forward(x, [torch.randn_like(f)[:, :64] for f in pad(features)])
+        outs = fresh.rfp_forward(
+            x, [torch.randn_like(f)[:, :64] for f in pad(features)]
+        )
         sum(out.square().mean() for out in outs).backward()
     except (ValueError, RuntimeError) as error:
         assert 'layer' in str(error)

@@ -68,7 +68,9 @@ def test_zero_init_is_the_plain_network_bit_by_bit(attention, norm, extra):
 @pytest.mark.parametrize(
     'make',
     [
-        toolbox('mmpretrain', 'VisionTransformer', arch=ARCH, img_size=32, patch_size=8),
+        toolbox(
+            'mmpretrain', 'VisionTransformer', arch=ARCH, img_size=32, patch_size=8
+        ),
         toolbox(
             *('mmpretrain', 'DistilledVisionTransformer'),
             arch=ARCH,
