@@ -296,7 +296,7 @@ def snapshot(network: nn.Module) -> Dict[str, Optional[object]]:
         for kind in [k for k in vars(module) if k.endswith(('hooks', 'with_kwargs'))]:
             seen[f'{name}:{kind}'] = list(getattr(module, kind) or ())
         seen[f'{name}:forward'] = vars(module).get('forward')
-    for name, value in network.state_dict(keep_vars=True).items():
+    for name, value in (*network.named_parameters(), *network.named_buffers()):
         what = (value, value._version, value.requires_grad, sorted(vars(value)))
         seen[f'{name}='] = (*what, value.detach().clone(), value.grad)
     return seen

@@ -188,8 +188,13 @@ class Keywords(of_blocks(KeywordBlock)):
 
 class AddsInPlace(Block):
     def forward(self, x):
-        x += self.branch(x)
+        x += self.branch(F.relu(x))
         return x
+
+
+class Adds(Block):
+    def forward(self, x):
+        return x + self.branch(F.relu(x))
 
 
 class ReluInPlaceFirst(Block):
@@ -279,14 +284,14 @@ TWINS = {
     'root is a ModuleDict': (LoopOverItems, Ordinary, 'auto'),
     'root is a Sequential': (SequentialRoot, Ordinary, 'auto'),
     'root counts its children': (CountsItsChildren, Ordinary, 'auto'),
-    'tuple': (unpacked(TupleBlock, lambda out: out[0]), Ordinary, 'auto'),
-    'tuple of two': (unpacked(NoteAfterTuple, lambda out: out[0]), Ordinary, 'auto'),
-    'list': (unpacked(ListBlock, lambda out: out[0]), Ordinary, 'auto'),
-    'namedtuple': (unpacked(NamedBlock, lambda out: out.x), Ordinary, 'auto'),
-    'dict': (unpacked(DictBlock, lambda out: out['x']), Ordinary, 'auto'),
-    'output class': (unpacked(OutputBlock, lambda out: out.x), Ordinary, 'auto'),
-    'keywords alone': (Keywords, Ordinary, 'auto'),
-    'adds in place': (of_blocks(AddsInPlace), Ordinary, 'auto'),
+    'tuple': (unpacked(TupleBlock, lambda out: out[0]), Ordinary, ALL),
+    'tuple of two': (unpacked(NoteAfterTuple, lambda out: out[0]), Ordinary, ALL),
+    'list': (unpacked(ListBlock, lambda out: out[0]), Ordinary, ALL),
+    'namedtuple': (unpacked(NamedBlock, lambda out: out.x), Ordinary, ALL),
+    'dict': (unpacked(DictBlock, lambda out: out['x']), Ordinary, ALL),
+    'output class': (unpacked(OutputBlock, lambda out: out.x), Ordinary, ALL),
+    'keywords alone': (Keywords, Ordinary, ALL),
+    'adds in place': (of_blocks(AddsInPlace), of_blocks(Adds), 'auto'),
     'relu in place first': (of_blocks(ReluInPlaceFirst), of_blocks(ReluFirst), 'auto'),
     'input is overwritten': (of_blocks(HalvesInput), Ordinary, 'auto'),
     'scaled in place between': (ScalesInPlaceBetween, ScalesBetween, 'auto'),
@@ -336,10 +341,12 @@ def test_as_its_twin(kind, attention):
     odd, twin = stir(odd_class()).double(), twin_class().double()
     x = picture().double()
     twin.load_state_dict(odd.state_dict())
-    # Without gradients, as an overwritten input is for no training
-    can_train = kind != 'input is overwritten'
     odd.eval(), twin.eval()
     assert equal(run(odd, x), run(twin, x))
+    # An overwritten input is for no training
+    can_train = kind != 'input is overwritten'
+    if can_train:
+        assert_close(pass_of(copy.deepcopy(odd), x), pass_of(copy.deepcopy(twin), x))
     try:
         give(odd, attention, blocks)
     except ValueError as error:
@@ -493,8 +500,15 @@ def test_unreached_leaves_out_what_is_pruned():
 def test_a_block_that_is_called_by_another_name_alone(attention):
     network = CalledByAnotherName()
     network.another = True
-    with pytest.raises(ValueError, match='block'):
+    with pytest.raises(ValueError, match='block0'):
+        give(network, attention, ALL)
+    try:
         give(network, attention)
+    except ValueError as error:
+        assert 'block' in str(error)
+    else:  # something within the blocks, which does run
+        network.train()(picture())
+        assert structure.unreached(network) == []
 
 
 def test_detectors_that_call_blocks_by_another_name():
@@ -504,25 +518,22 @@ def test_detectors_that_call_blocks_by_another_name():
     cfg.update(conv_cfg=dict(type='ConvAWS'), rfp_inplanes=64, norm_eval=False)
     network = toolbox('mmdet', 'DetectoRS_ResNet', **cfg)()
     x = torch.randn(1, 3, 64, 64)
+    features = network(x)
     try:
         attach_layer_attention(network, input_size=(64, 64))
-        features = network(x)
         network.train()
-        names = set(layer_attentions(network))
-        fresh = copy.deepcopy(network)
-        outs = fresh.rfp_forward(
-            x, [torch.randn_like(f)[:, :64] for f in pad(features)]
-        )
+        given = [torch.randn_like(f)[:, :64] for f in pad(features)]
+        outs = network.rfp_forward(x, given)
         sum(out.square().mean() for out in outs).backward()
     except (ValueError, RuntimeError) as error:
         assert 'layer' in str(error)
         return
-    without = {
+    without = [
         name
-        for name, attention in layer_attentions(fresh).items()
-        if all(p.grad is None for p in attention.parameters())
-    }
-    assert without <= set(structure.unreached(fresh)) and without <= names
+        for name, attention in layer_attentions(network).items()
+        if all(param.grad is None for param in attention.parameters())
+    ]
+    assert structure.unreached(network) == without
 
 
 def pad(features):
@@ -676,6 +687,7 @@ def test_features_of_timm_are_those_of_the_network():
     features.load_state_dict(whole.state_dict(), strict=False)
     whole.eval(), features.eval()
     x = image('timm.features')
-    with torch.no_grad():
-        expected = whole.forward_features(x)
-    assert torch.equal(run(features, x)[-1], expected)
+    seen = []
+    whole.layer4.register_forward_hook(lambda module, args, out: seen.append(out))
+    run(whole, x)
+    assert torch.equal(run(features, x)[-1], seen[0])
