@@ -171,11 +171,14 @@ def replicate(network):
     """One replica, as ``nn.parallel.replicate`` makes it for each GPU."""
     replicas = {m: m._replicate_for_data_parallel() for m in network.modules()}
     for module, replica in replicas.items():
+        replica._former_parameters = {}
         for key, child in module._modules.items():
             setattr(replica, key, replicas.get(child))
             replica._modules[key] = replicas.get(child)
         for key, param in module._parameters.items():
-            if param is not None:
+            if param is None:
+                replica._parameters[key] = None
+            else:
                 value = param * 1
                 setattr(replica, key, value)
                 replica._former_parameters[key] = value
