@@ -150,7 +150,7 @@ def test_in_a_config(given):
 
 
 def backbone(kind, channels):
-    attention = dict(type='MRLABase')
+    attention = dict(type='MRLABase', head_dim=8)
     if kind == 'ELAResNet':
         narrow = dict(RESNET, in_channels=channels)
         return dict(type='ELAResNet', layer_attention=attention, **narrow)
@@ -251,7 +251,7 @@ def test_report(tmp_path, channels):
 def test_inference(tmp_path, number):
     pytest.importorskip('mmpretrain.models')
     config, checkpoint = save(tmp_path, 'net', classifier('ELAResNet', number))
-    shape = (64, 64) if number == 1 else (64, 64, 4)
+    shape = (64, 64, number)
     image = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
     cv2.imwrite(str(tmp_path / 'x.png'), image)
     infer(config, checkpoint, [tmp_path / 'x.png'], tmp_path / 'out', pictures=False)

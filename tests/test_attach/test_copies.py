@@ -326,7 +326,8 @@ def test_meta_device_of_other_networks(name):
     expected, x = attached(name), image(name)
     prune(expected, some(expected, 0))
     with torch.device('meta'):
-        network = attach(NETWORKS[name].make(), name)
+        network = NETWORKS[name].make()
+    network = attach(network, name)
     network = network.to_empty(device='cpu')
     # Buffers that are in no state dict are those of the network itself
     for key, buffer in expected.named_buffers():
