@@ -237,7 +237,7 @@ def test_cost(kind, channels):
 
 
 def test_report(tmp_path, channels):
-    make_work_dir(tmp_path)
+    make_work_dir(tmp_path, {f'layer{stage}': 2 for stage in (1, 2, 3, 4)})
     cfg = Config(classifier('ELAResNet', channels))
     cfg.dump(tmp_path / 'my_config.py')
     costs, size, reason = backbone_complexity(Run(tmp_path))

@@ -309,7 +309,6 @@ LAYER_WISE = {
     'mmpretrain-BEiT': ('mmpretrain', 'BEiTViT', VIT),
     'mmpretrain-Swin': ('mmpretrain', 'SwinTransformer', dict(arch=SWIN, img_size=64)),
     'mmpretrain-ConvNeXt': ('mmpretrain', 'ConvNeXt', dict(arch=CONVNEXT)),
-    'mmpretrain-ResNet': ('mmpretrain', 'ResNet', dict(depth=18, base_channels=8)),
     'mmdet-ConvNeXt': ('mmdet', 'ConvNeXt', FEATURES),
     'mmdet-ConvNeXt-stages': ('mmdet', 'ConvNeXt', FEATURES),
     'mmseg-ConvNeXt': ('mmseg', 'ConvNeXt', FEATURES),
@@ -332,7 +331,8 @@ def test_an_attention_learns_at_the_rate_of_its_block(case):
         kind = 'stage_wise' if case.endswith('stages') else 'layer_wise'
         paramwise = dict(decay_rate=0.5, decay_type=kind, num_layers=6)
     expected = rates(copy.deepcopy(network), constructor, **paramwise)
-    attach_layer_attention(network, dict(type='MRLABase'), input_size=(32, 32))
+    size = cfg.get('img_size', 64)
+    attach_layer_attention(network, dict(type='MRLABase'), input_size=(size, size))
     found = rates(network, constructor, **paramwise)
     for key, rate in expected.items():
         assert found[key] == rate, key
