@@ -96,14 +96,14 @@ class Network(nn.Module):
     def _add_stage(self, draw, number, ins):
         outs = draw.choice([4, 6, 8, 12])
         stride = draw.choice([1, 2])
-        form = draw.choice(['tensor', 'tensor', 'tuple', 'dict'])
+        form = draw.choice(['tensor', 'tensor', 'tensor', 'tuple', 'dict'])
         if draw.random() < 0.3:  # a layer that changes the shape before the blocks
             self.add_module(f'into{number}', nn.Conv2d(ins, outs, 3, stride, 1))
             self.plan.append(('layer', f'into{number}'))
             ins, stride = outs, 1
         shared = nn.Conv2d(outs, outs, 3, 1, 1) if draw.random() < 0.25 else None
         blocks, names, repeated = [], [], set()
-        for index in range(draw.randint(1, 4)):
+        for index in range(draw.choice([1, 2, 3, 3, 4, 4])):
             conv = shared if index else None
             block = Block(draw, ins, outs, stride, conv, form)
             blocks.append(block)
@@ -304,8 +304,8 @@ def check(seed):
     plain = stir(trainable(seed), generator)
     x = torch.randn(2, 3, *SIZE, generator=generator).double()
     blocks = 'auto'
-    if draw.random() < 0.5:
-        chosen = [[n for n in names if draw.random() < 0.8] for names in plain.stages]
+    if draw.random() < 0.4:
+        chosen = [[n for n in names if draw.random() < 0.9] for names in plain.stages]
         blocks = [names for names in chosen if names] or 'auto'
 
     def give(network, blocks=blocks, **kwargs):
