@@ -331,6 +331,29 @@ def check(seed):
     return 'right'
 
 
+def stages_of(network, names, x):
+    """Consecutive blocks of one width and resolution, as ``blocks='auto'`` has them."""
+    stages, shapes = [], []
+    network.eval()
+    handles = []
+    for name in names:
+        module = network.get_submodule(name)
+
+        def note(module, args, out, name=name):
+            shape = map_of(out).shape
+            if shapes[-1:] == [shape]:
+                stages[-1].append(name)
+            else:
+                stages.append([name])
+            shapes.append(shape)
+
+        handles.append(module.register_forward_hook(note))
+    outputs(network, x)
+    for handle in handles:
+        handle.remove()
+    return stages
+
+
 def _check_attached(plain, network, give, blocks, x, draw, generator):
     # 1. What starts at zero changes nothing, not even statistics of norms
     zero, other = give(copy.deepcopy(plain), zero_init=True), copy.deepcopy(plain)
@@ -342,8 +365,7 @@ def _check_attached(plain, network, give, blocks, x, draw, generator):
 
     # 2. Outputs and gradients are those of a wiring by hand
     names = [key[: -len('.layer_attn')] for key in layer_attentions(network)]
-    known = [[n for n in stage if n in names] for stage in plain.stages]
-    stages = [s for s in known if s] if blocks == 'auto' else blocks
+    stages = stages_of(plain, names, x) if blocks == 'auto' else blocks
     assert sorted(names) == sorted(n for s in stages for n in s), 'other blocks'
     for attention in layer_attentions(network).values():
         stir(attention, generator)
