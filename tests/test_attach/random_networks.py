@@ -81,6 +81,8 @@ class Network(nn.Module):
         seed (str): What it is made from.
     """
 
+    never_skips = False
+
     def __init__(self, seed):
         super().__init__()
         draw = random.Random(seed)
@@ -148,7 +150,8 @@ class Network(nn.Module):
             elif what == 'block':
                 x = block(name, x)
             elif what == 'maybe':
-                x = block(name, x) if map_of(x).mean() > 0 else x
+                if self.never_skips or map_of(x).mean() > 0:
+                    x = block(name, x)
             elif what == 'in place':
                 x = map_of(x).mul_(0.7)
             elif what == 'feature':
@@ -348,7 +351,9 @@ def stages_of(network, names, x):
             shapes.append(shape)
 
         handles.append(module.register_forward_hook(note))
+    network.never_skips = True
     outputs(network, x)
+    network.never_skips = False
     for handle in handles:
         handle.remove()
     return stages
