@@ -84,7 +84,8 @@ class MLA(MRLABase):
         super().__init__(channels, head_dim, **kwargs)
         self.replaces = replace
         self.mixed_heads = mixed_heads
-        self.prunable = not mixed_heads
+        if mixed_heads:
+            self.prunable = False
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         self.store(x, memory)
