@@ -330,6 +330,10 @@ def convert_published(
     mapped, dropped = _place_all(state_dict, arch, target)
     if arch.startswith('kcla'):
         head_dim = _head_dim_of_kcla(state_dict, arch, head_dim)
+    for key in mapped:
+        counts = key.endswith('.num_batches_tracked')
+        if state_dict[key].is_floating_point() == counts:
+            raise ValueError(f'{key} holds numbers of type {state_dict[key].dtype}')
     prefix = '' if target == 'backbone' else 'backbone.'
     tensors = {new: state_dict[old] for old, new in mapped.items()}
     configure = _deit_backbone if arch.startswith('deit') else _resnet_backbone
@@ -793,6 +797,11 @@ def _fold_unet(
 def _build(backbone: dict, tensors: Dict[str, Tensor], target: str) -> nn.Module:
     """The network that the checkpoint is for; of a detector, its backbone alone."""
     toolbox = TARGETS[target]
+    if target == 'detector' and not backbone['type'].startswith('ELAResNe'):
+        raise ValueError(
+            "target='detector' is for ResNets of ImageNet and COCO; allowed for "
+            f'{backbone["type"]} are classifier and backbone'
+        )
     try:
         registry = import_module(f'{toolbox}.registry').MODELS
     except ImportError as error:
@@ -842,7 +851,9 @@ def _unet_head(backbone: dict, tensors: Dict[str, Tensor]) -> dict:
         threshold=0.5 if classes == 1 else None,
         scale=2,
         align_corners=True,
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=classes == 1),
+        loss_decode=dict(
+            type='CrossEntropyLoss', use_sigmoid=classes == 1, avg_non_ignore=True
+        ),
     )
 
 
@@ -885,8 +896,6 @@ def _load(
                 f'{published[key]} has shape {tuple(value.shape)}, but in a network of '
                 f'arch={arch!r} {key} has {tuple(own.shape)}'
             )
-        if value.is_floating_point() != own.is_floating_point():
-            raise ValueError(f'{published[key]} holds numbers of type {value.dtype}')
         result[key] = value
     network.load_state_dict(result, strict=True)
     return result

@@ -1,18 +1,21 @@
 """Published checkpoints against independent networks in their key layout."""
 
+import argparse
+import functools
+import random
 import runpy
 from pathlib import Path
 
 import pytest
 import torch
 
+from mmela.command_line import one_line
 from mmela.convert.published import (
     ARCHS,
     convert_published,
     detect_arch,
     part_of,
 )
-from tests.helpers.checkpoint_fuzz import damage
 from tests.helpers.published_networks import (
     CELLS,
     PublishedDeiT,
@@ -543,7 +546,7 @@ def test_missing_block_and_optional_count():
         for key, value in state_dict.items()
         if not key.startswith('layer2.0.')
     }
-    with pytest.raises(ValueError, match=r'no published network has \(2, 1, 2\) block'):
+    with pytest.raises(ValueError, match=r'missing .*: layer2.0.conv2.weight'):
         convert('cifar_mrla_light', without)
 
 
@@ -626,14 +629,15 @@ def test_config_of_deit():
 
 def test_wrong_deits():
     state_dict = PublishedDeiT(False).state_dict
-    with pytest.raises(ValueError, match="target='detector' is for ResNets"):
-        convert_published(state_dict, target='detector')
+    for other in (state_dict, network('cifar_kcla').state_dict):
+        with pytest.raises(ValueError, match="target='detector' is for ResNets"):
+            convert_published(other, target='detector')
     with pytest.raises(ValueError, match='no place for 1 keys: dist_token'):
         convert_published({**state_dict, 'dist_token': torch.rand(1, 1, 128)})
-    with pytest.raises(ValueError, match='normo'):
+    with pytest.raises(ValueError, match='missing .*identity_norm.bias'):
         convert_published(state_dict, 'deit_mrla_light')
     del state_dict['blocks.2.norm1.bias']
-    with pytest.raises(ValueError, match='needs: blocks.2.norm1.bias'):
+    with pytest.raises(ValueError, match='needs: backbone.layers.2.ln1.bias'):
         convert_published(state_dict)
 
 
@@ -646,7 +650,7 @@ def test_input_is_left_alone():
         assert torch.equal(value, before[key])
 
 
-@pytest.mark.parametrize('wrapper', ['state_dict', 'model', None])
+@pytest.mark.parametrize('wrapper', ['state_dict', 'model', 'model_state_dict', None])
 @pytest.mark.parametrize('prefix', ['', 'module.'])
 def test_tool(tmp_path, capsys, wrapper, prefix):
     old = network('cifar_kcla').state_dict
@@ -662,12 +666,13 @@ def test_tool(tmp_path, capsys, wrapper, prefix):
     torch.save(content, src)
     tool(src, dst)
     saved = torch.load(dst, weights_only=True)
-    expected, dropped = convert_published(old)
-    assert saved['state_dict'].keys() == expected.keys()
-    for key, value in expected.items():
+    expected = convert_published(old)
+    dropped = expected.dropped
+    assert saved['state_dict'].keys() == expected.state_dict.keys()
+    for key, value in expected.state_dict.items():
         assert torch.equal(saved['state_dict'][key], value)
     backbone = saved['meta']['backbone']
-    assert backbone == published_backbone(expected, 'kcla')
+    assert backbone == expected.backbone
     out = capsys.readouterr().out
     # A row of the table stands for the nine blocks
     row = [line for line in out.splitlines() if 'kcla.Wv.weight' in line]
@@ -693,7 +698,7 @@ def test_tool(tmp_path, capsys, wrapper, prefix):
 def test_tool_takes_arch_and_target(tmp_path):
     src, dst = tmp_path / 'mla.pth', tmp_path / 'out.pth'
     torch.save(network('cifar_mla').state_dict, src)
-    tool(src, dst, '--arch', 'mla', '--target', 'backbone')
+    tool(src, dst, '--arch', 'mla', '--target', 'backbone', '--head-dim', '16')
     saved = torch.load(dst, weights_only=True)
     assert saved['meta']['backbone']['layer_attention']['type'] == 'MLA'
     assert 'layer1.0.layer_attn.query.weight' in saved['state_dict']
@@ -728,7 +733,7 @@ def test_tool_errors_are_one_line(tmp_path):
     text.write_text('no checkpoint')
     numbers = tmp_path / 'numbers.pth'
     torch.save(dict(a=1), numbers)
-    mla = ('--arch', 'mla')
+    mla = ('--arch', 'mla', '--head-dim', '16')
     for args, match in [
         (('nowhere.pth', dst), 'no file nowhere.pth'),
         ((good, good), 'good.pth exists already'),
@@ -737,6 +742,7 @@ def test_tool_errors_are_one_line(tmp_path):
         ((numbers, dst), 'numbers.pth holds no state dict'),
         ((extra, dst, *mla), 'extra.pth: .*no place for 1 keys: other'),
         ((good, dst), 'good.pth: networks of .* say by arch'),
+        ((good, dst, *mla[:2]), 'good.pth: no tensor tells .* say head_dim'),
         ((good, dst, '--arch', 'kcla'), "arch='kcla' has no place"),
     ]:
         with pytest.raises(SystemExit, match=f'^error: .*{match}') as error:
@@ -748,9 +754,104 @@ def test_tool_errors_are_one_line(tmp_path):
     assert error.value.code == 2
 
 
-def test_map_tells_the_arch():
-    keys = map_published_keys(network('cifar_mrla_light').state_dict)
-    assert keys.arch == 'mrla_light'
-    assert (
-        keys.mapped['layer1.0.mrla.lambda_t'] == 'backbone.layer1.0.layer_attn.lambda_o'
+CHANGES = dict(
+    drop=None,
+    rename=None,
+    number=lambda x: 1.5,
+    text=lambda x: 'x',
+    nested=lambda x: {'weight': x},
+    scalar=lambda x: x.new_zeros(()),
+    empty=lambda x: x.new_zeros(0),
+    flat=lambda x: x.flatten(),
+    deep=lambda x: x[None],
+    twice=lambda x: torch.cat([x, x]) if x.dim() else x.new_zeros(2),
+    half=lambda x: x[: len(x) // 2] if x.dim() else x.new_zeros(0),
+    wide=lambda x: x.expand(10**6, *x.shape),
+    type=lambda x: x.double() if x.dtype == torch.long else x.long(),
+)
+
+
+@pytest.mark.parametrize(
+    'name', ['mrla_base', 'cifar_kcla', 'kcla_first', 'cifar_dla_light', 'deit', 'unet']
+)
+def test_damaged_state_dicts(name):
+    """Each change of a tensor is one clear error, or of one that is not needed."""
+    if name == 'deit':
+        old, kwargs = PublishedDeiT(True, depth=5).state_dict, {}
+        make = convert_published
+    elif name == 'unet':
+        old, kwargs = PublishedUNet().state_dict, dict(target='segmentor')
+        make = convert_published
+    else:
+        old, kwargs = network(name).state_dict, {}
+        make = functools.partial(convert, name)
+    unneeded = make(old, **kwargs).dropped
+    rng = random.Random(0)
+    for _ in range(40):
+        change, key = rng.choice(list(CHANGES)), rng.choice(list(old))
+        state_dict = dict(old)
+        value = state_dict.pop(key)
+        if change == 'rename':
+            state_dict[rng.choice([f'{key}.x', f'x.{key}', key.upper(), ''])] = value
+        elif CHANGES[change]:
+            state_dict[key] = CHANGES[change](value)
+        try:
+            make(state_dict, **kwargs)
+        except ValueError as error:
+            assert len(one_line(error)) < 9000
+        else:
+            counted = key.endswith('num_batches_tracked')
+            counted = counted and change in ('drop', 'scalar')
+            flat = change == 'flat' and value.dim() < 2 or 'lambda' in key
+            assert counted or flat or key in unneeded, (change, key)
+
+
+@pytest.mark.parametrize('kind', ['tensor', 'list', 'nested', 'keys', 'wide', 'none'])
+def test_tool_on_files_of_other_content(tmp_path, kind):
+    old = network('cifar_kcla').state_dict
+    content = dict(
+        tensor=torch.zeros(3),
+        list=[old],
+        nested=dict(state_dict=dict(net=old)),
+        keys=dict(state_dict={i: value for i, value in enumerate(old.values())}),
+        wide=dict(old, **{'conv1.weight': torch.zeros(1).expand(10**5, 3, 3, 3)}),
+        none=dict(state_dict=None, model=None),
+    )[kind]
+    src, dst = tmp_path / 'src.pth', tmp_path / 'dst.pth'
+    torch.save(content, src)
+    with pytest.raises(SystemExit, match='^error: .*src.pth') as error:
+        tool(src, dst)
+    assert str(error.value).isprintable() and not dst.exists()
+
+
+def test_tool_leaves_nothing_half_written(tmp_path, monkeypatch):
+    src, dst = tmp_path / 'src.pth', tmp_path / 'dst.pth'
+    torch.save(network('cifar_kcla').state_dict, src)
+
+    def full(content, file):
+        Path(file).write_bytes(b'half')
+        raise RuntimeError('PytorchStreamWriter failed writing file')
+
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(SystemExit, match='^error: .*dst.pth: Pytorch.* failed writing'):
+        tool(src, dst)
+    assert [file.name for file in tmp_path.iterdir()] == ['src.pth']
+
+
+def test_tool_with_a_file_of_deit(tmp_path, capsys):
+    """As DeiT's script writes it, with its arguments; and what differs is said."""
+    src, dst = tmp_path / 'deit.pth', tmp_path / 'out.pth'
+    arguments = argparse.Namespace(lr=5e-4, model='deit_mrlab_tiny_patch16_224')
+    content = dict(model=PublishedDeiT(False).state_dict, epoch=1, args=arguments)
+    torch.save(content, src)
+    tool(src, dst)
+    assert 'note: in training the attention has the stochastic depth' in (
+        capsys.readouterr().out
     )
+    backbone = torch.load(dst, weights_only=True)['meta']['backbone']
+    assert backbone['type'] == 'ELAVisionTransformer'
+
+
+def test_architectures_are_all_tested():
+    tested = {arch for arch, *_ in NETWORKS.values()}
+    assert set(ARCHS) - tested == {'kcla_unet', 'deit_mrla_base', 'deit_mrla_light'}
