@@ -340,6 +340,8 @@ def convert_published(
     if arch == 'kcla_unet':
         configure = _unet_backbone
     backbone = configure(part_of(tensors, prefix), arch, head_dim)
+    if target == 'detector' and 'width_per_group' in backbone:  # mmdet's name for it
+        backbone['base_width'] = backbone.pop('width_per_group')
     network = _build(backbone, tensors, target)
     heads = {k: v for k, v in tensors.items() if k.startswith(_DETECTOR_PARTS)}
     for key in heads:

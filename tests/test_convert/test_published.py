@@ -28,7 +28,7 @@ IMAGENET = (3, 4, 6, 3)
 # Architecture, blocks, stem, head_dim, and more, of what was published
 NETWORKS = dict(
     mrla_base=('mrla_base', IMAGENET, 'deep', 16),
-    mrla_base_channel_wise=('mrla_base', IMAGENET, 'deep', 1),
+    mrla_base_channel_wise=('mrla_base', IMAGENET, 'deep', 1, dict(width=2)),
     mrla_base_32x4d=('mrla_base', IMAGENET, 'deep', 16, dict(groups=4)),
     mrla_base_no_relu=('mrla_base_no_relu', IMAGENET, '7x7', 16),
     mrla_light=('mrla_light', IMAGENET, '7x7', 32),
