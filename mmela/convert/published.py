@@ -443,10 +443,9 @@ def _place_all(
     dropped: Dict[str, str] = {}
     unknown = []
     for key in state_dict:
-        if arch == 'kcla_unet' and _norm_of_bias(key) in state_dict:
+        new, reason = _place(key, arch, target, detector, stem)
+        if new and arch == 'kcla_unet' and _norm_of_bias(key) in state_dict:
             new, reason = '', 'is in the mean of the normalization that follows'
-        else:
-            new, reason = _place(key, arch, target, detector, stem)
         if new:
             mapped[key] = new
         elif reason:
