@@ -4,8 +4,8 @@ MRLA: https://github.com/joyfang1106/MRLA (its ResNets and DeiT),
 KCLA: https://github.com/bgx666/KCLA (its CIFAR folder has other attentions too),
 DLA: https://github.com/tunantu/Dynamic-Layer-Attention.
 
-Tables say what the published code calls things. What comes of them must load, key
-by key, into the network that is built for it.
+What the published code calls things stands in :mod:`mmela.convert.published_names`.
+What comes of it must load, key by key, into the network that is built for it.
 """
 
 import math
@@ -18,203 +18,25 @@ import torch
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-# -- Names: the published one, and ours. A name stands for all tensors below it --
-
-
-def _below(prefix: str, names: Dict[str, str], ours: str = '') -> Dict[str, str]:
-    """The same names within another part."""
-    return {f'{prefix}{old}': f'{ours}{new}' for old, new in names.items()}
-
-
-_QKV = {'Wq': 'query', 'Wk': 'key', 'Wv': 'value'}
-_BLOCK = {
-    **{name: name for name in ('conv1', 'conv2', 'conv3', 'bn1', 'bn2', 'bn3')},
-    **{name: name for name in ('downsample.0', 'downsample.1')},
-}
-# Those of an attention begin within the block
-_MRLA = {**_below('mrla.mrla.', _QKV), 'bn_mrla': 'norm'}
-_LIGHT = {
-    **_MRLA,
-    **_below('mrla.mla.', _QKV),  # older files, of detectors too
-    'mrla.lambda_t': 'lambda_o',
-}
-_FOCUSED = {
-    **_MRLA,
-    'mrla.mrla.positional_encoding': 'position',
-    'mrla.mrla.scale': 'spread',
-}
-_EQ4 = {**_below('la.', _QKV), 'bn_la': 'norm'}
-# Fixed numbers, which are checked and left out
-_SCALES = {'norm_d': 'scales'}
-_KCLA = {
-    **_QKV,
-    **_SCALES,
-    'bn_attention': 'norm',
-    'head_att': 'head_attention',
-    'adjust_channel': 'cross_stage.reduce',
-    'u_bn': 'cross_stage.norm',
-    'u_Wk': 'cross_stage.key',
-}
-_KCLA_FIRST = {
-    **_QKV,
-    **_SCALES,
-    'bn_attention': 'norm',
-    'select_temp': 'head_attention',
-    'adjust_channel.0': 'cross_stage.reduce',
-    'membn': 'cross_stage.norm',
-    'memWk': 'cross_stage.key',
-}
-_KCLA_UNET = {
-    **_QKV,
-    **_SCALES,
-    'bn_attention': 'norm',
-    'adjust_channel.0': 'cross_stage.reduce',
-    'adjust_channel.1': 'cross_stage.norm',
-}
-# Of a stage; the first attention of the stage holds it
-_CELL = {'lstm.w_ih.0.seq': 'input', 'lstm.w_hh.0.seq': 'hidden'}
-_DLA_BASE = {
-    **_below('attention.layer_attention.layer_attention.', _QKV),
-    'attention.bn_layer_attention': 'norm',
-    **_below('', _CELL, 'dsu.'),
-}
-_DLA_LIGHT = {
-    **_DLA_BASE,
-    **_below('attention.layer_attention.mrla.', _QKV),  # ImageNet and COCO
-    'attention.layer_attention.lambda_t': 'lambda_o',
-    'excite': 'refresh',
-    'extict': 'refresh',  # ImageNet
-}
-_DEIT_BLOCK = {
-    'norm1': 'ln1',
-    'attn.qkv': 'attn.qkv',
-    'attn.proj': 'attn.proj',
-    'norm2': 'ln2',
-    'mlp.fc1': 'ffn.layers.0.0',
-    'mlp.fc2': 'ffn.layers.1',
-}
-_DEIT_BASE = {**_below('mrla.mrla.', _QKV), 'mrla.normx': 'pre_norm'}
-_DEIT_LIGHT = {
-    **_DEIT_BASE,
-    **_below('mrla.mla.', _QKV),  # older files
-    'mrla.normo': 'identity_norm',
-    'mrla.lambda_t': 'lambda_o',
-}
-_DEIT = {
-    'cls_token': 'cls_token',
-    'pos_embed': 'pos_embed',
-    'patch_embed.proj': 'patch_embed.projection',
-    'norm': 'ln1',
-}
-_STEM = {'conv1': 'conv1', 'bn1': 'bn1'}
-_DEEP_STEM = ('conv1.0', 'conv1.1', 'conv1.3', 'conv1.4', 'conv1.6', 'bn1')
-# mmpretrain has three ConvModules, mmdet a plain sequence with its ReLUs
-_MMPRETRAIN_STEM = tuple(
-    f'stem.{i}.{part}' for i in range(3) for part in ('conv', 'bn')
+from .published_names import (
+    BLOCK,
+    DEEP_STEM,
+    DEIT,
+    DEIT_BLOCK,
+    DETECTOR_PARTS,
+    MMDET_STEM,
+    MMPRETRAIN_STEM,
+    MRLA,
+    NETWORKS,
+    SIGNS,
+    STEM,
+    UNET_DECODER,
 )
-_MMDET_STEM = tuple(f'stem.{i}' for i in (0, 1, 3, 4, 6, 7))
-_UNET_DECODER = {'outc.conv': 'decode_head.conv_seg'}
-for _step, _i in ((step, i) for step in range(4) for i in (0, 1)):
-    _old, _new = f'up{_step + 1}.conv.double_conv', f'decode_head.steps.{_step}.{_i}'
-    _UNET_DECODER[f'{_old}.{3 * _i}'] = f'{_new}.conv'
-    _UNET_DECODER[f'{_old}.{3 * _i + 1}'] = f'{_new}.bn'
-_DETECTOR_PARTS = ('neck.', 'rpn_head.', 'roi_head.', 'bbox_head.', 'mask_head.')
 
-# -- Networks ------------------------------------------------------------------------
-
-
-class Published(NamedTuple):
-    """A published network.
-
-    Attributes:
-        attention (dict): Config of its layer attention.
-        names (dict[str, str]): Names within a block and within the attention.
-        imagenet (dict[int, str]): What ``head_dim`` may be on ImageNet and COCO,
-            and where, if no tensor tells.
-        cifar (dict[int, str]): The same on CIFAR.
-        note (str): What differs from the published network beside the names.
-    """
-
-    attention: dict
-    names: Dict[str, str]
-    imagenet: Dict[int, str] = {}
-    cifar: Dict[int, str] = {}
-    note: str = ''
-
-
-_OF_CIFAR = {16: "KCLA's code", 32: "DLA's code, and at times KCLA's"}
-_OF_BASE = {16: 'by default', 1: 'with channel_wise_mrla=True'}
-_DEIT_NOTE = (
-    'in training the attention has the stochastic depth of its block here; in the '
-    "authors' code it has none, and with MRLA-base each block has 0.1"
-)
-NETWORKS: Dict[str, Published] = dict(
-    mrla_base=Published(dict(type='MRLABase'), _MRLA, _OF_BASE, _OF_CIFAR),
-    mrla_base_no_relu=Published(dict(type='MRLABase', relu=False), _MRLA, _OF_BASE),
-    mrla_light=Published(dict(type='MRLALight'), _LIGHT, {32: ''}, _OF_CIFAR),
-    mla=Published(dict(type='MLA'), _MRLA, {}, _OF_CIFAR),
-    mla_eq4=Published(dict(type='MLA', replace=True, mixed_heads=True), _EQ4, {32: ''}),
-    linear=Published(dict(type='LinearizedMLA'), _MRLA, {}, {8: ''}),
-    linear_no_relu=Published(
-        dict(type='LinearizedMLA', relu=False), _MRLA, {}, {8: ''}
-    ),
-    hydra=Published(
-        dict(type='LinearizedMLA', kind='hydra', relu=False), _MRLA, {}, {16: ''}
-    ),
-    focused=Published(
-        dict(type='LinearizedMLA', kind='focused', relu=False), _FOCUSED, {}, {16: ''}
-    ),
-    kcla=Published(
-        dict(type='KCLA'), {**_below('kcla.', _KCLA), **_below('attention.', _KCLA)}
-    ),
-    # Temperatures the other way round, and the direction of all keys so far
-    kcla_first=Published(
-        dict(type='KCLA', temperature=1 / 0.7, direction='sum'),
-        _below('attention.', _KCLA_FIRST),
-    ),
-    kcla_unet=Published(
-        dict(
-            type='KCLA',
-            temperature=1 / 0.7,
-            head_attention='plain',
-            relu=False,
-            eps=0.0,
-            shared_key=True,
-        ),
-        _below('attention.', _KCLA_UNET),
-        note='decode_head=dict(scale=2) enlarges as the published decoder',
-    ),
-    dla_light=Published(dict(type='DLALight'), _DLA_LIGHT, {32: ''}, _OF_CIFAR),
-    dla_base=Published(dict(type='DLABase'), _DLA_BASE, {}, _OF_CIFAR),
-    dia=Published(dict(type='DIA'), _below('', _CELL, 'cell.')),
-    # Algorithm 2 has no GELU
-    deit_mrla_base=Published(
-        dict(type='MRLABase', head_dim=16, value_act_cfg=None),
-        _DEIT_BASE,
-        note=_DEIT_NOTE,
-    ),
-    deit_mrla_light=Published(
-        dict(type='MRLALight', head_dim=16), _DEIT_LIGHT, note=_DEIT_NOTE
-    ),
-)
 ARCHS = tuple(NETWORKS)
 # Toolbox that has the network of a target
 TARGETS = dict(
     classifier='mmpretrain', detector='mmdet', backbone='mmpretrain', segmentor='mmseg'
-)
-# The parts of a key by which a network is told, the most special one first
-_SIGNS = (
-    ('kcla_unet', {'bn_attention', 'outc'}),
-    ('kcla_first', {'bn_attention', 'select_temp'}),
-    ('kcla', {'bn_attention'}),
-    ('dla_light', {'bn_layer_attention', 'lambda_t'}),
-    ('dla_base', {'bn_layer_attention'}),
-    ('dia', {'lstm', 'ModuleList'}),
-    ('deit_mrla_light', {'normx', 'lambda_t'}),
-    ('deit_mrla_base', {'normx'}),
-    ('mrla_light', {'lambda_t'}),
-    ('mla_eq4', {'bn_la'}),
-    ('focused', {'bn_mrla', 'positional_encoding'}),
 )
 _DEIT_NAMES = {192: 'deit-tiny', 384: 'deit-small', 768: 'deit-base'}
 _DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
@@ -343,7 +165,7 @@ def convert_published(
     if target == 'detector' and 'width_per_group' in backbone:  # mmdet's name for it
         backbone['base_width'] = backbone.pop('width_per_group')
     network = _build(backbone, tensors, target)
-    heads = {k: v for k, v in tensors.items() if k.startswith(_DETECTOR_PARTS)}
+    heads = {k: v for k, v in tensors.items() if k.startswith(DETECTOR_PARTS)}
     for key in heads:
         del tensors[key]
     if arch == 'kcla_first':
@@ -403,11 +225,11 @@ def detect_arch(keys: Iterable[str]) -> str:
         ValueError: If the keys are of none of them, or of several.
     """
     parts = {part for key in keys for part in key.split('.')}
-    for arch, signs in _SIGNS:
+    for arch, signs in SIGNS:
         if signs <= parts:
             return arch
     if 'bn_mrla' in parts:
-        same = [arch for arch in ARCHS if NETWORKS[arch].names is _MRLA]
+        same = [arch for arch in ARCHS if NETWORKS[arch].names is MRLA]
         raise ValueError(
             f'networks of {", ".join(same)} have the same keys; say by arch which of '
             'them this is. mrla_base is what the authors train on ImageNet with a deep '
@@ -435,10 +257,10 @@ def _place_all(
             "classifier; allowed are target='detector' and "
             "target='backbone'"
         )
-    stem = _STEM
+    stem = STEM
     if any('conv1.0.' in key for key in state_dict):
-        ours = _MMDET_STEM if target == 'detector' else _MMPRETRAIN_STEM
-        stem = dict(zip(_DEEP_STEM, ours))
+        ours = MMDET_STEM if target == 'detector' else MMPRETRAIN_STEM
+        stem = dict(zip(DEEP_STEM, ours))
     mapped: Dict[str, str] = {}
     dropped: Dict[str, str] = {}
     unknown = []
@@ -473,7 +295,7 @@ def _place(
 ) -> Tuple[str, str]:
     """New key, or why the published one is dropped; neither if it is unknown."""
     deit = arch.startswith('deit')
-    if detector and key.startswith(_DETECTOR_PARTS):
+    if detector and key.startswith(DETECTOR_PARTS):
         if target == 'detector':
             return key, ''
         return '', 'part of the detector, not of its backbone'
@@ -484,7 +306,7 @@ def _place(
             return classifier, ''
         return '', 'classifier, which the target has not'
     if arch == 'kcla_unet':
-        decoder = _rename(key, _UNET_DECODER)
+        decoder = _rename(key, UNET_DECODER)
         if decoder:
             return decoder, ''
     prefix = 'encoder.' if arch == 'kcla_unet' else 'backbone.' if detector else ''
@@ -509,9 +331,9 @@ def _rename(key: str, names: Dict[str, str]) -> str:
 def _place_in_deit(key: str, arch: str) -> str:
     match = _DEIT_KEY.fullmatch(key)
     if match is None:
-        return _rename(key, _DEIT)
+        return _rename(key, DEIT)
     block, leaf = int(match['block']), match['leaf']
-    inner = _rename(leaf, _DEIT_BLOCK)
+    inner = _rename(leaf, DEIT_BLOCK)
     if inner:
         return f'layers.{block}.{inner}'
     inner = _rename(leaf, NETWORKS[arch].names)
@@ -531,7 +353,7 @@ def _place_in_resnet(key: str, arch: str, stem: Dict[str, str]) -> Tuple[str, st
     stage = int(found['layer'] or int(found['stage']) + 1)
     where = f'layer{stage}.{int(found.get("block") or 0)}'
     leaf = match['leaf']
-    new = _rename(leaf, _BLOCK)
+    new = _rename(leaf, BLOCK)
     if new and found.get('part') != 'attention':
         return f'{where}.{new}', ''
     if found.get('part') == 'attention':

@@ -21,12 +21,7 @@ import torch
 
 from mmela.command_line import one_line
 from mmela.convert.networks import read_state_dict
-from mmela.convert.published import (
-    ARCHS,
-    NETWORKS,
-    TARGETS,
-    convert_published,
-)
+from mmela.convert.published import ARCHS, NETWORKS, TARGETS, convert_published
 
 # Under what the authors' scripts keep the weights
 WEIGHTS = ('state_dict', 'model', 'model_state_dict')
