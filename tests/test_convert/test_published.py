@@ -230,7 +230,7 @@ def test_each_layer_of_the_reference_counts(name):
             weight = weight[..., :1]
         weight.mul_(2)  # a sign would not change the norm of KCLA's keys
         # Ten times what is allowed between the two networks, or more
-        least = 1e-4 if name == 'mla_eq4' else 1e-3
+        least = 1e-4 if name in ('mla_eq4', 'cifar_hydra') else 1e-3
         assert (published.forward(x)[1] - scores).abs().max() > least
         weight.div_(2)
     close(published.forward(x)[1], scores)
