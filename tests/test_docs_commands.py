@@ -139,7 +139,7 @@ def walk(tmp_path_factory):
         )
         video.write(image)
         video.release()
-        network = PublishedNetwork('mrla_light', (1, 1, 1, 1), '7x7', 32)
+        network = PublishedNetwork('mrla_light', (3, 4, 6, 3), '7x7', 32)
         torch.save(network.state_dict, 'model_best.pth.tar')
     return cwd
 

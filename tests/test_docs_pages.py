@@ -115,15 +115,12 @@ def test_table_of_detectors(name):
 
 def test_keys_of_published_networks():
     """The tables of docs/migration.md say what the tool does."""
-    from mmela.convert.published import _block_leaves, _deit_leaves, _unet_leaves
+    from mmela.convert import published_names as names
 
-    archs = ['mrla_base', 'mrla_light', 'mla_eq4', 'kcla', 'kcla_first']
-    archs += ['dla_light', 'dla_base', 'dia']
-    known = [_block_leaves(arch) for arch in archs] + [_unet_leaves(True)]
-    for arch in ('deit_mrla_base', 'deit_mrla_light'):
-        known.extend(_deit_leaves(arch))
-    pairs = {pair for leaves in known for pair in leaves.items()}
-    pairs |= {(old[: -len('.weight')], new[: -len('.weight')]) for old, new in pairs}
+    pairs = {*names.BLOCK.items(), *names.DEIT_BLOCK.items()}
+    for network in names.NETWORKS.values():
+        for old, new in network.names.items():
+            pairs |= {(old, new), (old, f'layer_attn.{new}')}
     text = (ROOT / 'docs' / 'migration.md').read_text('utf-8')
     rows = re.findall(r'^\| `([\w.]+)` \| `([\w.]+)` \|', text, re.M)
     assert len(rows) > 15

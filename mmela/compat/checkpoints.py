@@ -2,14 +2,16 @@
 
 From version 2.6, torch loads nothing but tensors and plain containers unless
 a class is allowed by name. mmengine keeps the history of its logs in each
-checkpoint: objects of its own and of numpy. numpy's classes are not made for
-hostile data: their ``__setstate__`` takes sizes, flags and memory as the file
-gives them, also a second time while somebody holds the memory. So stand-ins
-are allowed in their place, which take what numpy and mmengine write, through
-numpy's public functions, and refuse the rest.
+checkpoint: objects of its own and of numpy. DeiT's script keeps its arguments, an
+``argparse.Namespace``. numpy's classes are not made for hostile data: their
+``__setstate__`` takes sizes, flags and memory as the file gives them, also a
+second time while somebody holds the memory. So stand-ins are allowed in their
+place, which take what numpy and mmengine write, through numpy's public functions,
+and refuse the rest.
 """
 
 import warnings
+from argparse import Namespace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Callable, Union
@@ -214,8 +216,27 @@ def _statistic(owner: type, name: str) -> Callable:
     )
 
 
+class SavedArguments(Namespace):
+    """Stand-in for ``argparse.Namespace``, which it turns into.
+
+    Training scripts keep their arguments in a checkpoint, DeiT's under ``args``.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        raise UnpicklingError('the arguments of a script are damaged')
+
+    def __setstate__(self, state: dict) -> None:
+        # Names that Python itself gives a meaning to are of no argument
+        if type(state) is not dict or not all(
+            type(name) is str and not name.startswith('__') for name in state
+        ):
+            raise UnpicklingError('the arguments of a script are damaged')
+        self.__class__ = Namespace
+        vars(self).update(state)
+
+
 def allow_checkpoint_classes() -> None:
-    """Let ``torch.load`` read the checkpoints that mmengine writes.
+    """Let ``torch.load`` read the checkpoints that mmengine and DeiT write.
 
     The stand-ins of this module are allowed by the names of what they stand
     for. None runs code of the file's choosing. Does nothing before torch 2.6,
@@ -225,8 +246,9 @@ def allow_checkpoint_classes() -> None:
         return
     # Their own names too: they stay allowed where a script allows the real
     # ones, which take the place of these or not, as it happens.
-    standins = [SavedArray, SavedDtype, SavedHistory]
+    standins = [SavedArguments, SavedArray, SavedDtype, SavedHistory]
     names = [
+        (SavedArguments, 'argparse.Namespace'),
         (SavedArray, 'numpy.ndarray'),
         (SavedDtype, 'numpy.dtype'),
         (SavedHistory, f'{HistoryBuffer.__module__}.HistoryBuffer'),

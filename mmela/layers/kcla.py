@@ -85,6 +85,9 @@ class KCLA(QKVLayerAttention):
             True.
         eps (float): What is added to :math:`z` before the division; 0 in the
             authors' U-Net. Defaults to 1e-3.
+        shared_key (bool): Whether the mean of the stage before has its key by the
+            same convolution as the block's own output, as in the authors' U-Net.
+            Defaults to False.
         **kwargs: ``norm_cfg``, ``value_act_cfg``, ``zero_init``,
             ``token_norm_cfg``, ``small_init`` and ``init_cfg``, see
             :class:`QKVLayerAttention`.
@@ -135,6 +138,7 @@ class KCLA(QKVLayerAttention):
         cross_stage_groups: bool = True,
         accumulate: bool = True,
         eps: float = 1e-3,
+        shared_key: bool = False,
         **kwargs,
     ) -> None:
         if head_attention not in HEAD_ATTENTIONS:
@@ -159,6 +163,7 @@ class KCLA(QKVLayerAttention):
         self.cross_stage_groups = cross_stage_groups
         self.accumulate = accumulate
         self.eps = eps
+        self.shared_key = shared_key
         self.crosses_stages = cross_stage
         log_scale = math.log(temperature)
         self.register_buffer(
@@ -178,6 +183,8 @@ class KCLA(QKVLayerAttention):
                 stride,
                 kwargs.get('norm_cfg') or dict(type='BN'),
             )
+            if shared_key:
+                self.cross_stage.key = self.key
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -247,6 +254,7 @@ class KCLA(QKVLayerAttention):
         rest += '' if self.direction == 'own' else f', direction={self.direction}'
         rest += '' if self.accumulate else ', accumulate=False'
         rest += '' if self.eps == 1e-3 else f', eps={self.eps:g}'
+        rest += ', shared_key=True' if self.shared_key else ''
         return (
             f'{super().fingerprint()[:-1]}, temperature={self.temperature:g}, '
             f'exp_norm={self.exp_norm}, head_attention={self.head_attention_type}, '

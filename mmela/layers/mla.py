@@ -34,6 +34,12 @@ class MLA(MRLABase):
         replace (bool): Let BN(O) take the place of the block's output instead
             of adding ReLU(BN(O)) to it, as in the network of eq. 4 that the
             authors published for ImageNet. Defaults to False.
+        mixed_heads (bool): Cut keys and values into heads as that network does:
+            its code views (B, t, C) as (B, G, t, d) without moving the blocks
+            behind the heads, so that from the second block of a stage on, the
+            tokens of a head are pieces of several blocks and channels. For
+            checkpoints of it; there is then no distribution over blocks to
+            measure redundancy on. Defaults to False.
         **kwargs: See :class:`MRLABase`.
 
     Raises:
@@ -59,7 +65,12 @@ class MLA(MRLABase):
     used_by_value = ('pre_norm',)
 
     def __init__(
-        self, channels: int, head_dim: int = 32, replace: bool = False, **kwargs
+        self,
+        channels: int,
+        head_dim: int = 32,
+        replace: bool = False,
+        mixed_heads: bool = False,
+        **kwargs,
     ) -> None:
         if replace:
             # Each of them speaks of what is added to the output
@@ -72,14 +83,22 @@ class MLA(MRLABase):
             kwargs['relu'] = False
         super().__init__(channels, head_dim, **kwargs)
         self.replace = replace
+        self.mixed_heads = mixed_heads
+        if mixed_heads:
+            self.prunable = False
 
     def attend(self, x: Tensor, memory: Memory) -> Tensor:
         self.store(x, memory)
         query = self.heads(self.query(memory.pooled[-1])).unsqueeze(2)
-        keys = [self.heads(self.key(y)) for y in memory.pooled]
+        keys = torch.stack([self.heads(self.key(y)) for y in memory.pooled], dim=2)
         values = [self.value_act(self.value(y)) for y in memory.inputs]
-        attn = self.weights(query, torch.stack(keys, dim=2), memory)
-        return self.retrieve(attn, values)
+        if self.mixed_heads:
+            batch, heads, count, width = keys.shape
+            keys = keys.transpose(1, 2).reshape(batch, heads, count, width)
+            stacked = torch.stack(values, dim=1)  # (B, t, C, H, W)
+            split = stacked.reshape(batch, heads, count, -1, *x.shape[2:])
+            values = [value.flatten(1, 2) for value in split.unbind(2)]
+        return self.retrieve(self.weights(query, keys, memory), values)
 
     def combine(self, features: Tensor, retrieved: Tensor) -> Tensor:
         return retrieved if self.replace else super().combine(features, retrieved)
@@ -90,5 +109,6 @@ class MLA(MRLABase):
         memory.pooled.append(pool(x))
 
     def fingerprint(self) -> str:
-        replace = ', replace=True' if self.replace else ''
-        return f'{super().fingerprint()[:-1]}{replace})'
+        rest = ', replace=True' if self.replace else ''
+        rest += ', mixed_heads=True' if self.mixed_heads else ''
+        return f'{super().fingerprint()[:-1]}{rest})'

@@ -36,6 +36,8 @@ GLOBALS = [
     HISTORY,
     'builtins getattr',
     'builtins bytes',
+    'argparse Namespace',
+    'mmela.compat.checkpoints SavedArguments',
     'mmela.compat.checkpoints SavedArray',
     'mmela.compat.checkpoints SavedDtype',
     'mmela.compat.checkpoints SavedHistory',

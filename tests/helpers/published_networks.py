@@ -1,7 +1,8 @@
-"""The networks that the authors of MRLA and KCLA published, written plainly.
+"""The networks that the authors of MRLA, DLA and KCLA published, written plainly.
 
 A network is a state dict in the published key layout and a forward pass in
-evaluation mode on plain tensors, head by head from the equations. Nothing here
+evaluation mode on plain tensors, head by head from the equations, or from the
+authors' code where that differs, which the forward pass then says. Nothing here
 uses mmela, and no module of torch.
 """
 
@@ -30,7 +31,8 @@ class PublishedNetwork:
 
     Args:
         arch (str): 'mla', 'mla_eq4', 'mrla_base', 'mrla_base_no_relu',
-            'mrla_light', 'kcla', 'kcla_first', 'dla_light', 'dla_base' or 'dia'.
+            'mrla_light', 'linear', 'linear_no_relu', 'hydra', 'focused', 'kcla',
+            'kcla_first', 'dla_light', 'dla_base' or 'dia'.
         blocks (tuple[int]): Number of blocks of each stage.
         stem (str): '7x7' or 'deep' for ImageNet, '3x3' for CIFAR.
         head_dim (int): Channels of a head.
@@ -38,6 +40,9 @@ class PublishedNetwork:
         stem_width (int): Output channels of the stem.
         num_classes (int): Number of classes.
         light_name (str): How MRLA-light names its layer.
+        groups (int): Groups of the 3x3 convolutions, which are then twice as wide,
+            as in 32x4d.
+        reduction (int): By what the cells of DLA and DIA are narrower.
         seed (int): Seed of the weights.
     """
 
@@ -51,10 +56,13 @@ class PublishedNetwork:
         stem_width=12,
         num_classes=5,
         light_name='mrla',
+        groups=1,
+        reduction=4,
         seed=0,
     ):
         self.arch, self.blocks, self.stem = arch, blocks, stem
         self.head_dim = head_dim
+        self.groups, self.reduction = groups, reduction
         self.light_name = light_name if arch == 'mrla_light' else 'mrla'
         self.generator = torch.Generator().manual_seed(seed)
         self.state_dict = {}
@@ -68,7 +76,7 @@ class PublishedNetwork:
                 channels = inner * EXPANSION
             if arch in CELLS:
                 self._make_cell(stage, channels)
-        if arch == 'dla_light':
+        if arch == 'dla_light' and stem == '3x3':  # KCLA's copy
             self._make_norm('bn2', channels)
         if arch == 'mrla_base' and stem == '3x3':
             self._make_norm('finalbn', channels)
@@ -80,7 +88,7 @@ class PublishedNetwork:
     # Names
 
     def block_name(self, stage, block):
-        if self.arch in ('kcla', 'kcla_first') and self.stem != '3x3':
+        if self.arch in ('kcla', 'kcla_first', 'dla_light') and self.stem != '3x3':
             return f'layer{stage + 1}.layers.{block}'
         if self.arch == 'dia':
             return f'layer{stage + 1}.ModuleList.{block}'
@@ -92,7 +100,8 @@ class PublishedNetwork:
 
     def attention_name(self, stage, block):
         if self.arch in CELLS:
-            return f'stages.{stage}.attention.{block}.layer_attention.layer_attention'
+            name = 'layer_attention' if self.stem == '3x3' else 'mrla'
+            return f'{self.cell_name(stage)}.attention.{block}.layer_attention.{name}'
         if self.arch in ('kcla', 'kcla_first'):
             if self.stem != '3x3':
                 return f'layer{stage + 1}.attention.{block}'
@@ -103,7 +112,7 @@ class PublishedNetwork:
 
     def norm_name(self, stage, block):
         if self.arch in CELLS:
-            return f'stages.{stage}.attention.{block}.bn_layer_attention'
+            return f'{self.cell_name(stage)}.attention.{block}.bn_layer_attention'
         name = 'bn_la' if self.arch == 'mla_eq4' else 'bn_mrla'
         return f'{self.block_name(stage, block)}.{name}'
 
@@ -137,26 +146,33 @@ class PublishedNetwork:
         self._make_norm('bn1', width)
 
     def _make_cell(self, stage, channels):
-        """Two bottlenecks to a quarter, and DLA-L's convolution."""
+        """Two bottlenecks, and DLA-L's convolution."""
         cell = self.cell_name(stage)
-        sizes = ((0, channels // 4, channels), (2, CELLS[self.arch] * channels, -1))
+        width = channels // self.reduction
+        sizes = ((0, width, channels), (2, CELLS[self.arch] * channels, width))
         for part in ('w_ih', 'w_hh'):
             for i, out, inner in sizes:
-                inner = channels // 4 if inner < 0 else inner
                 name = f'{cell}.lstm.{part}.0.seq.{i}'
                 self.state_dict[f'{name}.weight'] = self._randn(out, inner) / inner**0.5
                 self.state_dict[f'{name}.bias'] = self._randn(out) / 4
         if self.arch == 'dla_light':
-            self._make_conv(f'{cell}.excite', channels, 1, 3)
+            self._make_conv(f'{cell}.{self.excite}', channels, 1, 3)
 
     def cell_name(self, stage):
-        return f'layer{stage + 1}' if self.arch == 'dia' else f'stages.{stage}'
+        cifar = self.arch != 'dia' and self.stem == '3x3'
+        return f'stages.{stage}' if cifar else f'layer{stage + 1}'
+
+    @property
+    def excite(self):
+        return 'excite' if self.stem == '3x3' else 'extict'
 
     def _make_block(self, stage, block, channels, inner, stride):
         name = self.block_name(stage, block)
         outer = inner * EXPANSION
+        inner *= 1 if self.groups == 1 else 2
+        per_group = inner // self.groups
         for i, (c_in, c_out, size) in enumerate(
-            [(channels, inner, 1), (inner, inner, 3), (inner, outer, 1)], 1
+            [(channels, inner, 1), (per_group, inner, 3), (inner, outer, 1)], 1
         ):
             self._make_conv(f'{name}.conv{i}', c_out, c_in, size)
             # Small at the end of a branch: 16 blocks do not blow up the sum
@@ -175,6 +191,9 @@ class PublishedNetwork:
         for letter in 'qk':
             state[f'{name}.W{letter}.weight'] = self._randn(1, 1, size) / 4
         self._make_conv(f'{name}.Wv', channels, 1, 3)
+        if self.arch == 'focused':
+            state[f'{name}.positional_encoding'] = self._randn(1, channels, 1, 1) / 4
+            state[f'{name}.scale'] = self._randn(1, 1, channels)
         if self.arch not in ('kcla', 'kcla_first'):
             # What takes the place of the output is no small part of it
             scale = 2.0 if self.arch == 'mla_eq4' else 0.4
@@ -183,7 +202,7 @@ class PublishedNetwork:
                 name = self.block_name(stage, block)
                 state[f'{name}.mrla.lambda_t'] = self._randn(channels, 1, 1)
             if self.arch == 'dla_light':
-                name = self.attention_name(stage, block)[: -len('.layer_attention')]
+                name = self.attention_name(stage, block).rpartition('.')[0]
                 state[f'{name}.lambda_t'] = self._randn(channels, 1, 1)
             return
         heads = channels // self.head_dim
@@ -270,7 +289,7 @@ class PublishedNetwork:
         name = self.block_name(stage, block)
         stride = 2 if stage > 0 and block == 0 else 1
         out = self.norm(f'{name}.bn1', self.conv(f'{name}.conv1', x)).relu()
-        out = self.conv(f'{name}.conv2', out, stride)
+        out = self.conv(f'{name}.conv2', out, stride, self.groups)
         out = self.norm(f'{name}.bn2', out).relu()
         out = self.norm(f'{name}.bn3', self.conv(f'{name}.conv3', out))
         if self.arch == 'dia':
@@ -298,19 +317,92 @@ class PublishedNetwork:
             )
         return torch.cat(out, 1)
 
-    def mla(self, stage, block, x, identity, memory):
-        """MRLA, eq. 3 and 4: own keys and values of all blocks so far."""
+    def own_transforms(self, stage, block, x, memory):
+        """Query of a block, and its keys and values of all blocks so far."""
         name = self.attention_name(stage, block)
         inputs = memory.setdefault('inputs', [])
         inputs.append(x)
         query = self.over_channels(f'{name}.Wq', x.mean((2, 3)))
         keys = [self.over_channels(f'{name}.Wk', y.mean((2, 3))) for y in inputs]
-        values = [self.value(stage, block, y) for y in inputs]
-        out = self.softmax_attention(query, keys, values)
-        out = self.norm(self.norm_name(stage, block), out)
-        return out if self.arch == 'mla_eq4' else out.relu()
+        return query, keys, [self.value(stage, block, y) for y in inputs]
 
-    mla_eq4 = mla  # published for ImageNet: takes the place of the block's output
+    def mla(self, stage, block, x, identity, memory):
+        """MRLA, eq. 3."""
+        out = self.softmax_attention(*self.own_transforms(stage, block, x, memory))
+        return self.norm(self.norm_name(stage, block), out).relu()
+
+    def mla_eq4(self, stage, block, x, identity, memory):
+        """MRLA, eq. 4, for ImageNet: takes the place of the block's output.
+
+        Not as the equation: the authors' code takes the keys of t blocks, one behind
+        the other, for those of t tokens of the first head, then of the second, and
+        the values likewise.
+        """
+        query, keys, values = self.own_transforms(stage, block, x, memory)
+        keys = torch.cat([torch.cat(key, 1) for key in keys], 1).split(self.head_dim, 1)
+        values = torch.cat(values, 1).split(self.head_dim, 1)
+        count, out = len(memory['inputs']), []
+        for g, q in enumerate(query):
+            tokens = range(g * count, (g + 1) * count)
+            scores = [(q * keys[i]).sum(1) / self.head_dim**0.5 for i in tokens]
+            weights = torch.stack(scores).softmax(0)
+            out.append(
+                sum(w.view(-1, 1, 1, 1) * values[i] for w, i in zip(weights, tokens))
+            )
+        return self.norm(self.norm_name(stage, block), torch.cat(out, 1))
+
+    def linear(self, stage, block, x, identity, memory):
+        """KCLA's linear attention: elu + 1 of query and key, no softmax."""
+        query, keys, values = self.own_transforms(stage, block, x, memory)
+        out = []
+        for g, q in enumerate(query):
+            weights = [((F.elu(q) + 1) * (F.elu(k[g]) + 1)).sum(1) for k in keys]
+            out.append(
+                sum(
+                    w.view(-1, 1, 1, 1) * self.heads(value)[g]
+                    for w, value in zip(weights, values)
+                )
+            )
+        out = self.norm(self.norm_name(stage, block), torch.cat(out, 1))
+        return out.relu() if self.arch == 'linear' else out
+
+    linear_no_relu = linear  # an older version of the same file
+
+    def hydra(self, stage, block, x, identity, memory):
+        """KCLA's Hydra attention: each channel a head, vectors of norm 1."""
+        query, keys, values = self.own_transforms(stage, block, x, memory)
+        query = torch.cat(query, 1)
+        query = query / query.norm(dim=1, keepdim=True)
+        out = 0
+        for key, value in zip(keys, values):
+            key = torch.cat(key, 1)
+            key = key / key.norm(dim=1, keepdim=True)
+            out = out + (query * key)[..., None, None] * value
+        return self.norm(self.norm_name(stage, block), out)
+
+    def focused(self, stage, block, x, identity, memory):
+        """KCLA's focused attention: squares with the norm that there was before."""
+        name = self.attention_name(stage, block)
+        x = x + self.state_dict[f'{name}.positional_encoding']
+        query, keys, values = self.own_transforms(stage, block, x, memory)
+        scale = (1 + self.state_dict[f'{name}.scale'].view(-1).exp()).log()
+
+        def focus(vector):
+            vector = (torch.cat(vector, 1).relu() + 1e-6) / scale
+            square = vector * vector
+            square = square / square.norm(dim=1, keepdim=True)
+            return self.heads(square * vector.norm(dim=1, keepdim=True))
+
+        query, keys = focus(query), [focus(key) for key in keys]
+        out = []
+        for g, q in enumerate(query):
+            out.append(
+                sum(
+                    (q * key[g]).sum(1).view(-1, 1, 1, 1) * self.heads(value)[g]
+                    for key, value in zip(keys, values)
+                )
+            )
+        return self.norm(self.norm_name(stage, block), torch.cat(out, 1))
 
     def mrla_base(self, stage, block, x, identity, memory):
         """MRLA, eq. 6: keys and values of earlier blocks are reused."""
@@ -369,7 +461,8 @@ class PublishedNetwork:
         """DLA, section 3.4: MRLA-light with what came before brought up to date."""
         self.step(stage, x.mean((2, 3)), memory)
         gate = self.cell(stage, identity.mean((2, 3)), memory['state'])[0]
-        again = self.conv(f'stages.{stage}.excite', identity, groups=x.shape[1])
+        name = f'{self.cell_name(stage)}.{self.excite}'
+        again = self.conv(name, identity, groups=x.shape[1])
         before = identity * gate[..., None, None] + again
         name = self.attention_name(stage, block)
         query = self.over_channels(f'{name}.Wq', x.mean((2, 3)))
@@ -378,7 +471,7 @@ class PublishedNetwork:
             ((q * k).sum(1) / self.head_dim**0.5).sigmoid().view(-1, 1, 1, 1) * v
             for q, k, v in zip(query, key, self.heads(self.value(stage, block, x)))
         ]
-        name = name[: -len('.layer_attention')]
+        name = name.rpartition('.')[0]
         before = self.state_dict[f'{name}.lambda_t'] * before
         return self.norm(self.norm_name(stage, block), before + torch.cat(out, 1))
 

@@ -1,3 +1,4 @@
+import argparse
 import copy
 import io
 import json
@@ -81,6 +82,37 @@ def test_arrays_come_back(array):
 
 
 @needs_safe_loading
+@needs_safe_loading
+def test_arguments_of_a_script():
+    """A real Namespace again, which others can save and load."""
+    arguments = argparse.Namespace(lr=0.1, arch='deit', layers=[1, 2], seed=None)
+    loaded = load(saved(dict(args=arguments)))['args']
+    assert type(loaded) is argparse.Namespace and loaded == arguments
+    assert type(pickle.loads(pickle.dumps(loaded))) is argparse.Namespace
+    assert load(saved(loaded)) == arguments
+
+
+@needs_safe_loading
+@pytest.mark.parametrize(
+    'state',
+    [
+        write.tuple(),
+        write.dict(__class__=write.integer(1)),
+        write.dict(__setstate__=write.name('argparse Namespace')),
+        b'}(' + write.integer(1) + write.integer(2) + b'u',
+    ],
+)
+def test_damaged_arguments_of_a_script(state):
+    new = write.name('argparse Namespace') + b')\x81'
+    assert load(new + write.dict(lr=write.integer(1)) + b'b').lr == 1
+    with pytest.raises(pickle.UnpicklingError, match='arguments of a script'):
+        load(new + state + b'b')
+    with pytest.raises(pickle.UnpicklingError):  # by its constructor
+        load(write.name('argparse Namespace') + write.tuple() + b'R')
+    with pytest.raises(pickle.UnpicklingError):  # a second time
+        load(new + write.dict(lr=write.integer(1)) + b'b' + write.dict() + b'b')
+
+
 @needs_safe_loading
 def test_log_history_loads_safely():
     """What mmengine puts into each of its checkpoints."""

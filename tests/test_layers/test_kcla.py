@@ -256,3 +256,27 @@ def test_without_relu():
     torch.testing.assert_close(outs[0], outs[1].relu())
     with pytest.raises(RuntimeError, match='relu=False'):
         without.load_state_dict(with_relu.state_dict())
+
+
+def test_shared_key():
+    """One convolution where two would have the same weights, and it trains as one."""
+    shared = KCLA(C, D, previous_channels=C, shared_key=True).eval()
+    own = KCLA(C, D, previous_channels=C).eval()
+    assert shared.signature().endswith(', shared_key=True)')
+    with pytest.raises(RuntimeError, match='shared_key=True'):
+        own.load_state_dict(shared.state_dict())
+    own.load_state_dict(
+        {k: v for k, v in shared.state_dict().items() if k != 'signature'}
+    )
+    x, mean = torch.randn(2, C, 4, 4), torch.randn(2, C, 4, 4)
+    gradients = []
+    for attention in (shared, own):
+        before = KCLA.Memory(mean=mean, mass=torch.ones(2, G))
+        attention(x, KCLA.Memory(before=before)).square().sum().backward()
+        gradients.append(attention.key.weight.grad)
+    assert own.cross_stage.key.weight.grad.abs().max() > 1e-4
+    torch.testing.assert_close(
+        gradients[0], gradients[1] + own.cross_stage.key.weight.grad
+    )
+    count = sum(p.numel() for p in shared.parameters())
+    assert count == sum(p.numel() for p in own.parameters()) - own.key.weight.numel()

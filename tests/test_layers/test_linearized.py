@@ -92,6 +92,21 @@ def test_equals_plain_loops(kind):
     assert not memory.scores and not attentions[0].prunable
 
 
+@pytest.mark.parametrize('kind', ['linear', 'focused', 'hydra', 'performer'])
+@pytest.mark.parametrize('training', [False, True])
+def test_weight_of_a_single_block(kind, training):
+    """It is no softmax, so it is not 1, and it learns; with a normalization too."""
+    attention = LinearizedMLA(C, head_dim=D, kind=kind, relu=False).train(training)
+    x = torch.randn(2, C, 6, 5)
+    with torch.set_grad_enabled(training):
+        found = attention(x, LinearizedMLA.Memory())
+        bare = torch.stack([naive(kind, attention, [x], b) for b in range(2)])
+        torch.testing.assert_close(found, attention.norm(bare), rtol=1e-4, atol=1e-5)
+    if training:
+        found.square().sum().backward()
+        assert attention.query.weight.grad.abs().max() > 0
+
+
 def test_linear_by_hand():
     """Even pixels, so that the query is elu(2) + 1 = 3 in each of two channels."""
     attention = LinearizedMLA(2, head_dim=2, norm_cfg=None, value_conv=False)

@@ -81,3 +81,41 @@ def test_replace():
     for name in ('drop_path', 'zero_init', 'relu'):
         with pytest.raises(ValueError, match=f'adds nothing .* so {name}='):
             MLA(16, head_dim=8, replace=True, **{name: 0.5 if '_p' in name else True})
+
+
+def test_mixed_heads():
+    """As the authors' eq. 4: (B, t, C) viewed as (B, G, t, d), blocks not moved.
+
+    Element by element, which by the equation it is not.
+    """
+    attentions = [MLA(C, head_dim=D, replace=True, mixed_heads=True) for _ in range(3)]
+    assert not attentions[0].prunable
+    assert attentions[0].signature().endswith('replace=True, mixed_heads=True)')
+    memory = MLA.Memory()
+    xs = [torch.randn(2, C, 3, 4) for _ in attentions]
+    groups = C // D
+    for t, (attention, x) in enumerate(zip(attentions, xs), 1):
+        attention.eval()
+        found = attention(x, memory)
+        pooled = [y.mean((2, 3)) for y in xs[:t]]
+        query = attention.query(pooled[-1][:, None])[:, 0]
+        keys = torch.cat([attention.key(y[:, None])[:, 0] for y in pooled], 1)
+        values = torch.cat([attention.value(y) for y in xs[:t]], 1)
+        out = torch.zeros_like(x)
+        for g in range(groups):
+            tokens = [slice((g * t + j) * D, (g * t + j + 1) * D) for j in range(t)]
+            q = query[:, g * D : (g + 1) * D]
+            scores = [(q * keys[:, token]).sum(1) / D**0.5 for token in tokens]
+            weights = torch.stack(scores).softmax(0)
+            for weight, token in zip(weights, tokens):
+                out[:, g * D : (g + 1) * D] += (
+                    weight[:, None, None, None] * values[:, token]
+                )
+        torch.testing.assert_close(found, attention.norm(out))
+    plain = MLA(C, head_dim=D, replace=True).eval()
+    plain.load_state_dict(
+        {k: v for k, v in attention.state_dict().items() if 'signature' not in k}
+    )
+    pooled = [y.mean((2, 3))[:, None] for y in xs[:2]]
+    memory = MLA.Memory(inputs=xs[:2], pooled=pooled)
+    assert (plain(xs[2], memory) - found).abs().max() > 1e-2

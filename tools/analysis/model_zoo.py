@@ -4,8 +4,9 @@ Reads configs/papers.yml, writes the configs of rows that have none (a network
 with an attention of configs/_base_), builds each model and writes what it counts to
 metafile.yml and README.md of each folder of configs, and to docs/model_zoo.md.
 FLOPs are those of mmengine.analysis for one image, a multiplication with its
-addition counted once; elementwise operations are not counted. All is counted
-before pruning.
+addition counted once: of convolutions and matrix products, and of normalizations,
+poolings and upsamplings, but not of activations, sums and products of maps. All is
+counted before pruning.
 
 Example:
   python tools/analysis/model_zoo.py
@@ -43,10 +44,12 @@ the papers' alone: what was trained here is in [results](results/index.md).
 - Parameters are in millions. Those of detectors are the trainable ones, with
   the stem and stage 1 frozen, as the papers count them.
 - FLOPs are billions of multiply-adds for one image of the given size, by
-  `mmengine.analysis.FlopAnalyzer`, which counts no elementwise operation, nor
-  the fused self-attention of DeiT and CeiT: 2 L^2 C for L tokens in each layer, in
-  all 0.18 in CeiT-T at 224 pixels and 1.53 at 384. The papers do not name their
-  counters.
+  `mmengine.analysis.FlopAnalyzer`. It counts normalizations (also BN, which an
+  inference engine folds into a convolution), poolings and upsamplings too, so the
+  figures are 1 to 5 % above those of convolutions and matrix products alone. It counts
+  no activation, no sum or product of maps, and not the fused self-attention of DeiT
+  and CeiT: 2 L^2 C for L tokens in each layer, in all 0.18 in CeiT-T at 224 pixels and
+  1.53 at 384. The papers do not name their counters.
 - Detectors start from a plain ResNet (`zero_init`), whose frozen stage 1 then
   has no MRLA; the FLOPs are without it. Those with ECA, RLA_g, BA and DLA-L start
   from the classifier with the same attention, trained here first; SE has
@@ -62,11 +65,11 @@ the papers' alone: what was trained here is in [results](results/index.md).
   - MRLA's published command for EfficientNet has RandAugment, random erasing and
     weight decay 1e-5; here are the text's AutoAugment and 4e-5, and EfficientNet's
     warm-up of 5 epochs.
-  - MRLA's code for DeiT gives its attention no stochastic depth and that for CeiT
-    normalizes what the blocks add to, has a normalization in the value and heads of
-    32 channels; here DeiT, CeiT and PVTv2 are as in the text and in algorithms 2
-    and 4. The fine-tuning of CeiT-T at 384 pixels is DeiT's, as MRLA does not
-    describe its own.
+  - MRLA's code for DeiT gives its attention no stochastic depth, and with MRLA-base
+    each block 0.1 instead of rates that rise to 0.1. That for CeiT normalizes what the
+    blocks add to, has a normalization in the value and heads of 32 channels. Here DeiT,
+    CeiT and PVTv2 are as in the text and in algorithms 2 and 4. The fine-tuning of
+    CeiT-T at 384 pixels is DeiT's, as MRLA does not describe its own.
   - KCLA's detectors train with the learning rate that its linear scaling gives, 0.01
     and 0.005; its text prints ten times that.
   - The U-Nets: [segmentation](segmentation.md#recipe-and-what-is-different).

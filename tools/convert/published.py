@@ -1,12 +1,13 @@
-"""Convert a checkpoint of the MRLA or KCLA authors' code to mmela.
+"""Convert a checkpoint of the MRLA, DLA or KCLA authors' code to mmela.
 
-Reads what their training scripts for CIFAR, ImageNet and COCO write, and says
-what becomes of each key. A key that has no place in mmela's network is an
-error, so nothing gets lost. Prints the config of the backbone; mind its
-`head_dim`: no tensor of MRLA tells it, it is what their code sets.
+Reads what their training scripts for CIFAR, ImageNet, COCO and medical images
+write, and says what becomes of each key. The result has been loaded into the
+network that it is for; a key that has no place there is an error, so nothing gets
+lost. Prints the config of the backbone.
 
 Example:
   python tools/convert/published.py model_best.pth.tar mrla.pth
+  python tools/convert/published.py resnet56.pth.tar dla.pth --head-dim 32
   python tools/convert/published.py faster_rcnn.pth mrla.pth --target detector
   python tools/convert/published.py unet.pth kcla.pth --target segmentor
 """
@@ -20,14 +21,10 @@ import torch
 
 from mmela.command_line import one_line
 from mmela.convert.networks import read_state_dict
-from mmela.convert.published import (
-    ARCHS,
-    TARGETS,
-    convert_published,
-    map_published_keys,
-    published_backbone,
-    strip_module,
-)
+from mmela.convert.published import ARCHS, NETWORKS, TARGETS, convert_published
+
+# Under what the authors' scripts keep the weights
+WEIGHTS = ('state_dict', 'model', 'model_state_dict')
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -39,8 +36,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         '--arch',
         choices=ARCHS,
-        help='architecture (default: told from the keys; mrla_base, '
-        'mrla_base_no_relu and mla have the same keys, so one must be said)',
+        help='architecture (default: told from the keys, which several networks of '
+        'MRLA and of KCLA on CIFAR have the same)',
+    )
+    parser.add_argument(
+        '--head-dim',
+        type=int,
+        metavar='D',
+        help='channels of a head, where no tensor tells them and the published code '
+        'has several (default: the only one)',
     )
     parser.add_argument(
         '--target',
@@ -76,26 +80,31 @@ def main(argv=None) -> None:
     if Path(args.dst).exists():
         raise SystemExit(f'error: {args.dst} exists already')
     try:
-        _, state_dict = read_state_dict(args.src, names=('state_dict', 'model'))
+        _, state_dict = read_state_dict(args.src, names=WEIGHTS)
     except (ImportError, OSError, ValueError) as error:
         raise SystemExit(f'error: {one_line(error)}') from error
     try:
-        state_dict = strip_module(state_dict)
-        keys = map_published_keys(state_dict, args.arch, args.target)
-        converted, dropped = convert_published(state_dict, keys.arch, args.target)
-        backbone = published_backbone(converted, keys.arch)
-    except ValueError as error:
+        result = convert_published(state_dict, args.arch, args.target, args.head_dim)
+    except (ImportError, ValueError) as error:
         raise SystemExit(f'error: {args.src}: {one_line(error)}') from error
     out = Path(args.dst)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(dict(meta=dict(backbone=backbone), state_dict=converted), out)
-    print(format_table(keys.mapped, dropped))
+    part = out.with_name(f'{out.name}.tmp')
+    content = dict(meta=dict(backbone=result.backbone), state_dict=result.state_dict)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, part)
+        part.replace(out)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+        part.unlink(missing_ok=True)
+        raise SystemExit(f'error: {out}: {one_line(error)}') from error
+    print(format_table(result.mapped, result.dropped))
     print(
-        f'{out}: {len(keys.mapped)} of {len(state_dict)} tensors of a '
-        f'{keys.arch} network, {len(dropped)} dropped\nbackbone={backbone}'
+        f'{out}: {len(result.mapped)} of {len(state_dict)} tensors of a '
+        f'{result.arch} network, {len(result.dropped)} dropped\n'
+        f'backbone={result.backbone}'
     )
-    if keys.arch == 'kcla_unet':
-        print('decode_head=dict(scale=2), which enlarges as the published decoder')
+    if NETWORKS[result.arch].note:
+        print(f'note: {NETWORKS[result.arch].note}')
 
 
 if __name__ == '__main__':
