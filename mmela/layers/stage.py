@@ -310,27 +310,37 @@ class Tap:
 
     Args:
         attention (LayerAttention): The attention.
-        method (str): Name of its method for the submodule. That gets the
-            submodule's input, its output and the memory, or None for the memory
+        name (str): Name of the submodule in its block.
+        method (str): Name of the attention's method for the submodule. That gets
+            the submodule's input, its output and the memory, or None for the memory
             where the submodule runs without its block, and returns what takes the
             place of the output, or None.
     """
 
-    def __init__(self, attention: LayerAttention, method: str) -> None:
+    def __init__(self, attention: LayerAttention, name: str, method: str) -> None:
         self.attention = attention
+        self.name = name
         self.method = method
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         attention, memory = self.attention, None
-        run = _find(attention.place.stage)
-        if run is not None and run.block is not None:
-            running: LayerAttention = run.block.layer_attn
-            if running.place.block == attention.place.block:
-                # That of the copy that runs, such as a replica
-                attention, memory = running, run.memory
+        for stage in _running.runs:
+            run = _find(stage)
+            block = None if run is None else run.block
+            if block is not None and _part(block, self.name) is module:
+                # The attention of the copy that runs, such as a replica
+                attention, memory = block.layer_attn, run.memory
         if not attention.active:
             return None
         return getattr(attention, self.method)(args[0], output, memory)
+
+
+def _part(block: nn.Module, name: str) -> Any:
+    """A submodule, also by a property such as ``norm3``; None if there is none."""
+    part: Any = block
+    for attribute in name.split('.'):
+        part = getattr(part, attribute, None)
+    return part
 
 
 def ensure_tap(
@@ -347,10 +357,8 @@ def ensure_tap(
     Returns:
         RemovableHandle | None: To remove it; None if it was there.
     """
-    module = block
-    for part in name.split('.'):
-        module = getattr(module, part)
+    module = _part(block, name)
     for hook in module._forward_hooks.values():
         if isinstance(hook, Tap) and hook.method == method:
             return None
-    return module.register_forward_hook(Tap(attention, method))
+    return module.register_forward_hook(Tap(attention, name, method))
