@@ -33,7 +33,6 @@ INTERNAL = (
     'mmela.hooks.',
     'mmela.layers.cells',
     'mmela.models.heads',
-    'mmela.ops.triton_kernels',
     'mmela.pruning.registry',  # one name, which its package exports
     'mmela.utils',
     'mmela.version',
