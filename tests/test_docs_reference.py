@@ -25,6 +25,7 @@ MODULES = [
 INTERNAL = (
     'mmela.__main__',
     'mmela.analysis.',  # but for what its package exports
+    'mmela.benchmark',
     'mmela.command_line',
     'mmela.compat.forks',
     'mmela.compat.mmcv_ext',  # operators of mmcv, in its place
@@ -34,6 +35,7 @@ INTERNAL = (
     'mmela.layers.cells',
     'mmela.models.heads',
     'mmela.pruning.registry',  # one name, which its package exports
+    'mmela.tools',
     'mmela.utils',
     'mmela.version',
 )

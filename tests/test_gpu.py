@@ -289,28 +289,24 @@ def test_operators_as_on_a_cpu(operators):
 
 @needs_gpu
 @pytest.mark.parametrize('net', ['faster-rcnn', 'mask-rcnn'])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
-def test_detectors(operators, net, dtype):
+@pytest.mark.parametrize('dtype', ['fp32', 'fp16'])
+def test_detectors(operators, config_dir, net, dtype):
     """A step, the same loss in channels_last, and detections."""
-    from tools.benchmark import common, networks, train_step
+    from mmela.benchmark.compare import parse_args
+    from mmela.benchmark.networks import Contestant, Network
 
-    args = train_step.parse_args(
-        ['--net', net, '--device', 'cuda', '--size', '192x256', '--batch', '2']
+    config = str(config_dir / net.replace('-', '_') / f'{net}_r50_ela_fpn_1x_coco.py')
+    args = parse_args(
+        ['--net', config, '--size', '192x256', '--batch', '2', '--dtype', dtype]
     )
-    networks.complete_options(args, common.set_up(args))
-    contestant = networks.Contestant('ela', args, torch.device('cuda'), weights={})
+    contestant = Contestant('ela', Network(args), torch.device('cuda'))
     losses = []
     for _ in range(2):
         torch.manual_seed(0)
-        with torch.autocast('cuda', dtype, enabled=dtype == torch.float16):
-            loss = contestant.loss()
-        loss.backward()
-        losses.append(float(loss))
+        losses.append(float(contestant.train_step()))
         use_channels_last(contestant.model)
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
-    assert all(
-        p.grad is None or p.grad.isfinite().all() for p in contestant.model.parameters()
-    )
+    assert all(p.isfinite().all() for p in contestant.model.parameters())
     contestant.model.eval()
     assert len(contestant.infer()) == 2
 

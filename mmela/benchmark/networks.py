@@ -17,7 +17,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..analysis.complexity import input_size
-from ..command_line import find_config
+from ..command_line import find_config, one_line
+from ..convert.networks import NETWORK_ERRORS
 from ..hooks import use_channels_last
 from ..ops import BACKENDS
 from ..pruning import PruningReport
@@ -143,15 +144,16 @@ class Network:
         self.weights: Dict[str, Tensor] = {}
         self.pruned, self.keep_value = _to_prune(args.prune)
         known = re.fullmatch(r'(r|cifar)(\d+)', args.net)
-        cfg = (
-            _resnet(known[1] == 'cifar', int(known[2]))
-            if known
-            else Config.fromfile(find_config(args.net))
-        )
-        self.scope = cfg.get('default_scope', 'mmengine')
+        cfg = _resnet(known[1] == 'cifar', int(known[2])) if known else _read(args.net)
+        self.scope = cfg.get('default_scope')
         self.model = cfg.get('model') or {}
         if not isinstance(self.model.get('backbone'), dict):
             raise ValueError(f'--net={args.net} has no model.backbone')
+        if self.scope not in ('mmdet', 'mmpretrain'):
+            raise ValueError(
+                f'--net={args.net} has default_scope={self.scope!r}; allowed are '
+                'mmpretrain, a classifier, and mmdet, a detector'
+            )
         self.attention = self.model.backbone.pop('layer_attention', None) or {}
         self.is_detector = self.scope == 'mmdet'
         args.size = args.size or input_size(cfg)
@@ -169,6 +171,9 @@ class Network:
 
         Returns:
             nn.Module: A classifier or detector, on the CPU.
+
+        Raises:
+            ValueError: If it cannot be built.
         """
         name, _, form = variant.partition(':')
         model = copy.deepcopy(self.model)
@@ -194,7 +199,13 @@ class Network:
                     backbone.type = with_attention
                 backbone['layer_attention'] = attention
             model.backbone = backbone
-            built = registry.build(model)
+            try:
+                built = registry.build(model)
+            except NETWORK_ERRORS as error:
+                raise ValueError(
+                    f'{variant} of --net={self.args.net} cannot be built: '
+                    f'{one_line(error)}'
+                ) from error
         state = built.state_dict()
         for key, value in state.items():
             known = self.weights.setdefault(key, value.clone())
@@ -245,6 +256,14 @@ class Network:
             inputs=self._batch['inputs'].to(device).contiguous(memory_format=form),
             data_samples=[s.to(device) for s in self._batch['data_samples']],
         )
+
+
+def _read(config: str) -> Config:
+    path = find_config(config)
+    try:
+        return Config.fromfile(path)
+    except Exception as error:  # a config is code: it may raise anything
+        raise ValueError(f'{config} cannot be read: {one_line(error)}') from error
 
 
 def _resnet(cifar: bool, depth: int) -> Config:
@@ -345,7 +364,8 @@ class Contestant:
             weight_decay=1e-4,
         )
         scaled = self.args.dtype == 'fp16' and device.type == 'cuda'
-        self.scaler = torch.cuda.amp.GradScaler(enabled=scaled)
+        scaler = getattr(torch.amp, 'GradScaler', torch.cuda.amp.GradScaler)
+        self.scaler = scaler(enabled=scaled)
 
     def autocast(self):
         """Context of a forward pass; nothing for fp32."""
