@@ -12,6 +12,8 @@ from .layer_weighted_sum import is_compiling
 
 # The compiler behind torch.compile
 COMPILER = 'inductor'
+# torch 2.0 traces no autograd functions
+TOO_OLD = not hasattr(torch, 'compiler')
 # Types of devices that it has failed on
 _failed: List[str] = []
 
@@ -94,13 +96,11 @@ def can_compile() -> bool:
     """Whether a module may be compiled by itself at this moment.
 
     Returns:
-        bool: False where torch is too old (before 2.1), and while something records
-        or intercepts operators, such as an export, a trace, a FLOP counter, or
-        ``torch.func``.
+        bool: False while something records or intercepts operators, such as an
+        export, a trace, a FLOP counter, or ``torch.func``.
     """
     return (
-        hasattr(torch, 'compiler')
-        and not is_compiling()
+        not is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -127,7 +127,12 @@ def _compiled(forward: Any) -> Callable:
 
     ``torch.compile`` counts the graphs of a code object and gives up after 8, so each
     attention gets a code object of its own.
+
+    Raises:
+        RuntimeError: If torch cannot compile here.
     """
+    if TOO_OLD:
+        raise RuntimeError(f'torch {torch.__version__} is too old, 2.1 is needed')
     own = FunctionType(
         forward.__code__.replace(),
         forward.__globals__,

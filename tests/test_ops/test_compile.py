@@ -183,11 +183,13 @@ def no_compiler(graph, inputs):
     raise OSError('no compiler at hand')
 
 
-@pytest.mark.parametrize('fault', ['backend', 'torch.compile', 'C++'])
+@pytest.mark.parametrize('fault', ['backend', 'torch.compile', 'torch 2.0', 'C++'])
 def test_without_a_compiler(fault, monkeypatch, log):
     """Eager, and one line says so."""
     if fault == 'backend':
         monkeypatch.setattr(module, 'COMPILER', no_compiler)
+    elif fault == 'torch 2.0':
+        monkeypatch.setattr(module, 'TOO_OLD', True)
     elif fault == 'C++':
         config = pytest.importorskip('torch._inductor.config')
         monkeypatch.setattr(module, 'COMPILER', 'inductor')
