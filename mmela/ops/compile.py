@@ -61,7 +61,7 @@ class CompiledForward:
             Tensor: What is retrieved, (B, C, H, W).
         """
         device = x.device.type
-        if device in _failed or not can_compile() or _is_watched(attention):
+        if device in ('meta', *_failed) or not can_compile() or _is_watched(attention):
             return eager(x, memory)
         lengths = tuple(len(v) for v in vars(memory).values() if isinstance(v, list))
         function = self._function

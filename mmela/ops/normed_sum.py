@@ -26,8 +26,8 @@ def can_norm_sum(norm: Optional[nn.Module], values: Sequence[Tensor]) -> bool:
 
     It can on a CPU for a ``BatchNorm2d`` that nobody has hooked; in inference for a
     ``SyncBatchNorm``, too, and on any device. A graph that is recorded has both by
-    themselves, as compilers fuse them anyway, and other programs fold a normalization
-    into the convolution before it.
+    themselves: compilers fuse them anyway, and for other programs the shift is as much
+    work as the normalization.
 
     Args:
         norm (nn.Module, optional): The normalization.

@@ -7,6 +7,7 @@ import copy
 import os
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -255,6 +256,36 @@ def test_hooks_run(part, when):
     if when == 'after':
         step(eager)
     same(found, step(eager))
+
+
+def test_after_inference_mode(graphs):
+    stage, eager = make('compile'), make('auto')
+    for s in (stage, eager):
+        with torch.inference_mode():
+            s(images())
+    same(step(stage), step(eager))
+    assert graphs.count == 6
+
+
+def test_threads(graphs):
+    """One network, used by several at once."""
+    stage = make('compile').eval()
+    xs = [images(2, C, 5, 4 + i % 2) * i for i in range(1, 9)]
+
+    def run(x):
+        with torch.no_grad():
+            return stage(x)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, xs))
+    with torch.no_grad():
+        same(found, list(map(make('auto').eval(), xs)))
+
+
+def test_on_no_device(graphs):
+    stage = make('compile').to('meta')
+    assert stage(images().to('meta')).shape == images().shape
+    assert graphs.count == 0 and not module._failed
 
 
 def test_copies_run_their_own_weights():
