@@ -8,7 +8,7 @@ machine hits all alike; a ratio is the median of the ratios within a round.
 
 Examples:
   mmela compare --net r50 --batch 8 --channels-last
-  mmela compare --net r50 --variants plain plain:whole ela ela:compile ela:whole
+  mmela compare --net r50 --variants plain ela ela:compile ela:whole
   mmela compare --net my_config.py --prune work_dirs/my_config/pruning.json
   mmela compare --net mmdet::retinanet/retinanet_r50_fpn_1x_coco.py \\
       --mode inference

@@ -21,9 +21,9 @@ _failed: List[str] = []
 class CompiledForward:
     """Forward pass of a layer attention, compiled apart from the network's.
 
-    A graph holds for one number of tokens. So a pruning decision has each attention
-    compiled once more that sees fewer tokens than before, and no other. Images of
-    another size are one more graph, which is for all sizes.
+    A graph holds for one length of the lists in the memory. So a pruning decision has
+    the later attentions of a stage compiled once more, and no others. Images of another
+    size are one more graph, which is for all sizes.
 
     Where nothing can be compiled (no C++ compiler, no Triton, a torch or a Python that
     ``torch.compile`` does not know), the attention runs eagerly, and one line in the
@@ -35,15 +35,11 @@ class CompiledForward:
     nothing special; a copy is compiled anew.
     """
 
-    def __init__(self) -> None:
-        self._lengths: Tuple[int, ...] = ()
-        self._function: Optional[Callable] = None
+    _lengths: Tuple[int, ...] = ()
+    _function: Optional[Callable] = None
 
     def __getstate__(self) -> Dict[str, Any]:
         return {}
-
-    def __setstate__(self, state: Dict[str, Any]) -> None:
-        CompiledForward.__init__(self)
 
     def __call__(
         self, attention: nn.Module, eager: Callable, x: Tensor, memory: Any
