@@ -170,7 +170,6 @@ if __name__ == '__main__':
         license='Apache-2.0',
         keywords='computer vision, object detection, layer attention, pruning',
         packages=find_packages(include=['mmela', 'mmela.*']),
-        package_data={'mmela.ops': ['*.json']},
         python_requires='>=3.8',
         install_requires=[
             'click>=8,<9',

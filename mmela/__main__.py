@@ -32,6 +32,8 @@ TOOLS = {
     'cost': 'analysis/cost.py',
     'pictures': 'analysis/pictures.py',
     'model-zoo': 'analysis/model_zoo.py',
+    'compare': 'benchmark/compare.py',
+    'hook-overhead': 'benchmark/hook_overhead.py',
     'shapes': 'dataset/make_shapes.py',
     'lesions': 'dataset/make_lesions.py',
     'cifar': 'dataset/cifar.py',

@@ -1,4 +1,3 @@
-import runpy
 from functools import lru_cache
 from pathlib import Path
 
@@ -51,9 +50,9 @@ def config_dir() -> Path:
 @pytest.fixture(scope='session')
 def shapes(tmp_path_factory) -> Path:
     """A tiny data set in COCO layout."""
-    tool = ROOT / 'tools' / 'dataset' / 'make_shapes.py'
+    from mmela.tools.shapes import make_shapes
+
     path = tmp_path_factory.mktemp('data') / 'shapes'
-    make_shapes = runpy.run_path(str(tool))['make_shapes']
     make_shapes(path, train=6, val=3, size=96, seed=0)
     return path
 

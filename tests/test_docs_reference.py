@@ -25,6 +25,7 @@ MODULES = [
 INTERNAL = (
     'mmela.__main__',
     'mmela.analysis.',  # but for what its package exports
+    'mmela.benchmark',
     'mmela.command_line',
     'mmela.compat.forks',
     'mmela.compat.mmcv_ext',  # operators of mmcv, in its place
@@ -33,8 +34,8 @@ INTERNAL = (
     'mmela.hooks.',
     'mmela.layers.cells',
     'mmela.models.heads',
-    'mmela.ops.triton_kernels',
     'mmela.pruning.registry',  # one name, which its package exports
+    'mmela.tools',
     'mmela.utils',
     'mmela.version',
 )

@@ -1,7 +1,4 @@
-"""What differs on a GPU. Without one, the part of it that runs on a CPU.
-
-Beside these, tests/helpers/triton_cases.py runs the Triton kernels themselves.
-"""
+"""What differs on a GPU. Without one, the part of it that runs on a CPU."""
 
 import copy
 
@@ -39,9 +36,9 @@ def distance(result, expected):
 
 @pytest.mark.parametrize('channels_last', [False, True])
 @pytest.mark.parametrize('dtype', DTYPES if GPU else [torch.bfloat16])
-@pytest.mark.parametrize('backend', ['reference', 'autograd', 'triton'])
+@pytest.mark.parametrize('backend', ['reference', 'autograd'])
 def test_weighted_sum(backend, dtype, channels_last):
-    """All backends as in double precision on a CPU; without Triton, in its place."""
+    """All backends as in double precision on a CPU."""
     form = torch.channels_last if channels_last else torch.contiguous_format
     torch.manual_seed(0)
     attn = torch.rand(4, 8, 5).softmax(-1)
@@ -55,7 +52,7 @@ def test_weighted_sum(backend, dtype, channels_last):
 
     expected = run('reference', attn.double(), *(v.double() for v in values))
     found = run(
-        backend if GPU or backend != 'triton' else 'auto',
+        backend,
         attn.to(DEVICE),
         *(v.to(DEVICE).to(memory_format=form) for v in values),
     )
@@ -117,7 +114,7 @@ def test_networks(single_precision, attention, dtype, channels_last):
 
 
 @needs_gpu
-@pytest.mark.parametrize('backend', ['auto', 'triton'])
+@pytest.mark.parametrize('backend', ['auto', 'compile'])
 def test_backends_in_a_network(single_precision, backend):
     attention = dict(ATTENTIONS['MRLABase'], backend=backend)
     network = small_network(attention)
@@ -144,7 +141,7 @@ def test_compiled(single_precision):
 
 
 @needs_gpu
-@pytest.mark.parametrize('backend', ['auto', 'triton'])
+@pytest.mark.parametrize('backend', ['auto', 'compile'])
 def test_measuring_waits_for_nothing(backend):
     """A step of a window, whose statistics stay on the device."""
     attention = dict(ATTENTIONS['MRLABase'], backend=backend)
@@ -152,7 +149,7 @@ def test_measuring_waits_for_nothing(backend):
     x = images().cuda()
     meter = NetworkKLMeter(attention_stages(network))
     meter.attach()
-    network(x)[-1].mean().backward()  # the first use of the kernels checks them
+    network(x)[-1].mean().backward()  # the first use compiles
     torch.cuda.set_sync_debug_mode('error')
     try:
         network(x)[-1].mean().backward()
@@ -292,28 +289,24 @@ def test_operators_as_on_a_cpu(operators):
 
 @needs_gpu
 @pytest.mark.parametrize('net', ['faster-rcnn', 'mask-rcnn'])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
-def test_detectors(operators, net, dtype):
+@pytest.mark.parametrize('dtype', ['fp32', 'fp16'])
+def test_detectors(operators, config_dir, net, dtype):
     """A step, the same loss in channels_last, and detections."""
-    from tools.benchmark import common, networks, train_step
+    from mmela.benchmark.compare import parse_args
+    from mmela.benchmark.networks import Contestant, Network
 
-    args = train_step.parse_args(
-        ['--net', net, '--device', 'cuda', '--size', '192x256', '--batch', '2']
+    config = str(config_dir / net.replace('-', '_') / f'{net}_r50_ela_fpn_1x_coco.py')
+    args = parse_args(
+        ['--net', config, '--size', '192x256', '--batch', '2', '--dtype', dtype]
     )
-    networks.complete_options(args, common.set_up(args))
-    contestant = networks.Contestant('ela', args, torch.device('cuda'), weights={})
+    contestant = Contestant('ela', Network(args), torch.device('cuda'))
     losses = []
     for _ in range(2):
         torch.manual_seed(0)
-        with torch.autocast('cuda', dtype, enabled=dtype == torch.float16):
-            loss = contestant.loss()
-        loss.backward()
-        losses.append(float(loss))
+        losses.append(float(contestant.train_step()))
         use_channels_last(contestant.model)
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
-    assert all(
-        p.grad is None or p.grad.isfinite().all() for p in contestant.model.parameters()
-    )
+    assert all(p.isfinite().all() for p in contestant.model.parameters())
     contestant.model.eval()
     assert len(contestant.infer()) == 2
 

@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from typing import List
 
-from dataset.make_shapes import make_shapes
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
@@ -26,6 +25,7 @@ from mmela.analysis.attention import hook_settings, measure_attention, save_meas
 from mmela.analysis.inputs import load_network, validation_loader
 from mmela.analysis.work_dir import Run
 from mmela.command_line import add_cfg_options, one_line
+from mmela.tools.shapes import make_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'demo' / 'faster-rcnn_r50-narrow_ela_fpn_shapes.py'
@@ -81,7 +81,7 @@ def checkpoints_to_measure(run: Run) -> List[Path]:
 def measure(work_dir: str, images: int = 100) -> None:
     """Measure attention maps and more for the report.
 
-    As tools/analysis/layer_attention.py does, but for its pictures: the report
+    As mmela layer-attention does, but for its pictures: the report
     draws those that it shows.
 
     Args:

@@ -1,32 +1,6 @@
-"""Put operators into the folder of an mmcv that has none, or take them out.
+"""Put operators into the folder of an mmcv that has none, or take them out."""
 
-With `import mmela` before anything of mmcv.ops this is not needed. It is for
-programs that import mmcv.ops first, such as mmdet's own tools/test.py, and for
-data loader workers on Windows and macOS, which are new processes.
-
-Example:
-  python tools/operators.py write
-"""
-
-import argparse
-
-from mmela.compat.operators import remove_operators, write_operators
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        'action', choices=('write', 'remove'), help='write or remove mmcv/_ext.py'
-    )
-    action = parser.parse_args().action
-    try:
-        path = write_operators() if action == 'write' else remove_operators()
-    except (ImportError, OSError) as error:
-        raise SystemExit(f'error: {error}') from error
-    print(f'{"wrote" if action == "write" else "removed"} {path}')
-
+from mmela.tools.operators import main
 
 if __name__ == '__main__':
     main()

@@ -1,7 +1,7 @@
 # A Faster R-CNN that trains from nothing on a laptop's CPU in minutes: all
 # layers are a quarter as wide as usual, images and proposals are few.
 #
-# The data come from `python tools/dataset/make_shapes.py data/shapes`. They
+# The data come from `mmela shapes data/shapes`. They
 # carry COCO's categories, so the config runs on COCO, or on any data in its
 # layout and categories, by `--cfg-options data_root=DIR` alone.
 _base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../_base_/ela_coco.py']

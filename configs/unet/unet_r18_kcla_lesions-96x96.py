@@ -1,5 +1,5 @@
 # Trains on a laptop's CPU in about a minute, on the images that
-# `python tools/dataset/make_lesions.py render data/lesions` makes.
+# `mmela lesions render data/lesions` makes.
 _base_ = ['unet_r18_kcla_kvasir-256x256.py']
 data_root = 'data/lesions'
 # The images are rendered at this size.

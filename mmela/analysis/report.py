@@ -26,7 +26,7 @@ _FEW_TIMES = 5
 def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) -> Path:
     """Write a page on a run that needs no other file, and its pictures.
 
-    It shows too what tools/analysis/layer_attention.py has measured on
+    It shows too what ``mmela layer-attention`` has measured on
     checkpoints of the run, if its ``layer_attention.json`` lie in the work
     directory or up to two folders below, and what
     :func:`~mmela.analysis.before_after.measure_before_after` has found.
@@ -204,7 +204,7 @@ def read_analyses(work_dir: Path) -> List[Tuple[Path, str, str, dict]]:
                 result[key]
         except (*_MALFORMED, RecursionError) as error:
             raise ValueError(
-                f'{path} is not of tools/analysis/layer_attention.py: {error!r}'
+                f'{path} is not of mmela layer-attention: {error!r}'
             ) from error
         analyses.append((path, name, f'attention_{index}', result))
     return analyses

@@ -325,7 +325,7 @@ precision.</p>{% endif %}
 {% endif %}
 {% for name, result, pictures in analyses %}
 <h2>Layer attention of {{ name }}</h2>
-<p>Measured by tools/analysis/layer_attention.py on {{ result.images }} images
+<p>Measured by mmela layer-attention on {{ result.images }} images
 ({{ result.data }}) with the checkpoint {{ result.checkpoint }}.</p>
 <div class="pictures">
 {% for title, caption, pair in pictures %}<figure>

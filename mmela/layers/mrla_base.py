@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops import (
+    CompiledForward,
     can_norm_sum,
     check_backend,
     layer_weighted_sum,
@@ -37,7 +38,9 @@ class MRLABase(QKVLayerAttention):
         backend (str): How the sum is computed, see
             :func:`mmela.ops.layer_weighted_sum`; with ``'auto'``, on a CPU
             together with the normalization where that can be done, see
-            :func:`mmela.ops.can_norm_sum`. Defaults to ``'auto'``.
+            :func:`mmela.ops.can_norm_sum`. ``'compile'`` has ``torch.compile`` fuse
+            all of :meth:`forward`, see :class:`mmela.ops.CompiledForward`.
+            Defaults to ``'auto'``.
         relu (bool): Have a ReLU after the normalization; some of the networks
             that the authors published have none. Defaults to True.
         **kwargs: ``drop_path``, ``norm_cfg``, ``value_act_cfg``,
@@ -72,10 +75,16 @@ class MRLABase(QKVLayerAttention):
         relu: bool = True,
         **kwargs,
     ) -> None:
-        check_backend(backend)
+        backend = check_backend(backend)
         super().__init__(channels, head_dim, **kwargs)
         self.backend = backend
         self.relu = relu
+        self._compiled = CompiledForward()
+
+    def __call__(self, x: Tensor, memory: Memory) -> Tensor:
+        if self.backend == 'compile':
+            return self._compiled(self, super().__call__, x, memory)
+        return super().__call__(x, memory)
 
     def attend(self, x: Tensor, memory: Memory) -> Tensor:
         pooled = self.store(x, memory)
@@ -110,7 +119,13 @@ class MRLABase(QKVLayerAttention):
         Returns:
             Tensor: What is retrieved, (B, C, H, W).
         """
-        if self.backend == 'auto' and can_norm_sum(self.norm, values):
+        # Of a single value, that takes its weight for a softmax, which is 1
+        fits = self.prunable or len(values) > 1
+        if (
+            fits
+            and self.backend in ('auto', 'compile')
+            and can_norm_sum(self.norm, values)
+        ):
             weights = per_channel(attn, values[0])
             return normed_sum(weights, values, self.norm, self.relu)
         return self.norm_relu(layer_weighted_sum(attn, values, self.backend))

@@ -1,3 +1,4 @@
+from .compile import CompiledForward
 from .layer_weighted_sum import (
     BACKENDS,
     check_backend,
@@ -9,6 +10,7 @@ from .normed_sum import can_norm_sum, normed_sum
 
 __all__ = [
     'BACKENDS',
+    'CompiledForward',
     'can_norm_sum',
     'check_backend',
     'is_compiling',

@@ -1,11 +1,12 @@
 """The weighted sum over layers, which is what MRLA-base adds to a network."""
 
+import warnings
 from typing import Callable, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-BACKENDS = ('auto', 'reference', 'autograd', 'triton')
+BACKENDS = ('auto', 'reference', 'autograd', 'compile')
 
 
 def layer_weighted_sum(
@@ -24,23 +25,21 @@ def layer_weighted_sum(
         values (Sequence[Tensor]): ``t`` values of shape (B, C, H, W), where
             ``C`` is a multiple of ``G``.
         backend (str): ``'reference'`` is plain code, for every transform that
-            torch has, ``'autograd'`` the same with sums in place, ``'triton'``
-            one kernel each for forward and backward, for GPUs, where no
-            measurement stands behind it yet: at its first use it is compared with
-            ``'reference'``, and left with a warning where it fails. ``'auto'`` is
+            torch has, ``'autograd'`` the same with sums in place. ``'auto'`` is
             ``'reference'`` where a graph is recorded (``torch.compile``, tracing,
             export), whose compiler does better by itself, and ``'autograd'``
-            elsewhere. Defaults to ``'auto'``.
+            elsewhere. ``'compile'`` is for a whole attention, see
+            :class:`CompiledForward`; for the sum it means ``'auto'``. Defaults to
+            ``'auto'``.
 
     Returns:
         Tensor: (B, C, H, W), in data type and memory format of the values.
 
     Raises:
         ValueError: If there is no such backend, the number of values differs
-            from ``t`` or is 0, ``C`` is no multiple of ``G``, or
-            ``'triton'`` is given values in double precision.
+            from ``t`` or is 0, or ``C`` is no multiple of ``G``.
     """
-    check_backend(backend)
+    backend = check_backend(backend)
     if attn.size(-1) != len(values) or not values:
         raise ValueError(
             f'attn has weights for {attn.size(-1)} layers, '
@@ -53,11 +52,6 @@ def layer_weighted_sum(
         )
     if backend == 'reference' or is_compiling() or torch.jit.is_tracing():
         return reference(attn, values)
-    if backend == 'triton':
-        from . import triton_kernels
-
-        if triton_kernels.works(values[0].device, values[0].dtype, reference):
-            return triton_kernels.LayerWeightedSum.apply(attn, *values)
     return _sum(attn, values, _Add.apply)
 
 
@@ -83,17 +77,27 @@ def _sum(attn: Tensor, values: Sequence[Tensor], add: Callable) -> Tensor:
     return total.to(values[0].dtype)
 
 
-def check_backend(backend: str) -> None:
+def check_backend(backend: str) -> str:
     """Check the name of a backend.
 
     Args:
-        backend (str): One of ``BACKENDS``.
+        backend (str): One of ``BACKENDS``, or ``'triton'``, which configs for
+            mmela 0.1 may have.
+
+    Returns:
+        str: The backend; ``'compile'`` in place of ``'triton'``, with a warning.
 
     Raises:
         ValueError: If it is none of them.
     """
+    if backend == 'triton':
+        warnings.warn(
+            "backend='triton' is no more; 'compile' takes its place", stacklevel=3
+        )
+        return 'compile'
     if backend not in BACKENDS:
         raise ValueError(f'backend={backend!r} does not exist; allowed are {BACKENDS}')
+    return backend
 
 
 def per_channel(attn: Tensor, value: Tensor) -> Tuple[Tensor, ...]:

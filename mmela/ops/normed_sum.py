@@ -24,7 +24,10 @@ MOST_SUMMED_AGAIN = 4
 def can_norm_sum(norm: Optional[nn.Module], values: Sequence[Tensor]) -> bool:
     """Whether :func:`normed_sum` can take the place of sum and normalization.
 
-    It can on a CPU for a ``BatchNorm2d`` that nobody has hooked.
+    It can on a CPU for a ``BatchNorm2d`` that nobody has hooked; in inference for a
+    ``SyncBatchNorm``, too, and on any device. A graph that is recorded has both by
+    themselves: compilers fuse them anyway, and for other programs the shift is as much
+    work as the normalization.
 
     Args:
         norm (nn.Module, optional): The normalization.
@@ -33,14 +36,21 @@ def can_norm_sum(norm: Optional[nn.Module], values: Sequence[Tensor]) -> bool:
     Returns:
         bool: True if so.
     """
-    return (
+    if (
+        type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm)
+        or is_compiling()
+        or torch.jit.is_tracing()
+        or not norm.track_running_stats
+        or norm._forward_hooks
+        or norm._forward_pre_hooks
+        or norm._backward_hooks
+        or norm._backward_pre_hooks
+    ):
+        return False
+    return _is_affine_map(norm) or (
         type(norm) is nn.BatchNorm2d
-        and not (is_compiling() or torch.jit.is_tracing())
         and norm.affine
-        and norm.track_running_stats
         and norm.momentum is not None
-        and not (norm._forward_hooks or norm._forward_pre_hooks)
-        and not (norm._backward_hooks or norm._backward_pre_hooks)
         and values[0].device.type == 'cpu'
         and all(v.dtype == values[0].dtype for v in values)
         and norm.weight.dtype == torch.promote_types(values[0].dtype, torch.float32)
@@ -60,22 +70,57 @@ def normed_sum(
             in single or double precision. A single one is taken to be a
             softmax, which is 1 and has no gradient.
         values (Sequence[Tensor]): ``t`` values, each (B, C, H, W).
-        norm (nn.BatchNorm2d): The normalization, see :func:`can_norm_sum`.
+        norm (nn.BatchNorm2d | nn.SyncBatchNorm): The normalization, see
+            :func:`can_norm_sum`.
         relu (bool): Whether a ReLU follows; its gradient at 0 is 1.
 
     Returns:
         Tensor: (B, C, H, W), in data type and memory format of the values.
     """
-    if not norm.training and not torch.is_grad_enabled():
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        shift = norm.bias - norm.running_mean * scale
-        if len(weights) == 1:
-            weights = [torch.ones_like(weights[0])]
-        weights = [w * scale[:, None, None] for w in weights]
-        return _sum(weights, values, shift[:, None, None], relu)
+    if _is_affine_map(norm):
+        weights, shift = _folded(weights, norm)
+        run = _sum if values[0].device.type == 'cpu' else _sum_at_once
+        return run(weights, values, shift, relu)
     if norm.training:
         norm.num_batches_tracked.add_(1)
     return _NormedSum.apply(norm, relu, norm.weight, norm.bias, *weights, *values)
+
+
+def _is_affine_map(norm: nn.Module) -> bool:
+    """Whether it only scales and shifts channels, and nobody asks for gradients."""
+    return not norm.training and not torch.is_grad_enabled()
+
+
+def _folded(weights: Sequence[Tensor], norm: Any) -> Tuple[List[Tensor], Tensor]:
+    """The normalization as a part of the weights, and what is left to add.
+
+    ``(sum_s w_s V_s - mean) scale + bias`` is
+    ``sum_s (w_s scale) V_s + (bias - mean scale)``.
+
+    Returns:
+        tuple[list[Tensor], Tensor]: ``t`` weights, each (B, C, 1, 1), and the
+        shift, (C, 1, 1).
+    """
+    wide = weights[0].dtype
+    scale = (norm.running_var.to(wide) + norm.eps).rsqrt()
+    if norm.affine:
+        scale = scale * norm.weight.to(wide)
+    bias = norm.bias.to(wide) if norm.affine else 0
+    shift = bias - norm.running_mean.to(wide) * scale
+    if len(weights) == 1:
+        weights = [torch.ones_like(weights[0])]
+    return [w * scale[:, None, None] for w in weights], shift[:, None, None]
+
+
+def _sum_at_once(
+    weights: Sequence[Tensor], values: Sequence[Tensor], shift: Tensor, relu: bool
+) -> Tensor:
+    """:func:`_sum` with one pass over each value, for where pieces gain nothing."""
+    total = torch.addcmul(shift, weights[0], values[0])
+    for weight, value in zip(weights[1:], values[1:]):
+        total.addcmul_(weight, value)
+    total = total.relu_() if relu else total
+    return total.to(values[0].dtype)
 
 
 def just_below_zero(dtype: torch.dtype) -> float:

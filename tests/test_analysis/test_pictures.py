@@ -1,4 +1,4 @@
-"""tools/analysis/pictures.py and what tools/demo.py measures."""
+"""mmela pictures and what tools/demo.py measures."""
 
 import json
 import runpy
@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from mmela.analysis.work_dir import Run
+from mmela.tools import pictures
 from tests.helpers.measurements import stage, write_measurement
 from tests.helpers.work_dirs import make_work_dir, write_log
 
@@ -15,19 +16,14 @@ TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 ACTIVE = ['active'] * 4
 
 
-@pytest.fixture(scope='module')
-def tool():
-    return runpy.run_path(str(TOOLS / 'analysis' / 'pictures.py'))
-
-
-def test_pictures(tool, tmp_path, capsys):
+def test_pictures(tmp_path, capsys):
     make_work_dir(tmp_path)
     write_measurement(tmp_path, 2, {'backbone.layer1': stage(ACTIVE)})
     write_measurement(
         tmp_path, 4, {'backbone.layer1': stage(ACTIVE[:2] + ['pruned', 'active'])}
     )
     out = tmp_path / 'new' / 'pictures'
-    tool['main']([str(tmp_path), str(out)])
+    pictures.main([str(tmp_path), str(out)])
     printed = capsys.readouterr().out.split()
     assert sorted(printed) == sorted(map(str, out.iterdir()))
     assert {p.name for p in out.iterdir()} == {
@@ -44,36 +40,32 @@ def test_pictures(tool, tmp_path, capsys):
             assert image.convert('L').getextrema()[1] > 200
 
 
-def test_pruning_that_removed_most(tool, tmp_path, monkeypatch):
+def test_pruning_that_removed_most(tmp_path, monkeypatch):
     first, second = make_work_dir(tmp_path)
     seen = []
-    monkeypatch.setitem(
-        tool['divergences'].__globals__,
-        'kl_plot',
-        seen.append,
-    )
-    tool['divergences'](tmp_path)
+    monkeypatch.setattr(pictures, 'kl_plot', seen.append)
+    pictures.divergences(tmp_path)
     assert seen == [max((first, second), key=lambda d: len(d.pruned))]
 
 
-def test_changed_stage(tool):
+def test_changed_stage():
     pruned = ['active', 'pruned', 'active', 'active']
     before = dict(a=stage(ACTIVE), b=stage(ACTIVE), c=stage(pruned))
     after = dict(a=stage(ACTIVE), b=stage(pruned), c=stage(pruned))
-    assert tool['changed_stage'](before, after) == 'b'
+    assert pictures.changed_stage(before, after) == 'b'
     # Nothing lost: the deepest
     before['d'] = stage(ACTIVE * 2)
-    assert tool['changed_stage'](before, before) == 'd'
+    assert pictures.changed_stage(before, before) == 'd'
     with pytest.raises(ValueError, match='no stage'):
-        tool['changed_stage'](before, dict(a=stage(ACTIVE, maps=None)))
+        pictures.changed_stage(before, dict(a=stage(ACTIVE, maps=None)))
 
 
-def test_errors(tool, tmp_path):
+def test_errors(tmp_path):
     out = tmp_path / 'out'
 
     def error():
         with pytest.raises(SystemExit) as caught:
-            tool['main']([str(tmp_path), str(out)])
+            pictures.main([str(tmp_path), str(out)])
         assert '\n' not in caught.value.code and not out.exists()
         return caught.value.code
 

@@ -24,6 +24,7 @@ from mmela.compat.operators import (
     remove_operators,
     write_operators,
 )
+from tests.helpers.operator_cases import OPERATORS, difference, provided_operators
 
 mmcv_ops = pytest.importorskip('mmcv.ops', exc_type=ImportError)
 
@@ -33,7 +34,6 @@ needs_compiled = pytest.mark.skipif(not COMPILED, reason='mmcv is not compiled')
 needs_mmdet = pytest.mark.skipif(
     find_spec('mmdet') is None, reason='mmdet is not installed'
 )
-comparison = runpy.run_path(str(ROOT / 'tools' / 'benchmark' / 'operators.py'))
 # Relative to the largest value of an output or gradient
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12}
 
@@ -41,16 +41,16 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12}
 @pytest.fixture
 def provided():
     """mmcv.ops uses the operators under test, whatever mmcv has."""
-    with comparison['provided_operators']():
+    with provided_operators():
         yield
 
 
 @needs_compiled
-@pytest.mark.parametrize('name', comparison['OPERATORS'])
+@pytest.mark.parametrize('name', OPERATORS)
 def test_equals_compiled(name):
     exact = name in ('nms', 'nms_match', 'roi_align')
     for seed in range(1000, 1030):
-        gap, dtype = comparison['difference'](name, seed)
+        gap, dtype = difference(name, seed)
         assert gap <= (0 if exact else TOLERANCE[dtype]), seed
 
 

@@ -1,8 +1,6 @@
 """`mmela push` to a stand-in for the Hub, and what it has written there."""
 
 import json
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,17 +12,17 @@ from mmela.convert.hub import report_until, shared_config
 from mmela.hooks import LayerAttentionPruningHook
 from mmela.layers import AttentionState
 from mmela.pruning import LayerDecision, PruningDecision, PruningReport
+from mmela.tools.push import main
 from tests.helpers.networks import classifier, save
 
 pytest.importorskip('mmpretrain')
 huggingface_hub = pytest.importorskip('huggingface_hub')
 
-PUSH = Path(__file__).resolve().parents[2] / 'tools' / 'convert' / 'push.py'
 PRUNED = 'backbone.layer1.1.layer_attn'
 
 
 def push(*args):
-    runpy.run_path(str(PUSH))['main'](list(map(str, args)))
+    main(list(map(str, args)))
 
 
 def decision(iteration, name):

@@ -143,3 +143,21 @@ def test_trains_and_keeps_its_projection(kind):
 def test_unknown():
     with pytest.raises(ValueError, match='quadratic.*linformer'):
         LinearizedMLA(C, head_dim=D, kind='quadratic')
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('kind', KINDS)
+def test_backends_agree(kind, training):
+    """With a norm, also in the first block, whose one weight is not always 1."""
+    outs = []
+    for backend in ('auto', 'reference'):
+        torch.manual_seed(0)
+        memory = LinearizedMLA.Memory()
+        outs.append([])
+        for block in range(4):
+            attention = LinearizedMLA(
+                C, head_dim=D, kind=kind, block=block, backend=backend
+            ).train(training)
+            with torch.no_grad():
+                outs[-1].append(attention(torch.randn(3, C, 4, 4), memory))
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)

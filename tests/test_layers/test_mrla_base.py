@@ -120,7 +120,7 @@ def test_gradients_equal_those_of_plain_code(states):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="backend='fast' .*'triton'"):
+    with pytest.raises(ValueError, match="backend='fast' .*'compile'"):
         MRLABase(C, head_dim=D, backend='fast')
 
 

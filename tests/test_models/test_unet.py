@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import runpy
 from pathlib import Path
 
 import cv2
@@ -21,10 +20,9 @@ pytest.importorskip('mmcv.ops', exc_type=ImportError)
 
 from mmseg.registry import MODELS  # noqa: E402
 
-import mmela  # noqa: E402, F401
+from mmela.tools import lesions as tool  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOL = runpy.run_path(str(ROOT / 'tools' / 'dataset' / 'make_lesions.py'))
 MRLA = dict(type='MRLABase', head_dim=16)
 LIGHT = dict(type='MRLALight', head_dim=16)
 KCLA = dict(type='KCLA', head_dim=16, head_attention='plain')
@@ -239,7 +237,7 @@ class TestForegroundDiceLoss:
 @pytest.fixture(scope='module')
 def lesions(tmp_path_factory):
     path = tmp_path_factory.mktemp('data') / 'lesions'
-    assert TOOL['render'](path, train=24, val=8, size=64, seed=1) == (24, 8)
+    assert tool.render(path, train=24, val=8, size=64, seed=1) == (24, 8)
     return path
 
 
@@ -267,8 +265,8 @@ class TestRender:
                 assert inside.max() > outside.min()
 
     def test_same_arguments_same_data(self, lesions, tmp_path):
-        TOOL['render'](tmp_path / 'few', train=2, val=1, size=64, seed=1)
-        TOOL['render'](tmp_path / 'other', train=2, val=1, size=64, seed=2)
+        tool.render(tmp_path / 'few', train=2, val=1, size=64, seed=1)
+        tool.render(tmp_path / 'other', train=2, val=1, size=64, seed=2)
         for path in (p for p in (tmp_path / 'few').rglob('*.png')):
             name = path.relative_to(tmp_path / 'few')
             assert path.read_bytes() == (lesions / name).read_bytes()
@@ -284,7 +282,7 @@ class TestRender:
     )
     def test_bad_arguments(self, kwargs, message, tmp_path):
         with pytest.raises(ValueError, match=message):
-            TOOL['render'](tmp_path / 'x', **kwargs)
+            tool.render(tmp_path / 'x', **kwargs)
         assert not list(tmp_path.iterdir())
 
 
@@ -310,7 +308,7 @@ class TestConvert:
 
     def convert(self, isic, out='out', **kwargs):
         kwargs = {**dict(size=64), **kwargs}
-        return TOOL['convert'](isic / out, [isic / 'input'], [isic / 'truth'], **kwargs)
+        return tool.convert(isic / out, [isic / 'input'], [isic / 'truth'], **kwargs)
 
     def test_split_and_masks(self, isic):
         assert self.convert(isic) == (7, 3)
@@ -364,7 +362,7 @@ class TestConvert:
         assert (isic / 'out' / 'file').read_text() == 'mine'
 
     def test_command_line(self, isic, capsys):
-        main = TOOL['main']
+        main = tool.main
         with pytest.raises(SystemExit, match='^error: no folder'):
             main(
                 [
@@ -405,7 +403,7 @@ class TestConvert:
         assert '1 training and 1 validation' in capsys.readouterr().out
         with pytest.raises(SystemExit):
             main(['--help'])
-        assert 'make_lesions.py render data' in capsys.readouterr().out
+        assert 'mmela lesions render data' in capsys.readouterr().out
 
 
 # -- training ----------------------------------------------------------------

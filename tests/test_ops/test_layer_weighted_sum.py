@@ -5,7 +5,7 @@ import torch
 
 from mmela.ops import layer_weighted_sum
 
-BACKENDS = ('reference', 'autograd', 'auto')
+BACKENDS = ('reference', 'autograd', 'auto', 'compile')
 DTYPES = {
     torch.float64: dict(rtol=1e-12, atol=1e-12),
     torch.float32: dict(rtol=1e-5, atol=1e-5),
@@ -163,5 +163,5 @@ def test_bad_input():
         layer_weighted_sum(torch.rand(1, 2, 0), [])
     with pytest.raises(ValueError, match='6 channels .* 4 heads'):
         layer_weighted_sum(torch.rand(1, 4, 2), values)
-    with pytest.raises(ValueError, match="backend='cuda' .*'triton'"):
+    with pytest.raises(ValueError, match="backend='cuda' .*'compile'"):
         layer_weighted_sum(torch.rand(1, 2, 2), values, 'cuda')

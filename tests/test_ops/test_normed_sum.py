@@ -106,6 +106,57 @@ def test_without_gradients(training):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize('relu', [True, False])
+@pytest.mark.parametrize('kind', [nn.BatchNorm2d, nn.SyncBatchNorm, 'no affine'])
+@pytest.mark.parametrize('form', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('tokens', [1, 2, 5])
+@pytest.mark.parametrize('place', ['_sum', '_sum_at_once'])
+def test_in_inference_the_norm_is_part_of_the_weights(
+    tokens, form, kind, relu, place, monkeypatch
+):
+    """Exactly but for rounding; ``_sum_at_once`` is what other devices have."""
+    module = sys.modules['mmela.ops.normed_sum']
+    monkeypatch.setattr(module, '_sum', getattr(module, place))
+    norm, scores, values, _ = make(tokens, form=form)
+    other = (
+        nn.BatchNorm2d(C, affine=False)
+        if kind == 'no affine'
+        else kind(C, eps=1e-3, momentum=None)
+    ).double()
+    other.load_state_dict(norm.state_dict(), strict=kind != 'no affine')
+    norm = other.eval()
+    kept = [x.detach().clone() for x in values]
+    assert not can_norm_sum(norm, values)  # with gradients
+    with torch.no_grad():
+        found = fused(norm, scores, values, relu)
+        expected = plain(nn.Sequential(norm), scores, values, relu)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert found.is_contiguous(memory_format=form)
+    torch.testing.assert_close(values, kept, rtol=0, atol=0)  # untouched
+    norm.train()
+    with torch.no_grad():
+        assert not can_norm_sum(norm, values)
+
+
+@pytest.mark.parametrize('place', ['_sum', '_sum_at_once'])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_inference_in_half_precision(dtype, place, monkeypatch):
+    """One rounding: as near as can be to the result in double precision."""
+    module = sys.modules['mmela.ops.normed_sum']
+    monkeypatch.setattr(module, '_sum', getattr(module, place))
+    norm, scores, values, _ = make(3, dtype)
+    with torch.no_grad():
+        exact = plain(
+            copy.deepcopy(norm).double().eval(),
+            scores.double(),
+            [v.double() for v in values],
+            True,
+        )
+        found = fused(norm.eval(), scores, values, True)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, exact.to(dtype), rtol=1e-2, atol=1e-4)
+
+
 def test_gradient_at_zero_is_one():
     norm, scores, values, grad = make(2)
     nn.init.zeros_(norm.weight)

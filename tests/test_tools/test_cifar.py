@@ -1,9 +1,8 @@
-"""tools/dataset/cifar.py, and that the configs read what it writes."""
+"""mmela cifar, and that the configs read what it writes."""
 
 import hashlib
 import io
 import pickle
-import runpy
 import tarfile
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import numpy as np
 import pytest
 from mmengine.config import Config
 
+from mmela.tools import cifar
+
 ROOT = Path(__file__).resolve().parents[2]
-TOOL = runpy.run_path(str(ROOT / 'tools' / 'dataset' / 'cifar.py'))
 CLASSES = ('airplane', 'automobile', 'bird')
 
 
@@ -45,32 +45,32 @@ def files(folder):
 
 def test_images(images, tmp_path, capsys):
     out = tmp_path / 'data' / 'folder'
-    TOOL['main']([str(images), str(out)])
+    cifar.main([str(images), str(out)])
     assert len(files(out)) == 3 * (4 + 2)
     assert not (out / 'README').exists()
     assert '12 images for training, 6 for testing' in capsys.readouterr().out
     with pytest.raises(SystemExit, match='exists already'):
-        TOOL['main']([str(images), str(out)])
-    TOOL['main']([str(images), str(out), '--keep'])  # for commands run again
+        cifar.main([str(images), str(out)])
+    cifar.main([str(images), str(out), '--keep'])  # for commands run again
     assert 'is there already' in capsys.readouterr().out
 
 
 def test_a_fixed_part_of_the_images(images, tmp_path):
     out = tmp_path / 'folder'
-    TOOL['main']([str(images), str(out), '--per-class', '2'])
+    cifar.main([str(images), str(out), '--per-class', '2'])
     assert [f for f in files(out) if f.startswith('train/bird')] == [
         'train/bird/0000.jpg',
         'train/bird/0001.jpg',
     ]
     with pytest.raises(SystemExit, match='--per-class 0'):
-        TOOL['main']([str(images), str(tmp_path / 'b'), '--per-class', '0'])
+        cifar.main([str(images), str(tmp_path / 'b'), '--per-class', '0'])
 
 
 def test_folder_config_reads_them(images, tmp_path, config_dir):
     pytest.importorskip('mmpretrain')
     from mmpretrain.registry import DATASETS
 
-    TOOL['main']([str(images), str(tmp_path / 'folder')])
+    cifar.main([str(images), str(tmp_path / 'folder')])
     cfg = Config.fromfile(
         config_dir / 'cifar' / 'resnet20-ela_1xb128_cifar10-folder.py'
     )
@@ -103,7 +103,7 @@ def official(tmp_path, monkeypatch):
             )
             add(tar, f'cifar-10-batches-py/{name}', content)
             checksums[name] = hashlib.md5(content).hexdigest()
-    monkeypatch.setitem(TOOL['OFFICIAL'], 'cifar-10-batches-py', TOOL['md5'](path))
+    monkeypatch.setitem(cifar.OFFICIAL, 'cifar-10-batches-py', cifar.md5(path))
     for attribute in ('train_list', 'test_list'):
         monkeypatch.setattr(
             CIFAR10,
@@ -117,7 +117,7 @@ def official(tmp_path, monkeypatch):
 def test_config_reads_the_official_archive(official, tmp_path, config_dir):
     from mmpretrain.registry import DATASETS
 
-    TOOL['main']([str(official), str(tmp_path / 'cifar10')])
+    cifar.main([str(official), str(tmp_path / 'cifar10')])
     cfg = Config.fromfile(config_dir / 'cifar/resnet20-ela_1xb128_cifar10.py')
     cfg.train_dataloader.dataset.data_root = str(tmp_path / 'cifar10')
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
@@ -128,7 +128,7 @@ def test_changed_official_archive(official, tmp_path):
     with open(official, 'ab') as file:
         file.write(b'\0')
     with pytest.raises(SystemExit, match='MD5 checksum'):
-        TOOL['main']([str(official), str(tmp_path / 'cifar10')])
+        cifar.main([str(official), str(tmp_path / 'cifar10')])
     assert not (tmp_path / 'cifar10').exists()
 
 
@@ -137,12 +137,12 @@ def test_other_archives(tmp_path):
     with tarfile.open(path, 'w') as tar:
         add(tar, 'readme.txt', b'hello')
     with pytest.raises(SystemExit, match='neither'):
-        TOOL['main']([str(path), str(tmp_path / 'out')])
+        cifar.main([str(path), str(tmp_path / 'out')])
     path.write_bytes(b'no archive')
     with pytest.raises(SystemExit, match='cannot be read'):
-        TOOL['main']([str(path), str(tmp_path / 'out')])
+        cifar.main([str(path), str(tmp_path / 'out')])
     with pytest.raises(SystemExit, match='no file'):
-        TOOL['main']([str(tmp_path / 'missing'), str(tmp_path / 'out')])
+        cifar.main([str(tmp_path / 'missing'), str(tmp_path / 'out')])
     assert not (tmp_path / 'out').exists()
 
 
@@ -154,5 +154,5 @@ def test_nothing_is_written_outside(tmp_path):
         link.type, link.linkname = tarfile.SYMTYPE, '/tmp'
         tar.addfile(link)
         add(tar, 'train/../../escaped.jpg', b'1')
-    TOOL['main']([str(path), str(tmp_path / 'deep' / 'er' / 'out')])
+    cifar.main([str(path), str(tmp_path / 'deep' / 'er' / 'out')])
     assert not list(tmp_path.rglob('escaped.jpg'))

@@ -1,8 +1,7 @@
-"""tools/analysis/cost.py: what it counts, by hand, and what it draws."""
+"""mmela cost: what it counts, by hand, and what it draws."""
 
 import csv
 import json
-import runpy
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,12 @@ from PIL import Image
 
 from mmela.analysis.cost_plots import growth_plot, scale, trade_off_plot
 from mmela.analysis.drawing import LIGHT
+from mmela.tools.cost import main
 
 pytest.importorskip('mmpretrain')
 
 ROOT = Path(__file__).resolve().parents[2]
 CIFAR = ROOT / 'configs' / 'cifar'
-TOOL = str(ROOT / 'tools' / 'analysis' / 'cost.py')
 # Blocks of a stage of ResNet-20, and channels and pixels by stage
 BLOCKS = 2
 STAGES = ((64, 32), (128, 16), (256, 8))
@@ -26,7 +25,7 @@ KERNELS = {64: 3, 128: 5, 256: 5}
 
 
 def cost(out, *args):
-    runpy.run_path(TOOL)['main']([*map(str, args), '--out', str(out)])
+    main([*map(str, args), '--out', str(out)])
     with open(out / 'cost.csv', encoding='utf-8') as file:
         return list(csv.DictReader(file))
 

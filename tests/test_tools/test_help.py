@@ -13,6 +13,7 @@ pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
 pytest.importorskip('mmcv.ops', exc_type=ImportError)
 
+from mmela import __main__ as command  # noqa: E402
 from tests.helpers.networks import classifier, needs_grad_cam, save  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,10 +34,7 @@ FILES = {
                                      'IMAGE']],
     'analysis/pictures.py': [['WORK_DIR', 'OUT']],
     'analysis/report.py': [['WORK_DIR']],
-    'benchmark/inference.py': [['--mask', 'MASK']],
-    'benchmark/plot.py': [['RESULTS', '--out', 'OUT']],
-    'benchmark/predict.py': [['--measured', 'RESULTS']],
-    'benchmark/train_step.py': [['--mask', 'MASK']],
+    'benchmark/compare.py': [['--net', 'CONFIG']],
     'convert/export.py': [['CONFIG', 'CHECKPOINT', 'OUT']],
     'convert/prune.py': [['CONFIG', 'CHECKPOINT', 'OUT']],
     'convert/published.py': [['CHECKPOINT', 'OUT']],
@@ -56,12 +54,7 @@ NO_FILES = {
     'analysis/coverage.py',
     'analysis/mmcv_operators.py',
     'analysis/model_zoo.py',
-    'benchmark/depth.py',
-    'benchmark/gpu.py',
     'benchmark/hook_overhead.py',
-    'benchmark/operators.py',
-    'benchmark/profile_branch.py',
-    'benchmark/tune.py',
     'dataset/make_shapes.py',
     'operators.py',
 }
@@ -90,12 +83,7 @@ NEED_ATTENTION = [
 ]
 
 
-def in_package(tool):
-    return (FOLDER / tool).with_name('__init__.py').exists() and '/' in tool
-
-
-def module_name(tool):
-    return f'tools.{tool[:-3]}'.replace('/', '.')
+COMMANDS = {tool: name for name, tool in command.TOOLS.items()}
 
 
 @pytest.fixture(scope='module')
@@ -116,8 +104,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run a tool as ``python tools/TOOL ARGUMENTS...`` does, in-process; one of a
-    package as ``python -m`` does.
+    """Run a tool as ``python tools/TOOL ARGUMENTS...`` does, in-process.
 
     Any exception but SystemExit, which a user would see as a traceback, fails
     the test.
@@ -129,10 +116,7 @@ def run(monkeypatch, capsys):
         monkeypatch.syspath_prepend(str(path.parent))
         capsys.readouterr()
         with pytest.raises(SystemExit) as error:
-            if in_package(tool):
-                runpy.run_module(module_name(tool), run_name='__main__')
-            else:
-                runpy.run_path(str(path), run_name='__main__')
+            runpy.run_path(str(path), run_name='__main__')
         printed = capsys.readouterr()
         code = error.value.code
         if isinstance(code, str):  # the interpreter prints it and exits by 1
@@ -174,8 +158,8 @@ def test_help(run, tool):
         if not line.startswith(' '):
             break
         example.append(line)
-    command = f'-m {module_name(tool)} ' if in_package(tool) else f'tools/{tool}'
-    assert any(command in f'{line} ' for line in example), text
+    commands = f'  mmela {COMMANDS.get(tool)} ', f'tools/{tool} '
+    assert any(c in f'{line} ' for line in example for c in commands), text
     # Broken where the source breaks it, with a backslash that can be pasted
     assert max(map(len, example)) <= 79, example
     assert not any(re.search(r'\S {5,}[^#\s]', x) for x in example), example
@@ -285,14 +269,6 @@ def test_shapes_over_something_else(run, files):
     check_error(run('dataset/make_shapes.py', files['FOLDER']), files['FOLDER'])
 
 
-@pytest.mark.parametrize(
-    'tool',
-    [
-        'benchmark/depth.py',
-        'benchmark/hook_overhead.py',
-        'benchmark/inference.py',
-        'benchmark/train_step.py',
-    ],
-)
+@pytest.mark.parametrize('tool', ['benchmark/compare.py', 'benchmark/hook_overhead.py'])
 def test_benchmark_on_an_unknown_device(run, tool):
     check_error(run(tool, '--device', 'abacus'), 'abacus')

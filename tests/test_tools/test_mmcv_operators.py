@@ -12,6 +12,7 @@ pytest.importorskip('mmcv.ops', exc_type=ImportError)
 
 from mmela.compat import mmcv_ext  # noqa: E402
 from tests.helpers import detectors  # noqa: E402
+from tests.helpers.operator_cases import provided_operators  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / 'tools' / 'analysis' / 'mmcv_operators.py'
@@ -48,7 +49,6 @@ def test_operators_of_configs(folder, monkeypatch, capsys):
 
 def test_what_detectors_call_is_found(folder, monkeypatch):
     """All operators that run are among those found in the code."""
-    comparison = runpy.run_path(str(ROOT / 'tools' / 'benchmark' / 'operators.py'))
     called = set()
 
     def record(name, operator):
@@ -65,6 +65,6 @@ def test_what_detectors_call_is_found(folder, monkeypatch):
     found = runpy.run_path(str(TOOL))['operators_of_configs'](folder)
     for config, name in (('mask.py', 'mask_rcnn'), ('retina.py', 'retinanet')):
         called.clear()
-        with comparison['provided_operators']():
+        with provided_operators():
             detectors.run(name)
         assert 'nms' in called and called <= found[config]

@@ -86,7 +86,7 @@ CIFAR-10 and CIFAR-100 side by side; MMDetection's own config of a network witho
 attention, for `tools/train.py mmdet::...`; or a variant of a study of
 [configs/studies](../configs/studies), for the ablations of ELA and KCLA. Times and
 memory (ELA's table 3, MRLA's table 7) are measured by
-`python -m tools.benchmark.train_step`. What is without has been quoted by the papers
+`mmela compare`. What is without has been quoted by the papers
 from other work.
 
 """

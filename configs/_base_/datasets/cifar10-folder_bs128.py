@@ -1,4 +1,4 @@
-# CIFAR-10 as image files, one folder per class, as tools/dataset/cifar.py
+# CIFAR-10 as image files, one folder per class, as mmela cifar
 # writes it from an archive of images.
 _base_ = './cifar10_bs128.py'
 

@@ -1,4 +1,4 @@
-# Images with one foreground class, as `tools/dataset/make_lesions.py` writes
+# Images with one foreground class, as `mmela lesions` writes
 # them; how to convert Kvasir-SEG and ISIC is in docs/segmentation.md.
 dataset_type = 'BaseSegDataset'
 data_root = 'data/kvasir'

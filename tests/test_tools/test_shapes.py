@@ -1,6 +1,5 @@
 import hashlib
 import json
-import runpy
 import shutil
 from pathlib import Path
 
@@ -10,9 +9,9 @@ import pytest
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 
-ROOT = Path(__file__).resolve().parents[2]
-TOOL = runpy.run_path(str(ROOT / 'tools' / 'dataset' / 'make_shapes.py'))
-make_shapes, main = TOOL['make_shapes'], TOOL['main']
+from mmela.tools import shapes as module
+from mmela.tools.shapes import main, make_shapes
+
 pytestmark = pytest.mark.filterwarnings(  # pycocotools with numpy 2
     'ignore:__array__ implementation:DeprecationWarning'
 )
@@ -80,7 +79,7 @@ class TestData:
     def test_all_shapes_appear(self, coco):
         used = {a['category_id'] for a in coco.anns.values()}
         names = {c['name'] for c in coco.loadCats(list(used))}
-        assert names == set(TOOL['SHAPES'])
+        assert names == set(module.SHAPES)
 
     def test_masks_agree_with_boxes_and_areas(self, coco):
         for ann in coco.anns.values():
@@ -131,7 +130,7 @@ def test_polygons_give_the_mask_back(kind):
         mask[:] = True
     else:
         mask = np.random.default_rng(0).random(mask.shape) < 0.6
-    polygons = TOOL['mask_to_polygons'](mask)
+    polygons = module.mask_to_polygons(mask)
     rle = mask_api.merge(mask_api.frPyObjects(polygons, *mask.shape))
     assert (mask_api.decode(rle) == mask).all()
 
@@ -140,7 +139,7 @@ def test_polygons_give_the_mask_back(kind):
 def test_run_lengths_give_the_mask_back(first):
     mask = np.random.default_rng(0).random((9, 7)) < 0.5
     mask[0, 0] = first
-    counts = TOOL['mask_to_counts'](mask)
+    counts = module.mask_to_counts(mask)
     rle = mask_api.frPyObjects(dict(counts=counts, size=[9, 7]), 9, 7)
     assert (mask_api.decode(rle) == mask).all()
 
@@ -167,7 +166,7 @@ class TestDeterminism:
         """If this fails on purpose, raise VERSION in the tool."""
         make_shapes(tmp_path / 'a', train=6, val=1, size=64)
         digest = fingerprint(tmp_path / 'a')
-        assert (TOOL['VERSION'], digest[:16]) == (1, 'f8f5dab994437dd1')
+        assert (module.VERSION, digest[:16]) == (1, 'f8f5dab994437dd1')
 
 
 class TestReuse:
@@ -230,16 +229,15 @@ class TestTwoAtOnce:
 
     @staticmethod
     def beside(monkeypatch, path, **kwargs):
-        original = TOOL['_write_split']
-        globals_ = make_shapes.__globals__
+        original = module._write_split
 
         def write_split(folder, split, *args):
             original(folder, split, *args)
             if split == 'val':
-                monkeypatch.setitem(globals_, '_write_split', original)
+                monkeypatch.setattr(module, '_write_split', original)
                 make_shapes(path, **kwargs)
 
-        monkeypatch.setitem(globals_, '_write_split', write_split)
+        monkeypatch.setattr(module, '_write_split', write_split)
 
     @pytest.mark.parametrize('empty', [False, True])
     def test_the_same(self, tmp_path, monkeypatch, empty):
@@ -333,4 +331,4 @@ class TestBadInput:
     def test_help_has_an_example(self, capsys):
         with pytest.raises(SystemExit):
             main(['--help'])
-        assert 'make_shapes.py data/shapes --train' in capsys.readouterr().out
+        assert 'mmela shapes data/shapes --train' in capsys.readouterr().out

@@ -1,19 +1,8 @@
-"""Compare mmela's operators for mmcv with compiled ones.
+"""mmela's operators for mmcv and compiled ones, with the same random input."""
 
-For each operator, both are called through mmcv.ops with the same random input:
-outputs and gradients, then the time that each takes. Needs a compiled mmcv;
-only operators that it has on the CPU can be compared.
-
-Example:
-  python -m tools.benchmark.operators --cases 300
-"""
-
-import argparse
 import contextlib
 import math
-import statistics
 import sys
-import time
 from importlib import import_module
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -44,21 +33,17 @@ def provided_operators() -> Iterator[None]:
 
 
 class Random:
-    """Random input: large for timing, else small, with edge cases.
+    """Random input, with edge cases.
 
     Args:
         seed (int): Seed.
-        large (bool): Whether for timing. Defaults to False.
     """
 
-    def __init__(self, seed: int, large: bool = False) -> None:
+    def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.large = large
 
     def pick(self, *options):
-        """One of the options; the last one for timing."""
-        if self.large:
-            return options[-1]
+        """One of the options."""
         return options[torch.randint(len(options), (), generator=self.generator)]
 
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -266,60 +251,3 @@ def _gap(actual: Tensor, expected: Tensor) -> float:
     actual, expected = actual.detach().double(), expected.detach().double()
     gap = float((actual - expected).abs().max()) / max(1, float(expected.abs().max()))
     return math.inf if math.isnan(gap) else gap
-
-
-def times(name: str, rounds: int) -> Tuple[float, float]:
-    """Median seconds of a call, in turns.
-
-    Args:
-        name (str): One of ``OPERATORS``.
-        rounds (int): Calls of each.
-
-    Returns:
-        tuple[float, float]: Of compiled mmcv's, and of mmela's.
-    """
-    call = OPERATORS[name](Random(0, large=True))
-    seconds = [], []
-    for _ in range(rounds + 1):  # the first is not counted
-        for store, context in zip(
-            seconds, (contextlib.nullcontext(), provided_operators())
-        ):
-            with context:
-                start = time.perf_counter()
-                call()
-                store.append(time.perf_counter() - start)
-    return tuple(statistics.median(values[1:]) for values in seconds)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('--cases', type=int, default=300, help='(default: 300)')
-    parser.add_argument('--rounds', type=int, default=9, help='(default: 9)')
-    args = parser.parse_args()
-    if 'torchvision' in import_module('mmcv.ops').get_compiler_version():
-        raise SystemExit('error: mmcv has no compiled operators to compare with')
-    print(
-        '| operator | cases | identical | largest difference, float32 | float64 '
-        '| compiled, ms | mmela, ms | ratio |\n'
-        '| --- | --- | --- | --- | --- | --- | --- | --- |'
-    )
-    for name in OPERATORS:
-        found = [difference(name, seed) for seed in range(args.cases)]
-        worst = []
-        for dtype in (torch.float32, torch.float64):
-            gaps = [gap for gap, kind in found if kind == dtype]
-            worst.append(f'{max(gaps):.1g}' if gaps else '-')
-        identical = sum(gap == 0 for gap, _ in found)
-        compiled, provided = times(name, args.rounds)
-        print(
-            f'| `{name}` | {len(found)} | {identical} | {" | ".join(worst)} '
-            f'| {compiled * 1e3:.1f} | {provided * 1e3:.1f} '
-            f'| {provided / compiled:.2f} |',
-            flush=True,
-        )
-
-
-if __name__ == '__main__':
-    main()

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmela.layers import MRLABase
-from mmela.registry import LAYER_ATTENTIONS
+from ..layers import MRLABase
+from ..registry import LAYER_ATTENTIONS
 
 
 @LAYER_ATTENTIONS.register_module()

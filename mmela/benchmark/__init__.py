@@ -1,0 +1,1 @@
+"""What layer attentions and the pruning hook cost, measured on any device."""

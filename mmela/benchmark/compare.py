@@ -1,0 +1,172 @@
+"""Compare the speed and memory of a network with different layer attentions.
+
+Time and peak memory of a training step (forward, backward, SGD) and of inference of
+the plain network, MLA, MRLA-base, MRLA-light, KCLA and ELA, which is MRLA-base with
+pruned attentions. `published` is MRLA-base as its equations read, each block with a
+copy of all keys and values before it. The variants take turns, so that a drift of the
+machine hits all alike; a ratio is the median of the ratios within a round.
+
+Examples:
+  mmela compare --net r50 --batch 8 --channels-last
+  mmela compare --net r50 --variants plain ela ela:compile ela:whole
+  mmela compare --net my_config.py --prune work_dirs/my_config/pruning.json
+  mmela compare --net mmdet::retinanet/retinanet_r50_fpn_1x_coco.py \\
+      --mode inference
+"""
+
+import argparse
+import sys
+from typing import Dict, List, Optional, Sequence
+
+import torch
+
+from ..command_line import one_line
+from .networks import Contestant, Network, add_network_options
+from .rounds import (
+    add_options,
+    describe,
+    format_table,
+    machine,
+    noisy,
+    positive,
+    run_rounds,
+    set_up,
+    summary,
+    write_results,
+)
+
+MODES = ('training', 'inference')
+DEFAULT = ['plain', 'mrla-base', 'ela', 'mrla-light', 'kcla']
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_network_options(parser, DEFAULT)
+    parser.add_argument(
+        '--mode', choices=MODES, help='measure this alone (default: both)'
+    )
+    parser.add_argument(
+        '--warmup',
+        type=positive,
+        default=2,
+        metavar='N',
+        help='unmeasured steps of each variant (default: %(default)s)',
+    )
+    add_options(parser, rounds=20)
+    return parser.parse_args(argv)
+
+
+def compare(args: argparse.Namespace) -> Dict[str, object]:
+    """Measure the variants that the options name.
+
+    Args:
+        args (argparse.Namespace): Options.
+
+    Returns:
+        dict: ``settings``, ``machine``, and of each mode by variant what
+        :meth:`Contestant.prepare` and :func:`rounds.summary` return, or ``error``
+        where the memory of a GPU is too small.
+
+    Raises:
+        ValueError: If an option is wrong.
+        OSError: If a file cannot be read.
+    """
+    device = set_up(args)
+    network = Network(args)
+    contestants = {v: Contestant(v, network, device) for v in args.variants}
+    results: Dict[str, object] = dict(
+        tool='compare',
+        settings={k: v for k, v in vars(args).items() if k != 'out'},
+        machine=machine(device),
+    )
+    for mode in [args.mode] if args.mode else MODES:
+        train = mode == 'training'
+        found: Dict[str, dict] = {}
+        for variant, contestant in contestants.items():
+            print(f'{mode}, {variant}: warm up, measure memory', file=sys.stderr)
+            try:
+                found[variant] = contestant.prepare(train, args.warmup)
+            except torch.cuda.OutOfMemoryError:
+                found[variant] = dict(error='out of memory')
+                torch.cuda.empty_cache()
+        steps = {
+            v: c.train_step if train else c.infer
+            for v, c in contestants.items()
+            if 'error' not in found[v]
+        }
+        if steps:
+            times = run_rounds(steps, args.rounds, device, args.steps)
+            first = times[next(iter(steps))]
+            for variant in steps:
+                found[variant].update(summary(times[variant], first))
+        results[mode] = found
+        write_results(args.out, results)
+    return results
+
+
+def table(results: dict, mode: str) -> str:
+    """Results of one mode as text.
+
+    Args:
+        results (dict): Of :func:`compare`.
+        mode (str): ``'training'`` or ``'inference'``.
+
+    Returns:
+        str: A heading and a table in Markdown.
+    """
+    s, found = results['settings'], results[mode]
+    measured = {v: r for v, r in found.items() if 'error' not in r}
+    first = next(iter(measured), '')
+    rows: List[List[str]] = []
+    for variant, r in found.items():
+        if 'error' in r:
+            rows.append([variant, r['error']])
+            continue
+        rows.append(
+            [
+                variant,
+                f'{r["active"]} / {r["attentions"]}',
+                f'{r["median"] * 1e3:.1f} ± {r["iqr"] * 1e3:.1f}',
+                f'{r["ratio"]:.3f} ± {r["ratio_iqr"]:.3f}',
+                f'{s["batch"] / r["median"]:.1f}',
+                f'{r["peak_bytes"] / 2**20:.0f}',
+                f'{r["peak_bytes"] / measured[first]["peak_bytes"]:.2f}',
+                f'{r["first_seconds"]:.1f}',
+                f'{r["graphs"]}',
+            ]
+        )
+    columns = ['variant', 'active', 'ms', f'x {first}', 'images/s']
+    columns += ['peak MiB', f'x {first}', 'first step, s', 'graphs']
+    layout = ', channels_last' if s['channels_last'] else ''
+    size = 'x'.join(map(str, s['size']))
+    lines = [
+        f'{mode}: {s["net"]}, {size}, batch {s["batch"]}, {s["dtype"]}{layout}',
+        describe(results['machine']),
+        '',
+        format_table(columns, rows),
+        'median of the rounds ± interquartile range',
+        noisy(measured),
+    ]
+    return '\n'.join(lines)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Command line, see ``--help``.
+
+    Args:
+        argv (Sequence[str], optional): Arguments. Defaults to those of the
+            process.
+
+    Raises:
+        SystemExit: With one clear line if the arguments are not acceptable.
+    """
+    args = parse_args(argv)
+    try:
+        results = compare(args)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise SystemExit(f'error: {one_line(error)}') from error
+    for mode in MODES:
+        if mode in results:
+            print(table(results, mode))

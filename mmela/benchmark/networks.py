@@ -1,0 +1,441 @@
+"""Variants of one network, and what a step of each needs.
+
+All start with the same weights as far as they have them in common. Images and labels
+are random, and nothing is downloaded.
+"""
+
+import argparse
+import contextlib
+import copy
+import re
+import time
+from typing import Callable, Dict, List, Optional, Sequence
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ..analysis.complexity import input_size
+from ..command_line import find_config, one_line
+from ..convert.networks import NETWORK_ERRORS
+from ..hooks import use_channels_last
+from ..ops import BACKENDS
+from ..pruning import PruningReport
+from ..structure import layer_attentions, prune
+from . import published_form  # noqa: F401  (registration)
+from .memory import peak_rise, storage_bytes, tensors_in
+from .rounds import synchronize
+
+# Layer attention of each variant
+VARIANTS = {
+    'plain': None,
+    'published': 'PublishedMRLABase',
+    'mla': 'MLA',
+    'mrla-base': 'MRLABase',
+    'mrla-light': 'MRLALight',
+    'ela': 'MRLABase',
+    'kcla': 'KCLA',
+}
+WITH_BACKEND = ('mla', 'mrla-base', 'ela')
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+WHOLE = 'whole'
+
+
+def add_network_options(parser: argparse.ArgumentParser, variants: List[str]) -> None:
+    """Add the options that say what to measure.
+
+    Args:
+        parser (argparse.ArgumentParser): Parser of a tool.
+        variants (list[str]): Default variants.
+    """
+    parser.add_argument(
+        '--net',
+        default='r50',
+        metavar='NAME|CONFIG',
+        help='rN and cifarN, the ResNets of N layers for ImageNet and CIFAR, or the '
+        'config of a classifier or detector, one that is shipped as mmdet::... '
+        '(default: %(default)s)',
+    )
+    parser.add_argument(
+        '--variants',
+        nargs='+',
+        default=variants,
+        metavar='NAME',
+        help=f'what to compare: {", ".join(VARIANTS)}. Ratios are to the first. '
+        f'{", ".join(WITH_BACKEND)} take a backend as in ela:compile; '
+        f':{WHOLE} has torch.compile take the whole backbone '
+        f'(default: {" ".join(variants)})',
+    )
+    parser.add_argument(
+        '--size',
+        type=parse_size,
+        metavar='N|HxW',
+        help='image size in pixels (default: 224, CIFAR 32, that of a config)',
+    )
+    parser.add_argument(
+        '--batch',
+        type=int,
+        metavar='N',
+        help='images (default: 8, CIFAR 128, detectors 2)',
+    )
+    parser.add_argument(
+        '--prune',
+        nargs='+',
+        metavar='BLOCK',
+        help='blocks that ela has no attention in, such as layer3.1, or pruning.json '
+        'of a run (default: the second, fourth, ... of each stage)',
+    )
+    parser.add_argument(
+        '--head-dim',
+        type=int,
+        metavar='N',
+        help="channels of a head (default: the config's, CIFAR 16, else 32)",
+    )
+    parser.add_argument(
+        '--dtype',
+        choices=DTYPES,
+        default='fp32',
+        help='what autocast computes in; fp32 is without (default: fp32)',
+    )
+    parser.add_argument(
+        '--channels-last',
+        action='store_true',
+        help='weights and images in channels_last memory format',
+    )
+
+
+def parse_size(text: str) -> tuple:
+    """Height and width from ``N`` or ``HxW``."""
+    parts = text.lower().split('x')
+    if len(parts) > 2 or not all(p.isdigit() and int(p) for p in parts):
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is no size; give N or HxW in pixels'
+        )
+    return int(parts[0]), int(parts[-1])
+
+
+class Network:
+    """The network of ``--net``, in all its variants.
+
+    Args:
+        args (argparse.Namespace): Options; ``size`` and ``batch`` are filled in.
+
+    Raises:
+        ValueError: If an option is wrong.
+        FileNotFoundError: If there is no such config.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        for variant in args.variants:
+            name, _, form = variant.partition(':')
+            backends = BACKENDS if name in WITH_BACKEND else ()
+            if name not in VARIANTS or form not in ('', WHOLE, *backends):
+                raise ValueError(
+                    f'--variants: {variant!r} is unknown; allowed are '
+                    f'{", ".join(VARIANTS)}, any with :{WHOLE}, and '
+                    f'{", ".join(WITH_BACKEND)} with one of :{", :".join(BACKENDS)}'
+                )
+        if len(set(args.variants)) < len(args.variants):
+            raise ValueError(
+                f'--variants names a variant twice: {" ".join(args.variants)}'
+            )
+        self.args = args
+        self.weights: Dict[str, Tensor] = {}
+        self.pruned, self.keep_value = _to_prune(args.prune)
+        known = re.fullmatch(r'(r|cifar)(\d+)', args.net)
+        cfg = _resnet(known[1] == 'cifar', int(known[2])) if known else _read(args.net)
+        self.scope = cfg.get('default_scope')
+        self.model = cfg.get('model') or {}
+        if not isinstance(self.model.get('backbone'), dict):
+            raise ValueError(f'--net={args.net} has no model.backbone')
+        if self.scope not in ('mmdet', 'mmpretrain'):
+            raise ValueError(
+                f'--net={args.net} has default_scope={self.scope!r}; allowed are '
+                'mmpretrain, a classifier, and mmdet, a detector'
+            )
+        self.attention = self.model.backbone.pop('layer_attention', None) or {}
+        self.is_detector = self.scope == 'mmdet'
+        args.size = args.size or input_size(cfg)
+        batch = 2 if self.is_detector else 128 if args.size == (32, 32) else 8
+        args.batch = batch if args.batch is None else args.batch
+        if args.batch < 1:
+            raise ValueError(f'--batch={args.batch} is not positive')
+        self._batch: Optional[dict] = None
+
+    def build(self, variant: str) -> nn.Module:
+        """Build a variant, attentions of ``ela`` pruned.
+
+        Args:
+            variant (str): Its name.
+
+        Returns:
+            nn.Module: A classifier or detector, on the CPU.
+
+        Raises:
+            ValueError: If it cannot be built.
+        """
+        name, _, form = variant.partition(':')
+        model = copy.deepcopy(self.model)
+        backbone = model.backbone
+        if str(backbone.type).endswith('WithLayerAttention'):
+            backbone = backbone.backbone
+        backbone.init_cfg = None
+        plain = re.sub(r'(^|\.)ELA', r'\1', str(backbone.type))
+        with_attention = re.sub(r'(^|\.)(\w+)$', r'\1ELA\2', plain)
+        backbone.type = plain
+        torch.manual_seed(0)
+        with MODELS.switch_scope_and_registry(self.scope) as registry:
+            if VARIANTS[name] is not None:
+                attention = dict(type=VARIANTS[name], drop_path=0.0)
+                attention['head_dim'] = self.args.head_dim or self.attention.get(
+                    'head_dim', 16 if self.args.net.startswith('cifar') else 32
+                )
+                if form in BACKENDS:
+                    attention['backend'] = form
+                if registry.get(with_attention) is None:
+                    backbone = dict(type='mmela.WithLayerAttention', backbone=backbone)
+                else:
+                    backbone.type = with_attention
+                backbone['layer_attention'] = attention
+            model.backbone = backbone
+            try:
+                built = registry.build(model)
+            except NETWORK_ERRORS as error:
+                raise ValueError(
+                    f'{variant} of --net={self.args.net} cannot be built: '
+                    f'{one_line(error)}'
+                ) from error
+        state = built.state_dict()
+        for key, value in state.items():
+            known = self.weights.setdefault(key, value.clone())
+            if known.shape == value.shape:
+                state[key] = known
+        built.load_state_dict(state)
+        if name == 'ela':
+            names = list(layer_attentions(built))
+            gone = half(names) if self.pruned is None else match(self.pruned, names)
+            prune(built, gone, self.keep_value)
+        return built
+
+    def batch(self, model: nn.Module, device: torch.device) -> dict:
+        """Random images with annotations, as the losses take them.
+
+        Args:
+            model (nn.Module): A variant.
+            device (torch.device): Where it runs.
+
+        Returns:
+            dict: ``inputs`` (B, 3, H, W) and ``data_samples``.
+        """
+        if self._batch is None:
+            if self.is_detector:
+                from mmdet.testing import demo_mm_inputs
+
+                count = self.args.batch
+                head = getattr(model, 'bbox_head', None) or model.roi_head.bbox_head
+                packed = demo_mm_inputs(
+                    count,
+                    [(3, *self.args.size)] * count,
+                    num_items=[8] * count,
+                    num_classes=head.num_classes,
+                    with_mask=getattr(model, 'with_mask', False),
+                )
+                self._batch = model.data_preprocessor(packed, True)
+            else:
+                from mmpretrain.structures import DataSample
+
+                inputs = torch.randn(self.args.batch, 3, *self.args.size)
+                labels = torch.randint(model.head.num_classes, (self.args.batch,))
+                samples = [DataSample().set_gt_label(int(n)) for n in labels]
+                self._batch = dict(inputs=inputs, data_samples=samples)
+        form = (
+            torch.channels_last if self.args.channels_last else torch.contiguous_format
+        )
+        return dict(
+            inputs=self._batch['inputs'].to(device).contiguous(memory_format=form),
+            data_samples=[s.to(device) for s in self._batch['data_samples']],
+        )
+
+
+def _read(config: str) -> Config:
+    path = find_config(config)
+    try:
+        return Config.fromfile(path)
+    except Exception as error:  # a config is code: it may raise anything
+        raise ValueError(f'{config} cannot be read: {one_line(error)}') from error
+
+
+def _resnet(cifar: bool, depth: int) -> Config:
+    plain, channels, classes = (
+        ('BottleneckResNet_CIFAR', 256, 100) if cifar else ('ResNet', 2048, 1000)
+    )
+    head = dict(type='LinearClsHead', num_classes=classes, in_channels=channels)
+    model = dict(
+        type='ImageClassifier',
+        backbone=dict(type=plain, depth=depth),
+        neck=dict(type='GlobalAveragePooling'),
+        head=head,
+    )
+    data = dict(dataset=dict(type='CIFAR100')) if cifar else {}
+    return Config(dict(default_scope='mmpretrain', model=model, test_dataloader=data))
+
+
+def _to_prune(names: Optional[Sequence[str]]) -> tuple:
+    """Names of ``--prune``, None for the default, and whether values are kept."""
+    if names and names[0].endswith('.json'):
+        if len(names) > 1:
+            raise ValueError(f'--prune={" ".join(names)}: one pruning.json, or blocks')
+        decisions = PruningReport.read(names[0]).decisions
+        keep = {d.keep_value for d in decisions}
+        return [n for d in decisions for n in d.pruned], keep == {True}
+    return names, False
+
+
+def half(names: Sequence[str]) -> List[str]:
+    """Every second attention of each stage, the first not among them.
+
+    Args:
+        names (Sequence[str]): Attentions in the order of the network, e.g.
+            ``backbone.layer1.0.layer_attn``.
+
+    Returns:
+        list[str]: Those to prune.
+    """
+    stages: Dict[str, List[str]] = {}
+    for name in names:
+        stages.setdefault(name.rsplit('.', 2)[0], []).append(name)
+    return [name for stage in stages.values() for name in stage[1::2]]
+
+
+def match(blocks: Sequence[str], names: Sequence[str]) -> List[str]:
+    """Full names of attentions that are named by their blocks.
+
+    Args:
+        blocks (Sequence[str]): Names such as ``layer3.1``, with or without
+            ``backbone.`` before and ``.layer_attn`` behind.
+        names (Sequence[str]): Full names of all attentions.
+
+    Returns:
+        list[str]: Those that are meant.
+
+    Raises:
+        ValueError: If there is no such attention.
+    """
+
+    def short(name: str) -> str:
+        return re.sub(r'^backbone\.|\.layer_attn$', '', name)
+
+    known = {short(name): name for name in names}
+    unknown = [block for block in blocks if short(block) not in known]
+    if unknown:
+        raise ValueError(
+            f'--prune: {unknown[0]!r} has no layer attention; '
+            f'allowed are {", ".join(known)}'
+        )
+    return [known[short(block)] for block in blocks]
+
+
+class Contestant:
+    """A variant of a network together with what a step of it needs.
+
+    Args:
+        variant (str): Its name.
+        network (Network): The network.
+        device (torch.device): Where it runs.
+    """
+
+    def __init__(self, variant: str, network: Network, device: torch.device) -> None:
+        self.args = network.args
+        self.device = device
+        self.is_detector = network.is_detector
+        self.model = model = network.build(variant)
+        self.batch = network.batch(model, device)
+        model.to(device)
+        if self.args.channels_last:
+            use_channels_last(model)
+        if variant.endswith(f':{WHOLE}'):
+            model.backbone.compile()
+        # So slow that random data does not lead to infinite weights
+        self.optimizer = torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=1e-5,
+            momentum=0.9,
+            weight_decay=1e-4,
+        )
+        scaled = self.args.dtype == 'fp16' and device.type == 'cuda'
+        scaler = getattr(torch.amp, 'GradScaler', torch.cuda.amp.GradScaler)
+        self.scaler = scaler(enabled=scaled)
+
+    def autocast(self):
+        """Context of a forward pass; nothing for fp32."""
+        if self.args.dtype == 'fp32':
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.args.dtype])
+
+    def train_step(self) -> Tensor:
+        """Forward, backward and SGD step; returns the loss, ()."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            losses = self.model(**self.batch, mode='loss')
+        loss = self.model.parse_losses(losses)[0]
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+    @torch.no_grad()
+    def infer(self) -> object:
+        """Class scores, or the detections of a detector."""
+        with self.autocast():
+            if self.is_detector:
+                return self.model(**self.batch, mode='predict')
+            return self.model(self.batch['inputs'], mode='tensor')
+
+    def prepare(self, train: bool, warmup: int) -> Dict[str, object]:
+        """Warm up, and measure all but the time.
+
+        Args:
+            train (bool): For training steps; otherwise for inference.
+            warmup (int): Steps before anything is measured.
+
+        Returns:
+            dict: ``parameters``; ``attentions`` and ``active``, numbers of layer
+            attentions; ``first_seconds`` of the first step, compilation
+            included; ``graphs`` that were compiled; ``loss`` of the first step
+            (training); ``peak_bytes``.
+        """
+        self.model.train(train)
+        step: Callable[[], object] = self.train_step if train else self.infer
+        attentions = layer_attentions(self.model)
+        graphs = compiled_graphs()
+        result: Dict[str, object] = dict(
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            attentions=len(attentions),
+            active=sum(a.active for a in attentions.values()),
+        )
+        torch.manual_seed(0)  # a detector samples proposals
+        for index in range(warmup):
+            start = time.perf_counter()
+            out = step()
+            synchronize(self.device)
+            if index == 0:
+                result['first_seconds'] = time.perf_counter() - start
+                result['loss'] = float(out) if train else None
+        del out
+        self.optimizer.zero_grad(set_to_none=True)
+        alive = [
+            *self.model.parameters(),
+            *self.model.buffers(),
+            *([list(s.values()) for s in self.optimizer.state.values()] * train),
+            self.batch,
+        ]
+        peak = storage_bytes(tensors_in(alive)) + peak_rise(step, self.device)
+        return dict(result, graphs=compiled_graphs() - graphs, peak_bytes=peak)
+
+
+def compiled_graphs() -> int:
+    """Graphs that ``torch.compile`` has made in this process."""
+    from torch._dynamo.utils import counters
+
+    return counters['stats']['unique_graphs']

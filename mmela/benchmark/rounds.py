@@ -1,0 +1,253 @@
+"""Times of several things by turns, and what they were measured on."""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Sequence
+
+import torch
+from mmengine.utils import ProgressBar
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+# Spread over median from which a result is called noisy
+NOISY = 0.1
+
+
+def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Add the options of all measurements.
+
+    Args:
+        parser (argparse.ArgumentParser): Parser of a tool.
+        rounds (int): Default number of rounds.
+    """
+    parser.add_argument(
+        '--device',
+        default='cuda' if torch.cuda.is_available() else 'cpu',
+        help='cpu, cuda, cuda:1, ... (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--rounds',
+        type=positive,
+        default=rounds,
+        metavar='N',
+        help='measurements of each variant (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--steps',
+        type=positive,
+        metavar='N',
+        help='steps that one measurement is the mean of (default: 1 on a CPU; '
+        '5 on a GPU, where steps in a row overlap with their launches)',
+    )
+    parser.add_argument(
+        '--threads', type=positive, metavar='N', help='CPU threads (default: as torch)'
+    )
+    parser.add_argument('--out', metavar='FILE', help='JSON file for the results')
+
+
+def positive(text: str) -> int:
+    """An integer >= 1 from the command line."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'{value} is not positive')
+    return value
+
+
+def set_up(args: argparse.Namespace) -> torch.device:
+    """Check the options of :func:`add_options` and apply them to torch.
+
+    Args:
+        args (argparse.Namespace): Parsed options; ``steps`` is filled in.
+
+    Returns:
+        torch.device: The device to measure on.
+
+    Raises:
+        ValueError: If there is no such device, or ``out`` is a folder.
+    """
+    try:
+        device = torch.device(args.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f'--device={args.device}: {reason}') from None
+    if args.out and Path(args.out).is_dir():
+        raise ValueError(f'--out={args.out} is a folder')
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.steps = args.steps or (1 if device.type == 'cpu' else 5)
+    return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type != 'cpu':
+        getattr(torch, device.type).synchronize()
+
+
+def run_rounds(
+    actions: Dict[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    steps: int = 1,
+) -> Dict[str, List[float]]:
+    """Time actions by turns.
+
+    Each round runs every action, so that a drift of the machine hits all
+    alike. The order rotates from round to round, so that none always follows
+    the same one.
+
+    Args:
+        actions (dict[str, callable]): What to time.
+        rounds (int): Number of rounds.
+        device (torch.device): Device to wait for.
+        steps (int): Calls in a row that one time is the mean of. Defaults to
+            1.
+
+    Returns:
+        dict[str, list[float]]: Seconds per call, one for each round.
+    """
+    names = list(actions)
+    times: Dict[str, List[float]] = {name: [] for name in names}
+    bar = ProgressBar(rounds * len(names), file=sys.stderr)
+    for index in range(rounds):
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(steps):
+                actions[name]()
+            synchronize(device)
+            times[name].append((time.perf_counter() - start) / steps)
+            bar.update()
+    print(file=sys.stderr)
+    return times
+
+
+def summary(times: Sequence[float], reference: Sequence[float]) -> Dict[str, object]:
+    """Median and spread of times.
+
+    Args:
+        times (Sequence[float]): Seconds, one for each round.
+        reference (Sequence[float]): Those of what they are compared with.
+
+    Returns:
+        dict: ``median`` and ``iqr``, the interquartile range (of one time 0),
+        in seconds; ``ratio``, the median of the ratios to the reference within
+        a round, from which drift cancels out, and ``ratio_iqr``; ``times``.
+    """
+    ratios = [a / b for a, b in zip(times, reference)]
+    return dict(
+        median=statistics.median(times),
+        iqr=_spread(times),
+        ratio=statistics.median(ratios),
+        ratio_iqr=_spread(ratios),
+        times=list(times),
+    )
+
+
+def _spread(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method='inclusive')
+    return high - low
+
+
+def machine(device: torch.device) -> Dict[str, object]:
+    """Describe what the measurements run on.
+
+    Args:
+        device (torch.device): The device.
+
+    Returns:
+        dict: ``device``, ``name`` of the GPU or CPU, ``cores`` this process may
+        use, ``threads``, ``load_average`` of the last minute, ``busy`` (whether
+        it is above the cores), ``python``, ``torch``.
+    """
+    cores = (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, 'sched_getaffinity')
+        else os.cpu_count() or 1
+    )
+    load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else None
+    on_gpu = device.type == 'cuda'
+    return dict(
+        device=device.type,
+        name=torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        cores=cores,
+        threads=torch.get_num_threads(),
+        load_average=load,
+        busy=load is not None and load > cores,
+        python=platform.python_version(),
+        torch=torch.__version__,
+    )
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith('model name'):
+                return line.split(':', 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe(about: Dict[str, object]) -> str:
+    """One line on a machine, for tables."""
+    text = (
+        f'{about["name"]}, {about["cores"]} cores, {about["threads"]} '
+        f'threads, torch {about["torch"]}'
+    )
+    return text + ', BUSY: do not quote these times' if about['busy'] else text
+
+
+def noisy(results: Dict[str, dict]) -> str:
+    """A line that names what varies by more than 10 % of its median, or nothing."""
+    names = [n for n, r in results.items() if r['iqr'] > NOISY * r['median']]
+    return f'noisy (IQR above 10 % of the median): {", ".join(names)}' if names else ''
+
+
+def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a table in Markdown: the first column left, others right.
+
+    Args:
+        columns (Sequence[str]): Headings.
+        rows (Sequence[Sequence[str]]): Cells.
+
+    Returns:
+        str: The table.
+    """
+    table = Table(box=box.MARKDOWN)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify='right' if index else 'left', no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    buffer = io.StringIO()
+    Console(file=buffer, width=400).print(table)
+    lines = (line.rstrip() for line in buffer.getvalue().splitlines())
+    return '\n'.join(line for line in lines if line)
+
+
+def write_results(out: Optional[str], results: dict) -> None:
+    """Write results as JSON, if a file is given.
+
+    Args:
+        out (str, optional): The file; its folder is made.
+        results (dict): Plain values.
+    """
+    if out is None:
+        return
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_name(path.name + '.new')
+    whole.write_text(json.dumps(results, indent=2) + '\n')
+    whole.replace(path)
+    print(path)

@@ -1,0 +1,1 @@
+"""Commands of ``mmela`` that have no other place: arguments, and one call."""

@@ -1,0 +1,90 @@
+"""Export the network of a checkpoint: to ONNX, torch.export or TorchScript.
+
+Whole classifiers and detectors go to ONNX (.onnx) or to a program of torch.export
+(.pt2), with pre-processing, decoding and non-maximum suppression inside. With
+--backbone the backbone alone goes to ONNX or TorchScript (.pt).
+
+Batch and image size stay free. Pruned attentions are not part of the result.
+
+Examples:
+  mmela export my_config.py epoch_12.pth detector.onnx
+  mmela export my_config.py epoch_12.pth backbone.onnx \\
+      --backbone
+"""
+
+import argparse
+from pathlib import Path
+
+from mmengine.registry import MODELS
+
+from ..command_line import one_line
+from ..convert.export import export_backbone, export_network
+from ..convert.networks import NETWORK_ERRORS, load_fitting, open_network
+from ..convert.published import part_of
+from ..layers import AttentionState
+from ..structure import layer_attentions
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='config of the network')
+    parser.add_argument('checkpoint', help='its checkpoint')
+    parser.add_argument(
+        'out', help='.onnx for ONNX, .pt2 for torch.export, .pt for TorchScript'
+    )
+    parser.add_argument(
+        '--backbone',
+        action='store_true',
+        help='export the backbone alone, which takes normalized images',
+    )
+    parser.add_argument(
+        '--normalized',
+        action='store_true',
+        help='have a whole network take normalized images in float32 (default: '
+        'images as the config loads them, in uint8)',
+    )
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        metavar=('HEIGHT', 'WIDTH'),
+        help='image size to trace with in pixels (default: 320 416, of a backbone '
+        '224 224)',
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    if args.backbone and args.normalized:
+        raise SystemExit('error: --backbone takes normalized images: no --normalized')
+    cfg, meta, state_dict = open_network(args.config, args.checkpoint, args.out)
+    model_cfg = cfg.model
+    if args.backbone:
+        model_cfg = model_cfg.get('backbone')
+        state_dict = part_of(state_dict, 'backbone.')
+        for path, found in ((args.checkpoint, state_dict), (args.config, model_cfg)):
+            if not found:
+                raise SystemExit(f'error: {path} has no backbone')
+    options = dict(size=args.size) if args.size else {}
+    try:
+        model = MODELS.build(dict(model_cfg, init_cfg=None))
+        load_fitting(model, state_dict, args.config, args.checkpoint)
+        if args.backbone:
+            export_backbone(model, args.out, **options)
+        else:
+            classes = (meta.get('dataset_meta') or {}).get('classes')
+            info = dict(classes=list(classes)) if classes else {}
+            export_network(
+                model, args.out, raw=not args.normalized, info=info, **options
+            )
+    except NETWORK_ERRORS as error:
+        raise SystemExit(f'error: {one_line(error)}') from error
+    line = f'{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB'
+    attentions = layer_attentions(model).values()
+    pruned = sum(a.attention_state == AttentionState.PRUNED for a in attentions)
+    if pruned:
+        line += f', without the {pruned} pruned of {len(attentions)} layer attentions'
+    print(line)

@@ -1,0 +1,28 @@
+"""Put operators into the folder of an mmcv that has none, or take them out.
+
+With `import mmela` before anything of mmcv.ops this is not needed. It is for
+programs that import mmcv.ops first, such as mmdet's own tools/test.py, and for
+data loader workers on Windows and macOS, which are new processes.
+
+Example:
+  mmela operators write
+"""
+
+import argparse
+
+from ..compat.operators import remove_operators, write_operators
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        'action', choices=('write', 'remove'), help='write or remove mmcv/_ext.py'
+    )
+    action = parser.parse_args().action
+    try:
+        path = write_operators() if action == 'write' else remove_operators()
+    except (ImportError, OSError) as error:
+        raise SystemExit(f'error: {error}') from error
+    print(f'{"wrote" if action == "write" else "removed"} {path}')

@@ -1,0 +1,142 @@
+"""Draw the pictures of the README from a run.
+
+kl.png: KL divergence of each layer attention from the one before, what was
+pruned, and the threshold of the policy, at the pruning that removed most.
+attention_maps.png: attention weights of the stage that changed most between
+the first and the last measurement of mmela layer-attention that
+lie in the work directory. Each is drawn for dark pages too, *_dark.png.
+before_after.jpg: detections before the first pruning and at the end beside the
+annotated objects, if mmela report has measured them.
+
+Example:
+  mmela pictures work_dirs/demo docs/pictures
+"""
+
+import argparse
+from pathlib import Path
+from typing import Dict, Sequence
+
+from matplotlib.figure import Figure
+
+from ..analysis.attention_plots import map_pair_plot
+from ..analysis.before_after_plots import detections_plot, read_before_after
+from ..analysis.decision_plots import kl_plot
+from ..analysis.drawing import LIGHT, Plot, draw
+from ..analysis.report import read_analyses
+from ..analysis.work_dir import short_name
+from ..command_line import one_line
+from ..pruning import PruningReport
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        'work_dir', metavar='WORK_DIR', help='work directory of the run'
+    )
+    parser.add_argument(
+        '--images',
+        nargs='+',
+        type=int,
+        default=[1, 2],
+        metavar='N',
+        help='which rows of detections, as in the report (default: 1 2)',
+    )
+    parser.add_argument('out', metavar='OUT', help='folder for the pictures')
+    return parser.parse_args(argv)
+
+
+def divergences(work_dir: Path) -> Plot:
+    """KL divergences at the pruning that removed most attentions.
+
+    Raises:
+        OSError: If ``pruning.json`` cannot be read.
+        ValueError: If it is no such file, or nothing was pruned.
+    """
+    path = work_dir / 'pruning.json'
+    decision = max(
+        PruningReport.read(path).decisions, key=lambda d: len(d.pruned), default=None
+    )
+    if decision is None or not decision.pruned:
+        raise ValueError(f'nothing was pruned by {path}')
+    return kl_plot(decision)
+
+
+def changed_stage(before: Dict[str, dict], after: Dict[str, dict]) -> str:
+    """Name of the stage with maps that lost most attentions.
+
+    Of equals, the one with the most blocks.
+
+    Raises:
+        ValueError: If no stage has maps in both measurements.
+    """
+    names = [n for n in before if before[n]['maps'] and after.get(n, {}).get('maps')]
+    if not names:
+        raise ValueError('no stage has attention maps in both measurements')
+
+    def lost(name):
+        states = before[name]['states'], after[name]['states']
+        count = [s.count('active') for s in states]
+        return count[0] - count[1], len(states[0])
+
+    return max(names, key=lost)
+
+
+def attention_maps(work_dir: Path) -> Plot:
+    """Maps of one stage in the first and in the last measurement.
+
+    Raises:
+        ValueError: If there are not two measurements, or these have no stage
+            with maps in common.
+    """
+    analyses = read_analyses(work_dir)
+    if len(analyses) < 2:
+        raise ValueError(
+            f'{work_dir} has {len(analyses)} layer_attention.json, needed are '
+            'two: see mmela layer-attention'
+        )
+    (_, first, _, before), (_, last, _, after) = analyses[0], analyses[-1]
+    stage = changed_stage(before['stages'], after['stages'])
+    panels = []
+    for name, result in ((first, before), (last, after)):
+        states = result['stages'][stage]['states']
+        title = (
+            f'{short_name(stage)}, {name.replace("_", " ")}: '
+            f'{states.count("active")} of {len(states)} active'
+        )
+        panels.append((title, result['stages'][stage]))
+    return map_pair_plot(panels)
+
+
+def detections(work_dir: Path, path: Path, rows: Sequence[int]) -> None:
+    """Draw detections before and after, as a photograph is kept.
+
+    Raises:
+        ValueError: If there are no such images.
+    """
+    result = read_before_after(work_dir)
+    number = len(result['shown'])
+    if not set(rows) <= set(range(1, number + 1)):
+        raise ValueError(f'--images={list(rows)}: there are 1 to {number}')
+    plot = detections_plot(work_dir, result, [row - 1 for row in rows])
+    figure = Figure(dpi=100, facecolor=LIGHT.paper, layout='constrained')
+    plot(figure, LIGHT)
+    figure.savefig(path, pil_kwargs=dict(quality=85, optimize=True))
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    work_dir, out = Path(args.work_dir), Path(args.out)
+    try:
+        plots = dict(kl=divergences(work_dir), attention_maps=attention_maps(work_dir))
+        out.mkdir(parents=True, exist_ok=True)
+        for name, plot in plots.items():
+            for path in draw(plot, out / f'{name}.png'):
+                print(path)
+        if read_before_after(work_dir).get('kind') == 'detections':
+            path = out / 'before_after.jpg'
+            detections(work_dir, path, args.images)
+            print(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f'error: {work_dir}: {one_line(error)}') from error

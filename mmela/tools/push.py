@@ -1,0 +1,104 @@
+"""Upload a pruned network to the Hugging Face Hub.
+
+Uploads the slim network as safetensors, its config, what pruned it and a card with
+metrics, masks and the table of each pruning. Log in before, by `hf auth login`.
+Everything that loads a checkpoint where mmela is imported then loads
+hf://USER/REPO.
+
+Example:
+  mmela push work_dirs/ela/my_config.py \\
+      work_dirs/ela/epoch_12.pth alice/faster-rcnn-ela --license apache-2.0
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from ..analysis.work_dir import Run
+from ..command_line import one_line
+from ..convert.hub import upload, write_repository
+from ..convert.networks import NETWORK_ERRORS
+from ..convert.slim import slim_network
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='config of the network, pruned or slim')
+    parser.add_argument('checkpoint', help='its checkpoint')
+    parser.add_argument('repo', metavar='USER/REPO', help='repository on the Hub')
+    parser.add_argument(
+        '--work-dir',
+        help='work directory of the run, for metrics and decisions (default: the '
+        'folder of the checkpoint)',
+    )
+    parser.add_argument(
+        '--metrics',
+        help='JSON file of metrics, such as mmela test writes into its work '
+        'directory (default: those of the validation at the checkpoint)',
+    )
+    parser.add_argument('--license', help='license of the weights, such as apache-2.0')
+    parser.add_argument(
+        '--private', action='store_true', help='make a new repository private'
+    )
+    parser.add_argument(
+        '--out', help='write the files into this new folder instead of uploading them'
+    )
+    return parser.parse_args(argv)
+
+
+def validated(work_dir: Path, meta: dict) -> dict:
+    """Metrics of the validation that a checkpoint was saved at, if there was one."""
+    try:
+        run = Run(work_dir)
+    except FileNotFoundError:
+        return {}
+    metrics = run.metrics.get(meta.get('epoch' if run.unit == 'epoch' else 'iter'), {})
+    return {key: value for key, value in metrics.items() if value != -1}
+
+
+def read_metrics(path: str) -> dict:
+    """Numbers of a JSON file.
+
+    Raises:
+        ValueError: If it holds no object with numbers.
+    """
+    try:
+        content = json.loads(Path(path).read_text('utf-8'))
+        metrics = {k: v for k, v in content.items() if isinstance(v, (int, float))}
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f'{path} is no JSON object: {error}') from error
+    if not metrics:
+        raise ValueError(f'{path} holds no number')
+    return metrics
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    work_dir = Path(args.work_dir or Path(args.checkpoint).parent)
+    try:
+        from huggingface_hub.utils import validate_repo_id
+
+        validate_repo_id(args.repo)
+        if args.repo.count('/') != 1:
+            raise ValueError(f'{args.repo!r} is not of the form USER/REPO')
+        slim = slim_network(args.config, args.checkpoint, *filter(None, [args.out]))
+        if args.metrics:
+            metrics = read_metrics(args.metrics)
+        else:
+            metrics = validated(work_dir, slim.meta)
+        if not metrics:
+            print(f'no metrics of this checkpoint in {work_dir}: the card has none')
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(args.out or temporary)
+            write_repository(folder, args.repo, slim, metrics, work_dir, args.license)
+            if args.out:
+                print(
+                    f'{folder}: {", ".join(sorted(p.name for p in folder.iterdir()))}'
+                )
+            else:
+                print(upload(folder, args.repo, args.private))
+    except NETWORK_ERRORS as error:
+        raise SystemExit(f'error: {one_line(error)}') from error

@@ -1,1 +1,0 @@
-"""How fast networks with layer attention are, and what memory they take."""
