@@ -184,7 +184,7 @@ class KCLA(QKVLayerAttention):
                 kwargs.get('norm_cfg') or dict(type='BN'),
             )
             if shared_key:
-                self.cross_stage.key = self.key
+                self.cross_stage.key = self.key  # type: ignore[assignment]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

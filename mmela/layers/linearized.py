@@ -1,11 +1,9 @@
 import math
-from typing import List
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import layer_weighted_sum
 from ..registry import LAYER_ATTENTIONS
 from .mla import MLA
 
@@ -117,11 +115,6 @@ class LinearizedMLA(MLA):
         if self.kind == 'hydra':
             return (query * keys).transpose(2, 3).flatten(1, 2)
         return (query * keys).sum(-1)
-
-    def retrieve(self, attn: Tensor, values: List[Tensor]) -> Tensor:
-        """Sum the values, normalize, ReLU, as :meth:`.MRLABase.retrieve`."""
-        # Not both at once: that takes a single weight for a softmax, which is 1
-        return self.norm_relu(layer_weighted_sum(attn, values, self.backend))
 
     def _features(self, x: Tensor) -> Tensor:
         """Features of queries or keys, (B, G, t, d) to (B, G, t, d')."""

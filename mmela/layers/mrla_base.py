@@ -1,6 +1,6 @@
 import math
 from dataclasses import dataclass, field
-from typing import List, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -81,8 +81,8 @@ class MRLABase(QKVLayerAttention):
         self.relu = relu
         self._compiled = CompiledForward()
 
-    def __call__(self, x: Tensor, memory: Memory) -> Tensor:
-        if self.backend == 'compile':
+    def __call__(self, x: Tensor, memory: Optional[Memory] = None) -> Tensor:
+        if self.backend == 'compile' and memory is not None:
             return self._compiled(self, super().__call__, x, memory)
         return super().__call__(x, memory)
 

@@ -84,8 +84,8 @@ class Place:
 class _Run:
     """A stage in the course of one forward pass."""
 
-    def __init__(self, memory: StageMemory) -> None:
-        self.memory = memory
+    def __init__(self, memory: Any) -> None:
+        self.memory = memory  # a StageMemory of the attentions' own kind
         self.done = 0  # blocks with an attention that have run
         self.block: Optional[nn.Module] = None  # the one that is running
         self.version: Optional[int] = None  # of its input
@@ -141,7 +141,7 @@ def before_block(block: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple]
     Raises:
         RuntimeError: If an earlier block of the stage has not run in this pass.
     """
-    attention: LayerAttention = block.layer_attn
+    attention: Any = block.layer_attn
     place: Place = attention.place
     stage = place.stage
     run = _start(attention, args) if place.index == 0 else _current(place)
@@ -181,7 +181,7 @@ def after_block(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any
         RuntimeError: If the output is not of the form that it had when the
             attention was attached; it names the block.
     """
-    attention: LayerAttention = block.layer_attn
+    attention: Any = block.layer_attn
     place: Place = attention.place
     stage = place.stage
     run = _find(stage)
@@ -213,7 +213,7 @@ def after_block(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any
 def _start(attention: LayerAttention, args: tuple) -> _Run:
     """Begin a stage; what an interrupted pass may have left is gone."""
     stage = attention.place.stage
-    memory = attention.Memory()
+    memory: Any = attention.Memory()
     memory.first = attention
     if stage.before is not None:
         memory.before = _taken_over(stage.before, args)
@@ -284,7 +284,7 @@ def _complete_identity(
     block: nn.Module, run: _Run, everything: tuple, output: Any
 ) -> None:
     """Have in the memory, as a map, the identity that a block has added."""
-    attention: LayerAttention = block.layer_attn
+    attention: Any = block.layer_attn
     place, memory = attention.place, run.memory
     x = _input(place, everything)
     if place.shortcut is not None:
@@ -323,13 +323,14 @@ class Tap:
         self.method = method
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        attention, memory = self.attention, None
-        for stage in _running.runs:
-            run = _find(stage)
-            block = None if run is None else run.block
-            if block is not None and _part(block, self.name) is module:
+        attention: Any = self.attention
+        memory = None
+        for run in map(_find, _running.runs):
+            if run is None or run.block is None:
+                continue
+            if _part(run.block, self.name) is module:
                 # The attention of the copy that runs, such as a replica
-                attention, memory = block.layer_attn, run.memory
+                attention, memory = run.block.layer_attn, run.memory
         if not attention.active:
             return None
         return getattr(attention, self.method)(args[0], output, memory)

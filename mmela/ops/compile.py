@@ -2,7 +2,7 @@
 
 import logging
 from types import FunctionType
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 
 import torch
 from mmengine.logging import print_log
@@ -139,7 +139,7 @@ def _compiled(forward: Any) -> Callable:
     return torch.compile(own, backend=COMPILER)
 
 
-def _compiler_error() -> type:
+def _compiler_error() -> Type[Exception]:
     """What a compiler raises that does not work here.
 
     Nothing else is caught: an error of a run counts, and activation checkpointing

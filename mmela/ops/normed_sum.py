@@ -21,7 +21,7 @@ PIECE = 2**19
 MOST_SUMMED_AGAIN = 4
 
 
-def can_norm_sum(norm: Optional[nn.Module], values: Sequence[Tensor]) -> bool:
+def can_norm_sum(norm: Any, values: Sequence[Tensor]) -> bool:
     """Whether :func:`normed_sum` can take the place of sum and normalization.
 
     It can on a CPU for a ``BatchNorm2d`` that nobody has hooked; in inference for a

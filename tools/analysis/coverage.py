@@ -37,9 +37,9 @@ import mmela
 from mmela.attach import other_arguments, sizes_to_try
 from mmela.command_line import one_line
 from mmela.convert.slim import slim_state_dict
-from mmela.discovery import tensors_of
 from mmela.hooks import NetworkKLMeter
 from mmela.layers import LayerAttention
+from mmela.layers.features import tensors
 from mmela.pruning import FixedCount
 from mmela.structure import attention_stages, layer_attentions, prune
 
@@ -251,7 +251,7 @@ def reduced(toolbox, cfg):
 def run(network, x):
     # Some draw masks in every forward pass
     torch.manual_seed(1)
-    return list(tensors_of(network(x, *other_arguments(network))))
+    return [t for _, t in tensors(network(x, *other_arguments(network)))]
 
 
 def attach(network, size, blocks='auto'):
@@ -282,7 +282,7 @@ def check(network, x, before):
     """
     size = tuple(x.shape[2:])
     net = attach(copy.deepcopy(network), size)
-    own = {k for k in net.state_dict() if not k.startswith('layer_attn_stages.')}
+    own = {k for k in net.state_dict() if '.layer_attn.' not in k}
     assert own == set(network.state_dict()), 'keys have changed'
     net.eval()
     with torch.no_grad():
@@ -316,7 +316,7 @@ def check(network, x, before):
         slim = attach(copy.deepcopy(network), size, blocks[''])
         # Some drop buffers of their own from what they load.
         missing, unexpected = slim.load_state_dict(state, strict=False)
-        wrong = [*unexpected, *(k for k in missing if 'layer_attn_stages.' in k)]
+        wrong = [*unexpected, *(k for k in missing if '.layer_attn.' in k)]
         assert not wrong, f'slim: {wrong[0]}'
         slim.eval()
         left = sum(isinstance(m, LayerAttention) for m in slim.modules())
