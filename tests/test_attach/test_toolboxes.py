@@ -96,10 +96,10 @@ def test_finds_what_the_classes_say(attention, name):
 def test_finds_the_layers_of_a_vision_transformer():
     plain, _ = plain_of('mmpretrain', 'ELAVisionTransformer')
     attach_layer_attention(plain)
-    stages = [list(stage.names) for stage in plain.layer_attn_stages]
+    stages = attention_stages(plain).values()
     names = [f'layers.{i}' for i in range(6)]
-    assert stages == [names[:4], names[4:]]
-    assert plain.layer_attn_stages[0].num_extra_tokens == 1
+    assert [list(stage.blocks) for stage in stages] == [names[:4], names[4:]]
+    assert {a.place.features.extra for a in layer_attentions(plain).values()} == {1}
 
 
 @pytest.mark.parametrize('scope', ['mmdet', 'mmseg', 'mmpretrain'])
@@ -120,11 +120,14 @@ def test_swin_in_a_config(scope, tmp_path):
     network = build_in(scope, cfg)
     network.init_weights()
     assert type(network) is type(plain)
-    own = {k for k in network.state_dict() if 'layer_attn_stages' not in k}
+    own = {k for k in network.state_dict() if 'layer_attn' not in k}
     assert own == set(plain.state_dict())
     # Frozen stages have none: it would stay zero. In mmpretrain these are two.
-    counts = [len(stage.attentions) for stage in network.layer_attn_stages]
-    assert counts == [0, 0 if scope == 'mmpretrain' else 2, 2, 2]
+    counts = {n: len(s.attentions) for n, s in attention_stages(network).items()}
+    kept = ['stages.2.blocks', 'stages.3.blocks']
+    if scope != 'mmpretrain':
+        kept.insert(0, 'stages.1.blocks')
+    assert counts == dict.fromkeys(kept, 2)
     x = torch.randn(2, 3, 64, 64)
     plain.eval()
     network.eval()
@@ -170,7 +173,7 @@ def test_norm_eval_and_names_of_stages():
 
 
 def test_layer_wise_learning_rates():
-    """Attentions are not decayed; all others have the rates they had."""
+    """An attention has the rate of its block; all others have those they had."""
     registry('mmpretrain')
     from mmengine.optim import build_optim_wrapper
     from mmpretrain.engine.optimizers import (  # noqa: F401
@@ -201,8 +204,10 @@ def test_layer_wise_learning_rates():
         )
     plain, attached = rates
     assert {n: lr for n, lr in attached.items() if 'layer_attn' not in n} == plain
-    own = {lr for name, lr in attached.items() if 'layer_attn' in name}
-    assert own == {max(plain.values())}
+    own = {n: lr for n, lr in attached.items() if 'layer_attn' in n}
+    assert own and len(set(own.values())) == 4
+    for name, rate in own.items():
+        assert rate == plain[f'{name.partition(".layer_attn.")[0]}.ln1.weight']
 
 
 def test_init_cfg_takes_the_place_of_the_backbones():
@@ -239,7 +244,7 @@ def test_timm(name, stages):
     attach_layer_attention(
         network, dict(type='MRLABase', zero_init=True), input_size=size
     )
-    found = [len(stage.blocks) for stage in network.layer_attn_stages]
+    found = [len(stage.blocks) for stage in attention_stages(network).values()]
     assert found == stages or stages is None
     x = torch.randn(2, 3, *size)
     assert torch.equal(network(x), plain(x))
@@ -256,7 +261,7 @@ def test_backbone_of_timm_in_a_config(scope):
     network = build_in(
         scope, with_layer_attention(timm, layer_attention=dict(zero_init=True))
     )
-    own = {k for k in network.state_dict() if 'layer_attn_stages' not in k}
+    own = {k for k in network.state_dict() if 'layer_attn' not in k}
     assert own == set(plain.state_dict())
     network.load_state_dict(plain.state_dict(), strict=False)
     network.eval()
@@ -304,5 +309,6 @@ def test_families_of_the_toolboxes(scope, backbone, kinds):
         for out, expected in zip(network(x), plain(x)):
             assert torch.equal(out, expected)
         plain = network
-    blocks = {type(b).__name__ for s in plain.layer_attn_stages for b in s.blocks}
-    assert blocks == kinds
+    stages = attention_stages(plain).values()
+    blocks = [block for stage in stages for block in stage.blocks.values()]
+    assert {type(block).__name__ for block in blocks} == kinds

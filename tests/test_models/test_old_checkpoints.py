@@ -11,6 +11,7 @@ from mmengine.registry import MODELS
 
 import mmela  # noqa: F401
 from mmela.layers import LayerAttention
+from mmela.structure import attention_stages
 
 SAVED = Path(__file__).parents[1] / 'data' / 'networks_0.1.pth.xz'
 NAMES = (
@@ -55,12 +56,10 @@ def test_same_outputs(saved, name):
 def test_frozen_stage_with_zero_init_has_no_attention_any_more(saved):
     network = saved['networks']['zero_init']
     model = build(network['cfg'])
-    assert [len(model.get_submodule(f'layer{i}').attentions) for i in range(1, 5)] == [
-        0,
-        2,
-        2,
-        2,
-    ]
+    stages = attention_stages(model)
+    assert {name: len(stage.attentions) for name, stage in stages.items()} == {
+        f'layer{i}': 2 for i in (2, 3, 4)
+    }
     state = dict(network['state_dict'])
     state['layer1.1.layer_attn.norm.weight'] = torch.ones(4)
     with pytest.raises(RuntimeError, match='trained layer attention at layer1.1'):
