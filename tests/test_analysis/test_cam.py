@@ -17,7 +17,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget  # noqa:
 from mmela.analysis import cam  # noqa: E402
 from mmela.analysis.drawing import draw_over_image  # noqa: E402
 from mmela.analysis.inputs import input_picture  # noqa: E402
-from mmela.structure import prune  # noqa: E402
+from mmela.structure import attention_stages, prune  # noqa: E402
 from tests.helpers.networks import transformer  # noqa: E402
 
 
@@ -160,7 +160,7 @@ def test_blocks(classifier):
 
 
 def test_blocks_of_other_backbones():
-    """Blocks that run their attentions by hooks."""
+    """Blocks of a list that is no stage of its own."""
     init_default_scope('mmpretrain')
     model = nn.Module()
     model.backbone = MODELS.build(
@@ -172,7 +172,8 @@ def test_blocks_of_other_backbones():
     )
     names = cam.last_blocks(model)
     layer = cam.target_layer(model, names[-1])
-    assert layer is model.backbone.layer_attn_stages[-1].blocks[-1]
+    *_, last = attention_stages(model.backbone).values()
+    assert layer is [*last.blocks.values()][-1]
     outputs = []
     layer.register_forward_hook(lambda m, args, out: outputs.append(out))
     model.backbone.eval()

@@ -170,7 +170,7 @@ def test_torchvision_checkpoint(scope, tmp_path, monkeypatch, messages):
         for key in line.partition(':')[2].replace(',', ' ').split()
     ]
     own = {k for k in backbone.state_dict() if 'layer_attn' in k}
-    ignored = {k for k in own if k.endswith(('num_batches_tracked', 'signature'))}
+    ignored = {k for k in own if k.endswith('num_batches_tracked')}
     assert set(missing) == own - ignored
     unexpected = [line for line in messages if 'unexpected key' in line]
     # The classifier is not the backbone's

@@ -206,7 +206,8 @@ def test_init_weights_keeps_zero_init():
 
 def test_tokens_against_their_equations():
     """MRLA-light in a transformer (MRLA, algorithm 4), token by token."""
-    model = build('mmpretrain', 'ELAVisionTransformer', ATTENTIONS['MRLALight']).eval()
+    model = build('mmpretrain', 'ELAVisionTransformer', ATTENTIONS['MRLALight'])
+    model.eval()  # which returns None
     seen = {}
     block = model.layers[0]
     block.register_forward_pre_hook(lambda m, args: seen.update(x=args[0].clone()))
