@@ -137,7 +137,10 @@ def test_hook_in_a_config_of_the_new_style(tmp_path, registry):
     assert slim_cfg.custom_hooks == []
     slim = registry.build(slim_cfg.model)
     slim.load_state_dict(torch.load(tmp_path / 'slim.pth')['state_dict'])
-    assert list(layer_attentions(slim.backbone))[2:4] == ['layer2.0.layer_attn', 'layer3.0.layer_attn']
+    assert list(layer_attentions(slim.backbone))[2:4] == [
+        'layer2.0.layer_attn',
+        'layer3.0.layer_attn',
+    ]
 
 
 def test_config_without_the_backbone():

@@ -171,8 +171,7 @@ def test_frozen_blocks_freeze_their_attention():
     model.train()
     stages = list(attention_stages(model).values())
     frozen = [
-        not any(p.requires_grad for p in s.attentions[0].parameters())
-        for s in stages
+        not any(p.requires_grad for p in s.attentions[0].parameters()) for s in stages
     ]
     assert frozen == [True, False, False, False, False]
     assert not stages[0].attentions[0].training

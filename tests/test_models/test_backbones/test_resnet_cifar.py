@@ -21,7 +21,6 @@ from mmela.models.backbones.resnet_cifar import (  # noqa: E402
 )
 from mmela.structure import attention_stages  # noqa: E402
 
-
 # Of all stages, by depth
 BLOCKS = {18: 8, 34: 16, 50: 16, 101: 33, 152: 50}
 ATTENTION = dict(type='MRLABase', head_dim=16)
