@@ -29,6 +29,8 @@ def check_arguments(cls: type, arguments: Dict[str, Any]) -> None:
             allowed.
     """
     allowed = arguments_of(cls)
+    if any(_is_opaque(vars(base).get('__init__')) for base in cls.__mro__):
+        return  # wrapped by somebody: the constructor itself knows
     for name, value in arguments.items():
         if name not in allowed:
             raise TypeError(
@@ -68,6 +70,15 @@ def arguments_of(cls: type) -> Dict[str, Any]:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return found
+
+
+def _is_opaque(constructor: Any) -> bool:
+    """Whether a Python function takes whatever arguments there are."""
+    if not inspect.isfunction(constructor):
+        return False
+    parameters = list(inspect.signature(constructor).parameters.values())[1:]
+    kinds = {parameter.kind for parameter in parameters}
+    return kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -98,7 +98,7 @@ def test_backbone(config, batch, seed):
     assert all(torch.equal(a, b) for a, b in zip(again(x), expected))
 
     slim_state, blocks = slim_state_dict(again)
-    slim = MODELS.build(dict(cfg, attention_blocks=blocks['']))
+    slim = MODELS.build(dict(cfg, blocks=blocks['']))
     slim.eval()
     slim.load_state_dict(slim_state)
     assert not pruned(slim)

@@ -613,6 +613,12 @@ def _build(
         # There for the next stage alone, which goes on with it
         arguments.update(small_init=None, zero_init=True)
     attention = attention_class(block.channels, **arguments)
+    from_plain = _starts_from_plain(arguments) and attention.scale is None
+    if from_plain and block.features.layout != 'BCHW':
+        raise ValueError(
+            f'{block.name} returns tokens: zero_init and small_init need '
+            'token_norm_cfg there, or norm_cfg=None'
+        )
     lacks = not block.same_input and block.shortcut is None
     if attention.needs_identity and lacks:
         return None

@@ -52,6 +52,12 @@ class BranchAttention(LayerAttention):
         self.owns_shared = owns_shared
 
     def connect(self, block: nn.Module) -> Tuple[Taps, Replacements]:
+        if self.place is not None and self.place.features.layout != 'BCHW':
+            raise ValueError(
+                f'{type(self).__name__} works on the residual branch of maps '
+                f'(B, C, H, W), but {self.place.block} returns '
+                f'{self.place.features.layout}; use an attention of mmela.layers'
+            )
         if self.needs_memory and getattr(block, 'with_cp', False):
             raise ValueError(
                 f'with_cp=True computes a block twice, but {type(self).__name__} '

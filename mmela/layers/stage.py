@@ -301,8 +301,10 @@ def _complete_identity(
         if x._version != run.version:
             raise ValueError('writes into its input, which it did not in the trial')
     if place.features.layout != 'BCHW':
-        normed = attention.identity_norm(memory.identity)
-        memory.identity = place.features.to_map(normed, everything, output)[0]
+        identity = memory.identity
+        if hasattr(attention, 'identity_norm'):
+            identity = attention.identity_norm(identity)
+        memory.identity = place.features.to_map(identity, everything, output)[0]
 
 
 class Tap:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from mmela.arguments import arguments_of
 from mmela.registry import find_layer_attention
 
 ATTENTIONS = {
@@ -81,7 +82,7 @@ def build(scope, backbone, attention):
     kwargs = dict(MMPRETRAIN if scope == 'mmpretrain' else MMDET)[backbone]
     kwargs = copy.deepcopy(kwargs)
     head_dim = kwargs.pop('head_dim')
-    if not find_layer_attention(attention['type']).before_sum:
+    if 'head_dim' in arguments_of(find_layer_attention(attention['type'])):
         attention = dict(attention, head_dim=head_dim)
     if attention['type'] == 'KCLA' and backbone in NOT_DIVISIBLE:
         attention['cross_stage'] = False

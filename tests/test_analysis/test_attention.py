@@ -16,8 +16,8 @@ from mmela.analysis.attention import (
     effective_contributions,
     hook_settings,
 )
-from mmela.layers import HookedAttentionStage, SequentialAttentionStage, forward_pass
 from mmela.structure import prune
+from tests.helpers.stages import BlockStage
 from tests.helpers.toy import CHANNELS, ToyNetwork
 
 EPS = 1e-8
@@ -53,7 +53,10 @@ class Network(nn.Module):
 
     def __init__(self, *blocks):
         super().__init__()
-        self.layer1 = SequentialAttentionStage(*blocks)
+        self.layer1 = BlockStage(*blocks)
+        for index, block in enumerate(blocks):
+            if hasattr(block, 'layer_attn'):
+                self.layer1.attach(index, block.layer_attn)
 
     def test_step(self, batch):
         return self.layer1(batch['inputs'])
@@ -215,17 +218,22 @@ def test_batches_do_not_matter():
     assert numbers(split) == pytest.approx(numbers(whole), abs=1e-6)
 
 
+def hooks_of(model):
+    return [
+        list(hooks.values())
+        for module in model.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+    ]
+
+
 def test_nothing_is_left_behind():
     model = network()
-    seen = []
+    seen, hooks = [], hooks_of(model)
     model.layer1.observer = seen.append
     state = {k: v.clone() for k, v in model.state_dict().items()}
     measure_attention(model, ONE)
     assert model.layer1.observer == seen.append and len(seen) == 1
-    hooks = [
-        h for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)
-    ]
-    assert not any(hooks)
+    assert hooks_of(model) == hooks
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key])
 
@@ -236,7 +244,7 @@ def test_nothing_is_left_behind():
     with pytest.raises(OSError, match='gone'):
         measure_attention(model, broken())
     assert model.layer1.observer == seen.append
-    assert not any(m._forward_hooks for m in model.modules())
+    assert hooks_of(model) == hooks
 
 
 @pytest.mark.parametrize('kind', ['MRLABase', 'MLA'])
@@ -414,29 +422,19 @@ def test_blocks_without_attention():
     assert [x['blocks'] for x in stage['features']] == [[0, 1], [1, 2], [2, 3]]
 
 
-class LoopingNetwork(nn.Module):
-    """Calls its blocks by itself; hooks run the attentions."""
-
-    def __init__(self, *blocks):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.stage = HookedAttentionStage(blocks)
-        for index, block in enumerate(blocks):
-            if hasattr(block, 'layer_attn'):
-                self.stage.attach(index, block.layer_attn)
-                del block.layer_attn
+class LoopingNetwork(Network):
+    """Calls its blocks by itself, with lists of features around them."""
 
     def test_step(self, batch):
-        x = batch['inputs']
-        with forward_pass():
-            for block in self.blocks:
-                x = block(x)
-        return x
+        outputs = [batch['inputs']]
+        for block in self.layer1:
+            outputs.append(block(outputs[-1]))
+        return outputs[1:]
 
 
 @pytest.mark.parametrize('states', ['aaaa', 'anaa', 'naan'])
-def test_hooked_stage(states):
-    """All numbers are those of the same blocks in an ordinary stage."""
+def test_network_that_calls_its_blocks_by_itself(states):
+    """All numbers are those of the same blocks in a Sequential."""
     found = []
     for kind in (Network, LoopingNetwork):
         torch.manual_seed(0)
@@ -449,14 +447,9 @@ def test_hooked_stage(states):
             blocks.append(block)
         model = kind(*blocks)
         found.append(measure_attention(model, images((2, CHANNELS, 3, 3))))
-        found[-1]['stages'] = list(found[-1]['stages'].values())
-        for layer in found[-1]['decision']['layers']:
-            del layer['name'], layer['stage']
-        found[-1].pop('left_out')
-        assert not any(m._forward_hooks for b in blocks for m in list(b.modules())[1:])
     assert found[0] == found[1]
-    assert len(found[0]['stages'][0]['features']) == 3
-    assert found[0]['stages'][0]['states'] == [
+    assert len(found[0]['stages']['layer1']['features']) == 3
+    assert found[0]['stages']['layer1']['states'] == [
         dict(a='active', n='none')[s] for s in states
     ]
 

@@ -17,7 +17,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget  # noqa:
 from mmela.analysis import cam  # noqa: E402
 from mmela.analysis.drawing import draw_over_image  # noqa: E402
 from mmela.analysis.inputs import input_picture  # noqa: E402
-from mmela.structure import prune  # noqa: E402
+from mmela.structure import attention_stages, prune  # noqa: E402
 from tests.helpers.networks import transformer  # noqa: E402
 
 
@@ -56,7 +56,8 @@ def batch(height=40, width=56):
 @pytest.mark.parametrize('batch_size', [16, 5])
 def test_equals_the_librarys(classifier, batch_size):
     layer = cam.target_layer(classifier, 'layer2.1')
-    assert layer is classifier.backbone.layer2
+    assert layer is classifier.backbone.layer2[1]
+    hooks = dict(layer._forward_hooks)
     inputs = torch.randn(1, 3, 40, 56)
     targets = [ClassifierOutputTarget(3)]
     expected = ScoreCAM(classifier, [layer])(inputs, targets)
@@ -67,7 +68,7 @@ def test_equals_the_librarys(classifier, batch_size):
     assert expected.std() > 0.01
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert sum(steps) == 16 and max(steps) == min(batch_size, 16)
-    assert not layer._forward_hooks
+    assert dict(layer._forward_hooks) == hooks
 
 
 class Brightness(nn.Module):
@@ -149,18 +150,21 @@ def test_blocks(classifier):
     assert cam.last_blocks(classifier) == [f'layer{i}.1' for i in range(1, 5)]
     block = classifier.backbone.layer1[0]
     handed_on = cam.target_layer(classifier, 'backbone.layer1.0')
+    assert handed_on is block
     seen = []
-    for layer in (handed_on, block, block.layer_attn):
-        layer.register_forward_hook(lambda module, args, out: seen.append(out))
+    for layer in (block, block.layer_attn):
+        layer.register_forward_hook(
+            lambda module, args, out: seen.append((args[0], out))
+        )
     classifier(torch.randn(1, 3, 40, 56))
-    output, retrieved, found = seen
+    (output, retrieved), (_, found) = seen
     assert torch.equal(found, output + retrieved) and retrieved.any()
     assert cam.channel_count(classifier, 'layer1.0') == 8
     assert cam.channel_count(classifier, 'layer4.1') == 64
 
 
 def test_blocks_of_other_backbones():
-    """Blocks that run their attentions by hooks."""
+    """Blocks of a list that is no stage of its own."""
     init_default_scope('mmpretrain')
     model = nn.Module()
     model.backbone = MODELS.build(
@@ -172,7 +176,8 @@ def test_blocks_of_other_backbones():
     )
     names = cam.last_blocks(model)
     layer = cam.target_layer(model, names[-1])
-    assert layer is model.backbone.layer_attn_stages[-1].blocks[-1]
+    *_, last = attention_stages(model.backbone).values()
+    assert layer is [*last.blocks.values()][-1]
     outputs = []
     layer.register_forward_hook(lambda m, args, out: outputs.append(out))
     model.backbone.eval()

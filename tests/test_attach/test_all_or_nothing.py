@@ -67,7 +67,7 @@ def test_bad_attentions(name, attention, mode):
 
 @pytest.mark.parametrize('name', NETWORKS)
 @pytest.mark.parametrize(
-    'blocks', ['all', [], ['nothing.*'], [[]], [1], [['stem'], 'stem'], ['*', '*']]
+    'blocks', ['all', [], ['nothing.*'], [[]] * 99, [1], [['stem'], 'stem'], ['*', '*']]
 )
 def test_bad_blocks(name, blocks):
     refuse(plain(name), name, dict(type='MRLABase'), ValueError, blocks=blocks)

@@ -2,13 +2,23 @@ import pytest
 import torch
 from torch import nn
 
-from mmela.discovery import find_blocks, find_plain_blocks, group, name_matches, watch
+from mmela.attach.discovery import (
+    Trial,
+    find_blocks,
+    find_plain_blocks,
+    group,
+    name_matches,
+    watch,
+)
 from tests.helpers.attachable import Conv, Nested, Patches, TwoBranches
 
 
 def found(network, size=(16, 24)):
-    calls = watch(network, torch.randn(2, 3, *size))
-    return group(find_blocks(calls, 2, size))
+    return group(find_blocks(trial(network, size)))
+
+
+def trial(network, size):
+    return Trial(watch(network, torch.randn(2, 3, *size)), 2, size)
 
 
 def names(stages):
@@ -23,10 +33,9 @@ def test_nested_groups_and_a_split():
         ['blocks.0', 'blocks.1'],
     ]
     first, second = stages[0][:2]
-    assert (first.layout, first.channels, first.size) == ('BCHW', 8, (8, 12))
+    assert (first.features.layout, first.channels, first.size) == ('BCHW', 8, (8, 12))
     # The input of the first has another shape; its downsample is known.
-    assert not first.same_input and isinstance(first.shortcut, nn.Conv2d)
-    assert first.shortcut is first.module.down
+    assert not first.same_input and first.shortcut == 'down'
     assert second.same_input and second.shortcut is None
 
 
@@ -42,14 +51,16 @@ def test_tokens(extra, size):
     (stage,) = found(Patches(8, extra), size)
     assert [block.name for block in stage] == ['layers.0', 'layers.1', 'layers.2']
     for block in stage:
-        assert (block.layout, block.channels, block.extra) == ('BLC', 8, extra)
+        features = block.features
+        assert (features.layout, block.channels) == ('BLC', 8)
+        assert features.extra == extra
         assert block.size == (size[0] // 4, size[1] // 4)
 
 
 @pytest.mark.parametrize('size', [(16, 24), (24, 16), (16, 16)])
 def test_maps_with_the_channels_last(size):
     (stage,) = found(Patches(8, last=True), size)
-    assert {(block.layout, block.channels) for block in stage} == {('BHWC', 8)}
+    assert {(block.features.layout, block.channels) for block in stage} == {('BHWC', 8)}
     assert stage[0].size == (size[0] // 4, size[1] // 4)
 
 
@@ -62,10 +73,8 @@ def test_without_residual_connections():
         nn.Conv2d(8, 12, 3, padding=1),
     )
     assert found(network) == []
-    calls = watch(network, torch.randn(2, 3, 16, 24))
-    stages = group(find_plain_blocks(calls, 2, (16, 24)))
+    stages = group(find_plain_blocks(trial(network, (16, 24))))
     assert names(stages) == [['0', '2']]
-    assert not stages[0][0].residual
 
 
 def test_a_block_that_runs_twice_is_none():

@@ -1,7 +1,6 @@
 """Layer attention attached to backbones of the toolboxes and of timm."""
 
 import copy
-import itertools
 import logging
 
 import pytest
@@ -11,9 +10,19 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 
 from mmela import attach_layer_attention
+from mmela.arguments import arguments_of
+from mmela.attach import wiring
 from mmela.convert.slim import slim_config, slim_state_dict
+from mmela.registry import find_layer_attention
 from mmela.structure import attention_stages, layer_attentions, prune
-from tests.helpers.backbones import ATTENTIONS, MMDET, MMPRETRAIN, build, registry
+from tests.helpers.backbones import (
+    ATTENTIONS,
+    MMDET,
+    MMPRETRAIN,
+    NOT_DIVISIBLE,
+    build,
+    registry,
+)
 
 SWIN = dict(
     type='SwinTransformer',
@@ -56,50 +65,117 @@ def plain_of(scope, name):
     return plain, head_dim
 
 
+BACKBONES = [
+    (scope, name)
+    for scope, backbones in (('mmpretrain', MMPRETRAIN), ('mmdet', MMDET))
+    for name in backbones
+]
+
+
 @pytest.mark.parametrize(
-    'attention, name',
-    list(
-        itertools.product(
-            ['MRLABase', 'MRLALight', 'KCLA'],
-            ['ELAResNet', 'ELAEfficientNet', 'ELAPyramidVisionTransformerV2'],
-        )
-    ),
+    'scope, name, attention',
+    [(*backbone, 'MRLABase') for backbone in BACKBONES]
+    + [('mmpretrain', 'ELAResNet', kind) for kind in ('MRLALight', 'KCLA')]
+    + [('mmpretrain', 'ELAVisionTransformer', 'MRLALight')],
 )
-def test_finds_what_the_classes_say(attention, name):
-    """The same stages, and with the same weights the same outputs."""
-    scope = 'mmdet' if name == 'ELAPyramidVisionTransformerV2' else 'mmpretrain'
+def test_finds_what_the_families_say(scope, name, attention, monkeypatch):
+    """One watched pass finds the same stages; all else follows from these."""
     expected = build(scope, name, ATTENTIONS[attention])
     plain, head_dim = plain_of(scope, name)
     config = dict(ATTENTIONS[attention], head_dim=head_dim)
-    if attention == 'KCLA':
-        config.update(cross_stage=name == 'ELAResNet', drop_path=0.0)
-    attach_layer_attention(plain, config, input_size=(64, 96))
-    one, other = attention_stages(plain).values(), attention_stages(expected).values()
-    sizes = [len(stage.attentions) for stage in one]
-    assert sizes == [len(stage.attentions) for stage in other]
-
-    plain.load_state_dict(
-        {k: v for k, v in expected.state_dict().items() if 'layer_attn' not in k},
-        strict=False,
-    )
-    pairs = zip(layer_attentions(plain).values(), layer_attentions(expected).values())
-    for mine, theirs in pairs:
-        mine.load_state_dict(theirs.state_dict(), strict=True)
+    if attention == 'KCLA' and name in NOT_DIVISIBLE:
+        config['cross_stage'] = False
+    monkeypatch.setattr(wiring, 'known_stages', lambda *args: None)
+    step = MMPRETRAIN[name].get('layers_per_stage', 4) if scope == 'mmpretrain' else 4
+    size = (64, 64) if 'layers_per_stage' in MMPRETRAIN.get(name, {}) else (64, 96)
+    attach_layer_attention(plain, config, input_size=size, layers_per_stage=step)
+    one, other = attention_stages(plain), attention_stages(expected)
+    assert list(one) == list(other)
+    for mine, theirs in zip(one.values(), other.values()):
+        assert list(mine.blocks) == list(theirs.blocks)
+        for a, b in zip(mine.attentions, theirs.attentions):
+            assert str(a.drop_path) == str(b.drop_path)
+            rates = [getattr(x.drop_path, 'drop_prob', 0) for x in (a, b)]
+            assert rates[0] == rates[1]
+    plain.load_state_dict(expected.state_dict(), strict=True)
     plain.eval()
     expected.eval()
-    x = torch.randn(2, 3, 64, 96)
+    x = torch.randn(2, 3, *size)
     with torch.no_grad():
         for out, e in zip(plain(x), expected(x)):
             torch.testing.assert_close(out, e)
 
 
+KINDS = {
+    **{kind: ATTENTIONS[kind] for kind in ('MLA', 'MRLABase', 'MRLALight', 'KCLA')},
+    'LinearizedMLA': dict(type='LinearizedMLA', kind='hydra'),
+    'DLABase': dict(type='DLABase', reduction=4),
+    'DLALight': dict(type='DLALight', reduction=4),
+    'Plugin': dict(type='Plugin', plugin=dict(type='SqueezeExcitation', reduction=4)),
+    'DIA': dict(type='DIA'),
+    'BA': dict(type='BA', reduction=4),
+    'RLAg': dict(type='RLAg', hidden=4),
+    'AA': dict(type='AA', heads=1, min_key=2, values=0.25),
+}
+
+
+@pytest.mark.parametrize(
+    'scope, name, attention',
+    [(*b, kind) for b in BACKBONES for kind in ('MRLABase', 'MRLALight', 'KCLA')]
+    + [('mmpretrain', 'ELAResNet', kind) for kind in [*KINDS][4:]]
+    + [('mmdet', 'ELAPyramidVisionTransformerV2', 'MLA')],
+)
+def test_both_ways_to_give_attention_agree(scope, name, attention):
+    """``ELA<X>`` is ``WithLayerAttention`` over ``<X>``: keys, training and outputs."""
+    kwargs = copy.deepcopy((MMPRETRAIN if scope == 'mmpretrain' else MMDET)[name])
+    head_dim = kwargs.pop('head_dim')
+    config = dict(KINDS[attention])
+    if 'head_dim' in arguments_of(find_layer_attention(attention)):
+        config['head_dim'] = head_dim
+    if config['type'] == 'KCLA' and name in NOT_DIVISIBLE:
+        config['cross_stage'] = False
+    own = {k: kwargs.pop(k) for k in ('layers_per_stage',) if k in kwargs}
+    both = [
+        dict(kwargs, type=name, layer_attention=config, **own),
+        dict(
+            type='mmela.WithLayerAttention',
+            backbone=dict(kwargs, type=name[len('ELA') :]),
+            layer_attention=config,
+            **own,
+        ),
+    ]
+    results = []
+    for cfg in both:
+        network = build_in(scope, cfg)
+        network.train()
+        torch.manual_seed(1)
+        x = torch.randn(2, 3, 64, 64)
+        outs = network(x)
+        sum(out.square().mean() for out in outs).backward()
+        results.append(
+            dict(
+                outs=list(outs),
+                state=dict(network.state_dict()),
+                grads={n: p.grad for n, p in network.named_parameters()},
+                stages={n: list(s.named) for n, s in attention_stages(network).items()},
+            )
+        )
+    one, other = results
+    assert one.pop('stages') == other.pop('stages')
+    none = {n for n, g in one['grads'].items() if g is None}
+    assert none == {n for n, g in other['grads'].items() if g is None}
+    for result in results:
+        result['grads'] = {n: g for n, g in result['grads'].items() if n not in none}
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def test_finds_the_layers_of_a_vision_transformer():
     plain, _ = plain_of('mmpretrain', 'ELAVisionTransformer')
     attach_layer_attention(plain)
-    stages = [list(stage.names) for stage in plain.layer_attn_stages]
+    stages = attention_stages(plain).values()
     names = [f'layers.{i}' for i in range(6)]
-    assert stages == [names[:4], names[4:]]
-    assert plain.layer_attn_stages[0].num_extra_tokens == 1
+    assert [list(stage.blocks) for stage in stages] == [names[:4], names[4:]]
+    assert {a.place.features.extra for a in layer_attentions(plain).values()} == {1}
 
 
 @pytest.mark.parametrize('scope', ['mmdet', 'mmseg', 'mmpretrain'])
@@ -120,11 +196,14 @@ def test_swin_in_a_config(scope, tmp_path):
     network = build_in(scope, cfg)
     network.init_weights()
     assert type(network) is type(plain)
-    own = {k for k in network.state_dict() if 'layer_attn_stages' not in k}
+    own = {k for k in network.state_dict() if 'layer_attn' not in k}
     assert own == set(plain.state_dict())
     # Frozen stages have none: it would stay zero. In mmpretrain these are two.
-    counts = [len(stage.attentions) for stage in network.layer_attn_stages]
-    assert counts == [0, 0 if scope == 'mmpretrain' else 2, 2, 2]
+    counts = {n: len(s.attentions) for n, s in attention_stages(network).items()}
+    kept = ['stages.2.blocks', 'stages.3.blocks']
+    if scope != 'mmpretrain':
+        kept.insert(0, 'stages.1.blocks')
+    assert counts == dict.fromkeys(kept, 2)
     x = torch.randn(2, 3, 64, 64)
     plain.eval()
     network.eval()
@@ -170,7 +249,7 @@ def test_norm_eval_and_names_of_stages():
 
 
 def test_layer_wise_learning_rates():
-    """Attentions are not decayed; all others have the rates they had."""
+    """An attention has the rate of its block; all others have those they had."""
     registry('mmpretrain')
     from mmengine.optim import build_optim_wrapper
     from mmpretrain.engine.optimizers import (  # noqa: F401
@@ -201,8 +280,10 @@ def test_layer_wise_learning_rates():
         )
     plain, attached = rates
     assert {n: lr for n, lr in attached.items() if 'layer_attn' not in n} == plain
-    own = {lr for name, lr in attached.items() if 'layer_attn' in name}
-    assert own == {max(plain.values())}
+    own = {n: lr for n, lr in attached.items() if 'layer_attn' in n}
+    assert own and len(set(own.values())) == 4
+    for name, rate in own.items():
+        assert rate == plain[f'{name.partition(".layer_attn.")[0]}.ln1.weight']
 
 
 def test_init_cfg_takes_the_place_of_the_backbones():
@@ -239,7 +320,7 @@ def test_timm(name, stages):
     attach_layer_attention(
         network, dict(type='MRLABase', zero_init=True), input_size=size
     )
-    found = [len(stage.blocks) for stage in network.layer_attn_stages]
+    found = [len(stage.blocks) for stage in attention_stages(network).values()]
     assert found == stages or stages is None
     x = torch.randn(2, 3, *size)
     assert torch.equal(network(x), plain(x))
@@ -256,7 +337,7 @@ def test_backbone_of_timm_in_a_config(scope):
     network = build_in(
         scope, with_layer_attention(timm, layer_attention=dict(zero_init=True))
     )
-    own = {k for k in network.state_dict() if 'layer_attn_stages' not in k}
+    own = {k for k in network.state_dict() if 'layer_attn' not in k}
     assert own == set(plain.state_dict())
     network.load_state_dict(plain.state_dict(), strict=False)
     network.eval()
@@ -304,5 +385,6 @@ def test_families_of_the_toolboxes(scope, backbone, kinds):
         for out, expected in zip(network(x), plain(x)):
             assert torch.equal(out, expected)
         plain = network
-    blocks = {type(b).__name__ for s in plain.layer_attn_stages for b in s.blocks}
-    assert blocks == kinds
+    stages = attention_stages(plain).values()
+    blocks = [block for stage in stages for block in stage.blocks.values()]
+    assert {type(block).__name__ for block in blocks} == kinds

@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-import mmela
 from mmela import attach_layer_attention
-from mmela.attach import AttachedStages
+from mmela.attach import wiring
 from mmela.convert.slim import slim_state_dict
 from mmela.hooks import NetworkKLMeter
 from mmela.layers import AttentionState, LayerAttention
 from mmela.pruning import FixedCount
-from mmela.structure import attention_stages, layer_attentions, network_of, prune
+from mmela.structure import attention_stages, layer_attentions, prune
 from tests.helpers.attachable import Nested, Patches, Trunk, TwoBranches
 from tests.helpers.backbones import ATTENTIONS
 
@@ -50,7 +49,7 @@ def test_zero_init_changes_nothing_and_learns(name, attention):
     network = copy.deepcopy(plain)
     kwargs = dict(ATTENTIONS[attention], zero_init=True)
     assert attach(network, **kwargs) is network
-    attached = {k for k in network.state_dict() if k.startswith('layer_attn_stages.')}
+    attached = {k for k in network.state_dict() if '.layer_attn.' in k}
     assert set(network.state_dict()) - attached == set(plain.state_dict())
     for mode in (True, False):
         for out, expected in zip(outputs(network.train(mode)), outputs(plain)):
@@ -81,7 +80,7 @@ def test_measured_pruned_and_slimmed(name):
     network = attach(copy.deepcopy(plain)).eval()
     whole = nn.ModuleDict(dict(backbone=network))
     stages = attention_stages(whole)
-    assert {network_of(whole, stage) for stage in stages} == {'backbone'}
+    assert {stage.network for stage in stages.values()} == {'backbone'}
     meter = NetworkKLMeter(stages)
     meter.attach()
     outputs(network)
@@ -102,9 +101,10 @@ def test_slim_network_without_any_attention():
     plain = Nested()
     network = attach(copy.deepcopy(plain)).eval()
     prune(network, list(layer_attentions(network)))
-    blocks = network.layer_attn_stages.remaining_blocks()
-    slim = attach(copy.deepcopy(plain), blocks=blocks).eval()
-    assert not layer_attentions(slim)
+    state, blocks = slim_state_dict(network)
+    assert all(name.startswith('!') for stage in blocks[''] for name in stage)
+    slim = attach(copy.deepcopy(plain), blocks=blocks['']).eval()
+    assert not layer_attentions(slim) and set(state) == set(plain.state_dict())
     for out, expected in zip(outputs(slim), outputs(plain.eval())):
         assert torch.equal(out, expected)
 
@@ -133,8 +133,8 @@ def test_slim_network_whose_attentions_cross_stages(first):
 def test_names_of_attentions():
     network = attach(Nested())
     assert list(layer_attentions(network))[:2] == [
-        'layer_attn_stages.0.groups-0-0.layer_attn',
-        'layer_attn_stages.0.groups-0-1-0.layer_attn',
+        'groups.0.0.layer_attn',
+        'groups.0.1.0.layer_attn',
     ]
     for name, attention in layer_attentions(network).items():
         assert network.get_submodule(name) is attention
@@ -151,8 +151,8 @@ def test_names_of_attentions():
 )
 def test_blocks_by_name(blocks, expected):
     network = attach(Patches(8), blocks=blocks)
-    found = [list(stage.names) for stage in network.layer_attn_stages]
-    assert found == (expected or blocks)
+    found = [list(stage.blocks) for stage in attention_stages(network).values()]
+    assert found == [stage for stage in expected or blocks if stage]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_blocks_by_name(blocks, expected):
         (['blocks.*'], r"no module 'blocks.\*' runs in the backbone; there are proj"),
         ([['layers.0', 'proj']], r'blocks\[0\]: .* have one width and resolution'),
         (['layers.0.norm'], 'layers.0.norm runs more than once'),
-        (['!layers.0'], 'leaves no block'),
+        ([[], []], 'leaves no block'),
     ],
 )
 def test_bad_blocks(blocks, message):
@@ -182,8 +182,6 @@ def test_where_nothing_fits():
         attach(network)
     with pytest.raises(ValueError, match='runs with images of none of the sizes'):
         attach(nn.Linear(7, 7))
-    with pytest.raises(ValueError, match='an nn.Sequential would run its attentions'):
-        attach(nn.Sequential(Patches(8)))
     with pytest.raises(ValueError, match='has layer attentions already'):
         attach(attach(Patches(8)))
 
@@ -209,8 +207,8 @@ def test_bad_layer_attention(attention, error, message):
 def test_identity_of_a_block_with_a_downsample():
     """MRLA-light takes it from the block, and asks for it where it is missing."""
     network = attach(Nested(), 'MRLALight').eval()
-    stage = network.layer_attn_stages[0]
-    attention, block = stage.attentions[0], stage.blocks[0]
+    block = network.groups[0][0]
+    attention = block.layer_attn
     seen = {}
     block.down.register_forward_hook(lambda m, a, out: seen.update(identity=out))
     attention.register_forward_hook(
@@ -230,26 +228,55 @@ def test_identity_of_a_block_with_a_downsample():
 
     network = Trunk(Other(), nn.Sequential(*Nested().groups[0][1]))
     light = attach(copy.deepcopy(network), 'MRLALight')
-    assert [s.names for s in light.layer_attn_stages] == [
-        ('body.0', 'body.1.0', 'body.1.1')
-    ]
+    (stage,) = attention_stages(light).values()
+    assert list(stage.blocks) == ['body.0', 'body.1.0', 'body.1.1']
     assert len(layer_attentions(light)) == 2
     with pytest.raises(ValueError, match='body.0 takes an input of another'):
         attach(network, 'MRLALight', blocks=['body.0', 'body.1.*'])
 
 
-def test_frozen_blocks():
-    network = Patches(8)
-    network.layers[0].requires_grad_(False)
-    for zero_init in (False, True):
-        net = attach(copy.deepcopy(network), zero_init=zero_init).train()
-        stage = net.layer_attn_stages[0]
-        assert [a.training for a in stage.attentions] == [False, True, True]
-        assert not any(p.requires_grad for p in stage.attentions[0].parameters())
-    network.layers.requires_grad_(False)
-    assert len(layer_attentions(attach(copy.deepcopy(network)))) == 3
-    net = attach(network, zero_init=True)
-    assert not layer_attentions(net) and net.layer_attn_stages[0].left_out
+class Freezing(Patches):
+    """Freezes its first layers by itself, as backbones of the toolboxes do."""
+
+    def __init__(self, dims, frozen_stages):
+        super().__init__(dims)
+        self.frozen_stages = frozen_stages
+        self._freeze_stages()
+
+    def _freeze_stages(self):
+        for layer in self.layers[: self.frozen_stages]:
+            layer.eval().requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self._freeze_stages()
+        return self
+
+
+@pytest.mark.parametrize('zero_init', [False, True])
+def test_blocks_that_a_backbone_freezes(zero_init):
+    net = attach(Freezing(8, 1), zero_init=zero_init).train()
+    attentions = list(layer_attentions(net).values())
+    assert [a.training for a in attentions] == [False, True, True]
+    for attention, trained in zip(attentions, (False, True, True)):
+        assert {p.requires_grad for p in attention.parameters()} == {trained}
+    net = attach(Freezing(8, 3), zero_init=zero_init)
+    assert len(layer_attentions(net)) == (0 if zero_init else 3)
+    named = attach(Freezing(8, 3), zero_init=zero_init, blocks=['layers.*'])
+    assert len(layer_attentions(named)) == 3
+
+
+@pytest.mark.parametrize('zero_init', [False, True])
+def test_a_network_that_its_user_froze_gets_attentions_that_learn(zero_init):
+    network = attach(Patches(8).requires_grad_(False), zero_init=zero_init)
+    trained = {n for n, p in network.named_parameters() if p.requires_grad}
+    assert len(layer_attentions(network)) == 3
+    assert trained == {n for n, _ in network.named_parameters() if 'layer_attn' in n}
+    # Also where the network freezes stages, but none of these
+    network = Freezing(8, 1).requires_grad_(False)
+    network = attach(network, zero_init=zero_init)
+    trained = [a.value.weight.requires_grad for a in layer_attentions(network).values()]
+    assert trained == [False, True, True]
 
 
 def test_copies_are_on_their_own():
@@ -306,7 +333,7 @@ def test_weights_are_initialized_as_asked():
             self.load_state_dict(saved)
 
     network = attach(Loading(8))
-    prune(network, ['layer_attn_stages.0.layers-1.layer_attn'])
+    prune(network, ['layers.1'])
     saved = copy.deepcopy(network.state_dict())
     for reset in (False, True):
         network = attach_layer_attention(
@@ -325,15 +352,14 @@ def test_stages_of_a_transformer_without_stages():
     network = Patches(8)
     network.layers = nn.ModuleList(copy.deepcopy(network.layers[0]) for _ in range(10))
     network = attach(network)
-    assert [len(stage.blocks) for stage in network.layer_attn_stages] == [4, 4, 2]
-    assert isinstance(network.layer_attn_stages, AttachedStages)
+    stages = attention_stages(network)
+    assert [len(stage.blocks) for stage in stages.values()] == [4, 4, 2]
+    assert list(stages) == ['layers.0-3', 'layers.4-7', 'layers.8-9']
 
 
 def test_table_of_what_was_found(monkeypatch):
     said = []
-    monkeypatch.setattr(
-        mmela.attach, 'print_log', lambda text, *args: said.append(text)
-    )
+    monkeypatch.setattr(wiring, 'print_log', lambda text, *args: said.append(text))
     attach(Patches(8, 1))
     (text,) = said
     assert text.splitlines()[0] == 'Layer attention of Patches:'
@@ -358,6 +384,7 @@ def test_torchvision(name, kinds):
     network = models.get_model(name, weights=None)
     size = (224, 224) if 'vit' in name else (64, 96)
     attach_layer_attention(network, input_size=size)
-    stages = list(network.layer_attn_stages)
-    assert {type(block).__name__ for s in stages for block in s.blocks} == kinds
+    stages = attention_stages(network).values()
+    blocks = [block for stage in stages for block in stage.blocks.values()]
+    assert {type(block).__name__ for block in blocks} == kinds
     assert all(isinstance(a, LayerAttention) for s in stages for a in s.attentions)

@@ -10,7 +10,7 @@ from mmengine.config import Config, ConfigDict
 from mmela.convert.slim import slim_config, slim_state_dict
 from mmela.hooks import LayerAttentionPruningHook
 from mmela.layers import AttentionState
-from mmela.structure import prune
+from mmela.structure import layer_attentions, prune
 
 TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'convert' / 'slim.py'
 
@@ -33,7 +33,11 @@ def test_shipped_config_of_three_stages(tmp_path, config_dir, registry, name, ca
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'x.pth')
     tool(config, tmp_path / 'x.pth', tmp_path / 'slim.pth', '--size', 32)
     slim_cfg = Config.fromfile(tmp_path / 'slim.py')
-    assert slim_cfg.model.backbone.attention_blocks == [[0], [0, 1], [0]]
+    assert slim_cfg.model.backbone.blocks == [
+        ['layer1.0', '!layer1.1'],
+        ['layer2.0', 'layer2.1'],
+        ['layer3.0', '!layer3.1'],
+    ]
     slim = registry.build(slim_cfg.model)
     slim.load_state_dict(torch.load(tmp_path / 'slim.pth')['state_dict'], strict=True)
     assert 'differ by 0' in capsys.readouterr().out
@@ -58,7 +62,7 @@ def test_shipped_config_of_three_stages(tmp_path, config_dir, registry, name, ca
     + [
         (
             dict(type='ELAVisionTransformer', arch='deit-tiny', img_size=64),
-            ['layer_attn_stages.1.0', 'layer_attn_stages.2.1'],
+            ['layers.4', 'layers.9'],
         )
     ],
     ids=lambda value: value['type'] if isinstance(value, dict) else '-'.join(value),
@@ -75,7 +79,7 @@ def test_kcla_takes_nothing_over_without_its_first_attention(
         attention.attention_state = AttentionState.PRUNED
     model.eval()
     state_dict, blocks = slim_state_dict(model)
-    slim = registry.build(dict(cfg, attention_blocks=blocks['']))
+    slim = registry.build(dict(cfg, blocks=blocks['']))
     slim.load_state_dict(state_dict, strict=True)
     slim.eval()
     x = torch.rand(2, 3, 64, 64)
@@ -133,7 +137,10 @@ def test_hook_in_a_config_of_the_new_style(tmp_path, registry):
     assert slim_cfg.custom_hooks == []
     slim = registry.build(slim_cfg.model)
     slim.load_state_dict(torch.load(tmp_path / 'slim.pth')['state_dict'])
-    assert len(slim.backbone.layer2.attentions) == 1
+    assert list(layer_attentions(slim.backbone))[2:4] == [
+        'layer2.0.layer_attn',
+        'layer3.0.layer_attn',
+    ]
 
 
 def test_config_without_the_backbone():

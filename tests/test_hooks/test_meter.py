@@ -4,26 +4,33 @@ import torch
 from scipy.stats import entropy
 
 from mmela.hooks import KLMeter, NetworkKLMeter
-from mmela.layers import AttentionState, SequentialAttentionStage
+from mmela.layers import AttentionState, MRLABase
 from mmela.pruning import EBQM
+from mmela.structure import attention_stages
 from tests.helpers.runs import padded_kl
+from tests.helpers.stages import BlockStage
 from tests.helpers.toy import CHANNELS, ResidualBlock
 
 
 def make_stage(states=(0, 0, 0), head_dim=4):
     torch.manual_seed(0)
-    stage = SequentialAttentionStage(
-        *[ResidualBlock(dict(type='MRLABase', head_dim=head_dim)) for _ in states]
-    )
-    for attention, state in zip(stage.attentions, states):
+    stage = BlockStage(*[ResidualBlock() for _ in states])
+    for index, state in enumerate(states):
+        attention = MRLABase(CHANNELS, head_dim=head_dim)
+        stage.attach(index, attention)
         attention.attention_state = AttentionState(state)
         torch.nn.init.normal_(attention.query.weight, std=5)
     # With BN statistics of the batch, samples would depend on one another.
     return stage.eval()
 
 
+def named(stage, name='layer1'):
+    """The stage as one of a network, by its name."""
+    return attention_stages(torch.nn.ModuleDict({name: stage}))
+
+
 def measure(stage, batches, **kwargs):
-    meter, seen = KLMeter(stage, **kwargs), []
+    meter, seen = KLMeter(named(stage)['layer1'], **kwargs), []
     stage.observer = lambda scores: (meter(scores), seen.append(scores))
     for batch in batches:
         stage(batch)
@@ -86,7 +93,7 @@ def test_decision_knows_how_far_query_and_key_have_come():
         step = torch.zeros(size)
         step[0] = start.norm()
         attention.query.weight.data.copy_((start[:size] + step).view(1, 1, -1))
-    meter = NetworkKLMeter(dict(layer1=stage))
+    meter = NetworkKLMeter(named(stage))
     meter.attach()
     stage(BATCHES[0])
     decision = meter.decide(EBQM())
@@ -120,7 +127,7 @@ def test_saturated_attention_is_finite():
 
 
 def test_stage_that_did_not_run_has_no_kl():
-    meter = NetworkKLMeter(dict(layer1=make_stage()))
+    meter = NetworkKLMeter(named(make_stage()))
     assert set(meter.compute().values()) == {None}
     assert meter.silent_stages() == ['layer1']
     decision = meter.decide(EBQM())
@@ -136,7 +143,7 @@ def test_stage_that_did_not_run_has_no_kl():
 def test_state_dict_goes_on(reduction):
     stage = make_stage()
     whole, _ = measure(stage, BATCHES, reduction=reduction)
-    first, second = (NetworkKLMeter(dict(layer1=stage), reduction) for _ in range(2))
+    first, second = (NetworkKLMeter(named(stage), reduction) for _ in range(2))
     for meter, batch in zip((first, second), BATCHES):
         if meter is second:
             second.load_state_dict(first.state_dict())
@@ -152,7 +159,7 @@ def test_state_dict_goes_on(reduction):
 @pytest.mark.parametrize('training_only', [False, True])
 def test_passes_without_gradient_are_no_training(training_only):
     stage = make_stage()
-    meter = NetworkKLMeter(dict(layer1=stage))
+    meter = NetworkKLMeter(named(stage))
     meter.attach(training_only)
     stage(BATCHES[0])
     with torch.no_grad():
@@ -165,33 +172,33 @@ def other_names():
     stage = make_stage()
     stage.add_module('3', stage[2])
     del stage._modules['2']
-    return dict(layer1=stage)
+    return named(stage)
 
 
 @pytest.mark.parametrize(
     'other, match',
     [
         (
-            lambda: NetworkKLMeter(dict(layer1=make_stage()), eps=1e-6),
+            lambda: NetworkKLMeter(named(make_stage()), eps=1e-6),
             'eps=1e-08.*1e-06',
         ),
         (
-            lambda: NetworkKLMeter(dict(layer1=make_stage()), 'mean_distribution'),
+            lambda: NetworkKLMeter(named(make_stage()), 'mean_distribution'),
             'reduction=mean_kl',
         ),
         (
-            lambda: NetworkKLMeter(dict(layer2=make_stage())),
+            lambda: NetworkKLMeter(named(make_stage(), 'layer2')),
             'layer1.*layer2',
         ),
-        (lambda: NetworkKLMeter(dict(layer1=make_stage(head_dim=2))), 'head_dim=4'),
+        (lambda: NetworkKLMeter(named(make_stage(head_dim=2))), 'head_dim=4'),
         # Three numbers in each case
-        (lambda: NetworkKLMeter(dict(layer1=make_stage((0, 0, 0, 2)))), 'pruned'),
-        (lambda: NetworkKLMeter(dict(layer1=make_stage((0, 1, 0, 0)))), 'value_only'),
+        (lambda: NetworkKLMeter(named(make_stage((0, 0, 0, 2)))), 'pruned'),
+        (lambda: NetworkKLMeter(named(make_stage((0, 1, 0, 0)))), 'value_only'),
         (lambda: NetworkKLMeter(other_names()), '3.layer_attn'),
     ],
 )
 def test_sums_of_other_attentions_are_refused(other, match):
     """Whatever identifies what was measured, not only how many numbers."""
-    meter = NetworkKLMeter(dict(layer1=make_stage()))
+    meter = NetworkKLMeter(named(make_stage()))
     with pytest.raises(ValueError, match=match):
         other().load_state_dict(meter.state_dict())

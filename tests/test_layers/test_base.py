@@ -90,9 +90,12 @@ def test_averaged_copy_follows_the_buffer():
     for _ in range(3):
         averaged.update_parameters(model)
     averaged.eval()
-    assert int(averaged.module.state) == int(averaged.module.attention_state)
-    averaged.module.state.fill_(2)
-    assert not averaged.module.active
+    assert float(averaged.module.state) == 1.5  # what one has pruned is pruned
+    assert averaged.module.attention_state is AttentionState.PRUNED
+    averaged.module.state.fill_(1.25)
+    assert averaged.module.attention_state is AttentionState.VALUE_ONLY
+    averaged.module.state.fill_(0)
+    assert averaged.module.active
 
 
 def test_state_in_inference_mode():

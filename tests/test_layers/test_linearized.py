@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmela.layers import AttentionStage, LinearizedMLA
+from mmela.layers import LinearizedMLA
 from mmela.layers.linearized import KINDS
+from tests.helpers.stages import run_one
 
 C, D, BLOCKS = 16, 4, 5
 
@@ -83,8 +84,8 @@ def test_equals_plain_loops(kind):
     if kind == 'focused':  # each block adds a position of its own
         for attention in attentions[1:]:
             attention.position = attentions[0].position
-    memory, stage = LinearizedMLA.Memory(), AttentionStage()
-    outs = [stage.attend(a, x, memory) for a, x in zip(attentions, xs)]
+    memory = LinearizedMLA.Memory()
+    outs = [run_one(a, x, memory) for a, x in zip(attentions, xs)]
     for t, (attention, out) in enumerate(zip(attentions, outs)):
         found = torch.stack([naive(kind, attention, xs[: t + 1], b) for b in range(2)])
         assert found.std() > 1e-3
@@ -134,7 +135,7 @@ def test_trains_and_keeps_its_projection(kind):
     other.load_state_dict(attention.state_dict())
     if kind == 'performer':
         assert torch.equal(other.projection, attention.projection)
-    assert f'kind={kind}' in attention.signature()
+    assert f'kind={kind}' in attention.fingerprint()
     wrong = LinearizedMLA(C, head_dim=D, kind='linear' if kind == 'hydra' else 'hydra')
     with pytest.raises(RuntimeError, match='kind='):
         wrong.load_state_dict(attention.state_dict(), strict=False)

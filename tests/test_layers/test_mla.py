@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmela.layers import MLA, AttentionStage, AttentionState
+from mmela.layers import MLA, AttentionState
+from tests.helpers.stages import BlockStage, run_one
 
 C, D = 16, 4
 
@@ -51,8 +52,8 @@ def test_equals_naive_loops():
             nn.init.normal_(attention.query.weight, std=5)
             attention.attention_state = AttentionState(state)
         xs = [torch.randn(2, C, 6, 5) for _ in range(4)]
-        memory, stage = MLA.Memory(), AttentionStage()
-        outs = [stage.attend(a, x, memory) for a, x in zip(attentions, xs)]
+        memory = MLA.Memory()
+        outs = [run_one(a, x, memory) for a, x in zip(attentions, xs)]
         for out, expected in zip(outs, naive(attentions, xs)):
             torch.testing.assert_close(out, expected)
 
@@ -66,9 +67,7 @@ def test_prunable_and_keeps_no_parameter_for_later_ones():
 
 def test_replace():
     """BN(O) in place of the output, and nothing that speaks of a sum."""
-    from mmela.layers import SequentialAttentionStage
-
-    stage = SequentialAttentionStage(torch.nn.Identity())
+    stage = BlockStage(torch.nn.Identity())
     attention = MLA(16, head_dim=8, replace=True)
     stage.attach(0, attention)
     stage.eval()
@@ -77,7 +76,7 @@ def test_replace():
     expected = attention.norm(attention.value(x))
     torch.testing.assert_close(stage(x), expected)
     assert (expected < 0).any()
-    assert attention.signature() == 'MLA(head_dim=8, relu=False, replace=True)'
+    assert attention.fingerprint() == 'MLA(head_dim=8, relu=False, replace=True)'
     for name in ('drop_path', 'zero_init', 'relu'):
         with pytest.raises(ValueError, match=f'adds nothing .* so {name}='):
             MLA(16, head_dim=8, replace=True, **{name: 0.5 if '_p' in name else True})

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmela.layers import AttentionStage, AttentionState, MRLABase
+from mmela.layers import AttentionState, MRLABase
+from tests.helpers.stages import run_one
 
 C, D = 16, 4
 
@@ -15,8 +16,8 @@ def make(n=3, **kwargs):
 
 
 def run(attentions, xs):
-    memory, stage = MRLABase.Memory(), AttentionStage()
-    return [stage.attend(a, x, memory) for a, x in zip(attentions, xs)], memory
+    memory = MRLABase.Memory()
+    return [run_one(a, x, memory) for a, x in zip(attentions, xs)], memory
 
 
 def inputs(n=3, seed=1):
@@ -107,9 +108,9 @@ def test_gradients_equal_those_of_plain_code(states):
         for attention, state in zip(attentions, states):
             attention.attention_state = AttentionState(state)
         x = inputs(1)[0].double().requires_grad_()
-        memory, stage, out = MRLABase.Memory(), AttentionStage(), x
+        memory, out = MRLABase.Memory(), x
         for attention in attentions:
-            out = stage.attend(attention, torch.tanh(out), memory)
+            out = run_one(attention, torch.tanh(out), memory)
         out.square().sum().backward()
         grads.append(
             [x.grad]

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmela.layers import AttentionState, MRLALight, SequentialAttentionStage
+from mmela.layers import AttentionState, MRLALight
+from tests.helpers.stages import BlockStage
 
 C, D = 16, 4
 
@@ -25,7 +26,7 @@ class Block(nn.Module):
 
 def make_stage(n=3, **kwargs):
     torch.manual_seed(0)
-    stage = SequentialAttentionStage(*[Block(1 + (i == 0)) for i in range(n)])
+    stage = BlockStage(*[Block(1 + (i == 0)) for i in range(n)])
     for i in range(n):
         stage.attach(i, MRLALight(C, head_dim=D, **kwargs))
     return stage
@@ -36,7 +37,7 @@ def naive(stage, x, previous):
     last = None
     for block in stage:
         identity = x if block.downsample is None else block.downsample(x)
-        x = block(x)
+        x = block.forward(x)  # without its hooks
         attention = block.layer_attn
         if not attention.active:
             continue
@@ -144,7 +145,7 @@ def test_ablations(ablation):
         identity = expected
         if block.downsample is not None:
             identity = block.downsample(expected)
-        expected = block(expected)
+        expected = block.forward(expected)
         attention = block.layer_attn
         out = expected
         if ablation.get('value_conv', True):
@@ -193,8 +194,8 @@ def test_ablations(ablation):
 
 
 def test_checkpoints_of_the_full_attention_are_as_before():
-    assert MRLALight(C, D).signature() == 'MRLALight(head_dim=4, previous=identity)'
-    without = MRLALight(C, D, learn_lambda=False).signature()
+    assert MRLALight(C, D).fingerprint() == 'MRLALight(head_dim=4, previous=identity)'
+    without = MRLALight(C, D, learn_lambda=False).fingerprint()
     assert 'learn_lambda=False' in without
 
 

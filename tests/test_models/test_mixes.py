@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from mmela.layers import MLA, MRLABase, SequentialAttentionStage
+from mmela.layers import MLA, MRLABase
 from tests.helpers.backbones import ATTENTIONS, build
+from tests.helpers.stages import BlockStage
 
 C, D = 8, 4
 WAYS = ('eager', 'reference', 'autograd', 'compiled', 'disabled', 'checkpointed')
@@ -20,7 +21,7 @@ WAYS = ('eager', 'reference', 'autograd', 'compiled', 'disabled', 'checkpointed'
 def make_stage(attention=MRLABase, n=5, **kwargs):
     torch.manual_seed(0)
     blocks = [torch.nn.Conv2d(C, C, 3, padding=1) for _ in range(n)]
-    stage = SequentialAttentionStage(*blocks)
+    stage = BlockStage(*blocks)
     for i in range(n):
         stage.attach(i, attention(C, head_dim=D, backend='reference', **kwargs))
         torch.nn.init.normal_(stage[i].layer_attn.query.weight, std=3)

@@ -57,7 +57,8 @@ def test_training_step(scope, backbone, name):
 
 @pytest.mark.parametrize('name', ['Plugin', 'DIA'])
 def test_efficientnet(name):
-    net = make('mmpretrain', 'ELAEfficientNet', name).eval()
+    net = make('mmpretrain', 'ELAEfficientNet', name)
+    net.eval()  # which returns None
     x = torch.randn(1, 3, 64, 64)
     before = [out.clone() for out in net(x)]
     for module in net.modules():
@@ -68,9 +69,18 @@ def test_efficientnet(name):
     assert change > 1e-3 * before[-1].abs().max()
 
 
-def test_transformers_have_no_branch():
-    with pytest.raises(ValueError, match='DIA works on the residual branch'):
-        make('mmpretrain', 'ELAVisionTransformer', 'DIA')
+@pytest.mark.parametrize('name', ['Plugin', 'DIA', 'BA', 'RLAg'])
+@pytest.mark.parametrize(
+    'scope, backbone',
+    [
+        ('mmpretrain', 'ELAVisionTransformer'),
+        ('mmpretrain', 'ELACeiT'),
+        ('mmdet', 'ELAPyramidVisionTransformerV2'),
+    ],
+)
+def test_transformers_have_no_branch(scope, backbone, name):
+    with pytest.raises(ValueError, match=rf'{name} works on .* layers\..* returns BLC'):
+        make(scope, backbone, name)
 
 
 # KCLA, table I, and ELA, table 1: with 10 and with 100 classes

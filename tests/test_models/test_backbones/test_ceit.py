@@ -9,6 +9,7 @@ pytest.importorskip('mmpretrain')
 from mmpretrain.registry import MODELS  # noqa: E402
 
 import mmela  # noqa: E402, F401
+from mmela.structure import attention_stages  # noqa: E402
 
 SMALL = dict(embed_dims=16, num_layers=3, num_heads=2, feedforward_channels=24)
 
@@ -152,9 +153,9 @@ def test_class_tokens_are_those_after_the_layer_attention():
         )
     with torch.no_grad():
         net(torch.rand(2, 3, 32, 64))
-    # The hooks here run after those of the stages
+    # The hooks here run after those of the attentions
     torch.testing.assert_close(seen[0], torch.stack(outputs, 1))
-    assert len(net.remaining_attention_blocks()) == 2
+    assert list(attention_stages(net)) == ['layers.0-1', 'layers.2']
 
 
 def test_another_size():

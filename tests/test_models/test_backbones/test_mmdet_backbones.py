@@ -13,8 +13,9 @@ pytest.importorskip('mmcv.ops', exc_type=ImportError)
 from mmdet.registry import MODELS  # noqa: E402
 
 import mmela  # noqa: E402, F401
+from mmela.attach import wiring  # noqa: E402
 from mmela.layers import AttentionState  # noqa: E402
-from mmela.models.backbones import mixin  # noqa: E402
+from mmela.structure import layer_attentions  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -129,25 +130,31 @@ def test_zero_init_starts_as_the_resnet_it_loads(frozen_stages, norm_eval):
             assert torch.equal(out, expected)
 
 
+def counts(model):
+    """Number of attentions of each stage."""
+    names = list(layer_attentions(model))
+    return [sum(n.startswith(f'layer{i}.') for n in names) for i in range(1, 5)]
+
+
 @pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2])
 def test_zero_init_leaves_frozen_stages_alone(frozen_stages, monkeypatch):
     said = []
-    monkeypatch.setattr(mixin, 'print_log', lambda text, *args: said.append(text))
+    monkeypatch.setattr(wiring, 'print_log', lambda text, *args: said.append(text))
     model = build(frozen_stages=frozen_stages, layer_attention=dict(zero_init=True))
     frozen = max(frozen_stages, 0)
-    counts = [len(model.get_submodule(f'layer{i}').attentions) for i in range(1, 5)]
-    assert counts == [0] * frozen + [3, 4, 6, 3][frozen:]
-    # Said once, and only where it is so
-    assert len(said) == (frozen > 0)
-    assert all('no layer attention in frozen' in text for text in said)
+    assert counts(model) == [0] * frozen + [3, 4, 6, 3][frozen:]
+    # The table says so, and only where it is so
+    (table,) = said
+    lines = [line for line in table.splitlines() if 'are frozen' in line]
+    assert len(lines) == frozen
+    assert all(f'none: layer{i + 1}.0 ...' in line for i, line in enumerate(lines))
     # Attentions of a frozen stage that start otherwise come from a checkpoint.
-    model = build(frozen_stages=frozen_stages)
-    assert len(model.layer1.attentions) == 3
+    assert counts(build(frozen_stages=frozen_stages)) == [3, 4, 6, 3]
     # A memory that crosses stages is gone on with in the next one.
     kcla = dict(type='KCLA', head_dim=8, zero_init=True)
-    assert len(build(frozen_stages=1, layer_attention=kcla).layer1.attentions) == 3
+    assert counts(build(frozen_stages=1, layer_attention=kcla)) == [3, 4, 6, 3]
     kcla['cross_stage'] = False
-    assert len(build(frozen_stages=1, layer_attention=kcla).layer1.attentions) == 0
+    assert counts(build(frozen_stages=1, layer_attention=kcla)) == [0, 4, 6, 3]
 
 
 def test_small_init_leaves_frozen_stages_alone_and_takes_part():
@@ -155,7 +162,7 @@ def test_small_init_leaves_frozen_stages_alone_and_takes_part():
     model = build(frozen_stages=1, norm_eval=True, layer_attention=config)
     model.init_weights()
     model.train()
-    assert not model.layer1.attentions
+    assert counts(model)[0] == 0
     attention = model.layer2[0].layer_attn
     assert (attention.norm.weight == 0.2).all()
     for out in model(torch.randn(2, 3, 64, 64))[1:]:

@@ -170,7 +170,7 @@ def test_torchvision_checkpoint(scope, tmp_path, monkeypatch, messages):
         for key in line.partition(':')[2].replace(',', ' ').split()
     ]
     own = {k for k in backbone.state_dict() if 'layer_attn' in k}
-    ignored = {k for k in own if k.endswith(('num_batches_tracked', 'signature'))}
+    ignored = {k for k in own if k.endswith('num_batches_tracked')}
     assert set(missing) == own - ignored
     unexpected = [line for line in messages if 'unexpected key' in line]
     # The classifier is not the backbone's
@@ -224,8 +224,9 @@ cfg.model.head.num_classes = 3
 cfg.val_evaluator.topk = cfg.test_evaluator.topk = (1, )
 runner = Runner.from_cfg(cfg)
 runner.train()
-states = [int(a.attention_state) for s in (1, 2, 3)
-          for a in getattr(runner.model.backbone, f'layer{s}').attentions]
+from mmela.structure import layer_attentions
+states = [int(a.attention_state) for a in layer_attentions(runner.model).values()]
+assert len(states) == 6
 print('pruned', states.count(2))
 assert not any(m.split('.')[0] in ('mmdet', 'mmseg') for m in sys.modules)
 """

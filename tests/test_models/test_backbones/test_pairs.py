@@ -11,7 +11,7 @@ from mmela.convert.slim import slim_config, slim_state_dict
 from mmela.hooks import NetworkKLMeter
 from mmela.layers import AttentionState, LayerAttention
 from mmela.pruning import FixedCount
-from mmela.structure import attention_stages, prune
+from mmela.structure import attention_stages, layer_attentions, prune
 from tests.helpers.backbones import ATTENTIONS, MMDET, MMPRETRAIN, build, registry
 
 PAIRS = [
@@ -129,8 +129,9 @@ def test_four_layers_of_a_transformer_form_a_stage():
             layer_attention=dict(type='MRLABase', head_dim=16),
         )
     )
-    assert [len(s.attentions) for s in model.layer_attn_stages] == [4, 4, 4]
-    assert model.layer_attn_stages[0].attentions[0].num_heads == 12
+    stages = attention_stages(model)
+    assert [len(s.attentions) for s in stages.values()] == [4, 4, 4]
+    assert model.layers[0].layer_attn.num_heads == 12
 
 
 def test_stages_of_efficientnet():
@@ -143,7 +144,7 @@ def test_stages_of_efficientnet():
             layer_attention=dict(type='MRLABase', head_dim=8),
         )
     )
-    stages = model.layer_attn_stages
+    stages = attention_stages(model).values()
     assert [[a.channels for a in s.attentions] for s in stages] == [
         [24],
         [40],
@@ -153,12 +154,9 @@ def test_stages_of_efficientnet():
     ]
     # The attention shares the probability of its block's stochastic depth
     for stage in stages:
-        for name, slot in stage.named_children():
-            assert (
-                slot.layer_attn.drop_path.drop_prob
-                == stage.blocks[int(name)].drop_path.drop_prob
-                > 0
-            )
+        for block in stage.blocks.values():
+            rate = block.layer_attn.drop_path.drop_prob
+            assert rate == block.drop_path.drop_prob > 0
 
 
 def test_frozen_blocks_freeze_their_attention():
@@ -171,12 +169,12 @@ def test_frozen_blocks_freeze_their_attention():
         )
     )
     model.train()
+    stages = list(attention_stages(model).values())
     frozen = [
-        not any(p.requires_grad for p in s.attentions[0].parameters())
-        for s in model.layer_attn_stages
+        not any(p.requires_grad for p in s.attentions[0].parameters()) for s in stages
     ]
     assert frozen == [True, False, False, False, False]
-    assert not model.layer_attn_stages[0].attentions[0].training
+    assert not stages[0].attentions[0].training
 
 
 @pytest.mark.parametrize(
@@ -193,21 +191,22 @@ def test_all_is_trained_where_nothing_is_frozen(scope, backbone):
     assert not [n for n, p in model.named_parameters() if not p.requires_grad]
 
 
-def test_init_weights_keeps_zero_init_of_hooked_attentions():
+def test_init_weights_keeps_zero_init():
     """The backbone's own sets every norm weight to 1."""
     model = build(
         'mmpretrain', 'ELAEfficientNet', dict(ATTENTIONS['MRLABase'], zero_init=True)
     )
     model.init_weights()
-    for stage in model.layer_attn_stages:
-        for attention in stage.attentions:
-            assert (attention.norm.weight == 0).all()
+    attentions = layer_attentions(model).values()
+    assert attentions
+    for attention in attentions:
+        assert (attention.norm.weight == 0).all()
 
 
 def test_tokens_against_their_equations():
     """MRLA-light in a transformer (MRLA, algorithm 4), token by token."""
-    model = build('mmpretrain', 'ELAVisionTransformer', ATTENTIONS['MRLALight']).eval()
-    stage = model.layer_attn_stages[0]
+    model = build('mmpretrain', 'ELAVisionTransformer', ATTENTIONS['MRLALight'])
+    model.eval()  # which returns None
     seen = {}
     block = model.layers[0]
     block.register_forward_pre_hook(lambda m, args: seen.update(x=args[0].clone()))
@@ -219,7 +218,7 @@ def test_tokens_against_their_equations():
         x = seen['x']
         y = x + block.attn(block.ln1(x))
         y = block.ffn(block.ln2(y), identity=y)
-        a = stage.attentions[0]
+        a = block.layer_attn
         normed, before = a.pre_norm(y)[0], a.identity_norm(x)[0]
         grid = normed[1:].T.reshape(32, 4, 4)
         value = torch.nn.functional.gelu(a.value(grid[None]))[0]
@@ -252,7 +251,7 @@ def test_measure_prune_and_slim(backbone):
     meter.detach()
     decision = meter.decide(FixedCount(count=2))
     assert [(x.name, x.stage) for x in decision.layers] == [
-        (f'{k}.{n}', k) for k, s in stages.items() for n in s.named_attentions()
+        (n, k) for k, s in stages.items() for n in s.named
     ]
     pruned = decision.pruned
     assert len(pruned) == 2

@@ -19,6 +19,7 @@ from mmela.models.backbones.resnet_cifar import (  # noqa: E402
     ELABottleneckResNet_CIFAR,
     ELAResNet_CIFAR,
 )
+from mmela.structure import attention_stages  # noqa: E402
 
 # Of all stages, by depth
 BLOCKS = {18: 8, 34: 16, 50: 16, 101: 33, 152: 50}
@@ -65,7 +66,7 @@ def test_bottleneck_depths(depth):
             layer_attention=ATTENTION,
         )
     )
-    stages = [net.layer1, net.layer2, net.layer3]
+    stages = list(attention_stages(net).values())
     assert [len(s.attentions) for s in stages] == [(depth - 2) // 9] * 3
     assert [s.attentions[0].channels for s in stages] == [64, 128, 256]
     assert net(torch.rand(2, 3, 32, 32))[0].shape == (2, 256, 8, 8)

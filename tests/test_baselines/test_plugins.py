@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from mmcv.cnn import build_plugin_layer
 from torch import nn
 
-from mmela.layers import AA, AttentionState, SequentialAttentionStage
+from mmela.baselines import AA
+from mmela.layers import AttentionState
+from tests.helpers.stages import BlockStage
 
 C = 16
 
@@ -119,7 +121,7 @@ def test_augmented_convolution(stride):
     block = Block(stride)
     wide = block.conv2.weight.detach().clone()
     attention = AA(C, keys=0.25, values=0.25, heads=2, min_key=1, max_size=3)
-    stage = SequentialAttentionStage(block)
+    stage = BlockStage(block)
     stage.attach(0, attention)
     assert torch.equal(block.conv2.weight, wide[:12])  # 16 less 2 heads of 2
     assert (attention.key_dim, attention.value_dim) == (2, 2)
