@@ -148,13 +148,17 @@ class _Watch(TorchFunctionMode):
             ]
             if all(within):
                 call.sums.add(result.numel())
-                for tensor in summands:
-                    for made in getattr(tensor, '_mmela_made', ()):
-                        source = self.calls[made]
-                        direct = source.parents[-1:] == (call.index,)
-                        if direct and source.args[:1] == call.args[:1]:
-                            call.shortcut = made
+                self._note_shortcut(call, summands)
         return same
+
+    def _note_shortcut(self, call: _Call, summands: List[Tensor]) -> None:
+        """Note what has made a summand from the input of a block at once."""
+        for tensor in summands:
+            for made in getattr(tensor, '_mmela_made', ()):
+                source = self.calls[made]
+                direct = source.parents[-1:] == (call.index,)
+                if direct and source.args[:1] == call.args[:1]:
+                    call.shortcut = made
 
     def _enter(self, name: str):
         def hook(module, args, kwargs):
@@ -173,7 +177,7 @@ class _Watch(TorchFunctionMode):
             call.pairs_in = list(pairs(everything))
             for tensor in _tensors(everything):
                 call.derived_from |= getattr(tensor, '_mmela_from', 0)
-            found = _first(everything[:1])
+            found = _first_argument(everything)
             if found is not None:
                 call.in_path, x = found
                 call.shape_in = tuple(x.shape)
@@ -193,7 +197,7 @@ class _Watch(TorchFunctionMode):
             tensor._mmela_from = getattr(tensor, '_mmela_from', 0) | 1 << call.index
             made = getattr(tensor, '_mmela_made', [])
             tensor._mmela_made = [*made, call.index]
-        x = _first((*args, *kwargs.values())[:1])
+        x = _first_argument((*args, *kwargs.values()))
         call.changes_input = x is not None and x[1]._version != call.version
         found = _first(output)
         if found is not None:
@@ -211,10 +215,18 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 def _first(value: Any) -> Optional[Tuple[Path, Tensor]]:
     """The first tensor; None too where a list has several, which are equals."""
     found = list(tensors(value))
-    inner = value[0] if isinstance(value, tuple) and len(value) == 1 else value
-    if not found or isinstance(inner, list) and len(found) > 1:
+    if not found or isinstance(value, list) and len(found) > 1:
         return None
     return found[0]
+
+
+def _first_argument(arguments: tuple) -> Optional[Tuple[Path, Tensor]]:
+    """The first tensor in the first argument that has any."""
+    for index, value in enumerate(arguments):
+        if any(True for _ in tensors(value)):
+            found = _first(value)
+            return found and ((index, *found[0]), found[1])
+    return None
 
 
 def watch(

@@ -276,6 +276,13 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
         self._note_state()
         self._sync_requires_grad()
 
+    def train(self, mode: bool = True) -> 'LayerAttention':
+        """Set the mode, and read the state again: averages of networks are written
+        where their version does not tell, and evaluated after that."""
+        super().train(mode)
+        self._seen = None, None
+        return self
+
     def _note_state(self) -> None:
         version = None if self.state.is_inference() else self.state._version
         self._seen = self.state, version
@@ -362,7 +369,8 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
         if not exact:
             print_log(
                 f'{key} is {float(state_dict[key]):g}: an average of networks of '
-                'which some have pruned this attention. It is taken as pruned.',
+                'which some have pruned this attention and others have not. It is '
+                f'taken as {state.name}.',
                 'current',
                 level=30,
             )

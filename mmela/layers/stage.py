@@ -361,6 +361,12 @@ def ensure_tap(
         RemovableHandle | None: To remove it; None if it was there.
     """
     module = _part(block, name)
+    if module is None:
+        raise RuntimeError(
+            f'layer attention: block {attention.place.block} has lost its {name}, which '
+            f'{type(attention).__name__} needs; convert the network before you give it '
+            'attentions, or leave the block out by blocks=[...]'
+        )
     for hook in module._forward_hooks.values():
         if isinstance(hook, Tap) and hook.method == method:
             return None

@@ -18,14 +18,16 @@ class AttentionState(IntEnum):
     """Removed whole: its block is a plain residual block."""
 
 
-# Floating-point numbers, which averages and casts treat as they treat weights.
-# No mean of two of them is a third one: 1 would be that of 0 and 2.
+# Floating-point numbers, which averages and casts treat as they treat weights. The
+# sign tells them apart: an average of an active and a pruned one is positive, as that
+# of a pruned one is, whatever the weights.
 CODES = {
     AttentionState.ACTIVE: 0.0,
-    AttentionState.VALUE_ONLY: 1.25,
+    AttentionState.VALUE_ONLY: -1.25,
     AttentionState.PRUNED: 2.0,
 }
-TOLERANCE = 1e-4
+# What a running average may have lost by rounding
+TOLERANCE = 1e-3
 
 
 def encode(state: AttentionState) -> float:
@@ -35,7 +37,7 @@ def encode(state: AttentionState) -> float:
         state (AttentionState): The state.
 
     Returns:
-        float: 0 for ``ACTIVE``, 1.25 for ``VALUE_ONLY``, 2 for ``PRUNED``.
+        float: 0 for ``ACTIVE``, -1.25 for ``VALUE_ONLY``, 2 for ``PRUNED``.
     """
     return CODES[AttentionState(state)]
 
@@ -44,7 +46,8 @@ def decode(value: Tensor) -> Tuple[AttentionState, bool]:
     """The state that a buffer or a checkpoint holds.
 
     An average of networks whose states differ lies between the codes. What one of
-    them has pruned is taken as pruned, since pruning is not undone.
+    them has pruned is taken as pruned, or as reduced to its value, since pruning is not
+    undone.
 
     Args:
         value (Tensor): One number: a code of :func:`encode`, or an integer of
@@ -60,18 +63,20 @@ def decode(value: Tensor) -> Tuple[AttentionState, bool]:
     if value.numel() != 1 or value.is_complex():
         raise ValueError(f'a state of shape {tuple(value.shape)} is not one number')
     number = float(value)
-    allowed = 'allowed are 0 (active), 1.25 (value only) and 2 (pruned)'
+    low, high = CODES[AttentionState.VALUE_ONLY], CODES[AttentionState.PRUNED]
     if not value.is_floating_point():
-        if number not in (0, 1, 2):
-            raise ValueError(f'state {number:g} is unknown; {allowed}')
-        return AttentionState(int(number)), True
-    for state, code in CODES.items():
-        # A running mean leaves 0 by small steps: it is 0 or it is not.
-        if abs(number - code) <= (TOLERANCE if code else 0):
-            return state, True
-    if not 0 < number < CODES[AttentionState.PRUNED]:
-        raise ValueError(f'state {number:g} is unknown; {allowed}')
-    return AttentionState.PRUNED, False
+        if number in (0, 1, 2):
+            return AttentionState(int(number)), True
+    elif low - TOLERANCE <= number <= high + TOLERANCE:
+        if number == 0:
+            return AttentionState.ACTIVE, True
+        if number < 0:
+            return AttentionState.VALUE_ONLY, number - low <= TOLERANCE
+        return AttentionState.PRUNED, high - number <= TOLERANCE
+    raise ValueError(
+        f'state {number:g} is unknown; allowed are {CODES[AttentionState.ACTIVE]:g} '
+        f'(active), {low:g} (value only) and {high:g} (pruned)'
+    )
 
 
 def encode_text(text: str) -> Tensor:

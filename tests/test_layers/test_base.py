@@ -92,7 +92,7 @@ def test_averaged_copy_follows_the_buffer():
     averaged.eval()
     assert float(averaged.module.state) == 1.5  # what one has pruned is pruned
     assert averaged.module.attention_state is AttentionState.PRUNED
-    averaged.module.state.fill_(1.25)
+    averaged.module.state.fill_(-1.25)
     assert averaged.module.attention_state is AttentionState.VALUE_ONLY
     averaged.module.state.fill_(0)
     assert averaged.module.active
