@@ -536,7 +536,8 @@ class QKVLayerAttention(LayerAttention):
     def _query_and_key(self) -> Tensor:
         """Weights of query and key, (2 k,), on the CPU."""
         weights = [self.query.weight, self.key.weight]
-        return torch.cat([w.detach().flatten() for w in weights]).float().cpu()
+        flat = torch.cat([w.detach().flatten() for w in weights]).float()
+        return flat if flat.is_meta else flat.cpu()
 
     def movement(self) -> Optional[float]:
         if not hasattr(self, 'query'):

@@ -147,7 +147,8 @@ class DLABase(MRLABase):
         dsu = (memory.first or self).dsu
         memory.state = dsu(pool(x).squeeze(1), memory.state)
         memory.keys = [
-            k * dsu(k.flatten(1), memory.state)[0].view_as(k) for k in memory.keys
+            k * dsu(k.flatten(1).to(x.dtype), memory.state)[0].view_as(k)
+            for k in memory.keys
         ]
         memory.values = [
             v * dsu(pool(v).squeeze(1), memory.state)[0][..., None, None]
