@@ -6,7 +6,7 @@ _base_ = [
     'mmpretrain::_base_/default_runtime.py',
 ]
 custom_imports = dict(
-    imports=['mmela', 'configs.studies.cpu_bfloat16'], allow_failed_imports=False
+    imports=['mmela', 'mmela.engine.cpu_bfloat16'], allow_failed_imports=False
 )
 
 train_dataloader = dict(num_workers=1, drop_last=True)
@@ -14,7 +14,7 @@ val_dataloader = dict(num_workers=1)
 test_dataloader = val_dataloader
 
 optim_wrapper = dict(
-    type='BFloat16OptimWrapper',
+    type='CPUBFloat16OptimWrapper',
     optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True),
 )
 param_scheduler = [
