@@ -1,0 +1,25 @@
+_base_ = './lite0_mrla-base-zero_1xb64-5e_cifar10-96px.py'
+
+# As configs/_base_/swap.py, but that the heads follow the channels
+model = dict(
+    backbone=dict(layer_attention=dict(_delete_=True, type='MRLABase', small_init=0.2))
+)
+optim_wrapper = dict(
+    paramwise_cfg=dict(
+        custom_keys={
+            'layer_attn.query': dict(lr_mult=10, decay_mult=0),
+            'layer_attn.key': dict(lr_mult=10, decay_mult=0),
+        }
+    )
+)
+
+# Prunes nothing, but measures what the runs with pruning decide by, which go on
+# from one of its checkpoints.
+custom_hooks = [
+    dict(
+        type='LayerAttentionPruningHook',
+        windows=[(2, 2), (3, 3)],
+        policy=dict(type='FixedCount', count=0),
+    )
+]
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=-1))
