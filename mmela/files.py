@@ -2,9 +2,14 @@
 
 import os
 import shutil
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, Union
+
+
+class NotWritten(OSError):
+    """A file could not be written; the message is one line with its name."""
 
 
 @contextmanager
@@ -20,40 +25,56 @@ def replacing(path: Union[str, Path]) -> Iterator[Path]:
             config.write_text(text, 'utf-8')
 
     Args:
-        path (str | Path): The file. A link leads to what it points to; a
-            device such as ``/dev/null`` is written directly.
+        path (str | Path): The file, in a folder that is there. A link leads to
+            what it points to; a device such as ``/dev/null`` is written
+            directly.
 
     Yields:
-        Path: Where to write, with the suffix of ``path``.
+        Path: Where to write: a file of the same name in a hidden folder beside
+        it. What else is written there is renamed too.
 
     Raises:
-        OSError: If it cannot be renamed.
+        NotWritten: If the folder is not there, or an OSError or a RuntimeError,
+            which is torch's for a full disk, ends what writes.
     """
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        yield path
-        return
-    temporary = path.with_name(f'.{path.stem}.part{path.suffix}')
+    folder = None
     try:
+        if path.is_dir():
+            raise IsADirectoryError('it is a folder')
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f'there is no folder {path.parent}')
+        folder = Path(tempfile.mkdtemp(prefix=f'.{path.stem[:50]}.', dir=path.parent))
+        temporary = folder / path.name
         yield temporary
         if path.exists():
             shutil.copymode(path, temporary)
+        for other in folder.iterdir():
+            if other != temporary:
+                os.replace(other, path.with_name(other.name))
         os.replace(temporary, path)
-    except BaseException:
-        if temporary.exists():
-            temporary.unlink()
+    except NotWritten:  # of another file that belongs to this one
         raise
+    except (OSError, RuntimeError) as error:
+        reason = ' '.join(str(error).split())
+        raise NotWritten(f'{path} cannot be written: {reason}') from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: Union[str, Path], text: str) -> None:
     """Write a text file, whole or not at all.
 
     Args:
-        path (str | Path): The file.
+        path (str | Path): The file, in a folder that is there.
         text (str): What it will hold, in UTF-8.
 
     Raises:
-        OSError: If it cannot be written.
+        NotWritten: If it cannot be written.
     """
     with replacing(path) as temporary:
         temporary.write_text(text, 'utf-8')

@@ -15,6 +15,7 @@ from PIL import Image
 from rich.progress import track
 
 from ..convert.networks import read_state_dict
+from ..files import replacing, write_text
 from ..hooks.layer_attention_pruning_hook import UNPRUNED
 from ..structure import layer_attentions
 from .drawing import LIGHT, plain_text
@@ -153,7 +154,7 @@ def measure_before_after(
     show = _show_detections if kind == 'detections' else _show_classes
     result['shown'] = show(infos, sides, result['classes'], out.parent)
     text = json.dumps(result, default=float)
-    out.write_text(text + '\n', encoding='utf-8')
+    write_text(out, text + '\n')
     return out
 
 
@@ -384,9 +385,8 @@ def _show_detections(
             scaled = np.asarray(boxes, dtype=float).reshape(-1, 4) * scale
             scaled = scaled.clip(1, np.tile(image.shape[1::-1], 2) - 2)
             picture = _with_boxes(visualizer, image, scaled, texts, colors)
-            Image.fromarray(picture).save(
-                out / pictures[side], quality=85, optimize=True
-            )
+            with replacing(out / pictures[side]) as temporary:
+                Image.fromarray(picture).save(temporary, quality=85, optimize=True)
         shown.append(
             dict(
                 image=Path(info['img_path']).name,
@@ -457,7 +457,8 @@ def _show_classes(
         if scale < 1:
             image = mmcv.imrescale(image, scale, interpolation='area')
         name = f'{number}.jpg'
-        Image.fromarray(image).save(out / name, quality=90, optimize=True)
+        with replacing(out / name) as temporary:
+            Image.fromarray(image).save(temporary, quality=90, optimize=True)
         labels = np.asarray(info['gt_label']).reshape(-1)
         entry: Dict[str, Any] = dict(
             image=Path(info['img_path']).name, picture=name, truth=labels.tolist()

@@ -6,6 +6,7 @@ from typing import Callable, List, Optional, Tuple, Union
 
 from ..command_line import printable
 from ..engine.tables import decision_table
+from ..files import write_text
 from ..pruning.record import check_name
 from .attention_plots import attention_pictures
 from .before_after import COLORS, FOLDER, THRESHOLD
@@ -119,7 +120,7 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
         else None,
     )
     path = run.work_dir / 'report.html' if out is None else Path(out)
-    path.write_text(page, encoding='utf-8')
+    write_text(path, page)
     return path
 
 

@@ -28,6 +28,7 @@ from mmela.convert.published import (
     published_backbone,
     strip_module,
 )
+from mmela.files import replacing
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -87,8 +88,14 @@ def main(argv=None) -> None:
     except ValueError as error:
         raise SystemExit(f'error: {args.src}: {one_line(error)}') from error
     out = Path(args.dst)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(dict(meta=dict(backbone=backbone), state_dict=converted), out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as temporary:
+            torch.save(
+                dict(meta=dict(backbone=backbone), state_dict=converted), temporary
+            )
+    except OSError as error:
+        raise SystemExit(f'error: {one_line(error)}') from error
     print(format_table(keys.mapped, dropped))
     print(
         f'{out}: {len(keys.mapped)} of {len(state_dict)} tensors of a '
