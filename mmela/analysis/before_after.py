@@ -20,6 +20,7 @@ from ..hooks.layer_attention_pruning_hook import UNPRUNED
 from ..structure import layer_attentions
 from .drawing import LIGHT, plain_text
 from .inputs import evenly, load_network, validation_loader
+from .records import BeforeAfter, read_record
 from .work_dir import Run
 
 FOLDER = 'before_after'
@@ -123,11 +124,14 @@ def measure_before_after(
     out = run.work_dir / FOLDER / f'{FOLDER}.json'
     if out.is_file():
         try:
-            if json.loads(out.read_text(encoding='utf-8'))['stamp'] == stamp:
+            record = read_record(out, BeforeAfter, 'tools/analysis/report.py')
+            if record['stamp'] == stamp:
                 return out
-        except (KeyError, TypeError, ValueError):
+        except ValueError:
             pass  # damaged: measure anew
-    config = run.work_dir / run.config_name
+    config = run.config_path
+    if config is None:
+        raise ValueError(f'{run.work_dir} has no config')
     sides: Dict[str, dict] = {}
     for side, path in (('before', pair.before), ('after', pair.after)):
         if path is not None:

@@ -90,8 +90,11 @@ class Run:
         hook (dict | None): Arguments of the pruning hook, from
             ``pruning.json``; None without one.
         decisions (tuple[PruningDecision]): Decisions of the pruning hook.
-        config_name (str): Name of the dumped config; empty without one.
-        config (str): The dumped config.
+        config_path (Path | None): The config as the last start has dumped it:
+            ``vis_data/config.py`` in its folder, or else the newest config in
+            the directory, where other tools may have written one.
+        config_name (str): Name of the config; empty without one.
+        config (str): The config.
         notes (list[str]): What a reader should know about the files.
 
     Raises:
@@ -224,12 +227,21 @@ class Run:
 
     def _read_config(self) -> None:
         configs = sorted(self.work_dir.glob('*.py'), key=lambda p: p.stat().st_mtime)
-        self.config_name = configs[-1].name if configs else ''
-        self.config = (
-            configs[-1].read_text(encoding='utf-8', errors='replace') if configs else ''
-        )
-        if not configs:
+        texts = {path: path.read_text('utf-8', 'replace') for path in configs}
+        self.config_path = configs[-1] if configs else None
+        for start in self.starts:
+            dump = self.work_dir / start / 'vis_data' / 'config.py'
+            if dump.is_file():
+                self.config_path = dump
+                texts[dump] = dump.read_text('utf-8', 'replace')
+        self.config, self.config_name = '', ''
+        if self.config_path is None:
             self.notes.append('There is no dumped config in the directory.')
+            return
+        self.config = texts[self.config_path]
+        # The runner dumps it under its own name too
+        same = [path.name for path in configs if texts[path] == self.config]
+        self.config_name = same[-1] if same else self.config_path.name
 
     def _read_decisions(self) -> None:
         path = self.work_dir / 'pruning.json'

@@ -121,9 +121,9 @@ def steps(over: Optional[List[str]]) -> List[Tuple[str, Any]]:
 def read(network: str) -> Tuple[Config, str, Optional[Run]]:
     """Config of a network, its name, and the run if it is one."""
     run = Run(network) if Path(network).is_dir() else None
-    if run is not None and not run.config_name:
+    if run is not None and run.config_path is None:
         raise ValueError(f'{network} has no dumped config')
-    path = find_config(network) if run is None else run.work_dir / run.config_name
+    path = find_config(network) if run is None else run.config_path
     try:
         cfg = Config.fromfile(path)
     except Exception as error:  # a config is code: it may raise anything
