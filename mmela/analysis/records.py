@@ -161,7 +161,7 @@ def read_record(path: Path, kind: Type[T], source: str) -> T:
     """
     try:
         return msgspec.convert(json.loads(path.read_text('utf-8')), kind)
-    except (RecursionError, ValueError) as error:
+    except (RecursionError, ValueError, msgspec.MsgspecError) as error:
         raise ValueError(f'{path} is not of {source}: {one_line(error)}') from error
 
 

@@ -230,7 +230,11 @@ class Display:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into SystemExit, which ends the runs."""
+    """Turn SIGINT, SIGTERM and SIGHUP into an exception, which ends the runs.
+
+    Raises:
+        SystemExit: On one of them.
+    """
     numbers = [
         getattr(signal, name)
         for name in ('SIGINT', 'SIGTERM', 'SIGHUP')

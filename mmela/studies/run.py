@@ -99,7 +99,7 @@ def read_record(work_dir: Union[str, Path]) -> Record:
         return Record()
     try:
         return msgspec.convert(json.loads(path.read_text('utf-8')), Record)
-    except (RecursionError, ValueError) as error:
+    except (RecursionError, ValueError, msgspec.MsgspecError) as error:
         raise ValueError(
             f'{path} is no record of a run: {one_line(error)}. Move its folder away'
         ) from error
