@@ -438,7 +438,7 @@ class _Writer:
         ]
         self._names: Set[str] = set()
         self._places: List[Tuple[dict, int]] = []  # of frames by their time
-        self._source = ''  # the video that is being written
+        self._source: Optional[Source] = None  # of the video that is written
         self._video: Optional[cv2.VideoWriter] = None
         self._open = ExitStack()
 
@@ -527,7 +527,7 @@ class _Writer:
         return name
 
     def _add_frame(self, picture: Picture, name: str, drawn: np.ndarray) -> None:
-        if self._source != picture.source.name:
+        if self._source is not picture.source:
             self.close_video()  # frames come video by video
             path = self.out / self._free(f'{Path(name).stem}.mp4')
             temporary = self._open.enter_context(replacing(path))
@@ -535,7 +535,7 @@ class _Writer:
             self._video = cv2.VideoWriter(
                 str(temporary), code, picture.rate or 25, drawn.shape[1::-1]
             )
-            self._source = picture.source.name
+            self._source = picture.source
         self._video.write(np.ascontiguousarray(drawn))
 
     def close_video(self) -> None:
@@ -543,7 +543,7 @@ class _Writer:
         if self._video is not None:
             self._video.release()
         self._open.close()
-        self._source, self._video = '', None
+        self._source = self._video = None
 
     def close(self, info: dict, damaged: Set[str]) -> Path:
         """Finish the video and write the JSON file.

@@ -137,11 +137,13 @@ def test_video_camera_and_names(network, photos, clip, tmp_path, monkeypatch):
 
     monkeypatch.setattr(inference.Source, 'open', open_camera)
     image = sorted(photos.iterdir())[0]
-    inputs = [image, clip, str(photos / '*1.png'), 'camera:0']
+    inputs = [image, clip, clip, str(photos / '*1.png'), 'camera:0']
     content = read(infer(*network, inputs, tmp_path / 'out', frames=2))
     one = Path(image).name
     assert [x['file_name'] for x in content['images']] == [
         str(image),
+        'clip.avi/000000.jpg',
+        'clip.avi/000001.jpg',
         'clip.avi/000000.jpg',
         'clip.avi/000001.jpg',
         str(image),
@@ -150,12 +152,12 @@ def test_video_camera_and_names(network, photos, clip, tmp_path, monkeypatch):
     ]
     names = {x.name for x in (tmp_path / 'out').iterdir()}
     again = one.replace('.png', '_2.png')
-    assert names == {one, again, 'clip.mp4', 'camera_0.mp4', PREDICTIONS}
+    assert names == {one, again, 'clip.mp4', 'clip_2.mp4', 'camera_0.mp4', PREDICTIONS}
     video = cv2.VideoCapture(str(tmp_path / 'out' / 'clip.mp4'))
     assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 2
     assert video.get(cv2.CAP_PROP_FPS) == 5
     found = boxes(content)
-    assert found[0] == found[3] and found[1] == found[4]
+    assert found[0] == found[5] and found[1] == found[3] == found[6]
 
 
 def damaged(path, how):

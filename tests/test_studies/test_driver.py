@@ -3,8 +3,11 @@
 import multiprocessing
 import os
 import signal
+import threading
+from functools import partial
 
 import pytest
+from rich.console import Console
 
 from mmela.studies import driver
 from mmela.studies.driver import LocalExecutor, run_all
@@ -135,3 +138,31 @@ def test_gpus(monkeypatch):
     assert driver.visible_gpus() == ['0', '1']
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3, 5')
     assert driver.visible_gpus() == ['3', '5']
+
+
+def test_runs_share_gpus(monkeypatch):
+    """Each that runs has one, and gives it back."""
+    monkeypatch.setattr(driver, 'visible_gpus', lambda: ['3', '5'])
+    meet = threading.Barrier(2)
+
+    def train(name, device, stop):
+        meet.wait(60)
+        return name, device
+
+    with LocalExecutor(2) as executor:
+        results = [executor.submit(train, name) for name in 'abcdef']
+        pairs = [future.result() for future in results]
+    assert [name for name, _ in pairs] == list('abcdef')
+    assert sorted(device for _, device in pairs) == ['3'] * 3 + ['5'] * 3
+
+
+def test_bars(tmp_path, monkeypatch, capsys):
+    """On a terminal, of each run and of all."""
+    monkeypatch.setattr(driver, 'Console', partial(Console, force_terminal=True))
+    monkeypatch.setenv('COLUMNS', '120')
+    _, jobs = tiny_jobs(tmp_path, options={'hold': str(tmp_path / 'go')})
+    threading.Timer(3, (tmp_path / 'go').touch).start()
+    assert run(jobs) == {}
+    out = capsys.readouterr().out
+    assert 'all runs' in out and 'epoch 1/3, 1/1' in out
+    assert out.count(' is done: well') == 2
