@@ -90,8 +90,12 @@ def test_starts_when_the_other_is_done(tmp_path):
 
 
 def drive(jobs):
-    """A driver in a process of its own."""
-    process = multiprocessing.get_context('fork').Process(target=run, args=(jobs,))
+    """A driver in a process of its own, which ends with 0 if nothing fails."""
+
+    def target():
+        raise SystemExit(len(run(jobs)))
+
+    process = multiprocessing.get_context('fork').Process(target=target)
     process.start()
     return process
 
