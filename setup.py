@@ -170,9 +170,13 @@ if __name__ == '__main__':
         license='Apache-2.0',
         keywords='computer vision, object detection, layer attention, pruning',
         packages=find_packages(include=['mmela', 'mmela.*']),
+        package_data={'mmela.templates': ['*.html', '*.md']},
         python_requires='>=3.8',
         install_requires=[
             'click>=8,<9',
+            'filelock',
+            'jinja2',
+            'msgspec>=0.18,<1',
             'numpy',
             'scipy',
             'torch>={},<{}'.format(*VERSION['SUPPORTED']['torch']),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import List, Tuple, Union
 
 from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
 
 from .compat.versions import is_installed
 
@@ -103,7 +104,29 @@ def run_tool(
         if '://' not in path and not Path(path).is_file():
             raise SystemExit(f'error: no {label} at {path}')
     sys.argv = [str(tool), str(find_config(argv[0])), *channels_last(argv[1:])]
+    _keep_configs(tests=name == 'test.py')
     runpy.run_path(str(tool), run_name='__main__')
+
+
+def _keep_configs(tests: bool) -> None:
+    """Keep configs in work directories from being overwritten.
+
+    A runner dumps its config, changes of the command line included, into its
+    work directory under the name that it was loaded from. So the config of a
+    run that is given to a tool would be replaced, and that of a training by
+    whatever tests it.
+    """
+    dump = Runner.dump_config
+
+    def dump_config(self: Runner) -> None:
+        loaded = Path(self.cfg.filename or '')
+        target = Path(self.work_dir, loaded.name)
+        same = loaded.is_file() and target.is_file() and target.samefile(loaded)
+        if same or (tests and target.is_file()):
+            return
+        dump(self)
+
+    Runner.dump_config = dump_config
 
 
 def add_cfg_options(

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from glob import glob, has_magic
 from itertools import islice
@@ -36,9 +37,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from .analysis.inputs import SUFFIXES, check_device, find_images
-from .command_line import find_config
+from .command_line import find_config, one_line
 from .compat.versions import is_installed
 from .convert.networks import load_mostly_fitting, open_network
+from .files import replacing, write_text
 
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
 CAMERA = 'camera:'
@@ -169,8 +171,31 @@ class Source:
         source: Any = self.camera if self.path is None else str(self.path)
         capture = cv2.VideoCapture(source)
         if not capture.isOpened():
-            raise ValueError(f'{self.name} cannot be opened as a video')
+            raise ValueError('it cannot be opened as a video')
         return capture
+
+    def count(self, frames: Optional[int]) -> Optional[int]:
+        """How many images it has, as far as its file tells.
+
+        Args:
+            frames (int | None): Most frames to take; None for all.
+
+        Returns:
+            int | None: None where nothing tells, as of a camera.
+        """
+        if not self.is_stream:
+            return 1
+        if self.path is None:
+            return frames
+        try:
+            capture = self.open()
+        except ValueError:
+            return 0
+        told = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        capture.release()
+        if told <= 0:
+            return None
+        return told if frames is None else min(told, frames)
 
 
 def find_sources(inputs: Sequence[Union[str, Path]]) -> List[Source]:
@@ -219,74 +244,122 @@ class Picture:
         source (Source): Where it is from.
         frame (int | None): Number of the frame, from 0; None for an image.
         image (np.ndarray): (H, W, 3), BGR.
+        place (int): Number of the frame by its time.
+        rate (float): Frames a second; 0 where nothing tells.
     """
 
     source: Source
     frame: Optional[int]
     image: np.ndarray
+    place: int = 0
+    rate: float = 0
+
+
+class Failures:
+    """Inputs that fail, each told at once in a line.
+
+    Attributes:
+        lines (list[str]): What was told.
+        damaged (set[str]): Names of videos that lack frames.
+    """
+
+    def __init__(self) -> None:
+        self.lines: List[str] = []
+        self.damaged: Set[str] = set()
+
+    def add(self, source: Source, reason: Any) -> None:
+        """Tell of one.
+
+        Args:
+            source (Source): The input.
+            reason (Any): Why, a text or an exception.
+        """
+        self.lines.append(f'{source.name}: {one_line(reason)[:300]}')
+        print(self.lines[-1], file=sys.stderr)
 
 
 def _pictures(
-    sources: Sequence[Source], frames: Optional[int], failed: List[str]
+    sources: Sequence[Source], frames: Optional[int], failures: Failures
 ) -> Iterator[Picture]:
-    """All images and frames; of what cannot be read, a line in ``failed``."""
+    """All images and frames that can be read."""
     for source in sources:
-        if not source.is_stream:
-            try:
-                image = mmcv.imread(source.path)
-            except (OSError, ValueError, cv2.error):
-                image = None
-            if image is None:
-                failed.append(f'{source.name} cannot be read as an image')
-            else:
-                yield Picture(source, None, image)
-            continue
-        capture = source.open()
         try:
-            number = 0
-            while frames is None or number < frames:
-                there, image = capture.read()
-                if not there:
-                    break
-                yield Picture(source, number, image)
-                number += 1
-            if not number:
-                failed.append(f'{source.name} has no frame that can be read')
-        finally:
-            capture.release()
+            if source.is_stream:
+                yield from _frames(source, frames, failures)
+            else:
+                image = mmcv.imread(source.path)
+                if image is None:
+                    raise ValueError('it cannot be read as an image')
+                yield Picture(source, None, image)
+        except (OSError, ValueError, cv2.error) as error:
+            failures.add(source, error)
 
 
-def _count(sources: Sequence[Source], frames: Optional[int]) -> Optional[int]:
-    """Images and frames in all, as far as the files tell."""
-    total = 0
-    for source in sources:
-        if not source.is_stream:
-            total += 1
-            continue
-        if source.path is None and frames is None:
-            return None  # until the user stops it
-        number = frames
-        if source.path is not None:
-            capture = source.open()
-            told = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-            capture.release()
-            if told <= 0:
-                return None
-            number = told if frames is None else min(told, frames)
-        total += number or 0
-    return total
+def _frames(
+    source: Source, most: Optional[int], failures: Failures
+) -> Iterator[Picture]:
+    capture = source.open()
+    rate = capture.get(cv2.CAP_PROP_FPS)
+    places: List[int] = []
+    try:
+        while most is None or len(places) < most:
+            there, image = capture.read()
+            if not there:
+                break
+            # Of a damaged video, frames in between are left out
+            by_time = round(capture.get(cv2.CAP_PROP_POS_MSEC) * rate / 1000)
+            places.append(max(by_time, places[-1] + 1 if places else 0))
+            yield Picture(source, len(places) - 1, image, places[-1], rate)
+    finally:
+        capture.release()
+    count = source.count(most)
+    if not places:
+        raise ValueError('it has no frame that can be read')
+    missing = _missing(source, count, places, rate)
+    if missing:
+        failures.damaged.add(source.name)
+        reason = f'{missing} of its {count} frames are missing'
+        if source.path.suffix.lower() == '.avi' and places[-1] < (count or 0) - 1:
+            reason += '; if not at its end, later frames have too low numbers'
+        raise ValueError(reason)
+
+
+def _missing(
+    source: Source, count: Optional[int], places: Sequence[int], rate: float
+) -> int:
+    """How many frames of a video could not be read."""
+    if source.path is None or count is None or count <= len(places):
+        return 0
+    if source.path.suffix.lower() in ('.mkv', '.webm'):
+        # Their count is the length, maybe that of the sound, times the rate,
+        # and the rate may vary: frames that lie at even distances tell.
+        skips = np.diff(places) > 1
+        even = not len(skips) or skips.mean() <= 1 / 3
+        if count - places[-1] <= rate and not (even and skips.any()):
+            return 0
+    return count - len(places)
 
 
 # -- predictions ---------------------------------------------------------------
 
 
 def _predict(inferencer: Any, pictures: Sequence[Picture]) -> List[Any]:
-    """Data samples of a batch, by the steps of an inferencer's call."""
+    """Data samples of a batch, by the steps of an inferencer's call.
+
+    Where the batch fails, each picture is run alone, and has what is raised in
+    place of its sample.
+    """
     images = [picture.image for picture in pictures]
     samples: List[Any] = []
-    for batch in inferencer.preprocess(images, batch_size=len(images)):
-        # mmdet hands the images through
-        samples += inferencer.forward(batch if isinstance(batch, dict) else batch[1])
+    try:
+        for batch in inferencer.preprocess(images, batch_size=len(images)):
+            # mmdet hands the images through
+            batch = batch if isinstance(batch, dict) else batch[1]
+            samples += inferencer.forward(batch)
+    except Exception as error:  # whatever a pipeline or a network may raise
+        if len(pictures) == 1:
+            return [error]
+        return [_predict(inferencer, [picture])[0] for picture in pictures]
     return samples
 
 
@@ -364,7 +437,10 @@ class _Writer:
             dict(id=i, name=str(name)) for i, name in zip(self.category_ids, classes)
         ]
         self._names: Set[str] = set()
-        self._videos: Dict[str, cv2.VideoWriter] = {}
+        self._places: List[Tuple[dict, int]] = []  # of frames by their time
+        self._source: Optional[Source] = None  # of the video that is written
+        self._video: Optional[cv2.VideoWriter] = None
+        self._open = ExitStack()
 
     def _take_ids(self, path: Path, classes: Sequence[str]) -> None:
         try:
@@ -422,6 +498,14 @@ class _Writer:
             )
         elif self.known is not None:
             entry.update(id=self.known[name], file_name=name)
+        if drawn is not None and frame is None:
+            entry['picture'] = self._free(name)
+            with replacing(self.out / entry['picture']) as temporary:
+                mmcv.imwrite(np.ascontiguousarray(drawn), str(temporary))
+        elif drawn is not None:
+            self._add_frame(picture, name, drawn)
+        if frame is not None:
+            self._places.append((entry, picture.place))
         self.images.append(entry)
         for found in predictions:
             self.annotations.append(
@@ -432,13 +516,6 @@ class _Writer:
                     **found,
                 )
             )
-        if drawn is None:
-            return
-        if frame is None:
-            entry['picture'] = self._free(name)
-            mmcv.imwrite(np.ascontiguousarray(drawn), str(self.out / entry['picture']))
-        else:
-            self._add_frame(source, name, drawn)
 
     def _free(self, name: str) -> str:
         """A file name that no other input of the run has taken."""
@@ -449,28 +526,41 @@ class _Writer:
         self._names.add(name.lower())
         return name
 
-    def _add_frame(self, source: Source, name: str, drawn: np.ndarray) -> None:
-        if source.name not in self._videos:
-            self.close_videos()  # frames come video by video
-            capture = source.open() if source.path else None
-            rate = capture.get(cv2.CAP_PROP_FPS) if capture else 0
+    def _add_frame(self, picture: Picture, name: str, drawn: np.ndarray) -> None:
+        if self._source is not picture.source:
+            self.close_video()  # frames come video by video
             path = self.out / self._free(f'{Path(name).stem}.mp4')
-            size = drawn.shape[1::-1]
+            temporary = self._open.enter_context(replacing(path))
             code = cv2.VideoWriter.fourcc(*'mp4v')
-            self._videos[source.name] = cv2.VideoWriter(
-                str(path), code, rate or 25, size
+            self._video = cv2.VideoWriter(
+                str(temporary), code, picture.rate or 25, drawn.shape[1::-1]
             )
-        self._videos[source.name].write(np.ascontiguousarray(drawn))
+            self._source = picture.source
+        self._video.write(np.ascontiguousarray(drawn))
 
-    def close_videos(self) -> None:
-        """Finish the videos."""
-        for video in self._videos.values():
-            video.release()
-        self._videos.clear()
+    def close_video(self) -> None:
+        """Finish the video that is being written."""
+        if self._video is not None:
+            self._video.release()
+        self._open.close()
+        self._source = self._video = None
 
-    def close(self, info: dict) -> Path:
-        """Finish the videos and write the JSON file."""
-        self.close_videos()
+    def close(self, info: dict, damaged: Set[str]) -> Path:
+        """Finish the video and write the JSON file.
+
+        Args:
+            info (dict): Its ``info``.
+            damaged (set[str]): Names of videos that lack frames: those that are
+                there have the numbers of their times.
+
+        Returns:
+            Path: The file.
+        """
+        self.close_video()
+        for entry, place in self._places:
+            if entry['video'] in damaged:
+                folder = entry['file_name'].rpartition('/')[0]
+                entry.update(file_name=f'{folder}/{place:06d}.jpg', frame_id=place)
         path = self.out / PREDICTIONS
         content = dict(
             info=info,
@@ -478,14 +568,15 @@ class _Writer:
             annotations=self.annotations,
             categories=self.categories,
         )
-        path.write_text(json.dumps(content) + '\n', encoding='utf-8')
+        write_text(path, json.dumps(content) + '\n')
         return path
 
 
-def _plain(inferencer: Any, sample: Any) -> List[dict]:
+def _plain(inferencer: Any, sample: Any, classes: Sequence[str]) -> List[dict]:
     """Predictions of an image as annotations of COCO, without their ids."""
     if 'pred_score' in sample:
         scores = sample.pred_score.cpu().numpy()
+        _check_labels(len(scores) - 1, classes)
         top = np.argsort(-scores, kind='stable')[:_TOP]
         return [dict(label=int(i), score=float(scores[i])) for i in top]
     from pycocotools import mask
@@ -493,6 +584,7 @@ def _plain(inferencer: Any, sample: Any) -> List[dict]:
     found = inferencer.pred2dict(sample)
     if 'labels' not in found:
         raise ValueError('the network finds no boxes: it is no object detector')
+    _check_labels(max(found['labels'], default=0), classes)
     annotations = []
     for index, label in enumerate(found['labels']):
         left, top, right, bottom = found['bboxes'][index]
@@ -509,6 +601,14 @@ def _plain(inferencer: Any, sample: Any) -> List[dict]:
             entry['area'] = float(mask.area(found['masks'][index]))
         annotations.append(entry)
     return annotations
+
+
+def _check_labels(label: int, classes: Sequence[str]) -> None:
+    if label >= len(classes):
+        raise ValueError(
+            f'the network has class {label}, but there are names for {len(classes)} '
+            'alone: dataset_meta of the checkpoint, or metainfo of test_dataloader'
+        )
 
 
 def infer(
@@ -555,8 +655,8 @@ def infer(
         OSError: If an input is missing.
         SystemExit: If the config or the checkpoint cannot be read.
         ValueError: If an argument is out of range, the folder is not empty, the
-            checkpoint is of another network; or, with what could be read
-            written, if an image or a video could not.
+            checkpoint is of another network; or, with all else written, if an
+            input could not be read whole or run.
     """
     for name, number in (('batch_size', batch_size), ('frames', frames)):
         if number is not None and number < 1:
@@ -569,7 +669,8 @@ def infer(
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f'{folder} is no empty folder')
-    total = _count(sources, frames)
+    counts = [source.count(frames) for source in sources]
+    total = None if None in counts else sum(counts)
     inferencers = [
         open_inferencer(config, checkpoint, check_device(device), force)
         for device in devices or (None,)
@@ -579,7 +680,7 @@ def infer(
     writer = _Writer(folder, classes, Path(annotations) if annotations else None)
     writer.check(sources)
     folder.mkdir(parents=True, exist_ok=True)
-    failed: List[str] = []
+    failures = Failures()
     progress = Progress(
         'Inference',
         BarColumn(),
@@ -590,19 +691,31 @@ def infer(
     try:
         with progress:
             task = progress.add_task('', total=total)
-            found = _in_order(
-                inferencers, _pictures(sources, frames, failed), batch_size
+            results = _in_order(
+                inferencers, _pictures(sources, frames, failures), batch_size
             )
-            for picture, sample in found:
-                drawn = _drawn(main, picture, sample, score_thr) if pictures else None
-                writer.add(picture, _plain(main, sample), drawn)
+            for picture, sample in results:
                 progress.advance(task)
+                try:
+                    if isinstance(sample, Exception):
+                        raise sample
+                    predictions = _plain(main, sample, classes)
+                    drawn = None
+                    if pictures:
+                        drawn = _drawn(main, picture, sample, score_thr)
+                except Exception as error:  # of this picture; the others go on
+                    failures.add(picture.source, error)
+                    continue
+                writer.add(picture, predictions, drawn)
     except KeyboardInterrupt:
         print('interrupted: what was found so far is written', file=sys.stderr)
     finally:
-        path = writer.close(dict(config=str(config), checkpoint=str(checkpoint)))
-    if failed:
+        info = dict(config=str(config), checkpoint=str(checkpoint))
+        path = writer.close(info, failures.damaged)
+    if failures.lines:
+        names = {line.partition(': ')[0] for line in failures.lines}
         raise ValueError(
-            f'{len(failed)} of {len(sources)} inputs failed: ' + '; '.join(failed[:5])
+            f'{len(names)} of {len(sources)} inputs failed: '
+            + '; '.join(failures.lines[:5])
         )
     return path

@@ -1,6 +1,14 @@
 import pytest
+from mmengine.config import Config
+from mmengine.runner import Runner
 
-from mmela.command_line import channels_last, find_config, find_tool, run_tool
+from mmela.command_line import (
+    _keep_configs,
+    channels_last,
+    find_config,
+    find_tool,
+    run_tool,
+)
 
 
 def test_finds_the_tool_of_the_configs_toolbox(config_dir):
@@ -60,3 +68,27 @@ def test_channels_last_joins_the_other_settings():
     assert channels_last(['--cfg-options', 'x=1', '--channels-last']) == [
         *('--cfg-options', setting, 'x=1')
     ]
+
+
+@pytest.mark.parametrize(
+    'tests, same, kept',
+    [(True, True, True), (True, False, True), (False, True, True),
+     (False, False, False)],
+)  # fmt: skip
+def test_configs_of_runs_are_kept(tmp_path, monkeypatch, tests, same, kept):
+    """The config of a run, given to a tool, and that of a run that is tested."""
+    monkeypatch.setattr(Runner, 'dump_config', Runner.dump_config)
+    _keep_configs(tests)
+    run, mine = tmp_path / 'run', tmp_path / 'mine'
+    for folder in (run, mine):
+        folder.mkdir()
+        (folder / 'my.py').write_text('a = 1  # mine\n')
+    runner = Runner.__new__(Runner)
+    runner._work_dir = str(run)
+    runner.cfg = Config.fromfile((run if same else mine) / 'my.py')
+    runner.cfg.a = 2
+    runner.dump_config()
+    assert ((run / 'my.py').read_text() == 'a = 1  # mine\n') == kept
+    (run / 'my.py').unlink()
+    runner.dump_config()
+    assert Config.fromfile(run / 'my.py').a == 2

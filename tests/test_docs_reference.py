@@ -31,11 +31,13 @@ INTERNAL = (
     'mmela.compat.mmcv_ext',  # operators of mmcv, in its place
     'mmela.discovery',
     'mmela.engine.tables',
+    'mmela.files',
     'mmela.hooks.',
     'mmela.layers.cells',
     'mmela.models.heads',
     'mmela.pruning.registry',  # one name, which its package exports
     'mmela.tools',
+    'mmela.studies.child',
     'mmela.utils',
     'mmela.version',
 )

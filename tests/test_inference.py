@@ -137,11 +137,13 @@ def test_video_camera_and_names(network, photos, clip, tmp_path, monkeypatch):
 
     monkeypatch.setattr(inference.Source, 'open', open_camera)
     image = sorted(photos.iterdir())[0]
-    inputs = [image, clip, str(photos / '*1.png'), 'camera:0']
+    inputs = [image, clip, clip, str(photos / '*1.png'), 'camera:0']
     content = read(infer(*network, inputs, tmp_path / 'out', frames=2))
     one = Path(image).name
     assert [x['file_name'] for x in content['images']] == [
         str(image),
+        'clip.avi/000000.jpg',
+        'clip.avi/000001.jpg',
         'clip.avi/000000.jpg',
         'clip.avi/000001.jpg',
         str(image),
@@ -150,12 +152,98 @@ def test_video_camera_and_names(network, photos, clip, tmp_path, monkeypatch):
     ]
     names = {x.name for x in (tmp_path / 'out').iterdir()}
     again = one.replace('.png', '_2.png')
-    assert names == {one, again, 'clip.mp4', 'camera_0.mp4', PREDICTIONS}
+    assert names == {one, again, 'clip.mp4', 'clip_2.mp4', 'camera_0.mp4', PREDICTIONS}
     video = cv2.VideoCapture(str(tmp_path / 'out' / 'clip.mp4'))
     assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 2
     assert video.get(cv2.CAP_PROP_FPS) == 5
     found = boxes(content)
-    assert found[0] == found[3] and found[1] == found[4]
+    assert found[0] == found[5] and found[1] == found[3] == found[6]
+
+
+def damaged(path, how):
+    """Half of a file, or zeros in the middle of it."""
+    content = bytearray(path.read_bytes())
+    middle, part = len(content) // 2, len(content) // 8
+    if how == 'half':
+        del content[middle:]
+    else:
+        content[middle : middle + part] = bytes(part)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize('suffix', ['.avi', '.mkv'])
+@pytest.mark.parametrize('how', ['half', 'hole'])
+def test_damaged_videos(network, photos, tmp_path, tool, how, suffix):
+    """What is missing is told, and what is there has its own numbers."""
+    clip, noise = tmp_path / f'clip{suffix}', np.random.default_rng(0)
+    code = cv2.VideoWriter.fourcc(*'MJPG')
+    writer = cv2.VideoWriter(str(clip), code, 10, (64, 48))
+    for _ in range(20):
+        writer.write(noise.integers(0, 255, (48, 64, 3), np.uint8))
+    writer.release()
+    out = tmp_path / 'out'
+    read(infer(*network, [clip], out))  # a whole one
+    damaged(clip, how)
+    image = next(photos.iterdir())
+    message = tool(*network, clip, image, '--out', tmp_path / 'new')
+    content = read(tmp_path / 'new' / PREDICTIONS)
+    frames = [x['frame_id'] for x in content['images'] if 'video' in x]
+    assert 0 < len(frames) < 20 and len(content['images']) == len(frames) + 1
+    lacking = 20 - len(frames)
+    assert f'1 of 2 inputs failed: {clip}: {lacking} of its 20 frames are' in message
+    if how == 'half' or suffix == '.avi':  # which has no times
+        assert frames == list(range(len(frames)))
+        assert ('have too low numbers' in message) == (suffix == '.avi')
+    else:
+        assert frames[0] == 0 and frames[-1] == 19
+        assert frames == sorted(set(frames))
+    names = [x['file_name'] for x in content['images'] if 'video' in x]
+    assert names == [f'{clip.name}/{number:06d}.jpg' for number in frames]
+
+
+def test_frames_of_videos_whose_count_is_estimated():
+    """A sound that is longer, or a rate that varies, is no damage."""
+    mkv = inference.Source('a.mkv', Path('a.mkv'))
+    even, holed = list(range(100)), [*range(40), *range(60, 120)]
+    varying = [*range(0, 60, 3), *range(60, 90)]
+    for places, count, missing in [
+        (even, 110, 0), (even, 100, 0), (even, 200, 100), (holed, 120, 20),
+        (varying, 92, 0),
+    ]:  # fmt: skip
+        assert inference._missing(mkv, count, places, 30.0) == missing
+    avi = inference.Source('a.avi', Path('a.avi'))
+    assert inference._missing(avi, 101, even, 30.0) == 1
+    assert inference._missing(inference.Source('', camera=0), 9, even, 30.0) == 0
+
+
+def test_one_of_each_that_fails(network, photos, tmp_path, tool, capsys):
+    """Each a line, and the others go on, in a batch with them too."""
+    video, text = tmp_path / 'no.mp4', tmp_path / 'no.jpg'
+    video.write_text('no video')
+    text.write_text('no image')
+    thin = tmp_path / 'thin.png'
+    cv2.imwrite(str(thin), np.zeros((1, 5000, 3), np.uint8))
+    out = tmp_path / 'out'
+    inputs = [video, thin, text, photos]
+    message = tool(*network, *inputs, '--out', out, '--batch-size', 4)
+    assert '3 of 6 inputs failed' in message
+    told = capsys.readouterr().err
+    for path in (video, thin, text):
+        assert f'{path}: ' in message and told.count(f'{path}: ') == 1
+    assert f'{video}: it cannot be opened as a video' in told
+    assert len(read(out / PREDICTIONS)['images']) == 3
+    assert len(list(out.iterdir())) == 4
+
+
+def test_more_classes_than_names(network, photos, tmp_path, tool):
+    config, checkpoint = network
+    cfg = Config.fromfile(config)
+    cfg.test_dataloader.dataset.metainfo = dict(classes=CLASSES[:1])
+    cfg.dump(tmp_path / 'short.py')
+    message = tool(tmp_path / 'short.py', checkpoint, photos, '--out', tmp_path / 'out')
+    assert '3 of 3 inputs failed' in message
+    assert 'but there are names for 1 alone' in message
+    assert read(tmp_path / 'out' / PREDICTIONS)['images'] == []
 
 
 def test_interrupted(network, photos, tmp_path, monkeypatch):

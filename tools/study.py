@@ -16,19 +16,19 @@ from functools import partial
 from pathlib import Path
 
 from mmela.command_line import add_cfg_options, one_line
-from mmela.studies.cluster import connect, run_ray
-from mmela.studies.page import portable, write_page
-from mmela.studies.results import collect, write_tables
-from mmela.studies.run import make_jobs
-from mmela.studies.schedule import (
-    LocalRuns,
-    plan,
-    prepare,
-    select,
+from mmela.studies.driver import (
+    LocalExecutor,
+    RayExecutor,
+    run_all,
     visible_cores,
     visible_gpus,
 )
+from mmela.studies.page import portable, write_page
+from mmela.studies.plan import plan, prepare
+from mmela.studies.results import collect, write_tables
+from mmela.studies.run import make_jobs, select
 from mmela.studies.study import option_texts, read_study
+from mmela.studies.train import Limits
 
 PAGES = Path(__file__).resolve().parents[1] / 'docs' / 'results'
 
@@ -101,6 +101,14 @@ def parse_args(argv=None) -> argparse.Namespace:
         help='how often a run that died is started again (default: 2)',
     )
     parser.add_argument(
+        '--time-limit',
+        type=between(float, 0.001),
+        default=168,
+        metavar='HOURS',
+        help='end a run that takes longer, as one that hangs does, and start it again '
+        'as one that died (default: 168)',
+    )
+    parser.add_argument(
         '--accept-changed',
         action='store_true',
         help='take runs as they are that were made with other settings than the '
@@ -161,25 +169,26 @@ def run(args: argparse.Namespace) -> int:
     every = make_jobs(study, args.work_dir, study.seeds)
     jobs = select([job for job in every if job.seed in seeds], args.only)
     check_changes(jobs, args.accept_changed)
-    gpus, slots = 0.0, args.jobs or len(visible_gpus())
-    slots = slots or max(1, visible_cores() // args.threads)
+    limits = Limits(args.threads, args.retries, args.time_limit)
     if args.address:
-        gpus, slots = connect(args.address, args.threads, args.gpus_per_run)
-    for line in plan(jobs, every, slots):
-        print(line, flush=True)
-    if args.dry_run:
-        return 0
-    failures = {}
-    if not args.report and not all(job.done for job in jobs):
-        prepare(study.prepare)
-        describe = partial(final_metric, study.metric)
-        if args.address:
-            failures = run_ray(jobs, args.threads, gpus, args.retries, describe)
-        else:
-            limits = slots, args.threads, args.retries
-            failures = LocalRuns(jobs, *limits, describe).run()
-        for name, reason in failures.items():
-            print(f'{name}: {reason.partition(chr(10))[0]}')
+        executor = RayExecutor(args.address, limits, args.gpus_per_run)
+        slots = executor.slots
+    else:
+        slots = args.jobs or len(visible_gpus())
+        slots = slots or max(1, visible_cores() // args.threads)
+        executor = LocalExecutor(slots)
+    with executor:
+        for line in plan(jobs, every, slots):
+            print(line, flush=True)
+        if args.dry_run:
+            return 0
+        failures = {}
+        if not args.report and not all(job.done for job in jobs):
+            prepare(study.prepare)
+            describe = partial(final_metric, study.metric)
+            failures = run_all(jobs, executor, limits, describe)
+    for name, reason in failures.items():
+        print(f'{name}: {reason.partition(chr(10))[0]}')
     runs, layers = collect(study, every)
     folder = args.page or (PAGES if args.report else args.work_dir / study.name)
     written = write_tables(runs, layers, folder / f'{study.name}.csv')
@@ -195,17 +204,14 @@ def run(args: argparse.Namespace) -> int:
 def final_metric(metric: str, job) -> str:
     """The result of a run, for a line."""
     try:
-        results = job.results()
+        values = job.final_metrics()
     except ValueError as error:
         return one_line(error)
-    values = (
-        results.metrics.get(max(results.metrics), {})
-        if results and results.metrics
-        else {}
-    )
+    if not values:
+        return 'its last validation is missing'
     if metric in values:
         return f'{metric} {values[metric]:.4g}'
-    return f'it has no {metric!r}, but {", ".join(values) or "no metric"}'
+    return f'it has no {metric!r}, but {", ".join(values)}'
 
 
 def given_options(options: dict) -> list:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..files import write_text
 from ..hooks.meter import NetworkKLMeter, check_measurement
 from ..layers import AttentionState, LayerAttention
 from ..pruning import LayerDecision, PruningPolicy, build_policy
@@ -333,9 +334,7 @@ def save_measurement(
         **result,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'layer_attention.json').write_text(
-        json.dumps(content, indent=1), encoding='utf-8'
-    )
+    write_text(folder / 'layer_attention.json', json.dumps(content, indent=1))
     return content
 
 

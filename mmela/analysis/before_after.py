@@ -15,10 +15,12 @@ from PIL import Image
 from rich.progress import track
 
 from ..convert.networks import read_state_dict
+from ..files import replacing, write_text
 from ..hooks.layer_attention_pruning_hook import UNPRUNED
 from ..structure import layer_attentions
 from .drawing import LIGHT, plain_text
 from .inputs import evenly, load_network, validation_loader
+from .records import BeforeAfter, read_record
 from .work_dir import Run
 
 FOLDER = 'before_after'
@@ -122,11 +124,14 @@ def measure_before_after(
     out = run.work_dir / FOLDER / f'{FOLDER}.json'
     if out.is_file():
         try:
-            if json.loads(out.read_text(encoding='utf-8'))['stamp'] == stamp:
+            record = read_record(out, BeforeAfter, 'tools/analysis/report.py')
+            if record['stamp'] == stamp:
                 return out
-        except (KeyError, TypeError, ValueError):
+        except ValueError:
             pass  # damaged: measure anew
-    config = run.work_dir / run.config_name
+    config = run.config_path
+    if config is None:
+        raise ValueError(f'{run.work_dir} has no config')
     sides: Dict[str, dict] = {}
     for side, path in (('before', pair.before), ('after', pair.after)):
         if path is not None:
@@ -153,7 +158,7 @@ def measure_before_after(
     show = _show_detections if kind == 'detections' else _show_classes
     result['shown'] = show(infos, sides, result['classes'], out.parent)
     text = json.dumps(result, default=float)
-    out.write_text(text + '\n', encoding='utf-8')
+    write_text(out, text + '\n')
     return out
 
 
@@ -384,9 +389,8 @@ def _show_detections(
             scaled = np.asarray(boxes, dtype=float).reshape(-1, 4) * scale
             scaled = scaled.clip(1, np.tile(image.shape[1::-1], 2) - 2)
             picture = _with_boxes(visualizer, image, scaled, texts, colors)
-            Image.fromarray(picture).save(
-                out / pictures[side], quality=85, optimize=True
-            )
+            with replacing(out / pictures[side]) as temporary:
+                Image.fromarray(picture).save(temporary, quality=85, optimize=True)
         shown.append(
             dict(
                 image=Path(info['img_path']).name,
@@ -457,7 +461,8 @@ def _show_classes(
         if scale < 1:
             image = mmcv.imrescale(image, scale, interpolation='area')
         name = f'{number}.jpg'
-        Image.fromarray(image).save(out / name, quality=90, optimize=True)
+        with replacing(out / name) as temporary:
+            Image.fromarray(image).save(temporary, quality=90, optimize=True)
         labels = np.asarray(info['gt_label']).reshape(-1)
         entry: Dict[str, Any] = dict(
             image=Path(info['img_path']).name, picture=name, truth=labels.tolist()

@@ -1,6 +1,5 @@
 """Pictures of what a network finds before its first pruning and at the end."""
 
-import json
 from pathlib import Path
 from typing import List, Sequence, Union
 
@@ -8,22 +7,23 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .before_after import FOLDER, FORMAT
+from .before_after import FOLDER
 from .drawing import WIDTH, Plot, Theme, plain_text
+from .records import BeforeAfter, read_record
 
 SIDES = ('before', 'after')
 # Classes with a curve of their own: more would be too small to read
 CURVES = 7
 
 
-def read_before_after(work_dir: Union[str, Path]) -> dict:
+def read_before_after(work_dir: Union[str, Path]) -> Union[BeforeAfter, dict]:
     """What :func:`~mmela.analysis.before_after.measure_before_after` has found.
 
     Args:
         work_dir (str | Path): Work directory of a run.
 
     Returns:
-        dict: What ``before_after.json`` holds; empty if there is none.
+        BeforeAfter | dict: What ``before_after.json`` holds; empty if there is none.
 
     Raises:
         ValueError: If it cannot be read.
@@ -31,15 +31,7 @@ def read_before_after(work_dir: Union[str, Path]) -> dict:
     path = Path(work_dir) / FOLDER / f'{FOLDER}.json'
     if not path.is_file():
         return {}
-    try:
-        result = json.loads(path.read_text(encoding='utf-8'))
-        if result['format'] != FORMAT:
-            raise ValueError(f'format {result["format"]}')
-        for key in ('kind', 'sides', 'shown', 'classes', 'images', 'total', 'note'):
-            result[key]
-    except (KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f'{path} cannot be read: {error!r}') from error
-    return result
+    return read_record(path, BeforeAfter, 'tools/analysis/report.py')
 
 
 def stands_for(side: dict) -> str:

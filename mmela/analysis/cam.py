@@ -1,6 +1,7 @@
 """Score-CAM of residual blocks: where in an image a block's features count."""
 
 import copy
+from contextlib import ExitStack
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import numpy as np
@@ -35,13 +36,15 @@ class StreamedScoreCAM(ScoreCAM):
 
     Args:
         model (nn.Module): From images, (B, 3, H, W), to ``B`` outputs.
-        layer (nn.Module): Layer with an output of (B, C, h, w).
+        layer (nn.Module): Layer whose output to explain.
         batch_size (int): Masked images run at a time. Defaults to 16.
         max_channels (int, optional): Use only so many channels, those that
             vary most over the image; the others get no weight. Defaults to
             None, all of them, which is Score-CAM as published.
         progress (Callable[[int], None], optional): Called after each batch
             with the number of its images. Defaults to None.
+        reshape_transform (Callable[[Tensor], Tensor], optional): Makes the
+            output (B, C, h, w) where it is not. Defaults to None.
     """
 
     def __init__(
@@ -51,8 +54,9 @@ class StreamedScoreCAM(ScoreCAM):
         batch_size: int = 16,
         max_channels: Optional[int] = None,
         progress: Optional[Callable[[int], None]] = None,
+        reshape_transform: Optional[Callable[[Tensor], Tensor]] = None,
     ) -> None:
-        super().__init__(model, [layer])
+        super().__init__(model, [layer], reshape_transform)
         self.batch_size = batch_size
         self.max_channels = max_channels
         self.progress = progress
@@ -180,36 +184,6 @@ def is_detector(model: nn.Module) -> bool:
     )
 
 
-class TokensAsMap:
-    """What a transformer layer puts out, as a map of patches, for forward hooks.
-
-    Args:
-        backbone (nn.Module): A vision transformer of MMPretrain.
-        name (str): Name of the layer in it.
-    """
-
-    def __init__(self, backbone: nn.Module, name: str) -> None:
-        self.backbone = backbone
-        self.layer = backbone.get_submodule(name)
-
-    def register_forward_hook(self, hook: Callable) -> 'Handles':
-        """Have a hook see the patches of the output as (B, C, H, W)."""
-        size = PatchSize(self.backbone)
-        handle = self.layer.register_forward_hook(
-            lambda module, args, output: hook(module, args, size.to_map(output))
-        )
-        return Handles([size, handle])
-
-
-class Handles(list):
-    """Handles of hooks that are removed together."""
-
-    def remove(self) -> None:
-        """Remove all of them."""
-        for handle in self:
-            handle.remove()
-
-
 def target_layers(model: nn.Module) -> Dict[str, Any]:
     """The modules that put out what each block hands to the next one.
 
@@ -219,7 +193,7 @@ def target_layers(model: nn.Module) -> Dict[str, Any]:
             layer attention, or a vision transformer of MMPretrain such as DeiT.
 
     Returns:
-        dict[str, nn.Module | TokensAsMap]: By the name of the block
+        dict[str, nn.Module]: By the name of the block
         in the backbone, such as ``layer1.2``, in order: what a forward hook sees
         the output of the block with that of its layer attention at.
 
@@ -234,7 +208,7 @@ def target_layers(model: nn.Module) -> Dict[str, Any]:
     if layers:
         return layers
     if is_transformer(backbone):
-        return {name: TokensAsMap(backbone, name) for name in layer_names(backbone)}
+        return {name: backbone.get_submodule(name) for name in layer_names(backbone)}
     for stage in attention_stages(backbone).values():
         if stage.attentions[0].place.features.layout == 'BCHW':
             layers.update(stage.blocks)
@@ -374,10 +348,17 @@ class ImageCAM:
             ndarray: (h, w), from 0 to 1, without the padding of the network's
             input.
         """
-        layer = target_layer(self.models[index], block)
-        with StreamedScoreCAM(self._networks[index], layer, **kwargs) as cam:
-            with torch.no_grad():
-                result = cam(self._inputs[index], [self._target])[0]
+        model = self.models[index]
+        layer = target_layer(model, block)
+        with ExitStack() as stack:
+            if is_transformer(model.backbone):
+                size = PatchSize(model.backbone)
+                stack.callback(size.remove)
+                kwargs['reshape_transform'] = size.to_map
+            stack.enter_context(torch.no_grad())
+            cam = StreamedScoreCAM(self._networks[index], layer, **kwargs)
+            stack.enter_context(cam)
+            result = cam(self._inputs[index], [self._target])[0]
         height, width = self.batch['inputs'][0].shape[-2:]
         return np.clip(result[:height, :width], 0, 1)
 

@@ -210,7 +210,7 @@ def backbone_complexity(
     if not run.config:
         return [], None, 'there is no dumped config'
     try:
-        cfg = Config.fromfile(run.work_dir / run.config_name)
+        cfg = Config.fromfile(run.config_path)
         if not (cfg.get('model') or {}).get('backbone'):
             return [], None, 'the config has no model.backbone'
         with MODELS.switch_scope_and_registry(cfg.get('default_scope')) as registry:

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from ..files import replacing
+
 # Inches: on a phone a picture is shown at about this width
 WIDTH = 4.6
 MARKERS = 'osD^vP*X'
@@ -74,7 +76,9 @@ def draw(plot: Plot, path: Path) -> Tuple[Path, Path]:
     for theme, target in zip((LIGHT, DARK), paths):
         image = Image.fromarray(render(plot, theme))
         # A third of the size, and no difference to be seen
-        image.quantize(128, method=Image.Quantize.MEDIANCUT).save(target, optimize=True)
+        image = image.quantize(128, method=Image.Quantize.MEDIANCUT)
+        with replacing(target) as temporary:
+            image.save(temporary, optimize=True)
     return paths
 
 
@@ -204,4 +208,5 @@ def draw_over_image(
                     zorder=3,
                 )
             )
-    canvas.print_png(str(path))
+    with replacing(path) as temporary:
+        canvas.print_png(str(temporary))

@@ -1,23 +1,30 @@
 import base64
-import json
 import re
 from pathlib import Path
 from typing import Callable, List, Optional, Tuple, Union
 
 from ..command_line import printable
 from ..engine.tables import decision_table
+from ..files import write_text
 from ..pruning.record import check_name
+from ..templates import template
 from .attention_plots import attention_pictures
 from .before_after import COLORS, FOLDER, THRESHOLD
-from .before_after_plots import CURVES, SIDES, curves_plot, read_before_after
+from .before_after_plots import (
+    CURVES,
+    SIDES,
+    curves_plot,
+    read_before_after,
+    stands_for,
+)
 from .complexity import backbone_complexity
 from .decision_plots import kl_plot, mapping_plot
 from .drawing import Plot, draw
-from .report_page import TEMPLATE
+from .records import Measurement, read_measurement
 from .run_plots import loss_plot, metric_groups, metrics_plot, timeline_plot
 from .work_dir import Run, short_name
 
-# What drawing or reading a file of another content may raise
+# What drawing numbers that do not fit each other may raise
 _MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 # Below so many logged step times the change between two is no finding
 _FEW_TIMES = 5
@@ -95,7 +102,13 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
     last_step = max(run.metrics, default=None)
     # First, as it may add a note.
     parameters = run.parameters()
-    page = TEMPLATE.render(
+    page = template(
+        'report.html',
+        short=short_name,
+        call=as_call,
+        stands_for=stands_for,
+        of=lambda label, names: names[label],
+    ).render(
         title=Path(run.config_name).stem or run.work_dir.resolve().name,
         run=run,
         parameters=parameters,
@@ -119,8 +132,16 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
         else None,
     )
     path = run.work_dir / 'report.html' if out is None else Path(out)
-    path.write_text(page, encoding='utf-8')
+    write_text(path, page)
     return path
+
+
+def as_call(cfg: dict) -> str:
+    """Write a config as a call, ``EBQM(gamma=0.5, mu=0.2)``."""
+    arguments = ', '.join(
+        f'{k}={v!r}' for k, v in cfg.items() if k != 'type' and v is not None
+    )
+    return f'{cfg.get("type")}({arguments})'
 
 
 def _detections(work_dir: Path, comparison: dict, inline: Callable) -> dict:
@@ -170,11 +191,11 @@ def _embedded(path: Path) -> str:
     return f'data:image/{kind};base64,' + base64.b64encode(path.read_bytes()).decode()
 
 
-def read_analyses(work_dir: Path) -> List[Tuple[Path, str, str, dict]]:
+def read_analyses(work_dir: Path) -> List[Tuple[Path, str, str, Measurement]]:
     """Measurements in a work directory.
 
     Returns:
-        list[tuple[Path, str, str, dict]]: Path, name of the checkpoint, start
+        list[tuple[Path, str, str, Measurement]]: Path, name of the checkpoint, start
         of file names and content of each ``layer_attention.json``, in the
         order of the epochs in the folders' names.
 
@@ -192,20 +213,8 @@ def read_analyses(work_dir: Path) -> List[Tuple[Path, str, str, dict]]:
     )
     analyses = []
     for index, path in enumerate(found):
-        try:
-            result = json.loads(path.read_text(encoding='utf-8'))
-            if result['format'] not in (1, 2):
-                raise ValueError(f'format {result["format"]}')
-            for stage in result['stages']:
-                check_name(stage)
-            list(attention_pictures(result))
-            name = Path(str(result['checkpoint'])).stem
-            for key in ('images', 'data', 'left_out'):
-                result[key]
-        except (*_MALFORMED, RecursionError) as error:
-            raise ValueError(
-                f'{path} is not of mmela layer-attention: {error!r}'
-            ) from error
+        result = read_measurement(path)
+        name = Path(result['checkpoint']).stem
         analyses.append((path, name, f'attention_{index}', result))
     return analyses
 

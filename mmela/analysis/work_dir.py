@@ -90,8 +90,11 @@ class Run:
         hook (dict | None): Arguments of the pruning hook, from
             ``pruning.json``; None without one.
         decisions (tuple[PruningDecision]): Decisions of the pruning hook.
-        config_name (str): Name of the dumped config; empty without one.
-        config (str): The dumped config.
+        config_path (Path | None): The config as the last start has dumped it:
+            ``vis_data/config.py`` in its folder, or else the newest config in
+            the directory, where other tools may have written one.
+        config_name (str): Name of the config; empty without one.
+        config (str): The config.
         notes (list[str]): What a reader should know about the files.
 
     Raises:
@@ -118,8 +121,8 @@ class Run:
         self.training: Dict[int, dict] = {}
         self.metrics: Dict[int, Dict[str, float]] = {}
         self.notes: List[str] = []
-        for log in logs:
-            self._merge(log)
+        for start in _in_order([_read_log(log) for log in logs]):
+            self._merge(start)
         if not self.training and not self.metrics:
             raise FileNotFoundError(f'{logs[-1]} holds no training loss and no metric')
         self._read_config()
@@ -127,50 +130,23 @@ class Run:
 
     # -- logs --------------------------------------------------------------
 
-    def _merge(self, log: Path) -> None:
+    def _merge(self, start: 'StartLog') -> None:
         """Add one start of the run."""
-        training, metrics = {}, {}
-        for record in _read_lines(log):
-            step = record.get('step')
-            if not _is_number(step, count=True) or any(
-                k.startswith('layer_attention/') for k in record
-            ):
-                continue
-            trains = (
-                'iter' in record
-                or 'loss' in record
-                or any(k.startswith('train/') for k in record)
-            )
-            record = {_plain_key(k): v for k, v in record.items()}
-            if trains:
-                training[step] = record
-                continue
-            values = {
-                k: v
-                for k, v in record.items()
-                if k not in _NO_METRICS
-                and _is_number(v)
-                and ('/' in k or 'time' in record)
-            }
-            if values:
-                metrics.setdefault(step, {}).update(values)
-        if not training:
+        if not start.training:
             # A validation alone is logged at step 0, a run that was stopped
             # at once not at all.
             if not self.training:
-                self.metrics.update(metrics)
+                self.metrics.update(start.metrics)
             return
-        first = min(training)
-        epoch = training[first].get('epoch')
-        self.unit = 'iteration' if epoch is None else 'epoch'
-        again = first if epoch is None else epoch
+        first = min(start.training)
+        self.unit = start.unit
         self.training = {k: v for k, v in self.training.items() if k < first}
-        self.metrics = {k: v for k, v in self.metrics.items() if k < again}
+        self.metrics = {k: v for k, v in self.metrics.items() if k < start.begin}
         if not self.training:
             self.starts, self.metrics = [], {}
-        self.starts.append(log.parents[1].name)
-        self.training.update(sorted(training.items()))
-        self.metrics.update(sorted(metrics.items()))
+        self.starts.append(start.name)
+        self.training.update(sorted(start.training.items()))
+        self.metrics.update(sorted(start.metrics.items()))
 
     @property
     def losses(self) -> Dict[int, float]:
@@ -251,12 +227,21 @@ class Run:
 
     def _read_config(self) -> None:
         configs = sorted(self.work_dir.glob('*.py'), key=lambda p: p.stat().st_mtime)
-        self.config_name = configs[-1].name if configs else ''
-        self.config = (
-            configs[-1].read_text(encoding='utf-8', errors='replace') if configs else ''
-        )
-        if not configs:
+        texts = {path: path.read_text('utf-8', 'replace') for path in configs}
+        self.config_path = configs[-1] if configs else None
+        for start in self.starts:
+            dump = self.work_dir / start / 'vis_data' / 'config.py'
+            if dump.is_file():
+                self.config_path = dump
+                texts[dump] = dump.read_text('utf-8', 'replace')
+        self.config, self.config_name = '', ''
+        if self.config_path is None:
             self.notes.append('There is no dumped config in the directory.')
+            return
+        self.config = texts[self.config_path]
+        # The runner dumps it under its own name too
+        same = [path.name for path in configs if texts[path] == self.config]
+        self.config_name = same[-1] if same else self.config_path.name
 
     def _read_decisions(self) -> None:
         path = self.work_dir / 'pruning.json'
@@ -427,6 +412,80 @@ def _read_lines(log: Path) -> List[dict]:
                 )
         records.append(record)
     return records
+
+
+@dataclass
+class StartLog:
+    """What one start of a run has logged.
+
+    Attributes:
+        name (str): Name of its folder, its start in local time.
+        training (dict[int, dict]): Scalars by iteration.
+        metrics (dict[int, dict[str, float]]): Validation metrics by epoch, or
+            by iteration in an iteration-based run.
+    """
+
+    name: str
+    training: Dict[int, dict]
+    metrics: Dict[int, Dict[str, float]]
+
+    @property
+    def unit(self) -> str:
+        """str: ``'epoch'`` or ``'iteration'``."""
+        return 'epoch' if 'epoch' in self.training[min(self.training)] else 'iteration'
+
+    @property
+    def begin(self) -> int:
+        """int: Its first epoch or iteration; -1 without training."""
+        first = min(self.training, default=-1)
+        return self.training[first].get('epoch', first) if self.training else first
+
+
+def _in_order(starts: List[StartLog]) -> List[StartLog]:
+    """Put the starts of a run in order.
+
+    Folder names are in local time, and clocks are set back: names only tell
+    apart runs that began anew in the same directory. What was resumed comes
+    after its beginning, and the one that got further after the other.
+    """
+    first = min((start.begin for start in starts if start.training), default=0)
+    runs: List[List[StartLog]] = [[]]
+    for start in sorted(starts, key=lambda start: start.name):
+        if start.begin == first and any(s.begin == first for s in runs[-1]):
+            runs.append([])
+        runs[-1].append(start)
+    for run in runs:
+        run.sort(key=lambda s: (s.begin > first, max(s.training, default=0)))
+    return [start for run in runs for start in run]
+
+
+def _read_log(log: Path) -> StartLog:
+    """Read ``NAME/vis_data/scalars.json``."""
+    training: Dict[int, dict] = {}
+    metrics: Dict[int, Dict[str, float]] = {}
+    for record in _read_lines(log):
+        step = record.get('step')
+        if not _is_number(step, count=True) or any(
+            k.startswith('layer_attention/') for k in record
+        ):
+            continue
+        trains = (
+            'iter' in record
+            or 'loss' in record
+            or any(k.startswith('train/') for k in record)
+        )
+        record = {_plain_key(k): v for k, v in record.items()}
+        if trains:
+            training[step] = record
+            continue
+        values = {
+            k: v
+            for k, v in record.items()
+            if k not in _NO_METRICS and _is_number(v) and ('/' in k or 'time' in record)
+        }
+        if values:
+            metrics.setdefault(step, {}).update(values)
+    return StartLog(log.parents[1].name, training, metrics)
 
 
 def _is_number(value: Any, count: bool = False) -> bool:

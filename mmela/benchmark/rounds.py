@@ -18,6 +18,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..files import write_text
+
 # Spread over median from which a result is called noisy
 NOISY = 0.1
 
@@ -247,7 +249,5 @@ def write_results(out: Optional[str], results: dict) -> None:
         return
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_name(path.name + '.new')
-    whole.write_text(json.dumps(results, indent=2) + '\n')
-    whole.replace(path)
+    write_text(path, json.dumps(results, indent=2) + '\n')
     print(path)

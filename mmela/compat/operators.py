@@ -8,6 +8,8 @@ from multiprocessing import current_process
 from pathlib import Path
 from typing import Optional
 
+from ..files import replacing
+
 _EXTENSION = 'mmcv._ext'
 _SOURCE = Path(__file__).with_name('mmcv_ext.py')
 
@@ -59,7 +61,8 @@ def write_operators() -> Path:
         compiled = path.with_name('_ext' + suffix)
         if compiled.exists():
             raise FileExistsError(f'mmcv has compiled operators: {compiled}')
-    path.write_bytes(_SOURCE.read_bytes())
+    with replacing(path) as temporary:
+        temporary.write_bytes(_SOURCE.read_bytes())
     return path
 
 

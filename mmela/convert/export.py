@@ -7,6 +7,7 @@ import torch
 from mmengine.utils import digit_version
 from torch import nn
 
+from ..files import replacing
 from .whole import whole_network
 
 # The first torch whose exporter takes what this module gives it
@@ -76,7 +77,8 @@ def export_network(
             network, (x,), dynamic_shapes=({0: free, 2: free, 3: free},), strict=False
         )
         if path.suffix == '.pt2':
-            torch.export.save(program, path, extra_files=dict(mmela=text))
+            with replacing(path) as out:
+                torch.export.save(program, out, extra_files=dict(mmela=text))
             return
     onnx_program = torch.onnx.export(
         program,
@@ -90,7 +92,8 @@ def export_network(
         batch, _, height, width = onnx_program.model.graph.inputs[0].shape
         onnx_program.rename_axes({batch: 'batch', height: 'height', width: 'width'})
     onnx_program.model.metadata_props['mmela'] = text
-    onnx_program.save(path)
+    with replacing(path) as out:
+        onnx_program.save(out)
 
 
 @contextmanager
@@ -137,8 +140,8 @@ def export_backbone(
     # Two images: a size of 1 would be taken for a constant.
     x = torch.rand(2, 3, *size)
     if path.suffix == '.pt':
-        with torch.no_grad():
-            torch.jit.trace(model, x, check_trace=False).save(str(path))
+        with torch.no_grad(), replacing(path) as out:
+            torch.jit.trace(model, x, check_trace=False).save(str(out))
         return
     with torch.no_grad():
         names = [f'out{i}' for i in range(len(model(x)))]
@@ -147,18 +150,19 @@ def export_backbone(
         # There the exporter below is missing, or takes other arguments.
         free = {0: 'batch', 2: 'height', 3: 'width'}
         axes = {name: free for name in ('x', *names)}
-        torch.onnx.export(model, (x,), str(path), dynamic_axes=axes, **options)
+        with replacing(path) as out:
+            torch.onnx.export(model, (x,), str(out), dynamic_axes=axes, **options)
         return
     batch = torch.export.Dim('batch', min=1)
     height = torch.export.Dim('height', min=32)
     width = torch.export.Dim('width', min=32)
-    torch.onnx.export(
+    program = torch.onnx.export(
         model,
         (x,),
-        str(path),
         dynamic_shapes=dict(x={0: batch, 2: height, 3: width}),
         dynamo=True,
-        external_data=False,
         verbose=False,
         **options,
     )
+    with replacing(path) as out:
+        program.save(out, external_data=False)

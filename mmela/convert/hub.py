@@ -9,9 +9,10 @@ from mmengine.config import Config
 from ..compat.loaders import HUB_CHECKPOINT
 from ..engine.data_root import move_paths
 from ..engine.tables import decision_table
+from ..files import write_text
 from ..layers import AttentionState
 from ..pruning import PruningDecision, PruningReport
-from .slim import SlimNetwork
+from .slim import SlimNetwork, without_pretrained
 
 HUB_CONFIG = 'config.py'
 # By default scope: the Hub's name of the task, and how to see the network work
@@ -42,7 +43,7 @@ def shared_config(cfg: Config) -> Config:
     content = cfg.to_dict()
     for key in ('work_dir', 'load_from', 'resume', 'launcher'):
         content.pop(key, None)
-    content['model'] = _without_pretrained(content['model'])
+    content['model'] = without_pretrained(content['model'])
     for root in sorted(_data_roots(content), key=len, reverse=True):
         content = move_paths(content, root, f'data/{Path(root).name}')
     return Config(content)
@@ -59,19 +60,6 @@ def _data_roots(node: Any) -> Set[str]:
     if isinstance(node, (list, tuple)):
         return set().union(*map(_data_roots, node))
     return set()
-
-
-def _without_pretrained(node: Any) -> Any:
-    """A config with None for each ``init_cfg`` that names a checkpoint."""
-    if isinstance(node, dict):
-        names = (
-            isinstance(node.get('init_cfg'), dict) and 'checkpoint' in node['init_cfg']
-        )
-        node = dict(node, init_cfg=None) if names else node
-        return {key: _without_pretrained(value) for key, value in node.items()}
-    if isinstance(node, (list, tuple)):
-        return type(node)(map(_without_pretrained, node))
-    return node
 
 
 def report_until(
@@ -266,7 +254,7 @@ def write_repository(
     folder.mkdir(parents=True, exist_ok=True)
     slim = slim._replace(cfg=shared_config(slim.cfg))
     slim.save(folder / HUB_CHECKPOINT, folder / HUB_CONFIG)
-    (folder / 'README.md').write_text(card, encoding='utf-8')
+    write_text(folder / 'README.md', card)
     if report and decisions:
         report.write(folder / 'pruning.json')
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..attach import input_channels
 from ..compat.loaders import write_safetensors
+from ..files import replacing
 from ..hooks import LayerAttentionPruningHook
 from ..layers import AttentionState, LayerAttention
 from ..layers.features import tensors
@@ -46,15 +47,20 @@ class SlimNetwork(NamedTuple):
         Args:
             path (str | Path): Checkpoint to write, as safetensors if the name
                 ends with ``.safetensors``.
-            config (str | Path): Config to write.
+            config (str | Path): Config to write; neither appears without the
+                other.
+
+        Raises:
+            OSError: If one of them cannot be written.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == '.safetensors':
-            write_safetensors(path, self.state_dict, self.meta)
-        else:
-            torch.save(dict(meta=self.meta, state_dict=self.state_dict), path)
-        self.cfg.dump(config)
+        for out in (path, config):
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as weights, replacing(config) as text:
+            if weights.suffix == '.safetensors':
+                write_safetensors(weights, self.state_dict, self.meta)
+            else:
+                torch.save(dict(meta=self.meta, state_dict=self.state_dict), weights)
+            self.cfg.dump(text)
 
 
 def slim_network(
@@ -78,8 +84,11 @@ def slim_network(
     Raises:
         SystemExit: As :func:`~mmela.convert.networks.open_network` does.
         ValueError: If there is no layer attention in the network, the
-            checkpoint does not fit, or the outputs of the backbones differ.
+            checkpoint does not fit, two of the outs are the same file, or the
+            outputs of the backbones differ.
     """
+    if len({Path(out) for out in outs}) < len(outs):
+        raise ValueError(f'{outs[0]} cannot be both checkpoint and config')
     cfg, meta, state_dict = open_network(config, checkpoint, *outs)
     model = _build(cfg)
     attentions = layer_attentions(model)
@@ -166,7 +175,8 @@ def _holds_shared(attention: LayerAttention, stage: List[LayerAttention]) -> boo
 def slim_config(cfg: Config, blocks: AttentionBlocks) -> Config:
     """Config that builds a network without its pruned attentions.
 
-    The pruning hook is left out, as its work is done.
+    The pruning hook is left out, as its work is done, and so are where the run
+    was and the checkpoints that it started from, which the slim one replaces.
 
     Args:
         cfg (Config): Config of the network.
@@ -193,6 +203,9 @@ def slim_config(cfg: Config, blocks: AttentionBlocks) -> Config:
             )
         node.pop('attention_blocks', None)  # of versions before 0.2
         node['blocks'] = stages
+    cfg['model'] = without_pretrained(cfg.to_dict()['model'])
+    for key in ('load_from', 'resume', 'work_dir'):
+        cfg.pop(key, None)
     cfg['custom_hooks'] = [
         hook for hook in cfg.get('custom_hooks') or [] if not _is_pruning_hook(hook)
     ]
@@ -200,6 +213,26 @@ def slim_config(cfg: Config, blocks: AttentionBlocks) -> Config:
         if _is_pruning_hook(hook):
             cfg['default_hooks'][name] = None
     return cfg
+
+
+def without_pretrained(node: Any) -> Any:
+    """A config with None for each ``init_cfg`` that names a checkpoint.
+
+    Args:
+        node (Any): The config of a model, or a part of it.
+
+    Returns:
+        Any: A copy.
+    """
+    if isinstance(node, dict):
+        names = (
+            isinstance(node.get('init_cfg'), dict) and 'checkpoint' in node['init_cfg']
+        )
+        node = dict(node, init_cfg=None) if names else node
+        return {key: without_pretrained(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return type(node)(map(without_pretrained, node))
+    return node
 
 
 def _is_pruning_hook(hook: Any) -> bool:

@@ -1,5 +1,6 @@
 """What a pruning decided, by which numbers: from the policy to the page."""
 
+import itertools
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
+from ..files import write_text
 from .signal import has_learned, learning_state
 
 FORMAT = 2
@@ -243,9 +245,7 @@ class PruningReport:
             hook=self.hook,
             decisions=[decision.to_dict() for decision in self.decisions],
         )
-        with open(f'{path}.tmp', 'w') as file:
-            json.dump(content, file, indent=2)
-        os.replace(f'{path}.tmp', path)
+        write_text(path, json.dumps(content, indent=2))
 
     @classmethod
     def read(cls, path: Union[str, Path]) -> 'PruningReport':
@@ -292,9 +292,15 @@ def keep_earlier(path: Union[str, Path]) -> None:
         path (str | Path): Where the new report goes.
     """
     path = Path(path)
-    if path.exists():
-        stamp = time.strftime('%Y%m%d_%H%M%S', time.localtime(path.stat().st_mtime))
-        os.replace(path, path.with_name(f'{path.stem}_{stamp}{path.suffix}'))
+    if not path.exists():
+        return
+    stamp = time.strftime('%Y%m%d_%H%M%S', time.localtime(path.stat().st_mtime))
+    for number in itertools.count(1):
+        more = f'_{number}' if number > 1 else ''
+        kept = path.with_name(f'{path.stem}_{stamp}{more}{path.suffix}')
+        if not kept.exists():
+            os.replace(path, kept)
+            return
 
 
 def check_name(name: str) -> str:

@@ -1,6 +1,9 @@
 """The page of a study: what was asked, run and found."""
 
+import html
+import re
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, Iterable, List, Optional, Sequence, Tuple
 
@@ -9,9 +12,12 @@ from matplotlib.ticker import MaxNLocator
 
 from ..__main__ import PACKAGE
 from ..analysis.drawing import MARKERS, WIDTH, Theme, draw, plain_text
+from ..command_line import one_line
+from ..files import write_text
+from ..templates import template
+from .plan import duration
 from .results import Row, agreements, difference, finals, spread
 from .run import Job
-from .schedule import duration
 from .study import Study, Variant
 
 NONE = '–'
@@ -30,7 +36,7 @@ def write_page(
     """Write the page and its picture.
 
     Args:
-        study (Study): The study; its texts are those of a person.
+        study (Study): The study; its texts are those of a person, in Markdown.
         jobs (Sequence[Job]): The runs.
         runs (Sequence[dict]): A row for each run.
         layers (Sequence[dict]): A row for each layer and decision.
@@ -43,51 +49,46 @@ def write_page(
     """
     shown = [v for v in study.variants.values() if not v.hidden]
     pictures: Tuple[Path, ...] = ()
-    lines = [f'# {study.title}', '', study.text.strip(), '']
-    if study.conclusion:
-        lines += ['## Conclusion', '', study.conclusion.strip(), '']
-    lines += ['## Results', '', _counts(study, runs), '', *_table(study, shown, runs)]
     if any(row['final'] is not None for row in runs):
         pictures = draw(_plot(study, shown, runs), path.with_suffix('.png'))
-        light, dark = (picture.name for picture in pictures)
-        lines += [
-            '',
-            '<picture><source media="(prefers-color-scheme: dark)" '
-            f'srcset="{dark}"><img alt="{_cell(study.metric)} of each variant: a dot '
-            f'for each seed, the mean and its 95 % confidence interval" src="{light}">'
-            '</picture>',
-            '',
-            'A dot for each seed, in the same shape throughout, under the mean and its '
-            'confidence interval.',
-        ]
-    lines += _comparisons(study, runs) + _seeds(study, shown, runs)
-    lines += _pruning(study, shown, runs, layers)
-    lines += _made(study, jobs, runs, tables, command)
-    path.write_text('\n'.join(lines) + '\n', 'utf-8')
+    agreement, masks = _pruning(shown, runs, layers)
+    days = sorted(
+        time.strftime('%Y-%m-%d', time.gmtime(attempt.started))
+        for job in jobs
+        for attempt in job.record.attempts
+    )
+    page = template('study.md', cell=_cell, portable=portable).render(
+        study=study,
+        missing=_missing(study, runs),
+        results=_table(shown, runs),
+        pictures=pictures,
+        comparisons=_comparisons(study, runs),
+        seeds=_seeds(study, shown, runs),
+        agreement=agreement,
+        masks=masks,
+        command=command,
+        variants=_variants(study),
+        machines=_machines(runs),
+        days=days,
+        changed={
+            job.name: escape(changes[0]) for job in jobs if (changes := job.changes())
+        },
+        tables=tables,
+    )
+    write_text(path, page)
     return [path, *pictures]
 
 
-def _counts(study: Study, runs: Sequence[Row]) -> str:
-    seeds = ', '.join(map(str, study.seeds))
-    text = f'`{study.metric}` at the end of the training, seeds {seeds}.'
-    missing = [
-        row
+def _missing(study: Study, runs: Sequence[Row]) -> List[str]:
+    return [
+        f'{row["variant"]} seed {row["seed"]} '
+        f'({"no such metric" if row["status"] == "done" else row["status"]})'
         for row in runs
         if row['final'] is None and not study.variants[row['variant']].hidden
     ]
-    if missing:
-        names = ', '.join(
-            f'{r["variant"]} seed {r["seed"]} ({_why(r)})' for r in missing
-        )
-        text += f' **Without a result: {names}.**'
-    return text
 
 
-def _why(row: Row) -> str:
-    return 'no such metric' if row['status'] == 'done' else row['status']
-
-
-def _table(study: Study, shown: Sequence[Variant], runs: Sequence[Row]) -> List[str]:
+def _table(shown: Sequence[Variant], runs: Sequence[Row]) -> str:
     paper = any(v.paper is not None for v in shown)
     digits = _digits(runs)
     head = ['variant', 'n', 'mean', 'SD', '95 % CI', *(['paper'] if paper else [])]
@@ -115,133 +116,71 @@ def _table(study: Study, shown: Sequence[Variant], runs: Sequence[Row]) -> List[
         if name not in ('best', 'memory (MB)') or any(row[i] != NONE for row in rows)
     ]
     head, *rows = ([row[i] for i in known] for row in (head, *rows))
-    return [
-        *_markdown(head, rows),
-        '',
-        'SD is the standard deviation over seeds, CI the confidence interval of the '
-        "mean by Student's t. `best` is the best validation of a run, which is chosen "
-        'on the data it is measured on. Step time is the median over a run, and time '
-        'that of a whole run, without the run that it starts from; both depend on '
-        'what else the machine did.',
-    ]
+    return _markdown(head, rows)
 
 
-def _comparisons(study: Study, runs: Sequence[Row]) -> List[str]:
-    if not study.compare:
-        return []
+def _comparisons(study: Study, runs: Sequence[Row]) -> str:
     digits, rows = _digits(runs), []
     for name, against in study.compare:
         s = difference(runs, name, against)
         labels = [study.variants[key].label for key in (name, against)]
         rows.append([' − '.join(labels), str(s.n), _number(s.mean, digits, '+')])
         rows[-1] += [_interval(s.low, s.high, digits), _number(s.p, 3)]
-    head = ['difference', 'seeds', 'mean', '95 % CI', 'p']
-    return [
-        '',
-        '## Comparisons',
-        '',
-        'Differences paired by seed; p is that of the paired t test, not corrected for '
-        'the number of comparisons.',
-        '',
-        *_markdown(head, rows),
-    ]
+    return _markdown(['difference', 'seeds', 'mean', '95 % CI', 'p'], rows)
 
 
-def _seeds(study: Study, shown: Sequence[Variant], runs: Sequence[Row]) -> List[str]:
+def _seeds(study: Study, shown: Sequence[Variant], runs: Sequence[Row]) -> str:
     digits, rows = _digits(runs), []
     for variant in shown:
         values = finals(runs, variant.name)
         cells = [_number(values.get(seed), digits) for seed in study.seeds]
         rows.append([variant.label, *cells])
-    head = ['variant', *(f'seed {seed}' for seed in study.seeds)]
-    return ['', '## Each seed', '', *_markdown(head, rows)]
+    return _markdown(['variant', *(f'seed {seed}' for seed in study.seeds)], rows)
 
 
 def _pruning(
-    study: Study, shown: Sequence[Variant], runs: Sequence[Row], layers: Sequence[Row]
-) -> List[str]:
+    shown: Sequence[Variant], runs: Sequence[Row], layers: Sequence[Row]
+) -> Tuple[str, str]:
+    """Tables of how far the seeds agree, and of what each pruned."""
     rows, masks = [], []
     for variant in shown:
         for a in agreements(layers, variant.name):
-            known = a.correlation
             rows.append([variant.label, a.window, _list(a.pruned), _list(a.candidates)])
             rows[-1] += [_number(a.jaccard, 2), _number(a.chance, 2)]
-            rows[-1].append(', '.join(f'{c:.2f}' for c in known) or NONE)
+            rows[-1].append(', '.join(f'{c:.2f}' for c in a.correlation) or NONE)
             rows[-1].append(_list([_LEARNED[x] for x in a.learned]))
         for row in runs:
             if row['variant'] == variant.name and row['pruned']:
-                masks.append([variant.label, str(row['seed']), row['pruned']])
-    if not masks:
-        return []
+                masks.append([variant.label, str(row['seed']), escape(row['pruned'])])
     head = ['variant', 'window', 'pruned', 'of', 'Jaccard', 'by chance']
-    return [
-        '',
-        '## What was pruned',
-        '',
-        'Attentions that each seed pruned, of those with a divergence; how far the '
-        'seeds agree (mean Jaccard index over pairs of seeds), and how far random '
-        'choices of the same numbers would; for each seed, the correlation of the '
-        'divergences with the baseline log((t+n)/t), which they have before attention '
-        'has learned anything; whether the hook saw that it had.',
-        '',
-        *_markdown([*head, 'correlation with the baseline', 'learned'], rows),
-        '',
-        *_markdown(['variant', 'seed', 'pruned'], masks),
-    ]
+    return (
+        _markdown([*head, 'correlation with the baseline', 'learned'], rows),
+        _markdown(['variant', 'seed', 'pruned'], masks),
+    )
 
 
-def _made(
-    study: Study,
-    jobs: Sequence[Job],
-    runs: Sequence[Row],
-    tables: Sequence[Path],
-    command: str,
-) -> List[str]:
-    lines = [
-        '',
-        '## How it was made',
-        '',
-        '<!-- not run: a study -->',
-        '```bash',
-        *study.prepare,
-        command,
-        '```',
-        '',
-    ]
+def _variants(study: Study) -> str:
     rows = []
     for variant in study.variants.values():
         start = variant.start
-        text = '' if start is None else f'{start.how} {start.checkpoint} of '
-        text += start.variant if start else ''
+        text = f'{start.how} {start.checkpoint} of {start.variant}' if start else ''
         options = ' '.join(f'`{option}`' for option in variant.options)
         rows.append([variant.name, f'`{portable(variant.config)}`', options, text])
-    lines += _markdown(['variant', 'config', 'options', 'starts from'], rows)
-    machines: dict = {}
-    for row in runs:
-        if row['cpu']:
-            key = f'{row["cpu"]}, {row["cores"]} cores, '
-            key += f'{row["gpu"] or "no GPU"}, torch {row["torch"]}, '
-            key += f'mmela {row["mmela"]} ({row["revision"] or "no revision"}), '
-            key += f'{row["threads"]} thread' + 's' * (row['threads'] != 1)
-            machines[key] = machines.get(key, 0) + 1
-    lines += ['', *(f'- {count} runs: {key}' for key, count in machines.items())]
-    days = [a['started'] for job in jobs for a in job.record.get('attempts', [])]
-    if days:
-        first, last = (
-            time.strftime('%Y-%m-%d', time.gmtime(f(days))) for f in (min, max)
+    return _markdown(['variant', 'config', 'options', 'starts from'], rows)
+
+
+def _machines(runs: Sequence[Row]) -> Counter:
+    return Counter(
+        escape(
+            f'{row["cpu"]}, {row["cores"]} cores, {row["gpu"] or "no GPU"}, torch '
+            f'{row["torch"]}, mmela {row["mmela"]} '
+            f'({row["revision"] or "no revision"}), {row["threads"]} thread'
+            + 's'
+            * (row['threads'] != 1)
         )
-        lines.append(f'- run {first}' + (f' to {last}' if last != first else ''))
-    for job in jobs:
-        changed = job.changes() if job.record else []
-        if changed:
-            lines.append(f'- {job.name} was made with other settings: {changed[0]}')
-    files = ', '.join(f'[{table.name}]({table.name})' for table in tables)
-    lines += [
-        '',
-        f'All numbers: {files}. This page is written by `tools/study.py`; its texts '
-        f'are those of `{portable(study.path)}`.',
-    ]
-    return lines
+        for row in runs
+        if row['cpu']
+    )
 
 
 def _plot(study: Study, shown: Sequence[Variant], runs: Sequence[Row]):
@@ -305,10 +244,16 @@ def _list(values: Sequence[Any]) -> str:
     return str(values[0]) if same else ', '.join(map(str, values))
 
 
+def escape(text: str) -> str:
+    """A text of a record, so that Markdown shows it as it is."""
+    return re.sub(r'([\\`*_{}\[\]$~#!])', r'\\\1', html.escape(one_line(text), False))
+
+
 def _cell(text: str) -> str:
     return ' '.join(text.replace('|', '&#124;').split())
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
-    lines = [head, ['---'] * len(head), *rows]
-    return [f'| {" | ".join(map(_cell, line))} |' for line in lines]
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; nothing where it would be empty."""
+    lines = [head, ['---'] * len(head), *rows] if rows else []
+    return '\n'.join(f'| {" | ".join(map(_cell, line))} |' for line in lines)

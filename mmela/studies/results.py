@@ -6,12 +6,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
+import msgspec
 import numpy as np
 from scipy import stats
 from scipy.spatial.distance import pdist
 
 from ..analysis.work_dir import Run, short_name
-from .run import Job
+from ..files import replacing
+from .run import Attempt, Job
 from .study import Study
 
 # Columns of the table of runs before and after the metrics of the study
@@ -74,7 +76,7 @@ def collect(study: Study, jobs: Iterable[Job]) -> Tuple[List[Row], List[Row]]:
                 row['status'] = f'at {job.unit} {results.done} of {job.length}'
             _add_results(row, study.metric, job, results)
             layers += _layers(job, results)
-        _add_attempts(row, job.record.get('attempts', []))
+        _add_attempts(row, job.record.attempts)
         runs.append(row)
     return runs, layers
 
@@ -95,19 +97,29 @@ def _add_results(row: Row, metric: str, job: Job, results: Run) -> None:
     )
     if not job.done:
         return
-    row.update(results.metrics.get(max(results.metrics, default=0), {}))
-    row['final'] = row.get(metric)
+    final = job.final_metrics()
+    row['final'] = final.get(metric)
+    if not final:
+        row['status'] = 'no last validation'
+    for name, value in final.items():
+        row[_metric_column(name)] = value
     row['best_at'], row['best'] = results.best(metric) or (None, None)
     parameters = results.parameters()
     if parameters is not None:
         row.update(attentions=parameters.attentions, active=parameters.active)
 
 
-def _add_attempts(row: Row, attempts: Sequence[dict]) -> None:
-    seconds = [a['seconds'] for a in attempts if a['seconds'] is not None]
+def _metric_column(name: str) -> str:
+    """Column of a metric, which may be called as another column is."""
+    return f'metric {name}' if name in (*COLUMNS, *MORE) else name
+
+
+def _add_attempts(row: Row, attempts: Sequence[Attempt]) -> None:
+    seconds = [a.seconds for a in attempts if a.seconds is not None]
     row.update(attempts=len(attempts), wall_time=round(sum(seconds), 1) or None)
     if attempts:
-        row.update(attempts[-1]['machine'], threads=attempts[-1]['threads'])
+        last = attempts[-1]
+        row.update(msgspec.structs.asdict(last.machine), threads=last.threads)
 
 
 def _window(decision: Any) -> str:
@@ -155,7 +167,9 @@ def write_tables(runs: List[Row], layers: List[Row], path: Path) -> List[Path]:
         second = path.with_name(f'{path.stem}_layers.csv')
         tables.append((second, LAYER_COLUMNS, layers))
     for target, columns, rows in tables:
-        with open(target, 'w', newline='', encoding='utf-8') as file:
+        with replacing(target) as temporary, open(
+            temporary, 'w', newline='', encoding='utf-8'
+        ) as file:
             writer = csv.DictWriter(file, columns, lineterminator='\n')
             writer.writeheader()
             writer.writerows(rows)

@@ -1,32 +1,108 @@
-"""One run of a study: a training in a process of its own."""
+"""One run of a study: what is asked for and what there is of it."""
 
-import ctypes
-import fcntl
 import json
 import os
-import platform
 import re
-import signal
-import subprocess
-import sys
-import time
 import zipfile
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
-import torch
+import msgspec
+from typing_extensions import Annotated
 
-from .. import __version__
-from ..__main__ import PACKAGE, find
+from ..__main__ import find
 from ..analysis.work_dir import Run
-from .study import Study, flatten
+from ..command_line import one_line
+from ..files import write_text
+from .study import Start, Study, flatten
 
 RECORD = 'study_run.json'
 LOG = 'study.log'
 _STEP = re.compile(r'(?:Epoch|Iter)\(train\)\s+(?:\[ *(\d+)\])?\[ *(\d+)/(\d+)\]')
-_PDEATHSIG = 1  # of linux/prctl.h
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e11)]
+
+
+class Machine(msgspec.Struct):
+    """What a run was made on.
+
+    Attributes:
+        cpu (str): The processor.
+        cores (int | None): Number of its cores.
+        gpu (str | None): The first GPU.
+        torch (str): Version of torch.
+        mmela (str): Version of mmela.
+        revision (str | None): Commit of the checkout.
+    """
+
+    cpu: str
+    cores: Optional[int]
+    gpu: Optional[str]
+    torch: str
+    mmela: str
+    revision: Optional[str]
+
+
+class Attempt(msgspec.Struct):
+    """A process that trained a run.
+
+    Attributes:
+        started (float): When, in seconds since 1970.
+        machine (Machine): Where.
+        threads (int): Threads that it was given.
+        seconds (float | None): How long it took; None while it goes on, or
+            if it was killed together with the driver.
+        exit (int | None): Its exit code, negative for a signal.
+        timed_out (bool): Whether it was ended by the time limit.
+    """
+
+    started: Seconds
+    machine: Machine
+    threads: int
+    seconds: Optional[Seconds] = None
+    exit: Optional[int] = None
+    timed_out: bool = False
+
+
+class Record(msgspec.Struct):
+    """What the driver noted in the work directory of a run.
+
+    Attributes:
+        settings (dict | None): The config that it began with; None if the
+            checkpoints there are of something else.
+        start (Start | None): What it started from.
+        done (bool): Whether it has finished.
+        attempts (list[Attempt]): The processes, oldest first.
+    """
+
+    settings: Optional[Dict[str, Any]] = None
+    start: Optional[Start] = None
+    done: bool = False
+    attempts: List[Attempt] = []
+
+
+def read_record(work_dir: Union[str, Path]) -> Record:
+    """Read what the driver noted in a work directory.
+
+    Args:
+        work_dir (str | Path): The directory.
+
+    Returns:
+        Record: The record; an empty one where there is none.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is damaged.
+    """
+    path = Path(work_dir, RECORD)
+    if not path.exists():
+        return Record()
+    try:
+        return msgspec.convert(json.loads(path.read_text('utf-8')), Record)
+    except (RecursionError, ValueError, msgspec.MsgspecError) as error:
+        raise ValueError(
+            f'{path} is no record of a run: {one_line(error)}. Move its folder away'
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -42,7 +118,7 @@ class Job:
         config (str): The config.
         options (tuple[str]): Changes to it.
         after (str | None): Work directory of the run that it starts from.
-        start (dict | None): Variant, checkpoint and how to start from it.
+        start (Start | None): How to start from it.
         settings (dict): The config with its changes.
         unit (str): ``'epoch'`` or ``'iter'``.
         length (int): Epochs or iterations.
@@ -56,7 +132,7 @@ class Job:
     config: str
     options: Tuple[str, ...]
     after: Optional[str]
-    start: Optional[dict]
+    start: Optional[Start]
     settings: dict
     unit: str
     length: int
@@ -72,21 +148,19 @@ class Job:
         return Path(self.work_dir)
 
     @property
-    def record(self) -> Dict[str, Any]:
-        """dict: What the runner noted: settings, attempts, whether it is done."""
+    def record(self) -> Record:
+        """Record: What the driver noted, see :func:`read_record`."""
         return read_record(self.work_dir)
 
-    def write(self, record: Dict[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         """Write the record, at once or not at all."""
-        path = self.folder / RECORD
-        temporary = path.with_suffix('.tmp')
-        temporary.write_text(json.dumps(record, indent=1), 'utf-8')
-        os.replace(temporary, path)
+        text = json.dumps(msgspec.to_builtins(record), indent=1)
+        write_text(self.folder / RECORD, text)
 
     @property
     def done(self) -> bool:
         """bool: Whether it has finished."""
-        return is_done(self.work_dir)
+        return self.record.done
 
     def changes(self) -> List[str]:
         """Compare what there is with what the study asks for.
@@ -95,12 +169,14 @@ class Job:
             list[str]: A line for each setting that differs.
         """
         record = self.record
-        if not self.done and not any(self.folder.glob('*.pth')):
+        if not record.done and not any(self.folder.glob('*.pth')):
             return []  # nothing that would be mixed or lost
-        if record.get('settings') is None:
+        if record.settings is None:
             return ['it was not made by a study, so its settings are unknown']
-        old = flatten({**record['settings'], 'start': record['start']})
-        new = flatten({**self.settings, 'start': self.start})
+        old, new = (
+            flatten({**each.settings, 'start': msgspec.to_builtins(each.start)})
+            for each in (record, self)
+        )
         return [
             f'{key}: {_show(old, key)} -> {_show(new, key)}'
             for key in {**old, **new}
@@ -114,10 +190,10 @@ class Job:
         except FileNotFoundError:
             return None
 
-    def validated(self) -> bool:
-        """Whether the validation at the end is there."""
+    def final_metrics(self) -> Dict[str, float]:
+        """dict[str, float]: The validation at its end; empty without one."""
         results = self.results()
-        return results is not None and max(results.metrics, default=0) >= self.length
+        return {} if results is None else results.metrics.get(self.length, {})
 
     def checkpoint(self) -> Optional[Path]:
         """Find where to go on.
@@ -139,9 +215,9 @@ class Job:
         return next((path for path in whole if zipfile.is_zipfile(path)), None)
 
     def is_complete(self) -> bool:
-        """Whether an earlier process trained it to the end, but noted nothing."""
+        """Whether it was trained to its end, noted or not."""
         last = self.folder / f'{self.unit}_{self.length}.pth'
-        return zipfile.is_zipfile(last) and self.validated()
+        return self.done or (zipfile.is_zipfile(last) and bool(self.final_metrics()))
 
     def progress(self) -> Tuple[float, str]:
         """How far it is: the share that is done, and as a text."""
@@ -165,17 +241,6 @@ class Job:
         path = self.folder / LOG
         text = path.read_text('utf-8', 'replace') if path.is_file() else ''
         return '\n'.join([f'the end of {path}:', *text.splitlines()[-lines:]])
-
-
-def read_record(work_dir: str) -> Dict[str, Any]:
-    """What the runner noted in a work directory."""
-    path = Path(work_dir, RECORD)
-    return json.loads(path.read_text('utf-8')) if path.is_file() else {}
-
-
-def is_done(work_dir: str) -> bool:
-    """Whether the run in a work directory has finished."""
-    return bool(read_record(work_dir).get('done'))
 
 
 def _show(leaves: Dict[str, Any], key: str) -> str:
@@ -224,7 +289,7 @@ def make_jobs(
                     str(variant.config),
                     (*variant.options, f'randomness.seed={seed}'),
                     str(root / start.variant / f'seed_{seed}') if start else None,
-                    dict(vars(start)) if start else None,
+                    start,
                     {**variant.settings, 'randomness': seeded},
                     variant.unit,
                     variant.length,
@@ -233,177 +298,18 @@ def make_jobs(
     return jobs
 
 
-class Taken(Exception):
-    """Another process has the run."""
-
-
-class Attempt:
-    """A process that trains a run.
-
-    It holds a lock on the work directory as long as it lives, and dies with
-    the process that made it.
+def select(jobs: Sequence[Job], only: Optional[Sequence[str]] = None) -> List[Job]:
+    """The runs of some variants, with those that they start from.
 
     Args:
-        job (Job): The run.
-        threads (int): Threads that it may use.
-        device (str, optional): Its ``CUDA_VISIBLE_DEVICES``. Defaults to None,
-            what is visible here.
+        jobs (Sequence[Job]): All runs.
+        only (Sequence[str], optional): The variants. Defaults to all.
 
-    Raises:
-        Taken: If another process trains it.
-        OSError: If the checkpoint that it starts from is not there.
+    Returns:
+        list[Job]: The runs, in order.
     """
-
-    def __init__(self, job: Job, threads: int, device: Optional[str] = None) -> None:
-        self.job = job
-        self.process: Optional[subprocess.Popen] = None  # None if it is done
-        self._code: Optional[int] = None
-        job.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(job.folder / '.study.lock', os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise Taken(f'another process has {job.folder}') from None
-        try:
-            self._begin(threads, device)
-        except BaseException:
-            os.close(self._lock)
-            raise
-
-    def _begin(self, threads: int, device: Optional[str]) -> None:
-        job, record = self.job, self.job.record
-        log = job.folder / LOG
-        attempts = record.get('attempts', [])
-        for attempt in attempts:  # of a process that was killed
-            if attempt['seconds'] is None and log.exists():
-                attempt['seconds'] = log.stat().st_mtime - attempt['started']
-        checkpoint = job.checkpoint()
-        complete = job.done or job.is_complete()
-        made = dict(settings=job.settings, start=job.start)
-        if complete or checkpoint is not None:  # what it began with
-            made = {key: record.get(key) for key in made}
-        record = {**made, 'done': complete, 'attempts': attempts}
-        if complete:
-            job.write(record)
-            self._end(0)
-            return
-        environ = dict(os.environ)
-        environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
-        # The mmela of this process; and what deterministic cuBLAS asks for
-        paths = [str(PACKAGE.parent), environ.get('PYTHONPATH', '')]
-        environ['PYTHONPATH'] = os.pathsep.join(filter(None, paths))
-        environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-        if device is not None:
-            environ['CUDA_VISIBLE_DEVICES'] = device
-        command = self._command(checkpoint)
-        now = dict(started=time.time(), seconds=None, exit=None, machine=machine())
-        attempts.append({**now, 'threads': threads})
-        job.write(record)
-        libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
-        driver = os.getpid()
-
-        def die_with_driver() -> None:
-            if libc is not None:
-                libc.prctl(_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != driver:
-                os._exit(1)
-
-        with open(log, 'ab') as output:
-            output.write(f'$ {" ".join(command)}\n'.encode())
-            output.flush()
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=job.cwd,
-                env=environ,
-                pass_fds=[self._lock],
-                start_new_session=True,
-                preexec_fn=die_with_driver,
-            )
-
-    def _command(self, checkpoint: Optional[Path]) -> List[str]:
-        job, options = self.job, list(self.job.options)
-        command = [sys.executable, job.tool, job.config]
-        command += ['--work-dir', job.work_dir]
-        if checkpoint is not None:
-            command += ['--resume', str(checkpoint)]
-        elif job.start is not None and job.after is not None:
-            path = Path(job.after, job.start['checkpoint'])
-            if not path.is_file():
-                raise FileNotFoundError(f'{job.name} starts from {path}: no such file')
-            if job.start['how'] == 'resume':
-                command += ['--resume', str(path)]
-            else:
-                options.append(f'load_from={path}')
-        return [*command, '--cfg-options', *options]
-
-    def poll(self) -> Optional[int]:
-        """End of the process: its exit code, None while it goes on."""
-        if self._code is None and self.process is not None:
-            code = self.process.poll()
-            if code is not None:
-                self._end(code)
-        return self._code
-
-    def kill(self) -> None:
-        """End the process and those that it started."""
-        if self.poll() is None and self.process is not None:
-            self._kill_group(self.process.pid)
-            self._end(self.process.wait())
-
-    @staticmethod
-    def _kill_group(number: int) -> None:
-        try:
-            os.killpg(number, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-
-    def _end(self, code: int) -> None:
-        if self.process is not None:
-            # Loaders of data that have outlived it hold the lock
-            self._kill_group(self.process.pid)
-            record = self.job.record
-            last = record['attempts'][-1]
-            last.update(seconds=time.time() - last['started'], exit=code)
-            self.job.write({**record, 'done': code == 0})
-        self._code = code
-        os.close(self._lock)
-
-
-@lru_cache(maxsize=None)
-def machine() -> Dict[str, Any]:
-    """What a run was made on: processor, versions, revision."""
-    model = platform.processor() or platform.machine()
-    if Path('/proc/cpuinfo').is_file():
-        text = Path('/proc/cpuinfo').read_text('utf-8', 'replace')
-        found = re.search(r'^model name\s*: *(.+)$', text, re.MULTILINE)
-        model = found.group(1) if found else model
-    # Not asked by torch, which would take memory on the GPU
-    gpu = _output('nvidia-smi', '--query-gpu=name', '--format=csv,noheader')
-    return dict(
-        cpu=model,
-        cores=os.cpu_count(),
-        gpu=gpu.splitlines()[0] if gpu else None,
-        torch=torch.__version__,
-        mmela=__version__,
-        revision=_revision(),
-    )
-
-
-def _revision() -> Optional[str]:
-    git = ('git', '-C', str(PACKAGE.parent))
-    revision = _output(*git, 'rev-parse', '--short=12', 'HEAD')
-    changed = _output(*git, 'status', '--porcelain', '--untracked-files=no')
-    return revision and revision + ('+changes' if changed else '')
-
-
-def _output(*command: str) -> Optional[str]:
-    """What a command prints; None if it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, check=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    wanted = {job.work_dir for job in jobs if not only or job.variant in only}
+    for job in reversed(jobs):
+        if job.work_dir in wanted and job.after:
+            wanted.add(job.after)
+    return [job for job in jobs if job.work_dir in wanted]

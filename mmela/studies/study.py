@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple, Union
 
 import yaml
 from mmengine.config import Config, DictAction
@@ -53,7 +53,7 @@ class Start:
 
     variant: str
     checkpoint: str
-    how: str
+    how: Literal['resume', 'load']
 
 
 @dataclass(frozen=True)

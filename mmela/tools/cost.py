@@ -42,6 +42,7 @@ from ..analysis.cost_plots import QUANTITIES, growth_plot, trade_off_plot
 from ..analysis.drawing import Plot, draw
 from ..analysis.work_dir import Run
 from ..command_line import add_cfg_options, find_config, one_line
+from ..files import replacing
 
 SIZE = 'size'
 
@@ -271,10 +272,11 @@ def main(argv=None) -> None:
     try:
         rows = count_all(args)
         out.mkdir(parents=True, exist_ok=True)
-        with open(out / 'cost.csv', 'w', encoding='utf-8', newline='') as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        with replacing(out / 'cost.csv') as temporary:
+            with open(temporary, 'w', encoding='utf-8', newline='') as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
         for name, plot in pictures(rows, args).items():
             print(draw(plot, out / f'{name}.png')[0])
     except (ImportError, OSError, ValueError, KeyError) as error:

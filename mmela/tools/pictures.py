@@ -25,6 +25,7 @@ from ..analysis.drawing import LIGHT, Plot, draw
 from ..analysis.report import read_analyses
 from ..analysis.work_dir import short_name
 from ..command_line import one_line
+from ..files import replacing
 from ..pruning import PruningReport
 
 
@@ -122,7 +123,8 @@ def detections(work_dir: Path, path: Path, rows: Sequence[int]) -> None:
     plot = detections_plot(work_dir, result, [row - 1 for row in rows])
     figure = Figure(dpi=100, facecolor=LIGHT.paper, layout='constrained')
     plot(figure, LIGHT)
-    figure.savefig(path, pil_kwargs=dict(quality=85, optimize=True))
+    with replacing(path) as temporary:
+        figure.savefig(temporary, pil_kwargs=dict(quality=85, optimize=True))
 
 
 def main(argv=None) -> None:

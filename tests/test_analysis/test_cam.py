@@ -17,6 +17,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget  # noqa:
 from mmela.analysis import cam  # noqa: E402
 from mmela.analysis.drawing import draw_over_image  # noqa: E402
 from mmela.analysis.inputs import input_picture  # noqa: E402
+from mmela.analysis.patch_attention import PatchSize  # noqa: E402
 from mmela.structure import attention_stages, prune  # noqa: E402
 from tests.helpers.networks import transformer  # noqa: E402
 
@@ -198,10 +199,13 @@ def test_tokens_equal_the_librarys():
             x[:, 1:].reshape(len(x), 4, 6, 12).permute(0, 3, 1, 2)
         ),
     )(inputs, targets)
-    layer = cam.target_layer(model, 'layers.0')
-    found = cam.StreamedScoreCAM(model, layer)(inputs, targets)
+    data = dict(inputs=[torch.zeros(3, 32, 48)], data_samples=[None])
+    model.data_preprocessor.forward = lambda data, training: dict(
+        inputs=inputs, data_samples=data['data_samples']
+    )
+    cams = cam.ImageCAM([model], data, target=3)
     assert expected.std() > 0.01
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(cams.compute(0, 'layers.0'), expected[0], atol=1e-4)
     hooks = [m._forward_hooks for m in model.modules()]
     assert not any(hooks)
 
@@ -212,8 +216,9 @@ def test_tokens_with_layer_attention():
         type='ELAVisionTransformer', layer_attention=dict(type='MRLALight', head_dim=4)
     )
     seen, given = [], []
+    size = PatchSize(model.backbone)
     cam.target_layer(model, 'layers.0').register_forward_hook(
-        lambda module, args, out: seen.append(out)
+        lambda module, args, out: seen.append(size.to_map(out))
     )
     model.backbone.layers[1].register_forward_pre_hook(
         lambda module, args: given.append(args[0])

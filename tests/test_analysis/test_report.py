@@ -20,6 +20,7 @@ from PIL import Image
 from scipy.stats import beta
 
 from mmela.analysis import make_report, summarize
+from mmela.analysis.before_after_plots import read_before_after
 from mmela.analysis.decision_plots import _spread, kl_plot, known_policy
 from mmela.analysis.drawing import LIGHT
 from mmela.analysis.work_dir import Run
@@ -648,3 +649,51 @@ def test_in_browser(with_maps, tmp_path, chromium, width, scheme):
     assert inner == width and scroll <= width
     assert images == loaded == 7 + 2 * 6
     assert light == (images if scheme == 'light' else 0)
+
+
+def test_config_of_the_run(tmp_path):
+    """Its own dump, whatever was written into the directory since."""
+    make_work_dir(tmp_path)
+    for stamp in ('20260102_030405', '20260103_030405'):
+        if not (tmp_path / stamp).exists():
+            write_log(tmp_path, stamp, [4])
+        dump = tmp_path / stamp / 'vis_data' / 'config.py'
+        dump.write_text(f'{CONFIG}stamp = {stamp!r}\n')
+    (tmp_path / 'my_config.py').write_text(dump.read_text())
+    (tmp_path / 'slim.py').write_text('slim = True\n')
+    for name, older in (('my_config.py', 9e8), ('slim.py', 1e9)):
+        os.utime(tmp_path / name, (older, older))
+    run = Run(tmp_path)
+    assert run.config_path == dump and "'20260103_030405'" in run.config
+    assert run.config_name == 'my_config.py'
+    page = Page(make_report(tmp_path)).text
+    assert 'Config my_config.py' in ' '.join(page.split()) and 'slim = True' not in page
+    (tmp_path / 'my_config.py').unlink()
+    assert Run(tmp_path).config_name == 'config.py'
+    for dump in tmp_path.glob('*/vis_data/config.py'):
+        dump.unlink()
+    assert Run(tmp_path).config_name == 'slim.py'
+
+
+@pytest.mark.parametrize(
+    'old, new',
+    [('"format": 1', '"format": 3'), ('"kind": "classes"', '"kind": "a"'),
+     ('"active": 1', '"active": "one"'), ('"images": 2', '"images": []'),
+     ('"shown": []', '"shown": [1]'), ('{"format"', '["format"')],
+)  # fmt: skip
+def test_damaged_comparison_is_one_line(tmp_path, old, new):
+    make_work_dir(tmp_path)
+    side = dict(checkpoint='a', epoch=1, iteration=None, active=1, attentions=2)
+    side.update(mean=None, per_class=[])
+    content = dict(format=1, stamp=[], kind='classes', note='', images=2, total=2)
+    content.update(classes=['a'], sides=dict(after=side), shown=[])
+    path = tmp_path / 'before_after' / 'before_after.json'
+    path.parent.mkdir()
+    text = json.dumps(content)
+    path.write_text(text)
+    assert read_before_after(tmp_path)['sides']['after']['active'] == 1
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError, match='is not of') as error:
+        make_report(tmp_path)
+    assert str(path) in str(error.value) and '\n' not in str(error.value)

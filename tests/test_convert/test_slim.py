@@ -114,6 +114,16 @@ def test_the_hook_is_left_out_by_name_and_by_class():
     assert slim_config(Config(dict(model=cfg.model)), {}).custom_hooks == []
 
 
+def test_slim_config_leaves_the_run_behind():
+    """Paths of the machine that trained, which would be asked for elsewhere."""
+    run = dict(load_from='/home/ann/start.pth', resume=True, work_dir='/home/ann/w')
+    start = dict(type='Pretrained', checkpoint='/home/ann/resnet.pth')
+    model = dict(type='A', parts=[dict(type='B', init_cfg=start)])
+    cfg = slim_config(Config(dict(model=model, a=1, **run)), {})
+    model = dict(type='A', parts=[dict(type='B', init_cfg=None)])
+    assert cfg.to_dict() == dict(model=model, a=1, custom_hooks=[])
+
+
 def test_hook_in_a_config_of_the_new_style(tmp_path, registry):
     """There a type is a class, which mmengine imports late."""
     config = tmp_path / 'config.py'

@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from mmela.studies.cluster import connect, run_ray
+from mmela.studies.driver import RayExecutor, run_all
+from mmela.studies.train import Limits
 from tests.helpers.studies import is_gone, processes, tiny_jobs, wait_for
 
 ray = pytest.importorskip('ray')
@@ -17,14 +18,13 @@ def local(monkeypatch, tmp_path_factory):
     monkeypatch.setenv('RAY_USAGE_STATS_ENABLED', '0')
     # Where newer versions keep a token
     monkeypatch.setenv('HOME', str(tmp_path_factory.mktemp('home')))
-    yield connect('local', 1, None)
-    ray.shutdown()
+    with RayExecutor('local', Limits(retries=1)) as executor:
+        yield executor
 
 
 def test_a_killed_ray_worker(local, tmp_path):
     """Ray starts its task again, which goes on; what fails holds up its own."""
-    assert local[0] == (1 if ray.cluster_resources().get('GPU') else 0)
-    assert local[1] >= 1
+    assert local.slots >= 1
     start = dict(variant='killed', checkpoint='epoch_3.pth', how='load')
     failing = dict(variant='bad', checkpoint='epoch_1.pth', how='load')
     tiny = dict(config='tiny.py')
@@ -49,12 +49,12 @@ def test_a_killed_ray_worker(local, tmp_path):
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
-    failures = run_ray(jobs, 1, 0, 1, lambda job: 'well')
+    failures = run_all(jobs, local, Limits(retries=1), lambda job: 'well')
     assert set(failures) == {bad.name, after_bad.name}
     assert failures[bad.name].startswith('exit code 3; the end of ')
-    assert len(bad.record['attempts']) == 2 and not after_bad.folder.exists()
+    assert len(bad.record.attempts) == 2 and not after_bad.folder.exists()
     assert killed.done and after.done
-    assert [a['exit'] for a in killed.record['attempts']] == [None, 0]
+    assert [a.exit for a in killed.record.attempts] == [None, 0]
     values = [m['accuracy/top1'] for m in killed.results().metrics.values()]
     assert values == [31**n % 1009 / 10.09 for n in (1, 2, 3)]
     assert after.results().metrics[3]['accuracy/top1'] == 31**6 % 1009 / 10.09
@@ -63,4 +63,4 @@ def test_a_killed_ray_worker(local, tmp_path):
 def test_no_cluster(monkeypatch):
     monkeypatch.delenv('RAY_ADDRESS', raising=False)
     with pytest.raises(ValueError, match="no Ray cluster at '127.0.0.1:1'"):
-        connect('127.0.0.1:1', 1, None)
+        RayExecutor('127.0.0.1:1', Limits())

@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import itertools
+import json
+import shutil
 
 import pytest
 
@@ -15,6 +17,7 @@ from mmela.studies.results import (
     spread,
     write_tables,
 )
+from mmela.studies.run import Attempt, Machine, Record
 from tests.helpers.studies import tiny_jobs
 from tests.helpers.work_dirs import make_work_dir
 
@@ -126,17 +129,12 @@ def made(tmp_path):
             plain=dict(config='tiny.py'),
         ),
         compare=[['ela', 'plain']],
+        options={'train_cfg.max_epochs': 4},  # as tests/helpers/work_dirs.py has
     )
     decisions = make_work_dir(jobs[0].folder)
-    machine = dict(
-        cpu='Some CPU', cores=2, gpu=None, torch='2', mmela='0', revision='r'
-    )
-    attempts = [
-        dict(started=1e9, seconds=s, exit=0, machine=machine, threads=1) for s in (5, 6)
-    ]
-    jobs[0].write(
-        dict(settings=jobs[0].settings, start=None, done=True, attempts=attempts)
-    )
+    machine = Machine('Some CPU', 2, None, '2', '0', 'r')
+    attempts = [Attempt(1e9, machine, 1, s, 0) for s in (5.0, 6.0)]
+    jobs[0].write(Record(jobs[0].settings, None, True, attempts))
     return study, jobs, decisions
 
 
@@ -154,7 +152,7 @@ def test_tables(made, tmp_path):
     assert int(ela['active']) == len(second.active)
     assert ela['attentions'] == '16'
     assert ela['step_times'] == '0.5 0.2083 0.125'  # 1/1, 1/2 and 1/3, 1/4 of 0.5
-    assert (ela['wall_time'], ela['attempts']) == ('11', '2')
+    assert (ela['wall_time'], ela['attempts']) == ('11.0', '2')
     assert (ela['cpu'], ela['gpu'], ela['revision']) == ('Some CPU', '', 'r')
     names = [name.split('.', 1)[1][: -len('.layer_attn')] for name in first.pruned]
     assert ela['pruned'].startswith(f'epoch 1: {" ".join(names)}; epoch 3: ')
@@ -166,6 +164,77 @@ def test_tables(made, tmp_path):
         for key in ('divergence', 'shape', 'own', 'baseline'):
             value = getattr(layer, key)
             assert found[key] == ('' if value is None else str(value))
+
+
+def log_of(job):
+    (log,) = job.folder.glob('*/vis_data/scalars.json')
+    return log
+
+
+@pytest.mark.parametrize('keep', [lambda step: step != 4, lambda step: step == 2])
+def test_no_validation_at_the_end(made, tmp_path, keep):
+    """An earlier one does not stand for it."""
+    study, jobs, _ = made
+    log = log_of(jobs[0])
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    kept = [x for x in lines if 'coco/bbox_mAP' not in x or keep(x['step'])]
+    log.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+    runs, rows = collect(study, jobs)
+    assert runs[0]['final'] is None and runs[0].get('coco/bbox_mAP') is None
+    assert runs[0]['status'] == 'no last validation' and runs[0]['best'] > 0
+    write_page(study, jobs, runs, rows, [], tmp_path / 'tiny.md', 'a')
+    text = (tmp_path / 'tiny.md').read_text()
+    assert 'ela seed 0 (no last validation)' in text
+
+
+def test_metrics_do_not_take_the_place_of_columns(made, tmp_path):
+    """Whatever a log calls them."""
+    study, jobs, _ = made
+    names = ['final', 'seed', 'status', 'variant', 'best', 'pruned', 'attempts', 'cpu']
+    with open(log_of(jobs[0]), 'a') as log:
+        log.write(json.dumps({**dict.fromkeys(names, 7.0), 'time': 1, 'step': 4}))
+    runs, rows = collect(study, jobs)
+    ela = runs[0]
+    assert (ela['final'], ela['seed'], ela['status']) == (0.25, 0, 'done')
+    assert (ela['variant'], ela['attempts'], ela['cpu']) == ('ela', 2, 'Some CPU')
+    (path, _) = write_tables(runs, rows, tmp_path / 'tiny.csv')
+    table = list(csv.DictReader(path.open()))
+    assert table[0]['final'] == '0.25' and table[0]['metric final'] == '7.0'
+
+
+def test_text_of_records_is_escaped(made, tmp_path):
+    study, jobs, _ = made
+    record = jobs[0].record
+    bad = '<script>a</script> [b](c) *d* `e` | ![f](g)\n# h'
+    record.attempts[-1].machine = Machine(bad, 1, bad, bad, bad, bad)
+    record.settings['hold'] = bad
+    jobs[0].write(record)
+    runs, rows = collect(study, jobs)
+    write_page(study, jobs, runs, rows, [], tmp_path / 'tiny.md', 'a')
+    text = (tmp_path / 'tiny.md').read_text()
+    for part in ('<script', '[b](', ' *d*', ' `e`', '![f]', '\n# h'):
+        assert part not in text
+    assert r'&lt;script&gt;a&lt;/script&gt; \[b\](c)' in text
+
+
+@pytest.mark.parametrize(
+    'names', [('b', 'a'), ('a', 'b'), ('20260101_1', '20251231_9')]
+)
+def test_order_of_starts(made, names):
+    """By what they logged: clocks are set back, and zones differ."""
+    _, jobs, _ = made
+    log = log_of(jobs[0])
+    folder, lines = log.parents[1], log.read_text().splitlines()
+    whole = jobs[0].results()
+    cut = next(i for i, line in enumerate(lines) if json.loads(line)['step'] > 20)
+    for name, part in zip(names, (lines[: cut + 8], lines[cut:])):
+        path = jobs[0].folder / name / 'vis_data' / 'scalars.json'
+        path.parent.mkdir(parents=True)
+        path.write_text('\n'.join(part) + '\n')
+    shutil.rmtree(folder)
+    run = jobs[0].results()
+    assert run.starts == list(names)
+    assert run.training == whole.training and run.metrics == whole.metrics
 
 
 def test_hidden_variants_are_not_missed(made, tmp_path):

@@ -168,6 +168,11 @@ def test_prune_after_training(network, tmp_path, shapes):
     layers = [x for x in report['layers'] if x['divergence'] is not None]
     kl = sorted((x['divergence'], x['name']) for x in layers)
     assert {name for _, name in kl[:4]} == set(found)
+    # Beside a run, its report is not taken for that of the tool.
+    (tmp_path / 'pruning.json').write_text('of the run')
+    with pytest.raises(SystemExit, match='pruning.json exists already'):
+        tool('prune', config, checkpoint, tmp_path / 'pruning.pth')
+    assert (tmp_path / 'pruning.json').read_text() == 'of the run'
 
 
 def test_errors_are_one_line(network, tmp_path):
@@ -178,6 +183,8 @@ def test_errors_are_one_line(network, tmp_path):
         ('slim', (config, 'nowhere.pth', 'out.pth'), 'no file nowhere.pth'),
         ('slim', (config, plain, 'out.pth'), 'plain.pth does not fit'),
         ('slim', (config, checkpoint, checkpoint), 'exists already'),
+        ('slim', (config, checkpoint, 'out.py'), 'both checkpoint and config'),
+        ('prune', (config, checkpoint, 'out.json'), 'out.json is a checkpoint'),
         ('export', (config, plain, 'out.onnx', '--backbone'), 'has no backbone'),
         ('export', (config, plain, 'out.onnx'), 'plain.pth does not fit'),
         ('export', (config, checkpoint, 'out.xyz'), 'must end with .onnx'),

@@ -83,7 +83,12 @@ def test_bad_arguments(study, args, names):
 
 @pytest.mark.parametrize(
     'args',
-    [['--jobs', '0'], ['--gpus-per-run', '1'], ['--address', 'a', '--jobs', '2']],
+    [
+        ['--jobs', '0'],
+        ['--gpus-per-run', '1'],
+        ['--address', 'a', '--jobs', '2'],
+        ['--time-limit', '0'],
+    ],
 )
 def test_arguments_that_contradict(study, args):
     assert study(*args)[0] == 2

@@ -44,6 +44,7 @@ from mmela.analysis.inputs import (
 )
 from mmela.analysis.patch_attention import PatchLook, layer_names, patch_attention
 from mmela.command_line import add_cfg_options, one_line
+from mmela.files import replacing, write_text
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -194,14 +195,13 @@ def explain(args: argparse.Namespace) -> None:
         draw_over_image(
             path, input_picture(batch), columns, notes, f'{image.name}: {cams.target}'
         )
-        np.savez_compressed(
-            path.with_suffix('.npz'),
-            **{
-                f'{number}/{block}': cam_
-                for number, maps in enumerate(columns.values())
-                for block, cam_ in maps.items()
-            },
-        )
+        arrays = {
+            f'{number}/{block}': cam_
+            for number, maps in enumerate(columns.values())
+            for block, cam_ in maps.items()
+        }
+        with replacing(path.with_suffix('.npz')) as temporary:
+            np.savez_compressed(temporary, **arrays)
         print(path)
 
 
@@ -248,9 +248,7 @@ def look(args: argparse.Namespace) -> None:
             f'{images[index].name}: where patch ({row}, {column}) looks',
             (column * width, row * height, width, height),
         )
-        path.with_suffix('.json').write_text(
-            json.dumps(numbers, indent=1), encoding='utf-8'
-        )
+        write_text(path.with_suffix('.json'), json.dumps(numbers, indent=1))
         print(path)
 
 

@@ -37,6 +37,7 @@ import mmela
 from mmela.attach import other_arguments, sizes_to_try
 from mmela.command_line import one_line
 from mmela.convert.slim import slim_state_dict
+from mmela.files import write_text
 from mmela.hooks import NetworkKLMeter
 from mmela.layers import LayerAttention
 from mmela.layers.features import tensors
@@ -412,7 +413,7 @@ def write_table(results, path):
         rows.sort(key=lambda row: (-row[2], row[0]))
         sections += ['| ' + ' | '.join(map(str, row)) + ' |' for row in rows]
     text = '\n'.join([*lines, *sections]) + '\n'
-    Path(path).write_text(text, encoding='utf-8')
+    write_text(path, text)
 
 
 def main(argv=None) -> None:
@@ -436,7 +437,7 @@ def main(argv=None) -> None:
             if done or args.only and args.only not in ' '.join(key.split(' ')[:2]):
                 continue
             results[key] = dict(attempt(toolbox, cfg, args.seconds), count=count)
-            path.write_text(json.dumps(results, indent=1), encoding='utf-8')
+            write_text(path, json.dumps(results, indent=1))
             r = results[key]
             word = 'ok' if r['ok'] else 'FAILED'
             name = key if timm else ' '.join(key.split(' ')[:2])
@@ -445,7 +446,7 @@ def main(argv=None) -> None:
                 f'{r["note"]} ({r["seconds"]} s)',
                 flush=True,
             )
-        path.write_text(json.dumps(results, indent=1), encoding='utf-8')
+        write_text(path, json.dumps(results, indent=1))
     if args.table:
         write_table(results, args.table)
 

@@ -28,6 +28,7 @@ from mmengine.utils import ProgressBar
 from torch import nn
 
 from mmela.analysis.complexity import ForImages, count_flops
+from mmela.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = ROOT / 'configs' / 'papers.yml'
@@ -173,7 +174,7 @@ def write_config(folder: str, name: str) -> None:
     text = f'_base_ = {bases!r}\n'
     if len(text) > 89:
         text = '_base_ = [\n' + ''.join(f'    {base!r},\n' for base in bases) + ']\n'
-    path.write_text(text + '\nmodel = dict(backbone=_base_.backbone)\n', 'utf-8')
+    write_text(path, text + '\nmodel = dict(backbone=_base_.backbone)\n')
 
 
 def build(folder: str, name: str) -> nn.Module:
@@ -452,13 +453,13 @@ def main(argv: Optional[List[str]] = None) -> None:
                     f'{row["params"]} M in {row["paper"]}, and no note'
                 )
         path = ROOT / 'configs' / folder
-        (path / 'metafile.yml').write_text(metafile(folder, section, rows), 'utf-8')
-        (path / 'README.md').write_text(readme(section, rows), 'utf-8')
+        write_text(path / 'metafile.yml', metafile(folder, section, rows))
+        write_text(path / 'README.md', readme(section, rows))
         sections.append(page_section(folder, section, rows))
     if args.folders:
         print('\n'.join(sections))
     else:
-        PAGE.write_text(page(sections), 'utf-8')
+        write_text(PAGE, page(sections))
 
 
 if __name__ == '__main__':

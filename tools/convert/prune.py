@@ -25,6 +25,7 @@ import mmela  # noqa: F401
 from mmela.command_line import add_cfg_options, one_line
 from mmela.convert.networks import load_fitting, open_network
 from mmela.engine.tables import decision_table
+from mmela.files import replacing
 from mmela.hooks import NetworkKLMeter
 from mmela.pruning import PruningDecision, PruningPolicy, build_policy
 from mmela.pruning.record import FORMAT
@@ -90,7 +91,11 @@ def main(argv=None) -> None:
         policy = build_policy(args.policy)
     except ValueError as error:
         raise SystemExit(f'error: --policy: {error}') from error
-    cfg, meta, state_dict = open_network(args.config, args.checkpoint, args.out)
+    out = Path(args.out)
+    report = out.with_suffix('.json')
+    if out == report:
+        raise SystemExit(f'error: {out} is a checkpoint; its report takes .json')
+    cfg, meta, state_dict = open_network(args.config, args.checkpoint, out, report)
     cfg.merge_from_dict(args.cfg_options)
     try:
         model = MODELS.build(cfg.model)
@@ -115,12 +120,16 @@ def main(argv=None) -> None:
     if decision.warning:
         print(f'warning: {decision.warning}.')
 
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(dict(meta=meta, state_dict=model.to('cpu').state_dict()), out)
-    report = out.with_suffix('.json')
     content = dict(format=FORMAT, pruned=decision.pruned, **decision.to_dict())
-    report.write_text(json.dumps(content, indent=2))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as weights, replacing(report) as text:
+            torch.save(
+                dict(meta=meta, state_dict=model.to('cpu').state_dict()), weights
+            )
+            text.write_text(json.dumps(content, indent=2), 'utf-8')
+    except OSError as error:
+        raise SystemExit(f'error: {one_line(error)}') from error
     print(
         f'{len(decision.layers)} -> {len(decision.active)} active attentions, '
         f'{policy}\n{out}\n{report}'

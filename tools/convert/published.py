@@ -22,6 +22,7 @@ import torch
 from mmela.command_line import one_line
 from mmela.convert.networks import read_state_dict
 from mmela.convert.published import ARCHS, NETWORKS, TARGETS, convert_published
+from mmela.files import replacing
 
 # Under what the authors' scripts keep the weights
 WEIGHTS = ('state_dict', 'model', 'model_state_dict')
@@ -88,14 +89,12 @@ def main(argv=None) -> None:
     except (ImportError, ValueError) as error:
         raise SystemExit(f'error: {args.src}: {one_line(error)}') from error
     out = Path(args.dst)
-    part = out.with_name(f'{out.name}.tmp')
     content = dict(meta=dict(backbone=result.backbone), state_dict=result.state_dict)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, part)
-        part.replace(out)
+        with replacing(out) as temporary:
+            torch.save(content, temporary)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
-        part.unlink(missing_ok=True)
         raise SystemExit(f'error: {out}: {one_line(error)}') from error
     print(format_table(result.mapped, result.dropped))
     print(

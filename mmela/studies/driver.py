@@ -1,0 +1,313 @@
+"""The runs of a study side by side, on this machine or on a Ray cluster."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ThreadPoolExecutor,
+    wait,
+)
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import Any, Callable, Collection, Dict, Iterator, List, Optional, Sequence
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from ..__main__ import PACKAGE
+from ..command_line import one_line
+from .run import Job
+from .train import Limits, ending, train
+
+PAUSE = 0.5  # seconds between two looks at the runs
+Failures = Dict[str, str]
+
+
+def visible_gpus() -> List[str]:
+    """Names of the GPUs for ``CUDA_VISIBLE_DEVICES``, an entry for each."""
+    count = torch.cuda.device_count()
+    given = os.environ.get('CUDA_VISIBLE_DEVICES', '')
+    names = [name.strip() for name in given.split(',') if name.strip()]
+    return names[:count] if names else [str(i) for i in range(count)]
+
+
+def visible_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class LocalExecutor(ThreadPoolExecutor):
+    """Threads that each wait for a run on this machine.
+
+    Shutting it down ends the runs.
+
+    Args:
+        slots (int): How many run side by side; they share the GPUs.
+    """
+
+    def __init__(self, slots: int) -> None:
+        super().__init__(slots)
+        self._stop = threading.Event()
+        self._devices: SimpleQueue = SimpleQueue()
+        gpus = visible_gpus() or [None]
+        for i in range(slots):
+            self._devices.put(gpus[i % len(gpus)])
+
+    def submit(self, function: Callable, *args: Any) -> Future:
+        """Call ``function(*args, device, stop)`` in a thread."""
+        return super().submit(self._on_a_device, function, *args)
+
+    def _on_a_device(self, function: Callable, *args: Any) -> Any:
+        device = self._devices.get()
+        try:
+            return function(*args, device, self._stop)
+        finally:
+            self._devices.put(device)
+
+    def shutdown(self, wait: bool = True, **kwargs: Any) -> None:
+        """End the runs, and wait for their processes."""
+        self._stop.set()
+        super().shutdown(wait, **kwargs)
+
+
+class RayExecutor(Executor):
+    """Tasks of a Ray cluster.
+
+    Shutting it down ends them.
+
+    Args:
+        address (str): Address for ``ray.init``: ``auto``, ``HOST:PORT``,
+            ``ray://HOST:PORT``, or ``local`` for one on this machine.
+        limits (Limits): What a run may take.
+        gpus (float, optional): GPUs of a run. Defaults to one where the
+            cluster has GPUs.
+
+    Attributes:
+        slots (int): How many runs fit side by side.
+
+    Raises:
+        ValueError: If Ray is not installed, there is no cluster, or no run
+            fits on it.
+    """
+
+    def __init__(
+        self, address: str, limits: Limits, gpus: Optional[float] = None
+    ) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise ValueError(
+                '--address needs Ray, which is not installed: pip install '
+                '"ray>=2.9", or install mmela with its extra "study"'
+            ) from None
+        # Workers import the mmela of this process, from the shared file system
+        paths = filter(None, [str(PACKAGE.parent), os.environ.get('PYTHONPATH')])
+        environ = {'env_vars': {'PYTHONPATH': os.pathsep.join(paths)}}
+        host, _, port = address.replace('ray://', '').rpartition(':')
+        try:
+            if host and port.isdigit():  # Ray would try for minutes
+                socket.create_connection((host, int(port)), timeout=10).close()
+            ray.init(address, runtime_env=environ, log_to_driver=False)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f'no Ray cluster at {address!r}: {error}') from error
+        has = ray.cluster_resources()
+        if gpus is None:
+            gpus = 1.0 if has.get('GPU', 0) else 0.0
+        # A run is on one node, so the sum over nodes of what fits on each
+        self.slots = 0
+        for node in ray.nodes():
+            if node['Alive']:
+                fits = [node['Resources'].get('CPU', 0) // limits.threads]
+                fits += [node['Resources'].get('GPU', 0) // gpus] if gpus else []
+                self.slots += int(min(fits))
+        if not self.slots:
+            ray.shutdown()
+            raise ValueError(
+                f'no node of the cluster has {limits.threads} CPUs and {gpus:g} GPUs '
+                f'for a run; the cluster has {has.get("CPU", 0):g} CPUs, '
+                f'{has.get("GPU", 0):g} GPUs'
+            )
+        self._ray = ray
+        # Again where a worker or a node dies
+        self._task = ray.remote(
+            num_cpus=limits.threads, num_gpus=gpus, max_retries=limits.retries
+        )
+        self._refs: List[Any] = []
+
+    def submit(self, function: Callable, *args: Any) -> Future:
+        """Call ``function(*args)`` on a node."""
+        self._refs.append(self._task(function).remote(*args))
+        return self._refs[-1].future()
+
+    def shutdown(self, wait: bool = True, **kwargs: Any) -> None:
+        """End the runs, and leave the cluster."""
+        while self._refs:
+            self._ray.cancel(self._refs.pop(), force=True)
+        self._ray.shutdown()
+
+
+class Display:
+    """A bar for each run and one for all, or plain lines where no terminal is.
+
+    Args:
+        jobs (Sequence[Job]): All runs.
+        retries (int): How often a run that died is started again.
+    """
+
+    def __init__(self, jobs: Sequence[Job], retries: int) -> None:
+        self.console = Console(highlight=False, markup=False, soft_wrap=True)
+        columns = (
+            TextColumn('{task.description}', markup=False),
+            BarColumn(),
+            TextColumn('{task.fields[text]}', markup=False),
+            TimeElapsedColumn(),
+        )
+        terminal = self.console.is_terminal
+        self.bars = Progress(*columns, console=self.console, disable=not terminal)
+        self._all = self.bars.add_task('all runs', total=len(jobs), text='')
+        self._bars: Dict[str, TaskID] = {}
+        self._total, self._retries = len(jobs), retries
+        self._done = sum(job.done for job in jobs)
+        self._before = {job.name: len(job.record.attempts) for job in jobs}
+        self._seen = dict(self._before)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        self.console.print(f'{time.strftime("%H:%M:%S")} {text}')
+
+    def look(self, job: Job) -> None:
+        """Say which processes of a run have started since the last look."""
+        attempts = job.record.attempts
+        for index in range(self._seen[job.name], len(attempts)):
+            tried = index - self._before[job.name]
+            if tried:
+                self.say(
+                    f'{job.name} ended with {ending(attempts[index - 1])}; it is '
+                    f'started again ({tried} of {self._retries})'
+                )
+            else:
+                self.say(f'{job.name} starts: {job.work_dir}')
+        self._seen[job.name] = len(attempts)
+
+    def show(self, jobs: Collection[Job]) -> None:
+        """Bring the bars of the runs that were submitted up to date."""
+        for job in jobs:
+            self.look(job)
+        if self.bars.disable:
+            return
+        running = [job for job in jobs if self._seen[job.name] > self._before[job.name]]
+        for name in set(self._bars) - {job.name for job in running}:
+            self.bars.remove_task(self._bars.pop(name))
+        shares = 0.0
+        for job in running:
+            if job.name not in self._bars:
+                self._bars[job.name] = self.bars.add_task(job.name, total=1, text='')
+            share, text = job.progress()
+            shares += share
+            self.bars.update(self._bars[job.name], completed=share, text=text)
+        text = f'{self._done} of {self._total} done'
+        self.bars.update(self._all, completed=self._done + shares, text=text)
+
+    def finished(self, job: Job, result: str) -> None:
+        """Count one more.
+
+        Args:
+            job (Job): What has ended.
+            result (str): How, in a word or two.
+        """
+        self.look(job)
+        self._done += 1
+        self.say(f'{job.name} is done: {result}')
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Turn SIGINT, SIGTERM and SIGHUP into an exception, which ends the runs.
+
+    Raises:
+        SystemExit: On one of them.
+    """
+    numbers = [
+        getattr(signal, name)
+        for name in ('SIGINT', 'SIGTERM', 'SIGHUP')
+        if hasattr(signal, name)
+    ]
+
+    def end(number: int, frame: object) -> None:
+        for each in numbers:  # nothing disturbs the end
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(
+            f'stopped by {signal.Signals(number).name}; the same command goes on from '
+            'the last checkpoints'
+        )
+
+    before = [signal.signal(number, end) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
+def run_all(
+    jobs: Sequence[Job],
+    executor: Executor,
+    limits: Limits,
+    describe: Callable[[Job], str],
+) -> Failures:
+    """Train what is not done, each run after the one that it starts from.
+
+    Args:
+        jobs (Sequence[Job]): The runs.
+        executor (Executor): What trains them; it is shut down at the end.
+        limits (Limits): What a run may take.
+        describe (Callable[[Job], str]): What to say of a run that finished.
+
+    Returns:
+        dict[str, str]: Why runs failed, by their names.
+
+    Raises:
+        SystemExit: On SIGINT, SIGTERM and SIGHUP, after all runs were ended.
+    """
+    display = Display(jobs, limits.retries)
+    waiting = [job for job in jobs if not job.done]
+    running: Dict[Future, Job] = {}
+    failed: Dict[str, str] = {}  # names by work directory
+    failures: Failures = {}
+
+    def fail(job: Job, reason: str) -> None:
+        failed[job.work_dir], failures[job.name] = job.name, reason
+        display.say(f'{job.name} failed: {reason}')
+
+    with ended_by_signals(), executor, display.bars:
+        while waiting or running:
+            unfinished = {job.work_dir for job in (*waiting, *running.values())}
+            for job in list(waiting):
+                if job.after in unfinished:
+                    continue
+                waiting.remove(job)
+                if job.after in failed:
+                    fail(job, f'{failed[job.after]} failed')
+                else:
+                    running[executor.submit(train, job, limits)] = job
+            ended, _ = wait(running, PAUSE, FIRST_COMPLETED)
+            display.show(running.values())
+            for future in ended:
+                job = running.pop(future)
+                try:
+                    reason = future.result()
+                except Exception as error:  # of the run or of Ray: others go on
+                    reason = f'{type(error).__name__}: {one_line(error)[:500]}'
+                if reason is None:
+                    display.finished(job, describe(job))
+                else:
+                    fail(job, reason)
+    return failures
