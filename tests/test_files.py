@@ -207,7 +207,7 @@ EXCEPT = {
     'mmela/convert/hub.py': 'SlimNetwork.save, which does',
     'tools/convert/slim.py': 'SlimNetwork.save, which does',
     'mmela/command_line.py': 'what it keeps from being overwritten',
-    'mmela/tools/shapes.py': 'data sets, which appear complete by a rename of their folder',
+    'mmela/tools/shapes.py': 'data sets, whose folder is renamed at the end',
 }
 
 

@@ -363,8 +363,8 @@ def ensure_tap(
     module = _part(block, name)
     if module is None:
         raise RuntimeError(
-            f'layer attention: block {attention.place.block} has lost its {name}, which '
-            f'{type(attention).__name__} needs; convert the network before you give it '
+            f'layer attention: block {attention.place.block} has lost its {name}, '
+            f'which {type(attention).__name__} needs; convert the network before you give it '
             'attentions, or leave the block out by blocks=[...]'
         )
     for hook in module._forward_hooks.values():
