@@ -280,7 +280,7 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
         """Set the mode, and read the state again: averages of networks are written
         where their version does not tell, and evaluated after that."""
         super().train(mode)
-        self._seen = None, None
+        self._seen: Tuple[Any, Any] = (None, None)
         return self
 
     def _note_state(self) -> None:
