@@ -364,8 +364,8 @@ def ensure_tap(
     if module is None:
         raise RuntimeError(
             f'layer attention: block {attention.place.block} has lost its {name}, '
-            f'which {type(attention).__name__} needs; convert the network before you give it '
-            'attentions, or leave the block out by blocks=[...]'
+            f'which {type(attention).__name__} needs; convert the network before you '
+            'give it attentions, or leave the block out by blocks=[...]'
         )
     for hook in module._forward_hooks.values():
         if isinstance(hook, Tap) and hook.method == method:
