@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..structure import layer_attentions
+from .last_checkpoint import repair_last_checkpoint
 
 
 def check_wrapper(model: nn.Module) -> None:
@@ -59,7 +60,7 @@ def rewrap(runner) -> None:
 
 
 def rewrap_after_loading() -> None:
-    """Have mmengine's runners wrap a model anew that they load as pruned.
+    """Have mmengine's runners wrap a model again that they load as pruned.
 
     They wrap a model before they load it. So distributed training would wait
     for the gradients of what is pruned in the checkpoint, also where a config
@@ -72,6 +73,8 @@ def rewrap_after_loading() -> None:
 def _then_rewrap(load_or_resume):
     @functools.wraps(load_or_resume)
     def wrapped(runner, *args, **kwargs):
+        if runner._resume and runner._load_from is None and not runner._has_loaded:
+            repair_last_checkpoint(runner)
         load_or_resume(runner, *args, **kwargs)
         if isinstance(runner.model, nn.Module) and any(
             not attention.active

@@ -92,6 +92,8 @@ def check_run(
                 f'Window {window} ends with the training: what it prunes '
                 'is never trained without.'
             )
+    if by_epoch and windows:
+        _warn_of_accumulation(runner)
     for hook in runner.hooks if windows else ():
         if not isinstance(hook, CheckpointHook):
             continue
@@ -108,3 +110,19 @@ def check_run(
                 'twice then, so pruning may differ from that of a run that was '
                 'not interrupted.'
             )
+
+
+def _warn_of_accumulation(runner) -> None:
+    """Say where gradients are accumulated across the end of an epoch."""
+    counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+    try:
+        length = len(runner.train_dataloader)
+    except TypeError:  # an endless data set
+        return
+    if counts > 1 and length % counts:
+        runner.logger.warning(
+            f'accumulative_counts={counts} does not divide the {length} iterations of '
+            'an epoch. Gradients that are left at its end are in no checkpoint, so a '
+            'resumed run does not end as one without a stop. Choose a divisor of '
+            f'{length} to have both alike.'
+        )
