@@ -7,7 +7,6 @@ import torch
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from ..arguments import arguments_of
 from ..layers import AttentionState, LayerAttention
@@ -38,6 +37,10 @@ TOKEN_DEFAULTS = dict(
 NORMS_OF_MAPS = ('BN', 'BN2d', 'SyncBN', 'MMSyncBN', 'GN')
 """tuple[str]: Normalizations that attentions on maps take over."""
 
+WRAPPERS = (
+    *('DataParallel', 'DistributedDataParallel', 'FullyShardedDataParallel'),
+    *('AveragedModel', 'ModelEmaV2', 'ModelEmaV3'),
+)
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 CHANNELS_LAST_TRIES = ((1.5, 1.5), (2, 2), (1.5, 2))
 
@@ -241,8 +244,8 @@ def check_layer_attention(layer_attention: Optional[dict]) -> Tuple[dict, type]:
 
 def _check_network(backbone: nn.Module) -> None:
     name = type(backbone).__name__
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
-    if is_model_wrapper(backbone) or isinstance(backbone, wrappers):
+    kinds = {cls.__name__ for cls in type(backbone).__mro__}
+    if is_model_wrapper(backbone) or not kinds.isdisjoint(WRAPPERS):
         raise ValueError(
             f'{name} wraps a network; give that attentions before it is wrapped: '
             'attach_layer_attention(model.module)'

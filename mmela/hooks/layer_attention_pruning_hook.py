@@ -161,6 +161,8 @@ class LayerAttentionPruningHook(Hook):
         self.history: List[PruningDecision] = []
         self.attentions: Dict[str, LayerAttention] = {}
         self.open: Optional[Measurement] = None
+        self._unreached: List[str] = []
+        self._looked = False
         self._loaded: Optional[dict] = None  # of a checkpoint
 
     def before_run(self, runner) -> None:
@@ -292,7 +294,7 @@ class LayerAttentionPruningHook(Hook):
         self, runner, batch_idx, data_batch=None, outputs=None
     ) -> None:
         """Reduce what was measured; close a window that ends here."""
-        if batch_idx == 0:
+        if not self._looked:
             self._name_unreached(runner)
         if self.open is None:
             return
@@ -303,6 +305,7 @@ class LayerAttentionPruningHook(Hook):
 
     def after_train_epoch(self, runner) -> None:
         """Close a window that ends with this epoch."""
+        self._name_unreached(runner)
         if self.by_epoch and self.open and runner.epoch + 1 == self.open.window[1]:
             self._close_window(runner, runner.iter)
 
@@ -367,9 +370,10 @@ class LayerAttentionPruningHook(Hook):
     # -- report ------------------------------------------------------------
 
     def _name_unreached(self, runner) -> None:
-        """Say which attentions the first pass of an epoch has not come to."""
+        """Say which attentions no pass has come to, if there are others than before."""
         missed = [name for name in unreached(runner.model) if name in self.attentions]
-        if missed:
+        known, self._unreached, self._looked = self._unreached, missed, True
+        if missed and missed != known:
             runner.logger.warning(
                 'No training pass has come to these layer attentions, so they are '
                 f'neither trained nor measured: {", ".join(missed)}. Their blocks do '
