@@ -22,17 +22,18 @@ def repair_last_checkpoint(runner) -> None:
     if is_main_process() and note.exists():
         name = note.read_text(encoding='utf-8', errors='replace').strip()
         if not name or not is_whole(Path(name)):
+            named = f'{note} names {name or "no checkpoint"!r}'
             found = newest_checkpoint(Path(runner.work_dir))
             if found is None:
                 runner.logger.warning(
-                    f'{note} names {name or "no checkpoint"!r}, and no whole checkpoint '
-                    f'is in {runner.work_dir}: the training starts from the beginning.'
+                    f'{named}, and no whole checkpoint is in {runner.work_dir}: the '
+                    'training starts from the beginning.'
                 )
                 note.unlink()
             else:
                 runner.logger.warning(
-                    f'{note} names {name or "no checkpoint"!r}, which is not whole: the '
-                    f'newest whole checkpoint is {found}, and the run goes on from it.'
+                    f'{named}, which is not whole: the newest whole checkpoint is '
+                    f'{found}, and the run goes on from it.'
                 )
                 write_text(note, str(found))
     barrier()
