@@ -169,7 +169,7 @@ if __name__ == '__main__':
         author='The mmela authors',
         license='Apache-2.0',
         keywords='computer vision, object detection, layer attention, pruning',
-        packages=find_packages(include=['mmela', 'mmela.*']),
+        packages=find_packages(include=['mmela', 'mmela.*', 'mmela_light']),
         package_data={'mmela.ops': ['*.json']},
         python_requires='>=3.8',
         install_requires=[
@@ -179,7 +179,9 @@ if __name__ == '__main__':
             'torch>={},<{}'.format(*VERSION['SUPPORTED']['torch']),
         ],
         extras_require=extras,
-        entry_points={'console_scripts': ['mmela = mmela.__main__:main']},
+        entry_points={
+            'console_scripts': ['mmela = mmela_light.command:main'],
+        },
         cmdclass={'build_py': BuildPy, 'develop': Develop},
         zip_safe=False,
         classifiers=[

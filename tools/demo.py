@@ -7,34 +7,27 @@ attention maps before the last pruning and at the end, detects on validation
 images before the first and at the end, and writes a report with pictures.
 
 Examples:
-  python tools/demo.py
-  python tools/demo.py --work-dir work_dirs/mine \\
+  mmela demo
+  mmela demo --work-dir work_dirs/mine \\
       --cfg-options data_root=data/coco
 """
 
 import argparse
 import time
 from pathlib import Path
-from typing import List
+from typing import TYPE_CHECKING, List
 
-from dataset.make_shapes import make_shapes
-from mmengine.config import Config
-from mmengine.registry import RUNNERS
+from mmela_light.arguments import add_cfg_options, tool_parser
 
-from mmela.analysis import make_report, measure_before_after, summarize
-from mmela.analysis.attention import hook_settings, measure_attention, save_measurement
-from mmela.analysis.inputs import load_network, validation_loader
-from mmela.analysis.work_dir import Run
-from mmela.command_line import add_cfg_options, one_line
+if TYPE_CHECKING:
+    from mmela.analysis.work_dir import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'demo' / 'faster-rcnn_r50-narrow_ela_fpn_shapes.py'
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('demo', __doc__)
     parser.add_argument(
         '--work-dir',
         default=ROOT / 'work_dirs' / 'demo',
@@ -54,7 +47,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def checkpoints_to_measure(run: Run) -> List[Path]:
+def checkpoints_to_measure(run: 'Run') -> List[Path]:
     """Checkpoints whose attention maps show what pruning changed.
 
     Args:
@@ -88,6 +81,14 @@ def measure(work_dir: str, images: int = 100) -> None:
         work_dir (str): Work directory of the run.
         images (int): Most validation images. Defaults to 100.
     """
+    from mmela.analysis.attention import (
+        hook_settings,
+        measure_attention,
+        save_measurement,
+    )
+    from mmela.analysis.inputs import load_network, validation_loader
+    from mmela.analysis.work_dir import Run
+
     run = Run(work_dir)
     config = run.work_dir / run.config_name
     for checkpoint in checkpoints_to_measure(run):
@@ -107,6 +108,13 @@ def measure(work_dir: str, images: int = 100) -> None:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    from dataset.make_shapes import make_shapes
+    from mmengine.config import Config
+    from mmengine.registry import RUNNERS
+
+    from mmela.analysis import make_report, measure_before_after, summarize
+    from mmela.command_line import one_line
+
     start = time.time()
     cfg = Config.fromfile(CONFIG)
     cfg.merge_from_dict(args.cfg_options)

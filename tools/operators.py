@@ -5,22 +5,20 @@ programs that import mmcv.ops first, such as mmdet's own tools/test.py, and for
 data loader workers on Windows and macOS, which are new processes.
 
 Example:
-  python tools/operators.py write
+  mmela operators write
 """
 
-import argparse
-
-from mmela.compat.operators import remove_operators, write_operators
+from mmela_light.arguments import tool_parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('operators', __doc__)
     parser.add_argument(
         'action', choices=('write', 'remove'), help='write or remove mmcv/_ext.py'
     )
     action = parser.parse_args().action
+    from mmela.compat.operators import remove_operators, write_operators
+
     try:
         path = write_operators() if action == 'write' else remove_operators()
     except (ImportError, OSError) as error:

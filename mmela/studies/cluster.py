@@ -5,7 +5,8 @@ import socket
 import time
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from ..__main__ import PACKAGE
+from mmela_light.command import PACKAGE
+
 from .run import Attempt, Job, Taken
 from .schedule import Display, Failures, Interrupts, ending
 

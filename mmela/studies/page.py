@@ -7,7 +7,8 @@ from typing import Any, Iterable, List, Optional, Sequence, Tuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..__main__ import PACKAGE
+from mmela_light.command import PACKAGE
+
 from ..analysis.drawing import MARKERS, WIDTH, Theme, draw, plain_text
 from .results import Row, agreements, difference, finals, spread
 from .run import Job

@@ -18,8 +18,9 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
+from mmela_light.command import PACKAGE, find
+
 from .. import __version__
-from ..__main__ import PACKAGE, find
 from ..analysis.work_dir import Run
 from .study import Study, flatten
 

@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from ..__main__ import find
+from mmela_light.command import find
+
 from .run import Attempt, Job, Taken, is_done
 
 PAUSE = 0.5  # seconds between two looks at the processes

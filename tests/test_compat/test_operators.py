@@ -19,11 +19,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from mmela.compat import mmcv_ext
-from mmela.compat.operators import (
-    provide_operators,
-    remove_operators,
-    write_operators,
-)
+from mmela.compat.operators import remove_operators, write_operators
+from mmela_light.operators import provide_operators
 
 mmcv_ops = pytest.importorskip('mmcv.ops', exc_type=ImportError)
 
@@ -330,10 +327,17 @@ def lite(tmp_path_factory):
     return folder
 
 
-def python(*arguments, path=()):
-    """Run Python in a process of its own, with folders first on its path."""
+def python(*arguments, path=(), autoload=False):
+    """Run Python in a process of its own, with folders first on its path.
+
+    Unless ``autoload``, torch calls no entry points, whatever mmela is installed.
+    """
     paths = [*map(str, path), str(ROOT)]
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths))
+    environment = dict(
+        os.environ,
+        PYTHONPATH=os.pathsep.join(paths),
+        TORCH_DEVICE_BACKEND_AUTOLOAD=str(int(autoload)),
+    )
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,

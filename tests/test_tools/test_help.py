@@ -13,6 +13,7 @@ pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
 pytest.importorskip('mmcv.ops', exc_type=ImportError)
 
+from mmela_light import command as commands  # noqa: E402
 from tests.helpers.networks import classifier, needs_grad_cam, save  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +89,9 @@ NEED_ATTENTION = [
     'convert/push.py',
     'convert/slim.py',
 ]
+
+
+TOOLS_BY_FILE = {file: name for name, file in commands.TOOLS.items()}
 
 
 def in_package(tool):
@@ -174,7 +178,13 @@ def test_help(run, tool):
         if not line.startswith(' '):
             break
         example.append(line)
-    command = f'-m {module_name(tool)} ' if in_package(tool) else f'tools/{tool}'
+    command = f'python tools/{tool} '
+    if in_package(tool):
+        command = f'-m {module_name(tool)} '
+    elif tool in TOOLS_BY_FILE:  # however it is run
+        command = f'mmela {TOOLS_BY_FILE[tool]} '
+        assert f'usage: {command}' in text
+        assert 'tools/' not in text.replace("toolbox's own tools/", '')
     assert any(command in f'{line} ' for line in example), text
     # Broken where the source breaks it, with a backslash that can be pasted
     assert max(map(len, example)) <= 79, example

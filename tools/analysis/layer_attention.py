@@ -8,41 +8,21 @@ the last. layer_attention.json holds all numbers. Pruned networks and such that
 are not pruned yet may both be given.
 
 Without --out, the files go to layer_attention/NAME/ beside the checkpoint
-NAME.pth, where tools/analysis/report.py finds them.
+NAME.pth, where mmela report finds them.
 
 Example:
-  python tools/analysis/layer_attention.py my_config.py \\
+  mmela layer-attention my_config.py \\
       work_dirs/my_config/epoch_12.pth --num-images 200
 """
 
 import argparse
 from pathlib import Path
 
-from mmengine.utils import ProgressBar
-
-import mmela  # noqa: F401
-from mmela.analysis.attention import hook_settings, measure_attention, save_measurement
-from mmela.analysis.attention_plots import attention_pictures
-from mmela.analysis.drawing import draw
-from mmela.analysis.inputs import (
-    check_device,
-    evenly,
-    find_images,
-    image_batches,
-    image_pipeline,
-    load_network,
-    validation_loader,
-)
-from mmela.command_line import add_cfg_options, one_line
-from mmela.engine.tables import decision_table
-from mmela.pruning import PruningDecision
-from mmela.structure import attention_stages
+from mmela_light.arguments import add_cfg_options, tool_parser
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('layer-attention', __doc__)
     parser.add_argument('config', help='config of the network')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument(
@@ -69,6 +49,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def progress(batches, images: int):
     """Pass batches on and show how many images are done."""
+    from mmengine.utils import ProgressBar
+
     bar = ProgressBar(images)
     for batch in batches:
         yield batch
@@ -79,6 +61,26 @@ def progress(batches, images: int):
 
 def analyse(args: argparse.Namespace) -> Path:
     """Measure, draw and write; returns the folder."""
+    from mmela.analysis.attention import (
+        hook_settings,
+        measure_attention,
+        save_measurement,
+    )
+    from mmela.analysis.attention_plots import attention_pictures
+    from mmela.analysis.drawing import draw
+    from mmela.analysis.inputs import (
+        check_device,
+        evenly,
+        find_images,
+        image_batches,
+        image_pipeline,
+        load_network,
+        validation_loader,
+    )
+    from mmela.engine.tables import decision_table
+    from mmela.pruning import PruningDecision
+    from mmela.structure import attention_stages
+
     if args.num_images < 1:
         raise ValueError(f'--num-images={args.num_images} is not positive')
     files = find_images(args.data) if args.data else None
@@ -128,6 +130,8 @@ def analyse(args: argparse.Namespace) -> Path:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    from mmela.command_line import one_line
+
     try:
         analyse(args)
     except (OSError, ValueError, KeyError) as error:

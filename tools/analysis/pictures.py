@@ -3,35 +3,27 @@
 kl.png: KL divergence of each layer attention from the one before, what was
 pruned, and the threshold of the policy, at the pruning that removed most.
 attention_maps.png: attention weights of the stage that changed most between
-the first and the last measurement of tools/analysis/layer_attention.py that
+the first and the last measurement of mmela layer-attention that
 lie in the work directory. Each is drawn for dark pages too, *_dark.png.
 before_after.jpg: detections before the first pruning and at the end beside the
-annotated objects, if tools/analysis/report.py has measured them.
+annotated objects, if mmela report has measured them.
 
 Example:
-  python tools/analysis/pictures.py work_dirs/demo docs/pictures
+  mmela pictures work_dirs/demo docs/pictures
 """
 
 import argparse
 from pathlib import Path
-from typing import Dict, Sequence
+from typing import TYPE_CHECKING, Dict, Sequence
 
-from matplotlib.figure import Figure
+from mmela_light.arguments import tool_parser
 
-from mmela.analysis.attention_plots import map_pair_plot
-from mmela.analysis.before_after_plots import detections_plot, read_before_after
-from mmela.analysis.decision_plots import kl_plot
-from mmela.analysis.drawing import LIGHT, Plot, draw
-from mmela.analysis.report import read_analyses
-from mmela.analysis.work_dir import short_name
-from mmela.command_line import one_line
-from mmela.pruning import PruningReport
+if TYPE_CHECKING:
+    from mmela.analysis.drawing import Plot
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('pictures', __doc__)
     parser.add_argument(
         'work_dir', metavar='WORK_DIR', help='work directory of the run'
     )
@@ -47,13 +39,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def divergences(work_dir: Path) -> Plot:
+def divergences(work_dir: Path) -> 'Plot':
     """KL divergences at the pruning that removed most attentions.
 
     Raises:
         OSError: If ``pruning.json`` cannot be read.
         ValueError: If it is no such file, or nothing was pruned.
     """
+    from mmela.analysis.decision_plots import kl_plot
+    from mmela.pruning import PruningReport
+
     path = work_dir / 'pruning.json'
     decision = max(
         PruningReport.read(path).decisions, key=lambda d: len(d.pruned), default=None
@@ -83,18 +78,22 @@ def changed_stage(before: Dict[str, dict], after: Dict[str, dict]) -> str:
     return max(names, key=lost)
 
 
-def attention_maps(work_dir: Path) -> Plot:
+def attention_maps(work_dir: Path) -> 'Plot':
     """Maps of one stage in the first and in the last measurement.
 
     Raises:
         ValueError: If there are not two measurements, or these have no stage
             with maps in common.
     """
+    from mmela.analysis.attention_plots import map_pair_plot
+    from mmela.analysis.report import read_analyses
+    from mmela.analysis.work_dir import short_name
+
     analyses = read_analyses(work_dir)
     if len(analyses) < 2:
         raise ValueError(
             f'{work_dir} has {len(analyses)} layer_attention.json, needed are '
-            'two: see tools/analysis/layer_attention.py'
+            'two: see mmela layer-attention'
         )
     (_, first, _, before), (_, last, _, after) = analyses[0], analyses[-1]
     stage = changed_stage(before['stages'], after['stages'])
@@ -115,6 +114,11 @@ def detections(work_dir: Path, path: Path, rows: Sequence[int]) -> None:
     Raises:
         ValueError: If there are no such images.
     """
+    from matplotlib.figure import Figure
+
+    from mmela.analysis.before_after_plots import detections_plot, read_before_after
+    from mmela.analysis.drawing import LIGHT
+
     result = read_before_after(work_dir)
     number = len(result['shown'])
     if not set(rows) <= set(range(1, number + 1)):
@@ -127,6 +131,10 @@ def detections(work_dir: Path, path: Path, rows: Sequence[int]) -> None:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    from mmela.analysis.before_after_plots import read_before_after
+    from mmela.analysis.drawing import draw
+    from mmela.command_line import one_line
+
     work_dir, out = Path(args.work_dir), Path(args.out)
     try:
         plots = dict(kl=divergences(work_dir), attention_maps=attention_maps(work_dir))

@@ -7,29 +7,19 @@ Whole classifiers and detectors go to ONNX (.onnx) or to a program of torch.expo
 Batch and image size stay free. Pruned attentions are not part of the result.
 
 Examples:
-  python tools/convert/export.py my_config.py epoch_12.pth detector.onnx
-  python tools/convert/export.py my_config.py epoch_12.pth backbone.onnx \\
+  mmela export my_config.py epoch_12.pth detector.onnx
+  mmela export my_config.py epoch_12.pth backbone.onnx \\
       --backbone
 """
 
 import argparse
 from pathlib import Path
 
-from mmengine.registry import MODELS
-
-import mmela  # noqa: F401
-from mmela.command_line import one_line
-from mmela.convert.export import export_backbone, export_network
-from mmela.convert.networks import NETWORK_ERRORS, load_fitting, open_network
-from mmela.convert.published import part_of
-from mmela.layers import AttentionState
-from mmela.structure import layer_attentions
+from mmela_light.arguments import tool_parser
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('export', __doc__)
     parser.add_argument('config', help='config of the network')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument(
@@ -61,6 +51,15 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     if args.backbone and args.normalized:
         raise SystemExit('error: --backbone takes normalized images: no --normalized')
+    from mmengine.registry import MODELS
+
+    from mmela.command_line import one_line
+    from mmela.convert.export import export_backbone, export_network
+    from mmela.convert.networks import NETWORK_ERRORS, load_fitting, open_network
+    from mmela.convert.published import part_of
+    from mmela.layers import AttentionState
+    from mmela.structure import layer_attentions
+
     cfg, meta, state_dict = open_network(args.config, args.checkpoint, args.out)
     model_cfg = cfg.model
     if args.backbone:

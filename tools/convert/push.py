@@ -6,7 +6,7 @@ Everything that loads a checkpoint where mmela is imported then loads
 hf://USER/REPO.
 
 Example:
-  python tools/convert/push.py work_dirs/ela/my_config.py \\
+  mmela push work_dirs/ela/my_config.py \\
       work_dirs/ela/epoch_12.pth alice/faster-rcnn-ela --license apache-2.0
 """
 
@@ -15,18 +15,11 @@ import json
 import tempfile
 from pathlib import Path
 
-import mmela  # noqa: F401
-from mmela.analysis.work_dir import Run
-from mmela.command_line import one_line
-from mmela.convert.hub import upload, write_repository
-from mmela.convert.networks import NETWORK_ERRORS
-from mmela.convert.slim import slim_network
+from mmela_light.arguments import tool_parser
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('push', __doc__)
     parser.add_argument('config', help='config of the network, pruned or slim')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('repo', metavar='USER/REPO', help='repository on the Hub')
@@ -52,6 +45,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def validated(work_dir: Path, meta: dict) -> dict:
     """Metrics of the validation that a checkpoint was saved at, if there was one."""
+    from mmela.analysis.work_dir import Run
+
     try:
         run = Run(work_dir)
     except FileNotFoundError:
@@ -79,6 +74,11 @@ def read_metrics(path: str) -> dict:
 def main(argv=None) -> None:
     args = parse_args(argv)
     work_dir = Path(args.work_dir or Path(args.checkpoint).parent)
+    from mmela.command_line import one_line
+    from mmela.convert.hub import upload, write_repository
+    from mmela.convert.networks import NETWORK_ERRORS
+    from mmela.convert.slim import slim_network
+
     try:
         from huggingface_hub.utils import validate_repo_id
 

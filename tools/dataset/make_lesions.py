@@ -12,8 +12,8 @@ which is what MMSegmentation's BaseSegDataset reads. The same arguments give
 the same data. How to lay out the published data sets: docs/segmentation.md.
 
 Examples:
-  python tools/dataset/make_lesions.py render data/lesions
-  python tools/dataset/make_lesions.py convert data/kvasir \\
+  mmela lesions render data/lesions
+  mmela lesions convert data/kvasir \\
       --images Kvasir-SEG/images --masks Kvasir-SEG/masks
 """
 
@@ -25,7 +25,8 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
-from mmengine.utils import track_iter_progress
+
+from mmela_light.arguments import tool_parser
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff')
 MIN_SIZE, MAX_SIZE = 32, 2048
@@ -213,6 +214,8 @@ def _write_all(
         samples (Sequence[tuple]): Split, name, and a function that makes the
             image and the mask, for each image.
     """
+    from mmengine.utils import track_iter_progress
+
     # Absolute, as a folder such as '.' has no name to build beside.
     out_dir = Path(out_dir).absolute()
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -358,15 +361,13 @@ def convert(
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('lesions', __doc__)
     commands = parser.add_subparsers(dest='command', required=True)
 
     sub = commands.add_parser(
         'render',
         help='draw a small data set',
-        description='Example: make_lesions.py render data/lesions',
+        description='Example: mmela lesions render data/lesions',
     )
     sub.add_argument('out_dir', help='folder of the data set')
     for name, default, text in (
@@ -386,7 +387,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     sub = commands.add_parser(
         'convert',
         help='convert a published data set',
-        description='Example: make_lesions.py convert data/kvasir '
+        description='Example: mmela lesions convert data/kvasir '
         '--images Kvasir-SEG/images --masks Kvasir-SEG/masks',
     )
     sub.add_argument('out_dir', help='folder of the data set')

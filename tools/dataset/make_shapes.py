@@ -18,7 +18,7 @@ The folder is that of COCO: annotations/instances_{train,val}2017.json,
 train2017/ and val2017/.
 
 Example:
-  python tools/dataset/make_shapes.py data/shapes --train 320 --val 60
+  mmela shapes data/shapes --train 320 --val 60
 """
 
 import argparse
@@ -33,6 +33,8 @@ import cv2
 import numpy as np
 import shapely
 from pycocotools import mask as mask_api
+
+from mmela_light.arguments import tool_parser
 
 # Raise it when the same arguments come to give other data.
 VERSION = 1
@@ -439,9 +441,7 @@ def make_shapes(
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('shapes', __doc__)
     parser.add_argument('out_dir', help='folder of the data set')
     for name, default, text in (
         ('train', TRAIN, 'number of training images'),
