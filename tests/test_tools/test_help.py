@@ -211,10 +211,10 @@ def test_missing_file(run, files, tmp_path, tool, arguments, index):
         option, equals, place = name.rpartition('=')
         path = nowhere if i == index else files.get(place, place)
         if place == 'OUT':
-            path = tmp_path / 'out.pt'
+            path = tmp_path / 'out.pt2'
         filled.append(f'{option}{equals}{path}')
     check_error(run(tool, *filled), nowhere)
-    assert not (tmp_path / 'out.pt').exists()
+    assert not (tmp_path / 'out.pt2').exists()
 
 
 def network_arguments(tool, files, out):
@@ -246,7 +246,7 @@ def test_checkpoint_of_another_network(run, files, tmp_path, tool, kind):
         path.write_bytes(pickle.dumps(dict(state_dict=dict(a=Path()))))
     else:
         torch.save([torch.zeros(1)], path)
-    out = tmp_path / 'out.pt'
+    out = tmp_path / 'out.pt2'
     check_error(
         run(tool, files['CONFIG'], path, *network_arguments(tool, files, out)), path
     )
@@ -259,7 +259,7 @@ def test_network_without_layer_attention(run, files, tmp_path, tool):
     plain['model']['backbone'] = dict(type='ResNet', depth=18)
     plain['model']['head']['in_channels'] = 512
     config, checkpoint = save(tmp_path, 'plain', plain)
-    out = tmp_path / 'out.pt'
+    out = tmp_path / 'out.pt2'
     code, _, printed = result = run(
         tool, config, checkpoint, *network_arguments(tool, files, out)
     )
@@ -272,7 +272,7 @@ def test_no_config(run, files, tmp_path, tool):
     """A file that is no config, and one without a model."""
     if tool == 'analysis/cam.py':
         needs_grad_cam()
-    out = tmp_path / 'out.pt'
+    out = tmp_path / 'out.pt2'
     for name, text in (
         ('empty.py', 'a = 1\n'),
         ('broken.py', 'a = (\n'),
@@ -285,6 +285,28 @@ def test_no_config(run, files, tmp_path, tool):
             path,
         )
         assert not out.exists()
+
+
+@pytest.mark.parametrize('missing', ['onnx', 'onnxscript'])
+def test_export_checks_its_packages_first(run, tmp_path, monkeypatch, missing):
+    """Before it reads a file: none of these is there."""
+    monkeypatch.setattr(
+        'mmela.convert.export.find_spec', lambda name: name != missing or None
+    )
+    out = tmp_path / 'x.onnx'
+    check_error(
+        run('convert/export.py', 'no.py', 'no.pth', out), missing, 'mmela[export]'
+    )
+    check_error(run('convert/export.py', 'no.py', 'no.pth', 'x.pth'), 'x.pth')
+
+
+def test_published_has_all_choices():
+    """Written down twice, as the parser must not import torch."""
+    from mmela.convert import published
+
+    tool = runpy.run_path(str(FOLDER / 'convert' / 'published.py'))
+    assert tool['ARCHS'] == published.ARCHS
+    assert tool['TARGETS'] == published.TARGETS
 
 
 def test_model_zoo_of_an_unknown_folder(run):

@@ -5,6 +5,7 @@ Whole classifiers and detectors go to ONNX (.onnx) or to a program of torch.expo
 --backbone the backbone alone goes to ONNX or TorchScript (.pt).
 
 Batch and image size stay free. Pruned attentions are not part of the result.
+ONNX needs onnx and onnxscript: pip install "mmela[export]".
 
 Examples:
   mmela export my_config.py epoch_12.pth detector.onnx
@@ -54,12 +55,16 @@ def main(argv=None) -> None:
     from mmengine.registry import MODELS
 
     from mmela.command_line import one_line
-    from mmela.convert.export import export_backbone, export_network
+    from mmela.convert.export import check_export, export_backbone, export_network
     from mmela.convert.networks import NETWORK_ERRORS, load_fitting, open_network
     from mmela.convert.published import part_of
     from mmela.layers import AttentionState
     from mmela.structure import layer_attentions
 
+    try:
+        check_export(args.out, args.backbone)
+    except NETWORK_ERRORS as error:
+        raise SystemExit(f'error: {one_line(error)}') from error
     cfg, meta, state_dict = open_network(args.config, args.checkpoint, args.out)
     model_cfg = cfg.model
     if args.backbone:
@@ -68,7 +73,9 @@ def main(argv=None) -> None:
         for path, found in ((args.checkpoint, state_dict), (args.config, model_cfg)):
             if not found:
                 raise SystemExit(f'error: {path} has no backbone')
-    options = dict(size=args.size) if args.size else {}
+    options = dict(progress=True)
+    if args.size:
+        options['size'] = args.size
     try:
         model = MODELS.build(dict(model_cfg, init_cfg=None))
         load_fitting(model, state_dict, args.config, args.checkpoint)
