@@ -153,9 +153,10 @@ if __name__ == '__main__':
         'cam': ['grad-cam>=1.5,<2'],
         'timm': ['timm>=0.9'],  # ECA and CBAM
         'hub': ['huggingface_hub>=0.25', 'safetensors>=0.4,<1'],
-        'tests': requirements('tests'),
+        'export': ['onnx>=1.16,<2', 'onnxruntime>=1.18,<2', 'onnxscript>=0.1,<1'],
     }
     extras['all'] = sorted(set(sum(extras.values(), [])))
+    extras['dev'] = requirements('tests')
     extras['study'] = ['ray>=2.9,<3']  # large, and for tools/study.py --address alone
     forks = toolboxes('mmdet', 'mmpretrain', 'mmseg', fork=True)
     extras['onedl'] = forks + torchvision + segmentation
@@ -181,6 +182,8 @@ if __name__ == '__main__':
         extras_require=extras,
         entry_points={
             'console_scripts': ['mmela = mmela_light.command:main'],
+            # Called by `import torch`: mmela_light/operators.py says what for
+            'torch.backends': ['mmela = mmela_light.operators:provide_operators'],
         },
         cmdclass={'build_py': BuildPy, 'develop': Develop},
         zip_safe=False,

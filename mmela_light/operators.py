@@ -1,4 +1,9 @@
-"""Finds operators for mmcv where it has none, see :mod:`mmela.compat.mmcv_ext`."""
+"""Finds operators for mmcv where it has none, see :mod:`mmela.compat.mmcv_ext`.
+
+From 2.5 on, torch calls :func:`provide_operators` at the end of ``import torch``, as an
+entry point of ``torch.backends``. So mmdet's own tools, which import ``mmcv.ops``
+without mmela, have operators.
+"""
 
 import sys
 from typing import Any
@@ -18,8 +23,9 @@ class _OperatorFinder:
             return None
         # Those that have been added since, such as that of an editable install
         for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
-            spec = finder.find_spec(fullname, path, target)
-            if spec is not None:
+            find = getattr(finder, 'find_spec', None)  # which old ones lack
+            spec = find and find(fullname, path, target)
+            if spec:
                 return spec
         from importlib.util import spec_from_file_location
         from multiprocessing import current_process

@@ -1,8 +1,8 @@
 """Put operators into the folder of an mmcv that has none, or take them out.
 
-With `import mmela` before anything of mmcv.ops this is not needed. It is for
-programs that import mmcv.ops first, such as mmdet's own tools/test.py, and for
-data loader workers on Windows and macOS, which are new processes.
+From torch 2.5 on nothing needs this where mmela is installed. It is for an older
+torch, and for programs there that import mmcv.ops before mmela, such as
+MMDetection's own test.py.
 
 Example:
   mmela operators write

@@ -333,4 +333,4 @@ class TestBadInput:
     def test_help_has_an_example(self, capsys):
         with pytest.raises(SystemExit):
             main(['--help'])
-        assert 'make_shapes.py data/shapes --train' in capsys.readouterr().out
+        assert 'mmela shapes data/shapes --train' in capsys.readouterr().out
