@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from mmela.analysis.work_dir import Run
 
 ROOT = Path(__file__).resolve().parents[1]
+# An installed one must not write beside itself
+FOLDER = Path() if ROOT.name == '.mim' else ROOT
 CONFIG = ROOT / 'configs' / 'demo' / 'faster-rcnn_r50-narrow_ela_fpn_shapes.py'
 
 
@@ -30,9 +32,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = tool_parser('demo', __doc__)
     parser.add_argument(
         '--work-dir',
-        default=ROOT / 'work_dirs' / 'demo',
-        help='where logs, checkpoints and the report go (default: '
-        'work_dirs/demo in the checkout)',
+        default=FOLDER / 'work_dirs' / 'demo',
+        help='where logs, checkpoints and the report go (default: work_dirs/demo, '
+        'in a checkout that of the checkout)',
     )
     parser.add_argument(
         '--resume',
@@ -119,7 +121,7 @@ def main(argv=None) -> None:
     cfg = Config.fromfile(CONFIG)
     cfg.merge_from_dict(args.cfg_options)
     if 'data_root' not in args.cfg_options:
-        cfg.data_root = f'{ROOT}/data/shapes/'
+        cfg.data_root = f'{FOLDER}/data/shapes/'
         print(f'Rendering the data set in {cfg.data_root}', flush=True)
         try:
             make_shapes(cfg.data_root)
