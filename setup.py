@@ -6,17 +6,23 @@ finds. docs/stacks.md says what an extra installs where a fork is.
 """
 
 import os
+import re
 import runpy
 import shutil
 import sysconfig
 from importlib.metadata import distributions
 from pathlib import Path
 
+import setuptools
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 from setuptools.command.develop import develop
 
 ROOT = Path(__file__).resolve().parent
+# Whoever publishes a release says where the repository is
+REPOSITORY = os.environ.get('MMELA_REPOSITORY', '').rstrip('/')
+# Those that mmela was run on, see docs/stacks.md
+PYTHONS = ('3.8', '3.11')
 # What `mim` looks for in mmela/.mim of the installed package.
 MIM = ('configs', 'tools', 'model-index.yml')
 VERSION = runpy.run_path(str(ROOT / 'mmela' / 'version.py'))
@@ -85,6 +91,49 @@ def toolboxes(*names, fork=False, installed=None):
     ]
 
 
+def readme(text, address, version):
+    """README.md for a page that has none of the files beside it.
+
+    Args:
+        text (str): The README, whose links are relative.
+        address (str): Address of the repository, to which links then lead. Without
+            one, pictures are left out and links are plain text.
+        version (str): Version, whose tag ``v<version>`` has the files.
+
+    Returns:
+        str: Markdown without relative links.
+    """
+
+    def link(match):
+        picture, words, place = match.groups()
+        if re.match('[a-z]+:|#', place):
+            return match.group()
+        if address:
+            kind = 'raw' if picture else 'blob'
+            return f'{picture}[{words}]({address}/{kind}/v{version}/{place})'
+        return '' if picture else words
+
+    text = re.sub(r'(!?)\[([^]]*)\]\(([^)\s]+)\)', link, text)
+    return re.sub(r'<!--.*?-->\n?', '', text, flags=re.DOTALL)
+
+
+def urls(address):
+    """Links of the package: of the repository, if its address is known, and papers."""
+    papers = {
+        'Paper (ELA)': 'https://arxiv.org/abs/2503.06473',
+        'Paper (MRLA)': 'https://arxiv.org/abs/2302.03985',
+    }
+    if not address:
+        return papers
+    return {
+        'Source': address,
+        'Documentation': f'{address}/blob/v{VERSION["__version__"]}/docs/index.md',
+        'Changelog': f'{address}/blob/v{VERSION["__version__"]}/CHANGELOG.md',
+        'Issues': f'{address}/issues',
+        **papers,
+    }
+
+
 def remove(path):
     """Remove a file, a link or a folder, if it is there."""
     if path.is_symlink() or path.is_file():
@@ -116,7 +165,10 @@ def add_mim(package, link):
             shutil.copytree(
                 ROOT / name,
                 target / name,
-                ignore=shutil.ignore_patterns('__pycache__', '*.py[cod]'),
+                # Scripts and benchmarks are for a checkout
+                ignore=shutil.ignore_patterns(
+                    '__pycache__', '*.py[cod]', '*.sh', 'benchmark'
+                ),
             )
         else:
             shutil.copy2(ROOT / name, target / name)
@@ -153,10 +205,14 @@ if __name__ == '__main__':
         'cam': ['grad-cam>=1.5,<2'],
         'timm': ['timm>=0.9'],  # ECA and CBAM
         'hub': ['huggingface_hub>=0.25', 'safetensors>=0.4,<1'],
-        'tests': requirements('tests'),
+        'export': ['onnx>=1.16,<2', 'onnxruntime>=1.18,<2', 'onnxscript>=0.1,<1'],
     }
     extras['all'] = sorted(set(sum(extras.values(), [])))
+    extras['dev'] = requirements('tests')
     extras['study'] = ['ray>=2.9,<3']  # large, and for tools/study.py --address alone
+    # An SPDX expression since setuptools 77, which Python 3.8 does not have
+    modern = int(setuptools.__version__.partition('.')[0]) >= 77
+    license_field = 'license_expression' if modern else 'license'
     forks = toolboxes('mmdet', 'mmpretrain', 'mmseg', fork=True)
     extras['onedl'] = forks + torchvision + segmentation
     setup(
@@ -164,12 +220,15 @@ if __name__ == '__main__':
         version=VERSION['__version__'],
         description='Layer attention with pruning of redundant retrievals '
         'for OpenMMLab toolboxes',
-        long_description=(ROOT / 'README.md').read_text('utf-8'),
+        long_description=readme(
+            (ROOT / 'README.md').read_text('utf-8'), REPOSITORY, VERSION['__version__']
+        ),
         long_description_content_type='text/markdown',
         author='The mmela authors',
-        license='Apache-2.0',
+        project_urls=urls(REPOSITORY),
+        **{license_field: 'Apache-2.0'},
         keywords='computer vision, object detection, layer attention, pruning',
-        packages=find_packages(include=['mmela', 'mmela.*']),
+        packages=find_packages(include=['mmela', 'mmela.*', 'mmela_light']),
         package_data={'mmela.templates': ['*.html', '*.md']},
         python_requires='>=3.8',
         install_requires=[
@@ -182,7 +241,11 @@ if __name__ == '__main__':
             'torch>={},<{}'.format(*VERSION['SUPPORTED']['torch']),
         ],
         extras_require=extras,
-        entry_points={'console_scripts': ['mmela = mmela.__main__:main']},
+        entry_points={
+            'console_scripts': ['mmela = mmela_light.command:main'],
+            # Called by `import torch`: mmela_light/operators.py says what for
+            'torch.backends': ['mmela = mmela_light.operators:provide_operators'],
+        },
         cmdclass={'build_py': BuildPy, 'develop': Develop},
         zip_safe=False,
         classifiers=[
@@ -191,6 +254,7 @@ if __name__ == '__main__':
             'Operating System :: OS Independent',
             'Programming Language :: Python :: 3',
             'Programming Language :: Python :: 3 :: Only',
+            *(f'Programming Language :: Python :: {version}' for version in PYTHONS),
             'Topic :: Scientific/Engineering :: Artificial Intelligence',
         ],
     )

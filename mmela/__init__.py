@@ -1,13 +1,16 @@
 """Efficient layer attention for OpenMMLab toolboxes."""
 
-from .compat.checkpoints import allow_checkpoint_classes
-from .compat.forks import keep_loading_safe, warn_of_mixtures
-from .compat.loaders import register_loaders
-from .compat.operators import provide_operators
 from .compat.versions import check_versions
 from .version import __version__
 
-check_versions()
+check_versions()  # before anything imports what may be missing
+
+from mmela_light.operators import provide_operators  # noqa: E402
+
+from .compat.checkpoints import allow_checkpoint_classes  # noqa: E402
+from .compat.forks import keep_loading_safe, warn_of_mixtures  # noqa: E402
+from .compat.loaders import register_loaders  # noqa: E402
+
 warn_of_mixtures()
 provide_operators()
 allow_checkpoint_classes()

@@ -1,11 +1,10 @@
-import argparse
 import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import List, Tuple, Union
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.runner import Runner
 
 from .compat.versions import is_installed
@@ -73,9 +72,7 @@ def find_tool(config: str, name: str) -> Path:
     return tool
 
 
-def run_tool(
-    name: str, argv: List[str], usage: str, files: Tuple[str, ...] = ()
-) -> None:
+def run_tool(name: str, argv: List[str], files: Tuple[str, ...] = ()) -> None:
     """Run a toolbox's tool in this process, for a config of that toolbox.
 
     Args:
@@ -83,7 +80,6 @@ def run_tool(
         argv (list[str]): Its command-line arguments; the config comes first, as
             :func:`find_config` takes it. ``--channels-last`` is not the
             toolbox's: it adds a :class:`mmela.hooks.MemoryFormatHook`.
-        usage (str): What to print where the config is missing.
         files (tuple[str]): What the arguments after the config are, each a
             file or an address. Defaults to none.
 
@@ -91,9 +87,6 @@ def run_tool(
         SystemExit: With one clear line if the config, the tool or a file is
             missing.
     """
-    if not argv or argv[0] in ('-h', '--help'):
-        print(usage.strip())
-        raise SystemExit(0 if argv else 2)
     try:
         tool = find_tool(argv[0], name)
     except (FileNotFoundError, ValueError) as error:
@@ -127,25 +120,6 @@ def _keep_configs(tests: bool) -> None:
         dump(self)
 
     Runner.dump_config = dump_config
-
-
-def add_cfg_options(
-    parser: argparse.ArgumentParser, text: str = 'change settings of the config'
-) -> None:
-    """Add the option ``--cfg-options``, as the toolboxes' tools have it.
-
-    Args:
-        parser (argparse.ArgumentParser): Parser of a tool.
-        text (str): Its help. Defaults to ``'change settings of the config'``.
-    """
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help=text,
-    )
 
 
 def channels_last(argv: List[str]) -> List[str]:

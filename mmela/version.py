@@ -1,6 +1,6 @@
 """Version of mmela and the versions of its companions that it works with."""
 
-__version__ = '0.2.0.dev0'
+__version__ = '0.2.0'
 
 # package: (first supported version, first unsupported version)
 SUPPORTED = {

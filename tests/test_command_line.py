@@ -9,6 +9,7 @@ from mmela.command_line import (
     find_tool,
     run_tool,
 )
+from mmela_light.arguments import show_usage
 
 
 def test_finds_the_tool_of_the_configs_toolbox(config_dir):
@@ -26,7 +27,7 @@ def test_errors_name_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="'no_such_toolbox'"):
         find_tool(str(config), 'train.py')
     with pytest.raises(SystemExit, match='error: no config at nowhere.py'):
-        run_tool('train.py', ['nowhere.py'], 'usage')
+        run_tool('train.py', ['nowhere.py'])
 
 
 def test_config_that_a_toolbox_ships():
@@ -44,7 +45,7 @@ def test_config_that_a_toolbox_ships():
 @pytest.mark.parametrize('argv, code', [([], 2), (['--help'], 0)])
 def test_usage(argv, code, capsys):
     with pytest.raises(SystemExit) as error:
-        run_tool('train.py', argv, 'usage: ...')
+        show_usage(argv, 'usage: ...')
     assert error.value.code == code
     assert 'usage: ...' in capsys.readouterr().out
 

@@ -29,9 +29,9 @@ from mmengine.registry import (
 )
 from mmengine.visualization import Visualizer
 
-from mmela.__main__ import TOOLS
 from mmela.analysis.before_after_plots import read_before_after
 from mmela.analysis.work_dir import Run
+from mmela_light.command import TOOLS, main
 from tests.helpers.documents import (
     PAGES,
     REASONS,
@@ -178,8 +178,6 @@ def run(command):
         patch.setattr(sys, 'path', list(sys.path))
         try:
             if program == 'mmela':
-                from mmela.__main__ import main
-
                 patch.setattr(sys, 'argv', command)
                 main(arguments + SMALLER.get(arguments[0], []), standalone_mode=False)
             elif arguments[0] == '-c':

@@ -6,11 +6,15 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
+from importlib.metadata import PathDistribution
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+
+from mmela_light.command import TOOLS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(ROOT.glob('tools/**/*.sh')) + [ROOT / '.ci' / 'run']
@@ -437,8 +441,20 @@ class TestMim:
             assert (mim / name).is_symlink() == link
             assert (mim / name).exists()
         assert not (mim / 'configs' / 'stale.py').exists()
-        assert (mim / 'tools' / 'setup.sh').is_file()
-        assert link or not list(mim.rglob('__pycache__'))
+        assert (mim / 'tools' / 'train.py').is_file()
+        if not link:
+            names = {path.name for path in mim.rglob('*')}
+            assert not {'__pycache__', 'benchmark'} & names
+            assert not [name for name in names if name.endswith(('.sh', '.pyc'))]
+
+    @pytest.mark.parametrize('folder', ['.mim', 'a checkout'])
+    def test_demo_writes_into_no_package(self, tmp_path, folder):
+        (tmp_path / folder / 'tools').mkdir(parents=True)
+        path = shutil.copy(ROOT / 'tools' / 'demo.py', tmp_path / folder / 'tools')
+        tool = runpy.run_path(path)
+        expected = Path() if folder == '.mim' else tmp_path / folder
+        assert tool['FOLDER'] == expected
+        assert tool['parse_args']([]).work_dir == expected / 'work_dirs' / 'demo'
 
     def test_index(self):
         index = yaml.safe_load((ROOT / 'model-index.yml').read_text('utf-8'))
@@ -466,6 +482,113 @@ def test_build_holds_the_whole_package(packaging, tmp_path):
         check=True,
     )
     assert files(tmp_path / 'mmela') == files(ROOT / 'mmela')
-    assert (tmp_path / 'mmela' / '.mim' / 'tools' / 'setup.sh').is_file()
+    assert files(tmp_path / 'mmela_light') == files(ROOT / 'mmela_light')
+    tools = tmp_path / 'mmela' / '.mim' / 'tools'
+    assert all((tools / tool).is_file() for tool in TOOLS.values())
     # The checkout's own links stay what they are.
     assert before == (mim.is_dir() and [p.is_symlink() for p in sorted(mim.iterdir())])
+
+
+class TestReadme:
+    """The README of a package index, which has none of the files beside it."""
+
+    TEXT = (
+        '![A (picture)](docs/a.png)\n[one](docs/a.md#b), [two](#c), '
+        '[three](https://x.org/y)\n<!-- not run: long -->\n'
+    )
+
+    def test_with_an_address(self, packaging):
+        text = packaging['readme'](self.TEXT, 'https://git.example/me/x', '1.2')
+        assert text == (
+            '![A (picture)](https://git.example/me/x/raw/v1.2/docs/a.png)\n'
+            '[one](https://git.example/me/x/blob/v1.2/docs/a.md#b), [two](#c), '
+            '[three](https://x.org/y)\n'
+        )
+
+    def test_without_one(self, packaging):
+        text = packaging['readme'](self.TEXT, '', '1.2')
+        assert text == '\none, [two](#c), [three](https://x.org/y)\n'
+
+    @pytest.mark.parametrize('address', ['', 'https://git.example/me/x'])
+    def test_of_this_project(self, packaging, address):
+        text = packaging['readme'](
+            (ROOT / 'README.md').read_text('utf-8'), address, '1.2'
+        )
+        places = re.findall(r'\]\(([^)]+)\)|(?:src|srcset|href)="([^"]+)"', text)
+        assert places
+        for place in map(''.join, places):
+            assert place.startswith(('https://', '#')), place
+
+
+@pytest.fixture(scope='module')
+def distribution(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('metadata')
+    env = dict(os.environ, MMELA_REPOSITORY='https://git.example/me/mmela/')
+    subprocess.run(
+        [sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', folder],
+        cwd=ROOT,
+        check=True,
+        env=env,
+    )
+    return PathDistribution(folder / 'mmela.egg-info')
+
+
+def test_metadata(distribution):
+    metadata = distribution.metadata
+    assert (metadata['License-Expression'] or metadata['License']) == 'Apache-2.0'
+    links = dict(x.split(', ') for x in metadata.get_all('Project-URL'))
+    assert links['Source'] == 'https://git.example/me/mmela'
+    for place in ('docs/index.md', 'CHANGELOG.md'):
+        (link,) = [x for x in links.values() if x.endswith(place)]
+        assert (ROOT / place).is_file()
+    page = (ROOT / 'docs' / 'stacks.md').read_text('utf-8')
+    for classifier in metadata.get_all('Classifier'):
+        version = classifier.rpartition(' :: ')[2]
+        if re.fullmatch(r'3\.\d+', version):
+            assert f'| {version} |' in page, 'a version that docs/stacks.md lacks'
+
+
+def test_extras(distribution):
+    """Each beside what it brings; none but `dev` brings what the tests need."""
+    extras = {name: set() for name in distribution.metadata.get_all('Provides-Extra')}
+    for requirement in map(Requirement, distribution.requires):
+        for extra in extras:
+            if requirement.marker and requirement.marker.evaluate({'extra': extra}):
+                extras[extra].add(requirement.name)
+    assert extras['export'] == {'onnx', 'onnxruntime', 'onnxscript'}
+    assert {'pytest', 'hypothesis'} <= extras['dev']
+    assert all('pytest' not in extras[name] for name in set(extras) - {'dev'})
+    assert extras['all'] >= extras['export'] | extras['hub'] | extras['cam']
+    page = (ROOT / 'docs' / 'get_started.md').read_text('utf-8')
+    rows = [line.split(' | ')[0] for line in page.splitlines() if line[:3] == '| `']
+    assert set(re.findall(r'`(\w+)`', ' '.join(rows))) == set(extras)
+
+
+def test_changelog_and_citation_have_the_version(packaging):
+    version = packaging['VERSION']['__version__']
+    heading = re.search(
+        r'^## \[(.+)\] - (.+)$', (ROOT / 'CHANGELOG.md').read_text(), re.M
+    )
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text('utf-8'))
+    assert heading.groups() == (version, str(citation['date-released']))
+    assert citation['version'] == version
+
+
+def test_source_archive_has_no_tests(tmp_path):
+    """They run commands of the documentation, which only a checkout has."""
+    subprocess.run(
+        [sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', tmp_path]
+        + ['sdist', '-d', tmp_path],
+        cwd=ROOT,
+        check=True,
+    )
+    (archive,) = tmp_path.glob('*.tar.gz')
+    with tarfile.open(archive) as tar:
+        names = [name.partition('/')[2] for name in tar.getnames()]
+    assert not [x for x in names if x.startswith('tests') or x.endswith('.sh')]
+    needed = ['setup.py', 'README.md', 'LICENSE', 'model-index.yml', 'mmela/version.py']
+    needed += [f'tools/{tool}' for tool in TOOLS.values()]
+    needed += [
+        path.relative_to(ROOT).as_posix() for path in ROOT.glob('requirements/*')
+    ]
+    assert set(needed) <= set(names)

@@ -7,39 +7,34 @@ attention maps before the last pruning and at the end, detects on validation
 images before the first and at the end, and writes a report with pictures.
 
 Examples:
-  python tools/demo.py
-  python tools/demo.py --work-dir work_dirs/mine \\
+  mmela demo
+  mmela demo --work-dir work_dirs/mine \\
       --cfg-options data_root=data/coco
 """
 
 import argparse
 import time
 from pathlib import Path
-from typing import List
+from typing import TYPE_CHECKING, List
 
-from mmengine.config import Config
-from mmengine.registry import RUNNERS
+from mmela_light.arguments import add_cfg_options, tool_parser
 
-from mmela.analysis import make_report, measure_before_after, summarize
-from mmela.analysis.attention import hook_settings, measure_attention, save_measurement
-from mmela.analysis.inputs import load_network, validation_loader
-from mmela.analysis.work_dir import Run
-from mmela.command_line import add_cfg_options, one_line
-from mmela.tools.shapes import make_shapes
+if TYPE_CHECKING:
+    from mmela.analysis.work_dir import Run
 
 ROOT = Path(__file__).resolve().parents[1]
+# An installed one must not write beside itself
+FOLDER = Path() if ROOT.name == '.mim' else ROOT
 CONFIG = ROOT / 'configs' / 'demo' / 'faster-rcnn_r50-narrow_ela_fpn_shapes.py'
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('demo', __doc__)
     parser.add_argument(
         '--work-dir',
-        default=ROOT / 'work_dirs' / 'demo',
-        help='where logs, checkpoints and the report go (default: '
-        'work_dirs/demo in the checkout)',
+        default=FOLDER / 'work_dirs' / 'demo',
+        help='where logs, checkpoints and the report go (default: work_dirs/demo, '
+        'in a checkout that of the checkout)',
     )
     parser.add_argument(
         '--resume',
@@ -54,7 +49,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def checkpoints_to_measure(run: Run) -> List[Path]:
+def checkpoints_to_measure(run: 'Run') -> List[Path]:
     """Checkpoints whose attention maps show what pruning changed.
 
     Args:
@@ -88,6 +83,14 @@ def measure(work_dir: str, images: int = 100) -> None:
         work_dir (str): Work directory of the run.
         images (int): Most validation images. Defaults to 100.
     """
+    from mmela.analysis.attention import (
+        hook_settings,
+        measure_attention,
+        save_measurement,
+    )
+    from mmela.analysis.inputs import load_network, validation_loader
+    from mmela.analysis.work_dir import Run
+
     run = Run(work_dir)
     config = run.work_dir / run.config_name
     for checkpoint in checkpoints_to_measure(run):
@@ -107,11 +110,18 @@ def measure(work_dir: str, images: int = 100) -> None:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    from mmengine.config import Config
+    from mmengine.registry import RUNNERS
+
+    from mmela.analysis import make_report, measure_before_after, summarize
+    from mmela.command_line import one_line
+    from mmela.tools.shapes import make_shapes
+
     start = time.time()
     cfg = Config.fromfile(CONFIG)
     cfg.merge_from_dict(args.cfg_options)
     if 'data_root' not in args.cfg_options:
-        cfg.data_root = f'{ROOT}/data/shapes/'
+        cfg.data_root = f'{FOLDER}/data/shapes/'
         print(f'Rendering the data set in {cfg.data_root}', flush=True)
         try:
             make_shapes(cfg.data_root)

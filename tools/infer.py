@@ -5,24 +5,19 @@ set of COCO whose annotations have a score. The inferencers are mmdet's and
 mmpretrain's. A pruned checkpoint needs no further option.
 
 Examples:
-  python tools/infer.py work_dirs/ela/my_config.py work_dirs/ela/epoch_12.pth \\
+  mmela infer work_dirs/ela/my_config.py work_dirs/ela/epoch_12.pth \\
       street.jpg photos/ 'more/**/*.png' clip.mp4 --out found
-  python tools/infer.py my_config.py epoch_12.pth camera:0 --out seen \\
+  mmela infer my_config.py epoch_12.pth camera:0 --out seen \\
       --frames 300
 """
 
 import argparse
 
-import mmela  # noqa: F401  (first: it provides operators where mmcv has none)
-from mmela.command_line import one_line
-from mmela.convert.networks import NETWORK_ERRORS
-from mmela.inference import infer
+from mmela_light.arguments import tool_parser
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('infer', __doc__)
     parser.add_argument('config', help='config of a detector or a classifier')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument(
@@ -75,6 +70,10 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    from mmela.command_line import one_line
+    from mmela.convert.networks import NETWORK_ERRORS
+    from mmela.inference import infer
+
     try:
         path = infer(
             args.config,

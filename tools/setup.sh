@@ -245,11 +245,6 @@ compile_mmcv() {
   install --no-deps --force-reinstall "$wheel"
 }
 
-# For programs that import mmcv.ops before mmela, as mmdet's own tools/test.py
-provide_operators() {
-  logged "$python" "$root/tools/operators.py" write || explain
-}
-
 # Bytecode is written here, for what is in use, whatever the user's settings:
 # pip would compile 13,000 files in half a minute, and none would make every
 # start of a training 4 s slower.
@@ -299,7 +294,6 @@ set_up_venv() {
   step "torch, mmdet, mmpretrain and the rest (the first time a download of 2.6 GB)" install_all
   [ "$operators" = lite ] || step "mmcv with its operators" compile_mmcv
   step "mmela, editable" install --no-deps --no-build-isolation -e "$root"
-  [ "$operators" = compiled ] || step "operators for mmcv" provide_operators
   step "trying the imports" try_imports
 
   survey "$python" torch

@@ -5,9 +5,9 @@ goes on where it was interrupted, and writes tables and a page. A study file
 is described in docs/studies.md.
 
 Examples:
-  python tools/study.py configs/studies/shapes.yml --dry-run
-  python tools/study.py configs/studies/shapes.yml --jobs 2
-  python tools/study.py configs/studies/shapes.yml --report
+  mmela study configs/studies/shapes.yml --dry-run
+  mmela study configs/studies/shapes.yml --jobs 2
+  mmela study configs/studies/shapes.yml --report
 """
 
 import argparse
@@ -15,20 +15,7 @@ import shlex
 from functools import partial
 from pathlib import Path
 
-from mmela.command_line import add_cfg_options, one_line
-from mmela.studies.driver import (
-    LocalExecutor,
-    RayExecutor,
-    run_all,
-    visible_cores,
-    visible_gpus,
-)
-from mmela.studies.page import portable, write_page
-from mmela.studies.plan import plan, prepare
-from mmela.studies.results import collect, write_tables
-from mmela.studies.run import make_jobs, select
-from mmela.studies.study import option_texts, read_study
-from mmela.studies.train import Limits
+from mmela_light.arguments import add_cfg_options, tool_parser
 
 PAGES = Path(__file__).resolve().parents[1] / 'docs' / 'results'
 
@@ -46,9 +33,7 @@ def between(kind: type, low: float, high: float = float('inf')):
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('study', __doc__)
     parser.add_argument('study', metavar='STUDY.yml', help='the study file')
     parser.add_argument(
         '--work-dir',
@@ -155,6 +140,20 @@ def check_changes(jobs, accept: bool) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what is asked for; the exit code."""
+    from mmela.studies.driver import (
+        LocalExecutor,
+        RayExecutor,
+        run_all,
+        visible_cores,
+        visible_gpus,
+    )
+    from mmela.studies.page import portable, write_page
+    from mmela.studies.plan import plan, prepare
+    from mmela.studies.results import collect, write_tables
+    from mmela.studies.run import make_jobs, select
+    from mmela.studies.study import read_study
+    from mmela.studies.train import Limits
+
     study = read_study(args.study, args.cfg_options)
     for name in args.only or []:
         if name not in study.variants:
@@ -193,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
     folder = args.page or (PAGES if args.report else args.work_dir / study.name)
     written = write_tables(runs, layers, folder / f'{study.name}.csv')
     if args.page or args.report:
-        command = f'python tools/study.py {portable(study.path)}'
+        command = f'mmela study {portable(study.path)}'
         command += ''.join(f' {word}' for word in given_options(args.cfg_options))
         page = folder / f'{study.name}.md'
         written += write_page(study, every, runs, layers, written, page, command)
@@ -203,6 +202,8 @@ def run(args: argparse.Namespace) -> int:
 
 def final_metric(metric: str, job) -> str:
     """The result of a run, for a line."""
+    from mmela.command_line import one_line
+
     try:
         values = job.final_metrics()
     except ValueError as error:
@@ -216,6 +217,8 @@ def final_metric(metric: str, job) -> str:
 
 def given_options(options: dict) -> list:
     """The options of all configs, as they were given."""
+    from mmela.studies.study import option_texts
+
     if not options:
         return []
     return ['--cfg-options', *(shlex.quote(text) for text in option_texts(options))]
@@ -223,6 +226,8 @@ def given_options(options: dict) -> list:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    from mmela.command_line import one_line
+
     try:
         code = run(args)
     except (OSError, ValueError) as error:

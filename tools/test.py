@@ -1,6 +1,6 @@
 """Test a detector or a classifier with the toolbox's own tools/test.py.
 
-usage: python tools/test.py CONFIG CHECKPOINT [--force] [arguments of its test.py]
+usage: mmela test CONFIG CHECKPOINT [--force] [arguments of its test.py]
 
 CHECKPOINT is a file, of torch or of safetensors, or hf://USER/REPO[/FILE]. A pruned
 one needs no further option: its structure is part of it. One that lacks most keys of
@@ -8,7 +8,7 @@ the network is an error, but with --force. --channels-last runs the backbone in
 channels_last, which is faster on a CPU.
 
 Example:
-  python tools/test.py \\
+  mmela test \\
       configs/faster_rcnn/faster-rcnn_r50_ela_fpn_1x_coco.py \\
       work_dirs/ela/epoch_12.pth
 """
@@ -17,17 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
-
-from mmela.command_line import add_cfg_options, find_config, one_line, run_tool
-from mmela.compat.loaders import is_on_hub
-from mmela.convert.networks import (
-    NETWORK_ERRORS,
-    check_fit,
-    read_state_dict,
-)
-from mmela.convert.published import strip_module
+from mmela_light.arguments import add_cfg_options, show_usage
 
 
 def check(arguments, force: bool) -> None:
@@ -35,6 +25,14 @@ def check(arguments, force: bool) -> None:
 
     What else is wrong is left to the toolbox's tool.
     """
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    from mmela.command_line import find_config, one_line
+    from mmela.compat.loaders import is_on_hub
+    from mmela.convert.networks import NETWORK_ERRORS, check_fit, read_state_dict
+    from mmela.convert.published import strip_module
+
     checkpoint = arguments[1] if len(arguments) > 1 else ''
     if not (is_on_hub(checkpoint) or Path(checkpoint).is_file()):
         return
@@ -53,8 +51,14 @@ def check(arguments, force: bool) -> None:
         raise SystemExit(f'error: {one_line(error)}') from error
 
 
+def main() -> None:
+    arguments = [argument for argument in sys.argv[1:] if argument != '--force']
+    show_usage(arguments, __doc__)
+    from mmela.command_line import run_tool
+
+    check(arguments, '--force' in sys.argv)
+    run_tool('test.py', arguments, files=('checkpoint',))
+
+
 if __name__ == '__main__':
-    forced = '--force' in sys.argv
-    given = [argument for argument in sys.argv[1:] if argument != '--force']
-    check(given, forced)
-    run_tool('test.py', given, __doc__, files=('checkpoint',))
+    main()

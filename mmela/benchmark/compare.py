@@ -18,31 +18,15 @@ import argparse
 import sys
 from typing import Dict, List, Optional, Sequence
 
-import torch
-
-from ..command_line import one_line
-from .networks import Contestant, Network, add_network_options
-from .rounds import (
-    add_options,
-    describe,
-    format_table,
-    machine,
-    noisy,
-    positive,
-    run_rounds,
-    set_up,
-    summary,
-    write_results,
-)
+from mmela_light.arguments import tool_parser
+from mmela_light.measuring import add_network_options, add_options, positive
 
 MODES = ('training', 'inference')
 DEFAULT = ['plain', 'mrla-base', 'ela', 'mrla-light', 'kcla']
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('compare', __doc__)
     add_network_options(parser, DEFAULT)
     parser.add_argument(
         '--mode', choices=MODES, help='measure this alone (default: both)'
@@ -73,6 +57,11 @@ def compare(args: argparse.Namespace) -> Dict[str, object]:
         ValueError: If an option is wrong.
         OSError: If a file cannot be read.
     """
+    import torch
+
+    from .networks import Contestant, Network
+    from .rounds import machine, run_rounds, set_up, summary, write_results
+
     device = set_up(args)
     network = Network(args)
     contestants = {v: Contestant(v, network, device) for v in args.variants}
@@ -116,6 +105,8 @@ def table(results: dict, mode: str) -> str:
     Returns:
         str: A heading and a table in Markdown.
     """
+    from .rounds import describe, format_table, noisy
+
     s, found = results['settings'], results[mode]
     measured = {v: r for v, r in found.items() if 'error' not in r}
     first = next(iter(measured), '')
@@ -163,6 +154,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         SystemExit: With one clear line if the arguments are not acceptable.
     """
     args = parse_args(argv)
+    from ..command_line import one_line
+
     try:
         results = compare(args)
     except (OSError, ValueError, KeyError, ImportError) as error:

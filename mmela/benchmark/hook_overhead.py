@@ -25,37 +25,23 @@ from functools import partial
 from importlib.util import find_spec
 from time import perf_counter
 from types import SimpleNamespace
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Sequence
 
-import torch
-from torch import nn
+from mmela_light.arguments import tool_parser
+from mmela_light.measuring import add_network_options, add_options, positive
 
-from ..command_line import one_line
-from ..hooks import LayerAttentionPruningHook
-from ..structure import attention_stages
-from .networks import Contestant, Network, add_network_options
-from .rounds import (
-    add_options,
-    describe,
-    format_table,
-    machine,
-    noisy,
-    positive,
-    run_rounds,
-    set_up,
-    summary,
-    synchronize,
-    write_results,
-)
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from .networks import Contestant
 
 WINDOW = (1, 1)
 TOOLBOXES = ('mmdet', 'mmpretrain')
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('hook-overhead', __doc__)
     add_network_options(parser, ['mrla-base'])
     parser.set_defaults(net='cifar56')
     parser.add_argument(
@@ -76,7 +62,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def with_hook(
-    contestant: Contestant,
+    contestant: 'Contestant',
     work_dir: str,
     epoch: int,
     watch: Callable[[], object] = lambda: None,
@@ -93,6 +79,8 @@ def with_hook(
     Returns:
         callable: The step.
     """
+    from ..hooks import LayerAttentionPruningHook
+
     # What the hook reads of a runner; the measuring is the hook's own
     runner = SimpleNamespace(
         model=contestant.model,
@@ -123,7 +111,7 @@ def with_hook(
 
 
 def time_observers(
-    model: nn.Module, device: torch.device, seconds: List[float]
+    model: 'nn.Module', device: 'torch.device', seconds: List[float]
 ) -> None:
     """Time what observes the scores, until the hook takes it away.
 
@@ -133,7 +121,10 @@ def time_observers(
         seconds (list[float]): Gets the seconds of each call.
     """
 
-    def timed(observer: Callable, scores: List[torch.Tensor]) -> None:
+    from ..structure import attention_stages
+    from .rounds import synchronize
+
+    def timed(observer: Callable, scores: List['torch.Tensor']) -> None:
         synchronize(device)
         start = perf_counter()
         observer(scores)
@@ -191,6 +182,10 @@ def measure(args: argparse.Namespace) -> dict:
         ValueError: If the options do not fit.
         OSError: If a file cannot be read.
     """
+    from ..structure import attention_stages
+    from .networks import Contestant, Network
+    from .rounds import machine, run_rounds, set_up, summary, write_results
+
     device = set_up(args)
     network = Network(args)
     if len(args.variants) != 1:
@@ -242,6 +237,8 @@ def table(results: dict) -> str:
     Returns:
         str: Markdown.
     """
+    from .rounds import describe, format_table, noisy
+
     s = results['settings']
     size = 'x'.join(map(str, s['size']))
     lines = [
@@ -285,7 +282,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     Raises:
         SystemExit: With one clear line if the arguments are not acceptable.
     """
+    args = parse_args(argv)
+    from ..command_line import one_line
+
     try:
-        print(table(measure(parse_args(argv))))
+        print(table(measure(args)))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise SystemExit(f'error: {one_line(error)}') from error

@@ -16,6 +16,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from mmela_light.measuring import DTYPES, VARIANTS, WHOLE, WITH_BACKEND
+
 from ..analysis.complexity import input_size
 from ..command_line import find_config, one_line
 from ..convert.networks import NETWORK_ERRORS
@@ -26,93 +28,6 @@ from ..structure import layer_attentions, prune
 from . import published_form  # noqa: F401  (registration)
 from .memory import peak_rise, storage_bytes, tensors_in
 from .rounds import synchronize
-
-# Layer attention of each variant
-VARIANTS = {
-    'plain': None,
-    'published': 'PublishedMRLABase',
-    'mla': 'MLA',
-    'mrla-base': 'MRLABase',
-    'mrla-light': 'MRLALight',
-    'ela': 'MRLABase',
-    'kcla': 'KCLA',
-}
-WITH_BACKEND = ('mla', 'mrla-base', 'ela')
-DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
-WHOLE = 'whole'
-
-
-def add_network_options(parser: argparse.ArgumentParser, variants: List[str]) -> None:
-    """Add the options that say what to measure.
-
-    Args:
-        parser (argparse.ArgumentParser): Parser of a tool.
-        variants (list[str]): Default variants.
-    """
-    parser.add_argument(
-        '--net',
-        default='r50',
-        metavar='NAME|CONFIG',
-        help='rN and cifarN, the ResNets of N layers for ImageNet and CIFAR, or the '
-        'config of a classifier or detector, one that is shipped as mmdet::... '
-        '(default: %(default)s)',
-    )
-    parser.add_argument(
-        '--variants',
-        nargs='+',
-        default=variants,
-        metavar='NAME',
-        help=f'what to compare: {", ".join(VARIANTS)}. Ratios are to the first. '
-        f'{", ".join(WITH_BACKEND)} take a backend as in ela:compile; '
-        f':{WHOLE} has torch.compile take the whole backbone '
-        f'(default: {" ".join(variants)})',
-    )
-    parser.add_argument(
-        '--size',
-        type=parse_size,
-        metavar='N|HxW',
-        help='image size in pixels (default: 224, CIFAR 32, that of a config)',
-    )
-    parser.add_argument(
-        '--batch',
-        type=int,
-        metavar='N',
-        help='images (default: 8, CIFAR 128, detectors 2)',
-    )
-    parser.add_argument(
-        '--prune',
-        nargs='+',
-        metavar='BLOCK',
-        help='blocks that ela has no attention in, such as layer3.1, or pruning.json '
-        'of a run (default: the second, fourth, ... of each stage)',
-    )
-    parser.add_argument(
-        '--head-dim',
-        type=int,
-        metavar='N',
-        help="channels of a head (default: the config's, CIFAR 16, else 32)",
-    )
-    parser.add_argument(
-        '--dtype',
-        choices=DTYPES,
-        default='fp32',
-        help='what autocast computes in; fp32 is without (default: fp32)',
-    )
-    parser.add_argument(
-        '--channels-last',
-        action='store_true',
-        help='weights and images in channels_last memory format',
-    )
-
-
-def parse_size(text: str) -> tuple:
-    """Height and width from ``N`` or ``HxW``."""
-    parts = text.lower().split('x')
-    if len(parts) > 2 or not all(p.isdigit() and int(p) for p in parts):
-        raise argparse.ArgumentTypeError(
-            f'{text!r} is no size; give N or HxW in pixels'
-        )
-    return int(parts[0]), int(parts[-1])
 
 
 class Network:
@@ -371,7 +286,7 @@ class Contestant:
         """Context of a forward pass; nothing for fp32."""
         if self.args.dtype == 'fp32':
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, DTYPES[self.args.dtype])
+        return torch.autocast(self.device.type, getattr(torch, DTYPES[self.args.dtype]))
 
     def train_step(self) -> Tensor:
         """Forward, backward and SGD step; returns the loss, ()."""

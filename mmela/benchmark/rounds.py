@@ -24,51 +24,13 @@ from ..files import write_text
 NOISY = 0.1
 
 
-def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """Add the options of all measurements.
-
-    Args:
-        parser (argparse.ArgumentParser): Parser of a tool.
-        rounds (int): Default number of rounds.
-    """
-    parser.add_argument(
-        '--device',
-        default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='cpu, cuda, cuda:1, ... (default: %(default)s)',
-    )
-    parser.add_argument(
-        '--rounds',
-        type=positive,
-        default=rounds,
-        metavar='N',
-        help='measurements of each variant (default: %(default)s)',
-    )
-    parser.add_argument(
-        '--steps',
-        type=positive,
-        metavar='N',
-        help='steps that one measurement is the mean of (default: 1 on a CPU; '
-        '5 on a GPU, where steps in a row overlap with their launches)',
-    )
-    parser.add_argument(
-        '--threads', type=positive, metavar='N', help='CPU threads (default: as torch)'
-    )
-    parser.add_argument('--out', metavar='FILE', help='JSON file for the results')
-
-
-def positive(text: str) -> int:
-    """An integer >= 1 from the command line."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{value} is not positive')
-    return value
-
-
 def set_up(args: argparse.Namespace) -> torch.device:
-    """Check the options of :func:`add_options` and apply them to torch.
+    """Check the options of all measurements and apply them to torch.
 
     Args:
-        args (argparse.Namespace): Parsed options; ``steps`` is filled in.
+        args (argparse.Namespace): Parsed options, see
+            :func:`mmela_light.measuring.add_options`; ``device`` and ``steps`` are
+            filled in.
 
     Returns:
         torch.device: The device to measure on.
@@ -76,6 +38,7 @@ def set_up(args: argparse.Namespace) -> torch.device:
     Raises:
         ValueError: If there is no such device, or ``out`` is a folder.
     """
+    args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.device(args.device)
         torch.empty(1, device=device)

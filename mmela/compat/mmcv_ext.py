@@ -1,6 +1,6 @@
 """What ``mmcv.ops`` asks its compiled module ``mmcv._ext`` for, without one.
 
-:mod:`mmela.compat.operators` has this file loaded under the name ``mmcv._ext``
+:mod:`mmela_light.operators` has this file loaded under the name ``mmcv._ext``
 where mmcv is installed without compiled operators (``mmcv-lite``). The file
 needs torch, torchvision and numpy only, so that a copy of it in mmcv's folder
 works by itself.
@@ -35,7 +35,7 @@ def _refuse(name: str) -> None:
         f'mmcv operator {name} is not among those that mmela provides without '
         'a compiled mmcv. To get one: MMELA_MMCV=compiled bash tools/setup.sh, '
         'or a prebuilt wheel by: pip uninstall mmcv-lite; pip install openmim; '
-        'mim install "mmcv<2.2.0"'
+        'pip install "setuptools>=77.0.3,<81"; mim install "mmcv<2.2.0"'
     )
 
 

@@ -1,45 +1,16 @@
-"""Operators for mmcv where it has none: see :mod:`mmela.compat.mmcv_ext`."""
+"""Operators in mmcv's folder, where no process has to find them.
 
-import sys
-from importlib.abc import MetaPathFinder
-from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec
-from importlib.util import find_spec, spec_from_file_location
-from multiprocessing import current_process
+See :mod:`mmela.compat.mmcv_ext` for the operators, and
+:mod:`mmela_light.operators` for how processes find them without this.
+"""
+
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Optional
 
 from ..files import replacing
 
-_EXTENSION = 'mmcv._ext'
 _SOURCE = Path(__file__).with_name('mmcv_ext.py')
-
-
-class _OperatorFinder(MetaPathFinder):
-    """Finds mmcv's extension module where no finder before it does.
-
-    So compiled operators are preferred, and until mmcv asks for operators
-    nothing is imported. mmengine and mmcv also ask for the module's spec.
-    """
-
-    def find_spec(self, fullname, path=None, target=None) -> Optional[ModuleSpec]:
-        if fullname == _EXTENSION:
-            # A worker that is a new process (Windows, macOS) needs operators
-            # when it unpickles its data set; this it unpickles before.
-            current_process()._config[__name__] = provide_operators
-            return spec_from_file_location(fullname, _SOURCE)
-        return None
-
-
-_FINDER = _OperatorFinder()
-
-
-def provide_operators() -> None:
-    """Have ``mmcv.ops`` find operators in this process without a compiled mmcv.
-
-    Nothing changes where mmcv is compiled.
-    """
-    if _FINDER not in sys.meta_path:
-        sys.meta_path.append(_FINDER)
 
 
 def write_operators() -> Path:

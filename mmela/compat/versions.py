@@ -5,11 +5,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Dict, Optional, Tuple
 
-from mmengine.utils import digit_version
-
 from ..version import SUPPORTED
 
-_REQUIRED = ('torch', 'mmengine', 'mmcv')
+# What mmela cannot do without, and what installs it
+_REQUIRED = {
+    'torch': 'pip install torch torchvision',
+    'mmengine': 'pip install "mmela[mmdet]", or mmela[mmpretrain] or mmela[mmseg]',
+    'mmcv': 'pip install mmcv-lite',
+}
 
 
 def check_versions(supported: Optional[Dict[str, Tuple[str, str]]] = None) -> None:
@@ -26,12 +29,18 @@ def check_versions(supported: Optional[Dict[str, Tuple[str, str]]] = None) -> No
     Raises:
         ImportError: If a package is missing or its version is not supported.
     """
-    for name, (first, last) in (supported or SUPPORTED).items():
+    supported = supported or SUPPORTED
+    for name, command in _REQUIRED.items():
+        if name in supported and not is_installed(name):
+            first, last = supported[name]
+            raise ImportError(
+                f'mmela needs {name} >= {first}, < {last}, which is not installed: '
+                f'{command}'
+            )
+    from mmengine.utils import digit_version  # mmengine is there, which was checked
+
+    for name, (first, last) in supported.items():
         if not is_installed(name):
-            if name in _REQUIRED:
-                raise ImportError(
-                    f'mmela needs {name} >= {first}, < {last}, which is not installed'
-                )
             continue
         version = find_version(name)
         if not digit_version(first) <= digit_version(version) < digit_version(last):

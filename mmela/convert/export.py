@@ -1,5 +1,7 @@
 import json
+import time
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Sequence, Union
 
@@ -12,6 +14,53 @@ from .whole import whole_network
 
 # The first torch whose exporter takes what this module gives it
 _FIRST_WITH_DYNAMO = '2.6.0'
+
+
+def check_export(path: Union[str, Path], backbone: bool = False) -> None:
+    """Check whether a network can be exported to a file here, before any work.
+
+    Args:
+        path (str | Path): File to write.
+        backbone (bool): Of a backbone alone. Defaults to False.
+
+    Raises:
+        ImportError: If a package that writes such files is not installed.
+        RuntimeError: If torch is too old.
+        ValueError: If the file name ends otherwise.
+    """
+    path = Path(path)
+    if backbone and path.suffix not in ('.onnx', '.pt'):
+        raise ValueError(f'{path} must end with .onnx (ONNX) or .pt (TorchScript)')
+    if not backbone and path.suffix not in ('.onnx', '.pt2'):
+        raise ValueError(
+            f'{path} must end with .onnx (ONNX) or .pt2 (torch.export); a backbone '
+            'alone with .onnx or .pt (TorchScript)'
+        )
+    dynamo = digit_version(torch.__version__) >= digit_version(_FIRST_WITH_DYNAMO)
+    if not backbone and not dynamo:
+        raise RuntimeError(
+            f'whole networks need torch {_FIRST_WITH_DYNAMO} or newer, this is '
+            f'{torch.__version__}; a backbone alone can be exported'
+        )
+    if path.suffix == '.onnx' and dynamo:
+        missing = [name for name in ('onnx', 'onnxscript') if find_spec(name) is None]
+        if missing:
+            raise ImportError(
+                f'{path} needs {" and ".join(missing)}: pip install "mmela[export]"'
+            )
+
+
+@contextmanager
+def _step(text: str, progress: bool) -> Iterator[None]:
+    """Say what is being done, and how long it took."""
+    start = time.time()
+    if progress:
+        print(f'{text} ...', end='', flush=True)
+    try:
+        yield
+    finally:
+        if progress:
+            print(f' {time.time() - start:.0f} s', flush=True)
 
 
 class _Outputs(nn.Module):
@@ -32,6 +81,7 @@ def export_network(
     size: Sequence[int] = (320, 416),
     raw: bool = True,
     info: Optional[Dict[str, Any]] = None,
+    progress: bool = False,
 ) -> None:
     """Write a whole classifier or detector as ONNX or as a program of torch.export.
 
@@ -51,48 +101,44 @@ def export_network(
             True.
         info (dict, optional): What to keep in the file too, as JSON under the
             name ``mmela``, such as the names of classes. Defaults to None.
+        progress (bool): Print each step and how long it took. Defaults to False.
 
     Raises:
+        ImportError: If a package that writes ONNX is not installed.
         RuntimeError: If torch is too old.
         ValueError: If the file name ends otherwise, or the network is none of
             those supported.
     """
+    check_export(path)
     path = Path(path)
-    if path.suffix not in ('.onnx', '.pt2'):
-        raise ValueError(
-            f'{path} must end with .onnx (ONNX) or .pt2 (torch.export); a backbone '
-            'alone with .onnx or .pt (TorchScript)'
-        )
-    if digit_version(torch.__version__) < digit_version(_FIRST_WITH_DYNAMO):
-        raise RuntimeError(
-            f'whole networks need torch {_FIRST_WITH_DYNAMO} or newer, this is '
-            f'{torch.__version__}; a backbone alone can be exported'
-        )
     network = whole_network(model, raw)
     x = torch.zeros(2, 3, *size, dtype=torch.uint8 if raw else torch.float32)
     free = torch.export.Dim.DYNAMIC
     text = json.dumps(dict(info or {}, raw=raw, outputs=network.output_names))
     with torch.no_grad(), _frozen(network):
-        program = torch.export.export(
-            network, (x,), dynamic_shapes=({0: free, 2: free, 3: free},), strict=False
-        )
+        with _step('Tracing the network', progress):
+            shapes = ({0: free, 2: free, 3: free},)
+            program = torch.export.export(
+                network, (x,), dynamic_shapes=shapes, strict=False
+            )
         if path.suffix == '.pt2':
-            with replacing(path) as out:
+            with _step(f'Writing {path}', progress), replacing(path) as out:
                 torch.export.save(program, out, extra_files=dict(mmela=text))
             return
-    onnx_program = torch.onnx.export(
-        program,
-        (x,),
-        input_names=['images'],
-        output_names=list(network.output_names),
-        dynamo=True,
-        verbose=False,
-    )
+    with _step('Translating it to ONNX', progress):
+        onnx_program = torch.onnx.export(
+            program,
+            (x,),
+            input_names=['images'],
+            output_names=list(network.output_names),
+            dynamo=True,
+            verbose=False,
+        )
     if hasattr(onnx_program, 'rename_axes'):  # a newer torch; else they are s0, s1
         batch, _, height, width = onnx_program.model.graph.inputs[0].shape
         onnx_program.rename_axes({batch: 'batch', height: 'height', width: 'width'})
     onnx_program.model.metadata_props['mmela'] = text
-    with replacing(path) as out:
+    with _step(f'Writing {path}', progress), replacing(path) as out:
         onnx_program.save(out)
 
 
@@ -113,6 +159,7 @@ def export_backbone(
     path: Union[str, Path],
     size: Sequence[int] = (224, 224),
     opset: Optional[int] = None,
+    progress: bool = False,
 ) -> None:
     """Write a backbone as ONNX or TorchScript.
 
@@ -127,13 +174,21 @@ def export_backbone(
         size (Sequence[int]): Height and width to trace with, in pixels.
             Defaults to (224, 224).
         opset (int, optional): ONNX operator set. Defaults to that of torch.
+        progress (bool): Print that it is written, and how long it took. Defaults to
+            False.
 
     Raises:
+        ImportError: If a package that writes ONNX is not installed.
         ValueError: If the file name ends otherwise.
     """
-    path = Path(path)
-    if path.suffix not in ('.onnx', '.pt'):
-        raise ValueError(f'{path} must end with .onnx (ONNX) or .pt (TorchScript)')
+    check_export(path, backbone=True)
+    with _step(f'Writing {path}', progress):
+        _write_backbone(backbone, Path(path), size, opset)
+
+
+def _write_backbone(
+    backbone: nn.Module, path: Path, size: Sequence[int], opset: Optional[int]
+) -> None:
     # Detectors evaluate their norms in train() too; eval() returns nothing.
     backbone.eval()
     model = _Outputs(backbone).eval()

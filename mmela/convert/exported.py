@@ -96,7 +96,12 @@ def paste_masks(
 def _runner(path: Path) -> Any:
     """A function from images to results by name."""
     if path.suffix == '.onnx':
-        import onnxruntime
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ImportError(
+                f'{path} needs onnxruntime: pip install "mmela[export]"'
+            ) from error
 
         session = onnxruntime.InferenceSession(str(path))
         names = [output.name for output in session.get_outputs()]

@@ -20,7 +20,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from ..__main__ import PACKAGE
+from mmela_light.command import PACKAGE
+
 from ..command_line import one_line
 from .run import Job
 from .train import Limits, ending, train

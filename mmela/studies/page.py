@@ -10,7 +10,8 @@ from typing import Any, Iterable, List, Optional, Sequence, Tuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..__main__ import PACKAGE
+from mmela_light.command import PACKAGE
+
 from ..analysis.drawing import MARKERS, WIDTH, Theme, draw, plain_text
 from ..command_line import one_line
 from ..files import write_text

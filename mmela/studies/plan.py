@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Dict, Iterator, List, Sequence, Tuple
 
-from ..__main__ import find
+from mmela_light.command import find
+
 from .run import Job
 
 
@@ -21,7 +22,7 @@ def prepare(commands: Sequence[str]) -> None:
     Raises:
         ValueError: If one fails.
     """
-    root = find('train.py').parents[1]
+    root = find('tools/train.py').parents[1]
     for command in commands:
         words = shlex.split(command.replace('{root}', shlex.quote(str(root))))
         if words and words[0] in ('python', 'python3'):

@@ -11,7 +11,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 import msgspec
 from typing_extensions import Annotated
 
-from ..__main__ import find
+from mmela_light.command import find
+
 from ..analysis.work_dir import Run
 from ..command_line import one_line
 from ..files import write_text
@@ -285,7 +286,7 @@ def make_jobs(
                     seed,
                     str(root / name / f'seed_{seed}'),
                     os.getcwd(),
-                    tool or str(find('train.py')),
+                    tool or str(find('tools/train.py')),
                     str(variant.config),
                     (*variant.options, f'randomness.seed={seed}'),
                     str(root / start.variant / f'seed_{seed}') if start else None,

@@ -16,8 +16,9 @@ from typing import List, Optional
 import torch
 from filelock import FileLock, Timeout
 
+from mmela_light.command import PACKAGE
+
 from .. import __version__
-from ..__main__ import PACKAGE
 from .run import LOG, Attempt, Job, Machine
 
 CHILD = Path(__file__).with_name('child.py')

@@ -16,7 +16,6 @@ Example:
       --per-class 100
 """
 
-import argparse
 import hashlib
 import re
 import tarfile
@@ -25,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 from typing import List, Optional
 
-from mmengine.utils import ProgressBar
+from mmela_light.arguments import tool_parser
 
 # Folder in the official archive, checksum of the archive
 OFFICIAL = {
@@ -99,6 +98,8 @@ def unpack(archive: Path, out: Path, per_class: Optional[int] = None) -> str:
         count = Counter(IMAGE.fullmatch(m.name)['split'] for m in chosen)
         summary = f'{count["train"]} images for training, {count["test"]} for testing'
 
+    from mmengine.utils import ProgressBar
+
     out.parent.mkdir(parents=True, exist_ok=True)
     names = {m.name for m in chosen}
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
@@ -136,9 +137,7 @@ def choose_images(
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('cifar', __doc__)
     parser.add_argument('archive', type=Path)
     parser.add_argument('out', type=Path, help='folder to write')
     parser.add_argument(

@@ -25,32 +25,21 @@ import copy
 import csv
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
-from mmengine.config import Config
-from mmengine.registry import MODELS
-from mmengine.utils import ProgressBar
+from mmela_light.arguments import add_cfg_options, tool_parser
 
-from ..analysis.complexity import (
-    ForImages,
-    count_flops,
-    input_size,
-    kept_memory,
-    used_parameters,
-)
-from ..analysis.cost_plots import QUANTITIES, growth_plot, trade_off_plot
-from ..analysis.drawing import Plot, draw
-from ..analysis.work_dir import Run
-from ..command_line import add_cfg_options, find_config, one_line
-from ..files import replacing
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+    from ..analysis.drawing import Plot
+    from ..analysis.work_dir import Run
 
 SIZE = 'size'
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('cost', __doc__)
     parser.add_argument(
         'networks',
         nargs='+',
@@ -117,8 +106,13 @@ def steps(over: Optional[List[str]]) -> List[Tuple[str, Any]]:
     return values
 
 
-def read(network: str) -> Tuple[Config, str, Optional[Run]]:
+def read(network: str) -> Tuple['Config', str, Optional['Run']]:
     """Config of a network, its name, and the run if it is one."""
+    from mmengine.config import Config
+
+    from ..analysis.work_dir import Run
+    from ..command_line import find_config, one_line
+
     run = Run(network) if Path(network).is_dir() else None
     if run is not None and not run.config_name:
         raise ValueError(f'{network} has no dumped config')
@@ -132,7 +126,7 @@ def read(network: str) -> Tuple[Config, str, Optional[Run]]:
     return cfg, path.stem, run
 
 
-def changed(cfg: Config, options: Dict[str, Any]) -> Config:
+def changed(cfg: 'Config', options: Dict[str, Any]) -> 'Config':
     """A config with other settings.
 
     Raises:
@@ -152,8 +146,17 @@ def changed(cfg: Config, options: Dict[str, Any]) -> Config:
     return cfg
 
 
-def cost(cfg: Config, size: Tuple[int, int]) -> Dict[str, float]:
+def cost(cfg: 'Config', size: Tuple[int, int]) -> Dict[str, float]:
     """Count what the model of a config costs."""
+    from mmengine.registry import MODELS
+
+    from ..analysis.complexity import (
+        ForImages,
+        count_flops,
+        kept_memory,
+        used_parameters,
+    )
+
     rpn = (cfg.model.get('test_cfg') or {}).get('rpn')
     if rpn:  # as many proposals in any network, whatever its weights
         rpn.nms = dict(type='nms', iou_threshold=1.0)
@@ -173,6 +176,11 @@ def count_all(args: argparse.Namespace) -> List[dict]:
     Returns:
         list[dict]: Rows of the table, one for each network and step.
     """
+    from mmengine.utils import ProgressBar
+
+    from ..analysis.complexity import input_size
+    from ..command_line import one_line
+
     key = args.over[0] if args.over else None
     labels = args.labels or []
     if labels and len(labels) != len(args.networks):
@@ -185,7 +193,7 @@ def count_all(args: argparse.Namespace) -> List[dict]:
     bar = ProgressBar((len(networks) + bool(minus)) * len(todo), file=sys.stderr)
     known: Dict[Tuple[str, str], Dict[str, float]] = {}
 
-    def counted(cfg: Config, tick: str, value: Any) -> Tuple[Tuple[int, int], dict]:
+    def counted(cfg: 'Config', tick: str, value: Any) -> Tuple[Tuple[int, int], dict]:
         options = dict(args.cfg_options)
         if key not in (None, SIZE):
             options[key] = value
@@ -236,8 +244,10 @@ def count_all(args: argparse.Namespace) -> List[dict]:
     return rows
 
 
-def pictures(rows: List[dict], args: argparse.Namespace) -> Dict[str, Plot]:
+def pictures(rows: List[dict], args: argparse.Namespace) -> Dict[str, 'Plot']:
     """The pictures that the rows allow, by name."""
+    from ..analysis.cost_plots import QUANTITIES, growth_plot, trade_off_plot
+
     less = rows[0]['minus']
     found = {}
     if args.over:
@@ -268,6 +278,10 @@ def pictures(rows: List[dict], args: argparse.Namespace) -> Dict[str, Plot]:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    from ..analysis.drawing import draw
+    from ..command_line import one_line
+    from ..files import replacing
+
     out = Path(args.out)
     try:
         rows = count_all(args)

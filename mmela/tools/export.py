@@ -5,6 +5,7 @@ Whole classifiers and detectors go to ONNX (.onnx) or to a program of torch.expo
 --backbone the backbone alone goes to ONNX or TorchScript (.pt).
 
 Batch and image size stay free. Pruned attentions are not part of the result.
+ONNX needs onnx and onnxscript: pip install "mmela[export]".
 
 Examples:
   mmela export my_config.py epoch_12.pth detector.onnx
@@ -15,20 +16,11 @@ Examples:
 import argparse
 from pathlib import Path
 
-from mmengine.registry import MODELS
-
-from ..command_line import one_line
-from ..convert.export import export_backbone, export_network
-from ..convert.networks import NETWORK_ERRORS, load_fitting, open_network
-from ..convert.published import part_of
-from ..layers import AttentionState
-from ..structure import layer_attentions
+from mmela_light.arguments import tool_parser
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('export', __doc__)
     parser.add_argument('config', help='config of the network')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument(
@@ -60,6 +52,19 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     if args.backbone and args.normalized:
         raise SystemExit('error: --backbone takes normalized images: no --normalized')
+    from mmengine.registry import MODELS
+
+    from ..command_line import one_line
+    from ..convert.export import check_export, export_backbone, export_network
+    from ..convert.networks import NETWORK_ERRORS, load_fitting, open_network
+    from ..convert.published import part_of
+    from ..layers import AttentionState
+    from ..structure import layer_attentions
+
+    try:
+        check_export(args.out, args.backbone)
+    except NETWORK_ERRORS as error:
+        raise SystemExit(f'error: {one_line(error)}') from error
     cfg, meta, state_dict = open_network(args.config, args.checkpoint, args.out)
     model_cfg = cfg.model
     if args.backbone:
@@ -68,7 +73,9 @@ def main(argv=None) -> None:
         for path, found in ((args.checkpoint, state_dict), (args.config, model_cfg)):
             if not found:
                 raise SystemExit(f'error: {path} has no backbone')
-    options = dict(size=args.size) if args.size else {}
+    options = dict(progress=True)
+    if args.size:
+        options['size'] = args.size
     try:
         model = MODELS.build(dict(model_cfg, init_cfg=None))
         load_fitting(model, state_dict, args.config, args.checkpoint)

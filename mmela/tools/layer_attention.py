@@ -18,30 +18,11 @@ Example:
 import argparse
 from pathlib import Path
 
-from mmengine.utils import ProgressBar
-
-from ..analysis.attention import hook_settings, measure_attention, save_measurement
-from ..analysis.attention_plots import attention_pictures
-from ..analysis.drawing import draw
-from ..analysis.inputs import (
-    check_device,
-    evenly,
-    find_images,
-    image_batches,
-    image_pipeline,
-    load_network,
-    validation_loader,
-)
-from ..command_line import add_cfg_options, one_line
-from ..engine.tables import decision_table
-from ..pruning import PruningDecision
-from ..structure import attention_stages
+from mmela_light.arguments import add_cfg_options, tool_parser
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('layer-attention', __doc__)
     parser.add_argument('config', help='config of the network')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument(
@@ -68,6 +49,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def progress(batches, images: int):
     """Pass batches on and show how many images are done."""
+    from mmengine.utils import ProgressBar
+
     bar = ProgressBar(images)
     for batch in batches:
         yield batch
@@ -78,6 +61,26 @@ def progress(batches, images: int):
 
 def analyse(args: argparse.Namespace) -> Path:
     """Measure, draw and write; returns the folder."""
+    from ..analysis.attention import (
+        hook_settings,
+        measure_attention,
+        save_measurement,
+    )
+    from ..analysis.attention_plots import attention_pictures
+    from ..analysis.drawing import draw
+    from ..analysis.inputs import (
+        check_device,
+        evenly,
+        find_images,
+        image_batches,
+        image_pipeline,
+        load_network,
+        validation_loader,
+    )
+    from ..engine.tables import decision_table
+    from ..pruning import PruningDecision
+    from ..structure import attention_stages
+
     if args.num_images < 1:
         raise ValueError(f'--num-images={args.num_images} is not positive')
     files = find_images(args.data) if args.data else None
@@ -127,6 +130,8 @@ def analyse(args: argparse.Namespace) -> Path:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    from ..command_line import one_line
+
     try:
         analyse(args)
     except (OSError, ValueError, KeyError) as error:

@@ -24,9 +24,9 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
-from mmengine.utils import track_iter_progress
 
-from . import rendering
+from mmela_light import rendering
+from mmela_light.arguments import tool_parser
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff')
 OPTIONS = rendering.options(train=96, val=32, size=96, smallest=32)
@@ -207,6 +207,8 @@ def _write_all(
         samples (Sequence[tuple]): Split, name, and a function that makes the
             image and the mask, for each image.
     """
+    from mmengine.utils import track_iter_progress
+
     with rendering.new_folder(out_dir) as new:
         for kind in ('images', 'masks'):
             for split in ('train', 'val'):
@@ -320,9 +322,7 @@ def convert(
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('lesions', __doc__)
     commands = parser.add_subparsers(dest='command', required=True)
 
     sub = commands.add_parser(

@@ -1,26 +1,24 @@
 """Put operators into the folder of an mmcv that has none, or take them out.
 
-With `import mmela` before anything of mmcv.ops this is not needed. It is for
-programs that import mmcv.ops first, such as mmdet's own tools/test.py, and for
-data loader workers on Windows and macOS, which are new processes.
+From torch 2.5 on nothing needs this where mmela is installed. It is for an older
+torch, and for programs there that import mmcv.ops before mmela, such as
+MMDetection's own test.py.
 
 Example:
   mmela operators write
 """
 
-import argparse
-
-from ..compat.operators import remove_operators, write_operators
+from mmela_light.arguments import tool_parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('operators', __doc__)
     parser.add_argument(
         'action', choices=('write', 'remove'), help='write or remove mmcv/_ext.py'
     )
     action = parser.parse_args().action
+    from ..compat.operators import remove_operators, write_operators
+
     try:
         path = write_operators() if action == 'write' else remove_operators()
     except (ImportError, OSError) as error:

@@ -14,25 +14,16 @@ Example:
 
 import argparse
 from pathlib import Path
-from typing import Dict, Sequence
+from typing import TYPE_CHECKING, Dict, Sequence
 
-from matplotlib.figure import Figure
+from mmela_light.arguments import tool_parser
 
-from ..analysis.attention_plots import map_pair_plot
-from ..analysis.before_after_plots import detections_plot, read_before_after
-from ..analysis.decision_plots import kl_plot
-from ..analysis.drawing import LIGHT, Plot, draw
-from ..analysis.report import read_analyses
-from ..analysis.work_dir import short_name
-from ..command_line import one_line
-from ..files import replacing
-from ..pruning import PruningReport
+if TYPE_CHECKING:
+    from ..analysis.drawing import Plot
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('pictures', __doc__)
     parser.add_argument(
         'work_dir', metavar='WORK_DIR', help='work directory of the run'
     )
@@ -48,13 +39,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def divergences(work_dir: Path) -> Plot:
+def divergences(work_dir: Path) -> 'Plot':
     """KL divergences at the pruning that removed most attentions.
 
     Raises:
         OSError: If ``pruning.json`` cannot be read.
         ValueError: If it is no such file, or nothing was pruned.
     """
+    from ..analysis.decision_plots import kl_plot
+    from ..pruning import PruningReport
+
     path = work_dir / 'pruning.json'
     decision = max(
         PruningReport.read(path).decisions, key=lambda d: len(d.pruned), default=None
@@ -84,13 +78,17 @@ def changed_stage(before: Dict[str, dict], after: Dict[str, dict]) -> str:
     return max(names, key=lost)
 
 
-def attention_maps(work_dir: Path) -> Plot:
+def attention_maps(work_dir: Path) -> 'Plot':
     """Maps of one stage in the first and in the last measurement.
 
     Raises:
         ValueError: If there are not two measurements, or these have no stage
             with maps in common.
     """
+    from ..analysis.attention_plots import map_pair_plot
+    from ..analysis.report import read_analyses
+    from ..analysis.work_dir import short_name
+
     analyses = read_analyses(work_dir)
     if len(analyses) < 2:
         raise ValueError(
@@ -116,6 +114,12 @@ def detections(work_dir: Path, path: Path, rows: Sequence[int]) -> None:
     Raises:
         ValueError: If there are no such images.
     """
+    from matplotlib.figure import Figure
+
+    from ..analysis.before_after_plots import detections_plot, read_before_after
+    from ..analysis.drawing import LIGHT
+    from ..files import replacing
+
     result = read_before_after(work_dir)
     number = len(result['shown'])
     if not set(rows) <= set(range(1, number + 1)):
@@ -129,6 +133,10 @@ def detections(work_dir: Path, path: Path, rows: Sequence[int]) -> None:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    from ..analysis.before_after_plots import read_before_after
+    from ..analysis.drawing import draw
+    from ..command_line import one_line
+
     work_dir, out = Path(args.work_dir), Path(args.out)
     try:
         plots = dict(kl=divergences(work_dir), attention_maps=attention_maps(work_dir))

@@ -15,17 +15,11 @@ import json
 import tempfile
 from pathlib import Path
 
-from ..analysis.work_dir import Run
-from ..command_line import one_line
-from ..convert.hub import upload, write_repository
-from ..convert.networks import NETWORK_ERRORS
-from ..convert.slim import slim_network
+from mmela_light.arguments import tool_parser
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('push', __doc__)
     parser.add_argument('config', help='config of the network, pruned or slim')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('repo', metavar='USER/REPO', help='repository on the Hub')
@@ -51,6 +45,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def validated(work_dir: Path, meta: dict) -> dict:
     """Metrics of the validation that a checkpoint was saved at, if there was one."""
+    from ..analysis.work_dir import Run
+
     try:
         run = Run(work_dir)
     except FileNotFoundError:
@@ -78,6 +74,11 @@ def read_metrics(path: str) -> dict:
 def main(argv=None) -> None:
     args = parse_args(argv)
     work_dir = Path(args.work_dir or Path(args.checkpoint).parent)
+    from ..command_line import one_line
+    from ..convert.hub import upload, write_repository
+    from ..convert.networks import NETWORK_ERRORS
+    from ..convert.slim import slim_network
+
     try:
         from huggingface_hub.utils import validate_repo_id
 

@@ -32,7 +32,8 @@ import numpy as np
 import shapely
 from pycocotools import mask as mask_api
 
-from . import rendering
+from mmela_light import rendering
+from mmela_light.arguments import tool_parser
 
 # Raise it when the same arguments come to give other data.
 VERSION = 1
@@ -401,9 +402,7 @@ def make_shapes(
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('shapes', __doc__)
     rendering.add_options(parser, OPTIONS)
     parser.add_argument(
         '--force',

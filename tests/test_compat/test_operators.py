@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from importlib import import_module
-from importlib.machinery import ModuleSpec
+from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,11 +19,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from mmela.compat import mmcv_ext
-from mmela.compat.operators import (
-    provide_operators,
-    remove_operators,
-    write_operators,
-)
+from mmela.compat.operators import remove_operators, write_operators
+from mmela_light.operators import provide_operators
 from tests.helpers.operator_cases import OPERATORS, difference, provided_operators
 
 mmcv_ops = pytest.importorskip('mmcv.ops', exc_type=ImportError)
@@ -330,10 +327,17 @@ def lite(tmp_path_factory):
     return folder
 
 
-def python(*arguments, path=()):
-    """Run Python in a process of its own, with folders first on its path."""
+def python(*arguments, path=(), autoload=False):
+    """Run Python in a process of its own, with folders first on its path.
+
+    Unless ``autoload``, torch calls no entry points, whatever mmela is installed.
+    """
     paths = [*map(str, path), str(ROOT)]
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths))
+    environment = dict(
+        os.environ,
+        PYTHONPATH=os.pathsep.join(paths),
+        TORCH_DEVICE_BACKEND_AUTOLOAD=str(int(autoload)),
+    )
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -402,6 +406,67 @@ print(worker.exitcode)
         '0',
         '',
     ], result.stderr
+
+
+@pytest.fixture(scope='module')
+def metadata(tmp_path_factory):
+    """A folder with what an installation of mmela tells torch."""
+    folder = tmp_path_factory.mktemp('metadata')
+    subprocess.run(
+        [sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', folder],
+        cwd=ROOT,
+        check=True,
+    )
+    return folder
+
+
+AUTOLOADS = hasattr(torch, '_import_device_backends')  # from 2.5 on
+
+
+@needs_mmdet
+@pytest.mark.skipif(not AUTOLOADS, reason='torch calls entry points from 2.5 on')
+def test_torch_provides_operators(lite, metadata):
+    """An installed mmela serves programs that do not import it."""
+    code = """
+import sys, mmdet.apis, mmcv.ops
+assert 'mmela' not in sys.modules
+print(mmcv.ops.get_compiler_version(), sys.modules['mmcv._ext'].__file__)
+"""
+    result = python('-c', code, path=[lite, metadata], autoload=True)
+    assert result.returncode == 0, result.stderr
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith('none: operators of torchvision')
+    assert last.endswith('mmcv_ext.py')
+
+
+@pytest.mark.skipif(not AUTOLOADS, reason='torch calls entry points from 2.5 on')
+@pytest.mark.parametrize('kind', ['beside', 'damaged', 'found late'])
+def test_torch_leaves_compiled_operators_alone(lite, metadata, tmp_path, kind):
+    """Also one that does not load, whose own error is seen."""
+    folder = tmp_path / 'mmcv'
+    folder.mkdir()
+    (folder / '__init__.py').touch()
+    late = ''
+    if kind == 'damaged':
+        (folder / f'_ext{EXTENSION_SUFFIXES[0]}').write_bytes(b'no library')
+    else:
+        place = folder if kind == 'beside' else tmp_path
+        (place / '_ext.py').write_text('mark = 1')
+    if kind == 'found late':  # by a finder that is added after ours
+        late = f"""
+from importlib.util import spec_from_file_location
+class Late:
+    def find_spec(self, name, path=None, target=None):
+        if name == 'mmcv._ext':
+            return spec_from_file_location(name, {str(tmp_path / '_ext.py')!r})
+sys.meta_path.append(Late())
+"""
+    code = f'import sys, torch\n{late}\nimport mmcv._ext; print(mmcv._ext.mark)'
+    result = python('-c', code, path=[tmp_path, metadata], autoload=True)
+    if kind == 'damaged':
+        assert result.returncode and '_ext' in result.stderr.splitlines()[-1]
+    else:
+        assert result.stdout == '1\n', result.stderr
 
 
 @needs_mmdet

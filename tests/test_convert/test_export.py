@@ -1,10 +1,12 @@
 """Export on the range of torch that is supported."""
 
+import re
+
 import pytest
 import torch
 
 from mmela import attach_layer_attention
-from mmela.convert.export import export_backbone
+from mmela.convert.export import check_export, export_backbone, export_network
 from mmela.structure import layer_attentions, prune
 from tests.helpers.attachable import Nested
 
@@ -56,6 +58,29 @@ def test_onnx_of_an_attached_network(tmp_path):
     x = torch.rand(3, 3, 40, 36)
     found = session.run(None, dict(x=x.numpy()))
     torch.testing.assert_close(torch.as_tensor(found[0]), backbone(x))
+
+
+@pytest.mark.skipif(not hasattr(torch.onnx, 'ONNXProgram'), reason='an older torch')
+@pytest.mark.parametrize('missing', [['onnx'], ['onnxscript'], ['onnx', 'onnxscript']])
+def test_packages_are_checked_first(tmp_path, monkeypatch, missing):
+    monkeypatch.setattr(
+        'mmela.convert.export.find_spec', lambda name: name not in missing or None
+    )
+    names = ' and '.join(missing)
+    for export in (export_backbone, export_network):
+        with pytest.raises(ImportError, match=rf'{names}: .*mmela\[export\]'):
+            export(None, tmp_path / 'x.onnx')
+    check_export('x.pt2')  # which need none of them
+    check_export('x.pt', backbone=True)
+
+
+@pytest.mark.parametrize('progress', [False, True])
+def test_progress(tmp_path, capsys, progress):
+    path = tmp_path / 'x.pt'
+    export_backbone(Backbone(), path, (32, 32), progress=progress)
+    assert path.is_file()
+    expected = rf'Writing {path} \.\.\. \d+ s\n' if progress else ''
+    assert re.fullmatch(expected, capsys.readouterr().out)
 
 
 def test_other_file_names_are_refused(tmp_path):

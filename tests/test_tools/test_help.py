@@ -13,7 +13,7 @@ pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
 pytest.importorskip('mmcv.ops', exc_type=ImportError)
 
-from mmela import __main__ as command  # noqa: E402
+from mmela_light import command as commands  # noqa: E402
 from tests.helpers.networks import classifier, needs_grad_cam, save  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +83,12 @@ NEED_ATTENTION = [
 ]
 
 
-COMMANDS = {tool: name for name, tool in command.TOOLS.items()}
+def command_of(tool):
+    """The command whose code a script is, or which it imports; None if none is."""
+    text = (FOLDER / tool).read_text('utf-8')
+    imported = re.search(r'^from (mmela\.\w+\.\w+) import main$', text, re.MULTILINE)
+    file = f'{imported[1].replace(".", "/")}.py' if imported else f'tools/{tool}'
+    return {file: name for name, file in commands.TOOLS.items()}.get(file)
 
 
 @pytest.fixture(scope='module')
@@ -158,8 +163,13 @@ def test_help(run, tool):
         if not line.startswith(' '):
             break
         example.append(line)
-    commands = f'  mmela {COMMANDS.get(tool)} ', f'tools/{tool} '
-    assert any(c in f'{line} ' for line in example for c in commands), text
+    name = command_of(tool)
+    command = f'python tools/{tool} '
+    if name:  # however it is run
+        command = f'mmela {name} '
+        assert f'usage: {command}' in text
+        assert 'tools/' not in text.replace("toolbox's own tools/", '')
+    assert any(command in f'{line} ' for line in example), text
     # Broken where the source breaks it, with a backslash that can be pasted
     assert max(map(len, example)) <= 79, example
     assert not any(re.search(r'\S {5,}[^#\s]', x) for x in example), example
@@ -185,10 +195,10 @@ def test_missing_file(run, files, tmp_path, tool, arguments, index):
         option, equals, place = name.rpartition('=')
         path = nowhere if i == index else files.get(place, place)
         if place == 'OUT':
-            path = tmp_path / 'out.pt'
+            path = tmp_path / 'out.pt2'
         filled.append(f'{option}{equals}{path}')
     check_error(run(tool, *filled), nowhere)
-    assert not (tmp_path / 'out.pt').exists()
+    assert not (tmp_path / 'out.pt2').exists()
 
 
 def network_arguments(tool, files, out):
@@ -220,7 +230,7 @@ def test_checkpoint_of_another_network(run, files, tmp_path, tool, kind):
         path.write_bytes(pickle.dumps(dict(state_dict=dict(a=Path()))))
     else:
         torch.save([torch.zeros(1)], path)
-    out = tmp_path / 'out.pt'
+    out = tmp_path / 'out.pt2'
     check_error(
         run(tool, files['CONFIG'], path, *network_arguments(tool, files, out)), path
     )
@@ -233,7 +243,7 @@ def test_network_without_layer_attention(run, files, tmp_path, tool):
     plain['model']['backbone'] = dict(type='ResNet', depth=18)
     plain['model']['head']['in_channels'] = 512
     config, checkpoint = save(tmp_path, 'plain', plain)
-    out = tmp_path / 'out.pt'
+    out = tmp_path / 'out.pt2'
     code, _, printed = result = run(
         tool, config, checkpoint, *network_arguments(tool, files, out)
     )
@@ -246,7 +256,7 @@ def test_no_config(run, files, tmp_path, tool):
     """A file that is no config, and one without a model."""
     if tool == 'analysis/cam.py':
         needs_grad_cam()
-    out = tmp_path / 'out.pt'
+    out = tmp_path / 'out.pt2'
     for name, text in (
         ('empty.py', 'a = 1\n'),
         ('broken.py', 'a = (\n'),
@@ -259,6 +269,28 @@ def test_no_config(run, files, tmp_path, tool):
             path,
         )
         assert not out.exists()
+
+
+@pytest.mark.parametrize('missing', ['onnx', 'onnxscript'])
+def test_export_checks_its_packages_first(run, tmp_path, monkeypatch, missing):
+    """Before it reads a file: none of these is there."""
+    monkeypatch.setattr(
+        'mmela.convert.export.find_spec', lambda name: name != missing or None
+    )
+    out = tmp_path / 'x.onnx'
+    check_error(
+        run('convert/export.py', 'no.py', 'no.pth', out), missing, 'mmela[export]'
+    )
+    check_error(run('convert/export.py', 'no.py', 'no.pth', 'x.pth'), 'x.pth')
+
+
+def test_published_has_all_choices():
+    """Written down twice, as the parser must not import torch."""
+    from mmela.convert import published
+
+    tool = runpy.run_path(str(FOLDER / 'convert' / 'published.py'))
+    assert tool['ARCHS'] == published.ARCHS
+    assert tool['TARGETS'] == tuple(published.TARGETS)
 
 
 def test_model_zoo_of_an_unknown_folder(run):

@@ -16,41 +16,30 @@ Score-CAM needs pytorch-grad-cam: pip install grad-cam==1.5.5. A block of 2048 c
 takes 2048 forward passes: on a CPU, use small images or --max-channels.
 
 Example:
-  python tools/analysis/cam.py my_config.py epoch_1.pth cat.jpg dog.jpg \\
+  mmela cam my_config.py epoch_1.pth cat.jpg dog.jpg \\
       --layers layer3.4 layer3.5 --compare my_config.py epoch_12.pth
-  python tools/analysis/cam.py deit.py deit.pth cat.jpg --query 0.4 0.5 \\
+  mmela cam deit.py deit.pth cat.jpg --query 0.4 0.5 \\
       --compare deit-mrla-light.py deit-mrla-light.pth
 """
 
 import argparse
 import json
 from pathlib import Path
-from typing import Dict, Iterator, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, Iterator, Optional, Sequence, Tuple
 
 import numpy as np
-from mmengine.dataset import Compose
-from mmengine.utils import ProgressBar
-from torch import nn
 
-import mmela  # noqa: F401
-from mmela.analysis.drawing import draw_over_image
-from mmela.analysis.inputs import (
-    check_device,
-    find_images,
-    image_batches,
-    image_pipeline,
-    input_picture,
-    load_network,
-)
-from mmela.analysis.patch_attention import PatchLook, layer_names, patch_attention
-from mmela.command_line import add_cfg_options, one_line
-from mmela.files import replacing, write_text
+from mmela_light.arguments import add_cfg_options, tool_parser
+
+if TYPE_CHECKING:
+    from mmengine.dataset import Compose
+    from torch import nn
+
+    from mmela.analysis.patch_attention import PatchLook
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('cam', __doc__)
     parser.add_argument('config', help='config of the network')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument(
@@ -125,10 +114,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load(args: argparse.Namespace) -> Tuple[Compose, Dict[str, nn.Module]]:
+def load(args: argparse.Namespace) -> Tuple['Compose', Dict[str, 'nn.Module']]:
     """The networks by the headings of their columns, and the test pipeline."""
+    from mmela.analysis.inputs import check_device, image_pipeline, load_network
+
     device = check_device(args.device)
-    models: Dict[str, nn.Module] = {}
+    models: Dict[str, 'nn.Module'] = {}
     pipeline = None
     for config, checkpoint in [(args.config, args.checkpoint), *args.compare]:
         cfg, model = load_network(config, checkpoint, args.cfg_options, device)
@@ -142,7 +133,12 @@ def load(args: argparse.Namespace) -> Tuple[Compose, Dict[str, nn.Module]]:
 
 def explain(args: argparse.Namespace) -> None:
     """Draw the Score-CAMs of all images."""
+    from mmengine.utils import ProgressBar
+
     from mmela.analysis import cam
+    from mmela.analysis.drawing import draw_over_image
+    from mmela.analysis.inputs import find_images, image_batches, input_picture
+    from mmela.files import replacing
 
     for name in ('max_channels', 'batch_size'):
         value = getattr(args, name)
@@ -207,6 +203,11 @@ def explain(args: argparse.Namespace) -> None:
 
 def look(args: argparse.Namespace) -> None:
     """Draw where the patch at --query looks, in all images."""
+    from mmela.analysis.drawing import draw_over_image
+    from mmela.analysis.inputs import find_images, image_batches, input_picture
+    from mmela.analysis.patch_attention import layer_names, patch_attention
+    from mmela.files import write_text
+
     images = find_images(args.images)
     pipeline, networks = load(args)
     names = [layer_names(model.backbone) for model in networks.values()][0]
@@ -253,8 +254,8 @@ def look(args: argparse.Namespace) -> None:
 
 
 def chosen_heads(
-    looks: Dict[str, PatchLook], heads: Optional[Sequence[int]]
-) -> Iterator[Tuple[str, int, np.ndarray, PatchLook]]:
+    looks: Dict[str, 'PatchLook'], heads: Optional[Sequence[int]]
+) -> Iterator[Tuple[str, int, np.ndarray, 'PatchLook']]:
     """Layer, head, weights of its patches, and what else is known of the layer."""
     for layer, found in looks.items():
         count = len(found.weights)
@@ -266,6 +267,8 @@ def chosen_heads(
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    from mmela.command_line import one_line
+
     try:
         look(args) if args.query else explain(args)
     except (ImportError, OSError, ValueError, KeyError) as error:

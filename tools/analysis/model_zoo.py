@@ -9,26 +9,22 @@ poolings and upsamplings, but not of activations, sums and products of maps. All
 counted before pruning.
 
 Example:
-  python tools/analysis/model_zoo.py
-  python tools/analysis/model_zoo.py cifar imagenet   # only these, and print
-  python tools/analysis/model_zoo.py --reuse          # count new rows alone
+  mmela model-zoo
+  mmela model-zoo cifar imagenet   # only these, and print
+  mmela model-zoo --reuse          # count new rows alone
 """
 
-import argparse
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import TYPE_CHECKING, Dict, List, Optional, Sequence
 
 import yaml
-from mmengine.config import Config
-from mmengine.logging import MMLogger
-from mmengine.registry import MODELS, DefaultScope, init_default_scope
-from mmengine.utils import ProgressBar
-from torch import nn
 
-from mmela.analysis.complexity import ForImages, count_flops
-from mmela.files import write_text
+from mmela_light.arguments import tool_parser
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = ROOT / 'configs' / 'papers.yml'
@@ -170,6 +166,8 @@ def write_config(folder: str, name: str) -> None:
     path = ROOT / 'configs' / folder / f'{name}.py'
     if path.is_file():
         return
+    from mmela.files import write_text
+
     bases = bases_of(folder, name)
     text = f'_base_ = {bases!r}\n'
     if len(text) > 89:
@@ -177,7 +175,7 @@ def write_config(folder: str, name: str) -> None:
     write_text(path, text + '\nmodel = dict(backbone=_base_.backbone)\n')
 
 
-def build(folder: str, name: str) -> nn.Module:
+def build(folder: str, name: str) -> 'nn.Module':
     """Build the model of a config, without its pre-trained weights.
 
     Args:
@@ -187,6 +185,11 @@ def build(folder: str, name: str) -> nn.Module:
     Returns:
         nn.Module: The model in evaluation mode.
     """
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, DefaultScope, init_default_scope
+
+    import mmela  # noqa: F401
+
     cfg = Config.fromfile(ROOT / 'configs' / folder / f'{name}.py')
     # Configs are of different toolboxes; a scope is used once by its name.
     DefaultScope._instance_dict.clear()
@@ -198,7 +201,7 @@ def build(folder: str, name: str) -> nn.Module:
     return model
 
 
-def count_parameters(folder: str, model: nn.Module) -> float:
+def count_parameters(folder: str, model: 'nn.Module') -> float:
     """Millions of parameters; of a detector, of trainable ones."""
     model.train()  # freezes what is frozen
     trainable = folder in DETECTORS
@@ -209,8 +212,10 @@ def count_parameters(folder: str, model: nn.Module) -> float:
     return count / 1e6
 
 
-def count_macs(model: nn.Module, size: Sequence[int]) -> float:
+def count_macs(model: 'nn.Module', size: Sequence[int]) -> float:
     """Billions of multiply-adds for one image of (height, width)."""
+    from mmela.analysis.complexity import ForImages, count_flops
+
     return count_flops(ForImages(model), size) / 1e9
 
 
@@ -236,6 +241,8 @@ def count_section(folder: str, section: dict, reuse: bool = False) -> List[dict]
     Returns:
         list[dict]: The rows with ``size``, ``count`` and ``macs``.
     """
+    from mmengine.utils import ProgressBar
+
     known = read_metafile(folder) if reuse else {}
     counted = []
     missing = [row for row in section['rows'] if row['config'] not in known]
@@ -422,9 +429,7 @@ def readme(section: dict, rows: List[dict]) -> str:
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('model-zoo', __doc__)
     papers = load_papers()
     parser.add_argument(
         'folders', nargs='*', help=f'count only these of {", ".join(papers)} and print'
@@ -438,6 +443,10 @@ def main(argv: Optional[List[str]] = None) -> None:
         raise SystemExit(
             f'error: no folder {sorted(unknown)[0]}; there are {", ".join(papers)}'
         )
+    from mmengine.logging import MMLogger
+
+    from mmela.files import write_text
+
     MMLogger.get_current_instance().setLevel(logging.ERROR)
     sections: List[str] = []
     for folder, section in papers.items():

@@ -6,25 +6,18 @@ and why, what that brought, and the config. The pictures also go to pictures/
 and before_after/ in the work directory.
 
 Example:
-  python tools/analysis/report.py work_dirs/demo
+  mmela report work_dirs/demo
 """
 
 import argparse
 import sys
 from typing import Optional
 
-import mmela  # noqa: F401  (first: it provides operators where mmcv has none)
-from mmela.analysis import make_report, measure_before_after, summarize
-from mmela.analysis.inputs import check_device
-from mmela.analysis.work_dir import Run
-from mmela.command_line import one_line
-from mmela.convert.networks import NETWORK_ERRORS
+from mmela_light.arguments import tool_parser
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('report', __doc__)
     parser.add_argument(
         'work_dir', metavar='WORK_DIR', help='work directory of the run'
     )
@@ -47,6 +40,11 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def measure(work_dir: str, images: int, device: Optional[str] = None) -> None:
     """Measure detections before and after; a run has a report without, too."""
+    from mmela.analysis import measure_before_after
+    from mmela.analysis.work_dir import Run
+    from mmela.command_line import one_line
+    from mmela.convert.networks import NETWORK_ERRORS
+
     Run(work_dir)  # what is wrong with it is an error
     try:
         measure_before_after(work_dir, images, device)
@@ -59,6 +57,10 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     if args.images < 0:
         raise SystemExit(f'error: --images={args.images} is below 0')
+    from mmela.analysis import make_report, summarize
+    from mmela.analysis.inputs import check_device
+    from mmela.command_line import one_line
+
     try:
         if args.images:
             measure(args.work_dir, args.images, check_device(args.device))

@@ -5,7 +5,7 @@ config, lets a policy decide once, and writes a pruned checkpoint. Nothing is
 trained: expect to fine-tune afterwards.
 
 Example:
-  python tools/convert/prune.py my_config.py epoch_12.pth pruned.pth \\
+  mmela prune my_config.py epoch_12.pth pruned.pth \\
       --policy type=EBQM gamma=0.5 mu=0.2 --batches 50
 """
 
@@ -13,36 +13,23 @@ import argparse
 import itertools
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from mmengine.config import DictAction
-from mmengine.device import get_device
-from mmengine.registry import MODELS
-from mmengine.runner import Runner
-from mmengine.utils import track_iter_progress
+from mmela_light.arguments import Settings, add_cfg_options, tool_parser
 
-import mmela  # noqa: F401
-from mmela.command_line import add_cfg_options, one_line
-from mmela.convert.networks import load_fitting, open_network
-from mmela.engine.tables import decision_table
-from mmela.files import replacing
-from mmela.hooks import NetworkKLMeter
-from mmela.pruning import PruningDecision, PruningPolicy, build_policy
-from mmela.pruning.record import FORMAT
-from mmela.structure import attention_stages, prune
+if TYPE_CHECKING:
+    from mmela.pruning import PruningDecision, PruningPolicy
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('prune', __doc__)
     parser.add_argument('config', help='config of the network')
     parser.add_argument('checkpoint', help='trained checkpoint')
     parser.add_argument('out', help='pruned checkpoint to write')
     parser.add_argument(
         '--policy',
         nargs='+',
-        action=DictAction,
+        action=Settings,
         default=dict(type='EBQM'),
         metavar='KEY=VALUE',
         help='pruning policy (default: type=EBQM)',
@@ -61,23 +48,29 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@torch.no_grad()
 def decide(
     model,
     dataloader,
     batches: int,
     reduction: str,
-    policy: PruningPolicy,
+    policy: 'PruningPolicy',
     keep_value: bool,
-) -> PruningDecision:
+) -> 'PruningDecision':
     """Have a policy decide on the divergences over some batches of data."""
+    import torch
+    from mmengine.utils import track_iter_progress
+
+    from mmela.hooks import NetworkKLMeter
+    from mmela.structure import attention_stages
+
     meter = NetworkKLMeter(attention_stages(model), reduction)
     meter.attach()
     model.eval()
     count = min(batches, len(dataloader))
     batches = itertools.islice(dataloader, count)
-    for batch in track_iter_progress((batches, count)):
-        model.test_step(batch)
+    with torch.no_grad():
+        for batch in track_iter_progress((batches, count)):
+            model.test_step(batch)
     print()
     meter.detach()
     return meter.decide(policy, keep_value)
@@ -87,6 +80,19 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     if args.batches < 1:
         raise SystemExit(f'error: --batches={args.batches} is not positive')
+    import torch
+    from mmengine.device import get_device
+    from mmengine.registry import MODELS
+    from mmengine.runner import Runner
+
+    from mmela.command_line import one_line
+    from mmela.convert.networks import load_fitting, open_network
+    from mmela.engine.tables import decision_table
+    from mmela.files import replacing
+    from mmela.pruning import build_policy
+    from mmela.pruning.record import FORMAT
+    from mmela.structure import attention_stages, prune
+
     try:
         policy = build_policy(args.policy)
     except ValueError as error:

@@ -6,10 +6,10 @@ network that it is for; a key that has no place there is an error, so nothing ge
 lost. Prints the config of the backbone.
 
 Example:
-  python tools/convert/published.py model_best.pth.tar mrla.pth
-  python tools/convert/published.py resnet56.pth.tar dla.pth --head-dim 32
-  python tools/convert/published.py faster_rcnn.pth mrla.pth --target detector
-  python tools/convert/published.py unet.pth kcla.pth --target segmentor
+  mmela published model_best.pth.tar mrla.pth
+  mmela published resnet56.pth.tar dla.pth --head-dim 32
+  mmela published faster_rcnn.pth mrla.pth --target detector
+  mmela published unet.pth kcla.pth --target segmentor
 """
 
 import argparse
@@ -17,21 +17,35 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import torch
-
-from mmela.command_line import one_line
-from mmela.convert.networks import read_state_dict
-from mmela.convert.published import ARCHS, NETWORKS, TARGETS, convert_published
-from mmela.files import replacing
+from mmela_light.arguments import tool_parser
 
 # Under what the authors' scripts keep the weights
 WEIGHTS = ('state_dict', 'model', 'model_state_dict')
+# Those of mmela.convert.published, which imports torch
+ARCHS = (
+    'mrla_base',
+    'mrla_base_no_relu',
+    'mrla_light',
+    'mla',
+    'mla_eq4',
+    'linear',
+    'linear_no_relu',
+    'hydra',
+    'focused',
+    'kcla',
+    'kcla_first',
+    'kcla_unet',
+    'dla_light',
+    'dla_base',
+    'dia',
+    'deit_mrla_base',
+    'deit_mrla_light',
+)
+TARGETS = ('classifier', 'detector', 'backbone', 'segmentor')
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('published', __doc__)
     parser.add_argument('src', help='published checkpoint')
     parser.add_argument('dst', help='checkpoint to write')
     parser.add_argument(
@@ -60,6 +74,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def format_table(mapped: dict, dropped: dict) -> str:
     """Table of the keys, in which a row stands for all blocks."""
+    from mmela.command_line import one_line
 
     def pattern(key):
         blocks = r'(layer|stages\.)\d+\.(layers\.|attention\.|ModuleList\.)?\d+\.'
@@ -80,6 +95,13 @@ def main(argv=None) -> None:
         raise SystemExit(f'error: no file {args.src}')
     if Path(args.dst).exists():
         raise SystemExit(f'error: {args.dst} exists already')
+    import torch
+
+    from mmela.command_line import one_line
+    from mmela.convert.networks import read_state_dict
+    from mmela.convert.published import NETWORKS, convert_published
+    from mmela.files import replacing
+
     try:
         _, state_dict = read_state_dict(args.src, names=WEIGHTS)
     except (ImportError, OSError, ValueError) as error:

@@ -6,25 +6,20 @@ ends with .safetensors is of safetensors, which holds no code; everything that
 loads a checkpoint where mmela is imported loads it.
 
 Examples:
-  python tools/convert/slim.py work_dirs/ela/my_config.py \\
+  mmela slim work_dirs/ela/my_config.py \\
       work_dirs/ela/epoch_12.pth slim.pth
-  python tools/convert/slim.py work_dirs/ela/my_config.py \\
+  mmela slim work_dirs/ela/my_config.py \\
       work_dirs/ela/epoch_12.pth slim.safetensors
 """
 
 import argparse
 from pathlib import Path
 
-import mmela  # noqa: F401
-from mmela.command_line import one_line
-from mmela.convert.networks import NETWORK_ERRORS
-from mmela.convert.slim import slim_network
+from mmela_light.arguments import tool_parser
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser('slim', __doc__)
     parser.add_argument('config', help='config of the pruned network')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('out', help='slim checkpoint to write: .pth or .safetensors')
@@ -44,6 +39,10 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     out = Path(args.out)
     out_config = Path(args.out_config or out.with_suffix('.py'))
+    from mmela.command_line import one_line
+    from mmela.convert.networks import NETWORK_ERRORS
+    from mmela.convert.slim import slim_network
+
     try:
         slim = slim_network(
             args.config, args.checkpoint, out, out_config, size=args.size
