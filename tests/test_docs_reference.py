@@ -24,12 +24,15 @@ MODULES = [
 # Modules that are not public, as nobody outside of mmela has any use for them
 INTERNAL = (
     'mmela.__main__',
+    'mmela.arguments',
     'mmela.analysis.',  # but for what its package exports
     'mmela.benchmark',
     'mmela.command_line',
     'mmela.compat.forks',
     'mmela.compat.mmcv_ext',  # operators of mmcv, in its place
-    'mmela.discovery',
+    'mmela.attach.checkpoints',
+    'mmela.attach.inputs',
+    'mmela.attach.wiring',  # its package exports what is public
     'mmela.engine.tables',
     'mmela.files',
     'mmela.hooks.',
@@ -39,6 +42,7 @@ INTERNAL = (
     'mmela.tools',
     'mmela.studies.child',
     'mmela.utils',
+    'mmela.visualization',
     'mmela.version',
 )
 # Sections of docstrings that Sphinx's napoleon takes for such

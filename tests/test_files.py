@@ -15,7 +15,6 @@ from torch import nn
 
 from mmela.analysis import drawing
 from mmela.analysis.attention import save_measurement
-from mmela.analysis.drawing import draw, draw_over_image
 from mmela.analysis.report import make_report
 from mmela.convert.export import export_backbone
 from mmela.convert.slim import SlimNetwork
@@ -25,6 +24,7 @@ from mmela.pruning.record import keep_earlier
 from mmela.studies.page import write_page
 from mmela.studies.results import collect, write_tables
 from mmela.studies.run import Record
+from mmela.visualization.drawing import draw, draw_over_image
 from tests.helpers.studies import tiny_jobs
 from tests.helpers.work_dirs import make_work_dir
 

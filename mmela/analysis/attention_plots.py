@@ -22,9 +22,16 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from ..pruning import PruningDecision
-from .decision_plots import kl_plot, mapping_plot
-from .drawing import MARKERS, WIDTH, Plot, Theme, legend_above, plain_text
-from .work_dir import short_name
+from ..visualization.decision_plots import kl_plot, mapping_plot
+from ..visualization.drawing import (
+    MARKERS,
+    WIDTH,
+    Plot,
+    Theme,
+    legend_above,
+    plain_text,
+    short_name,
+)
 
 # Blue to yellow, of evenly growing lightness: also without colour vision
 COLOURS = 'cividis'
@@ -40,7 +47,7 @@ class Picture(NamedTuple):
         title (str): What it shows.
         caption (str): How to read it, one or two sentences.
         plot (Callable[[Figure, Theme], None]): For
-            :func:`mmela.analysis.drawing.draw`.
+            :func:`mmela.visualization.drawing.draw`.
         detail (bool): Whether it is one for a closer look, which a report
             leaves out. Defaults to False.
         stage (str): Name of the stage of which it is the map; empty for other
@@ -213,7 +220,7 @@ def map_plot(stage: dict) -> Plot:
 
     Returns:
         Callable[[Figure, Theme], None]: Plot for
-        :func:`mmela.analysis.drawing.draw`.
+        :func:`mmela.visualization.drawing.draw`.
     """
     count = len(stage['states'])
 
@@ -236,7 +243,7 @@ def map_pair_plot(stages: Sequence[Tuple[str, dict]]) -> Plot:
 
     Returns:
         Callable[[Figure, Theme], None]: Plot for
-        :func:`mmela.analysis.drawing.draw`.
+        :func:`mmela.visualization.drawing.draw`.
     """
 
     def plot(figure: Figure, theme: Theme) -> None:
@@ -322,7 +329,7 @@ def scores_plot(stage: dict) -> Plot:
 
     Returns:
         Callable[[Figure, Theme], None]: Plot for
-        :func:`mmela.analysis.drawing.draw`.
+        :func:`mmela.visualization.drawing.draw`.
     """
     scores = stage['scores']
     count = len(scores['heads'])
@@ -359,7 +366,7 @@ def keys_plot(stages: dict) -> Plot:
 
     Returns:
         Callable[[Figure, Theme], None]: Plot for
-        :func:`mmela.analysis.drawing.draw`.
+        :func:`mmela.visualization.drawing.draw`.
     """
     shown = {name: stage['keys'] for name, stage in stages.items() if stage.get('keys')}
     # From 0 on where nothing is below, so that pictures compare
@@ -401,7 +408,7 @@ def heads_plot(stage: dict) -> Plot:
 
     Returns:
         Callable[[Figure, Theme], None]: Plot for
-        :func:`mmela.analysis.drawing.draw`.
+        :func:`mmela.visualization.drawing.draw`.
     """
     heads = [_array(rows) for rows in stage['maps']['heads']]
     count = len(stage['states'])
@@ -496,7 +503,7 @@ def similarity_plot(stages: dict, key: str, histogram: Sequence[int] = None) -> 
 
     Returns:
         Callable[[Figure, Theme], None]: Plot for
-        :func:`mmela.analysis.drawing.draw`.
+        :func:`mmela.visualization.drawing.draw`.
     """
     absolute = 'absolute ' if key == 'queries' else ''
 
@@ -541,7 +548,7 @@ def contributions_plot(stages: dict) -> Plot:
 
     Returns:
         Callable[[Figure, Theme], None]: Plot for
-        :func:`mmela.analysis.drawing.draw`.
+        :func:`mmela.visualization.drawing.draw`.
     """
 
     def plot(figure: Figure, theme: Theme) -> None:

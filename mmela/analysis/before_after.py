@@ -18,7 +18,7 @@ from ..convert.networks import read_state_dict
 from ..files import replacing, write_text
 from ..hooks.layer_attention_pruning_hook import UNPRUNED
 from ..structure import layer_attentions
-from .drawing import LIGHT, plain_text
+from ..visualization.drawing import LIGHT, plain_text
 from .inputs import evenly, load_network, validation_loader
 from .records import BeforeAfter, read_record
 from .work_dir import Run

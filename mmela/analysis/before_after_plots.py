@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..visualization.drawing import WIDTH, Plot, Theme, plain_text
 from .before_after import FOLDER
-from .drawing import WIDTH, Plot, Theme, plain_text
 from .records import BeforeAfter, read_record
 
 SIDES = ('before', 'after')

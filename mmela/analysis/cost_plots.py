@@ -5,7 +5,14 @@ from typing import Dict, Sequence, Tuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from .drawing import MARKERS, WIDTH, Plot, Theme, legend_above, plain_text
+from ..visualization.drawing import (
+    MARKERS,
+    WIDTH,
+    Plot,
+    Theme,
+    legend_above,
+    plain_text,
+)
 
 # Columns of a table: what an axis calls them, and their units by size
 QUANTITIES = dict(
@@ -48,7 +55,7 @@ def growth_plot(
 
     Returns:
         Callable[[Figure, Theme], None]: Plot for
-        :func:`mmela.analysis.drawing.draw`.
+        :func:`mmela.visualization.drawing.draw`.
     """
     unit, _, name = scale(quantity, [row[quantity] for row in rows])
     networks = list(dict.fromkeys(row['network'] for row in rows))
@@ -94,7 +101,7 @@ def trade_off_plot(networks: Dict[str, dict], metric: str) -> Plot:
 
     Returns:
         Callable[[Figure, Theme], None]: Plot for
-        :func:`mmela.analysis.drawing.draw`.
+        :func:`mmela.visualization.drawing.draw`.
     """
     largest = max(network['memory'] for network in networks.values())
     unit, _, label = scale('flops', [network['flops'] for network in networks.values()])

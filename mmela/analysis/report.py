@@ -8,6 +8,8 @@ from ..engine.tables import decision_table
 from ..files import write_text
 from ..pruning.record import check_name
 from ..templates import template
+from ..visualization.decision_plots import kl_plot, mapping_plot
+from ..visualization.drawing import Plot, draw, short_name
 from .attention_plots import attention_pictures
 from .before_after import COLORS, FOLDER, THRESHOLD
 from .before_after_plots import (
@@ -18,11 +20,9 @@ from .before_after_plots import (
     stands_for,
 )
 from .complexity import backbone_complexity
-from .decision_plots import kl_plot, mapping_plot
-from .drawing import Plot, draw
 from .records import Measurement, read_measurement
 from .run_plots import loss_plot, metric_groups, metrics_plot, timeline_plot
-from .work_dir import Run, short_name
+from .work_dir import Run
 
 # What drawing numbers that do not fit each other may raise
 _MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)

@@ -6,7 +6,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .drawing import MARKERS, WIDTH, Plot, Theme, legend_above, plain_text
+from ..visualization.drawing import (
+    MARKERS,
+    WIDTH,
+    Plot,
+    Theme,
+    legend_above,
+    plain_text,
+)
 from .work_dir import Run
 
 

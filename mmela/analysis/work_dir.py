@@ -493,10 +493,3 @@ def _is_number(value: Any, count: bool = False) -> bool:
     if isinstance(value, float):
         return not count
     return type(value) is int and abs(value) < 2**53
-
-
-def short_name(name: str) -> str:
-    """Shorten ``backbone.layer1.0.layer_attn`` to ``layer1.0``."""
-    if name.endswith('.layer_attn'):
-        name = name[: -len('.layer_attn')]
-    return name[len('backbone.') :] if name.startswith('backbone.') else name

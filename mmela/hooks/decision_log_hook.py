@@ -149,8 +149,8 @@ class DecisionLogHook(Hook):
         if files or not is_main_process():
             return
         # Here, as drawing takes long to import and few runs need it
-        from ..analysis.decision_plots import kl_plot, table_plot
-        from ..analysis.drawing import render
+        from ..visualization.decision_plots import kl_plot, table_plot
+        from ..visualization.drawing import render
 
         _, last = decision.window or (None, None)
         name = f'pruning_{decision.unit}_{last}'

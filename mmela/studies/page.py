@@ -12,10 +12,10 @@ from matplotlib.ticker import MaxNLocator
 
 from mmela_light.command import PACKAGE
 
-from ..analysis.drawing import MARKERS, WIDTH, Theme, draw, plain_text
 from ..command_line import one_line
 from ..files import write_text
 from ..templates import template
+from ..visualization.drawing import MARKERS, WIDTH, Theme, draw, plain_text
 from .plan import duration
 from .results import Row, agreements, difference, finals, spread
 from .run import Job

@@ -11,8 +11,9 @@ import numpy as np
 from scipy import stats
 from scipy.spatial.distance import pdist
 
-from ..analysis.work_dir import Run, short_name
+from ..analysis.work_dir import Run
 from ..files import replacing
+from ..visualization.drawing import short_name
 from .run import Attempt, Job
 from .study import Study
 

@@ -32,8 +32,8 @@ from mmela_light.arguments import add_cfg_options, tool_parser
 if TYPE_CHECKING:
     from mmengine.config import Config
 
-    from ..analysis.drawing import Plot
     from ..analysis.work_dir import Run
+    from ..visualization.drawing import Plot
 
 SIZE = 'size'
 
@@ -278,9 +278,9 @@ def pictures(rows: List[dict], args: argparse.Namespace) -> Dict[str, 'Plot']:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    from ..analysis.drawing import draw
     from ..command_line import one_line
     from ..files import replacing
+    from ..visualization.drawing import draw
 
     out = Path(args.out)
     try:

@@ -67,7 +67,6 @@ def analyse(args: argparse.Namespace) -> Path:
         save_measurement,
     )
     from ..analysis.attention_plots import attention_pictures
-    from ..analysis.drawing import draw
     from ..analysis.inputs import (
         check_device,
         evenly,
@@ -80,6 +79,7 @@ def analyse(args: argparse.Namespace) -> Path:
     from ..engine.tables import decision_table
     from ..pruning import PruningDecision
     from ..structure import attention_stages
+    from ..visualization.drawing import draw
 
     if args.num_images < 1:
         raise ValueError(f'--num-images={args.num_images} is not positive')

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Dict, Sequence
 from mmela_light.arguments import tool_parser
 
 if TYPE_CHECKING:
-    from ..analysis.drawing import Plot
+    from ..visualization.drawing import Plot
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -46,8 +46,8 @@ def divergences(work_dir: Path) -> 'Plot':
         OSError: If ``pruning.json`` cannot be read.
         ValueError: If it is no such file, or nothing was pruned.
     """
-    from ..analysis.decision_plots import kl_plot
     from ..pruning import PruningReport
+    from ..visualization.decision_plots import kl_plot
 
     path = work_dir / 'pruning.json'
     decision = max(
@@ -87,7 +87,7 @@ def attention_maps(work_dir: Path) -> 'Plot':
     """
     from ..analysis.attention_plots import map_pair_plot
     from ..analysis.report import read_analyses
-    from ..analysis.work_dir import short_name
+    from ..visualization.drawing import short_name
 
     analyses = read_analyses(work_dir)
     if len(analyses) < 2:
@@ -117,8 +117,8 @@ def detections(work_dir: Path, path: Path, rows: Sequence[int]) -> None:
     from matplotlib.figure import Figure
 
     from ..analysis.before_after_plots import detections_plot, read_before_after
-    from ..analysis.drawing import LIGHT
     from ..files import replacing
+    from ..visualization.drawing import LIGHT
 
     result = read_before_after(work_dir)
     number = len(result['shown'])
@@ -134,8 +134,8 @@ def detections(work_dir: Path, path: Path, rows: Sequence[int]) -> None:
 def main(argv=None) -> None:
     args = parse_args(argv)
     from ..analysis.before_after_plots import read_before_after
-    from ..analysis.drawing import draw
     from ..command_line import one_line
+    from ..visualization.drawing import draw
 
     work_dir, out = Path(args.work_dir), Path(args.out)
     try:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mmela.analysis.attention_plots import attention_pictures, heads_plot, map_plot
-from mmela.analysis.drawing import LIGHT, draw
+from mmela.visualization.drawing import LIGHT, draw
 from tests.helpers.measurements import SMALL, measurement, stage
 
 

@@ -15,10 +15,10 @@ from pytorch_grad_cam import ScoreCAM  # noqa: E402
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget  # noqa: E402
 
 from mmela.analysis import cam  # noqa: E402
-from mmela.analysis.drawing import draw_over_image  # noqa: E402
 from mmela.analysis.inputs import input_picture  # noqa: E402
 from mmela.analysis.patch_attention import PatchSize  # noqa: E402
 from mmela.structure import attention_stages, prune  # noqa: E402
+from mmela.visualization.drawing import draw_over_image  # noqa: E402
 from tests.helpers.networks import transformer  # noqa: E402
 
 

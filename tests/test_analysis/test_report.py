@@ -21,10 +21,10 @@ from scipy.stats import beta
 
 from mmela.analysis import make_report, summarize
 from mmela.analysis.before_after_plots import read_before_after
-from mmela.analysis.decision_plots import _spread, kl_plot, known_policy
-from mmela.analysis.drawing import LIGHT
 from mmela.analysis.work_dir import Run
 from mmela.pruning import LayerDecision, PruningDecision, build_policy
+from mmela.visualization.decision_plots import _spread, kl_plot, known_policy
+from mmela.visualization.drawing import LIGHT
 from tests.helpers.measurements import stage, write_measurement
 from tests.helpers.pages import Page, check_offline
 from tests.helpers.runs import decisions

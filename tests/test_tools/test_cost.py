@@ -11,8 +11,8 @@ from mmengine.config import Config
 from PIL import Image
 
 from mmela.analysis.cost_plots import growth_plot, scale, trade_off_plot
-from mmela.analysis.drawing import LIGHT
 from mmela.tools.cost import main
+from mmela.visualization.drawing import LIGHT
 
 pytest.importorskip('mmpretrain')
 

@@ -136,9 +136,9 @@ def explain(args: argparse.Namespace) -> None:
     from mmengine.utils import ProgressBar
 
     from mmela.analysis import cam
-    from mmela.analysis.drawing import draw_over_image
     from mmela.analysis.inputs import find_images, image_batches, input_picture
     from mmela.files import replacing
+    from mmela.visualization.drawing import draw_over_image
 
     for name in ('max_channels', 'batch_size'):
         value = getattr(args, name)
@@ -203,10 +203,10 @@ def explain(args: argparse.Namespace) -> None:
 
 def look(args: argparse.Namespace) -> None:
     """Draw where the patch at --query looks, in all images."""
-    from mmela.analysis.drawing import draw_over_image
     from mmela.analysis.inputs import find_images, image_batches, input_picture
     from mmela.analysis.patch_attention import layer_names, patch_attention
     from mmela.files import write_text
+    from mmela.visualization.drawing import draw_over_image
 
     images = find_images(args.images)
     pipeline, networks = load(args)

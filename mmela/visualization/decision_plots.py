@@ -9,8 +9,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from ..engine.tables import decision_table
 from ..pruning import EBQM, PruningDecision, PruningPolicy, build_policy
-from .drawing import WIDTH, Plot, Theme, legend_above, plain_text
-from .work_dir import short_name
+from .drawing import WIDTH, Plot, Theme, legend_above, plain_text, short_name
 
 
 def kl_plot(

@@ -210,3 +210,10 @@ def draw_over_image(
             )
     with replacing(path) as temporary:
         canvas.print_png(str(temporary))
+
+
+def short_name(name: str) -> str:
+    """Shorten ``backbone.layer1.0.layer_attn`` to ``layer1.0``."""
+    if name.endswith('.layer_attn'):
+        name = name[: -len('.layer_attn')]
+    return name[len('backbone.') :] if name.startswith('backbone.') else name
