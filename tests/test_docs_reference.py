@@ -33,6 +33,7 @@ INTERNAL = (
     'mmela.attach.checkpoints',
     'mmela.attach.inputs',
     'mmela.attach.wiring',  # its package exports what is public
+    'mmela.convert.published_names',  # tables
     'mmela.engine.tables',
     'mmela.files',
     'mmela.hooks.',

@@ -89,6 +89,12 @@ class BranchAttention(LayerAttention):
     def runs_alone(self, memory: Optional[StageMemory]) -> bool:
         """Whether a submodule runs without its block, so there is nothing to do.
 
+        Args:
+            memory (StageMemory, optional): Memory of the stage, if the block runs.
+
+        Returns:
+            bool: True if so.
+
         Raises:
             RuntimeError: If that is activation checkpointing, which would compute
                 something else than before.

@@ -107,7 +107,14 @@ class MRLALight(QKVLayerAttention):
         return {shortcut: 'note_shortcut'} if shortcut else {}, {}
 
     def note_shortcut(self, x: Tensor, output: Tensor, memory: Optional[Memory]):
-        """Keep what the downsample of the block has returned."""
+        """Keep what the downsample of the block has returned.
+
+        Args:
+            x (Tensor): Its input, not used.
+            output (Tensor): What it returned, (B, C, H, W).
+            memory (MRLALight.Memory, optional): Memory of the stage; None where the
+                downsample runs without its block.
+        """
         if memory is not None:
             memory.shortcut = output
 

@@ -359,6 +359,9 @@ def ensure_tap(
 
     Returns:
         RemovableHandle | None: To remove it; None if it was there.
+
+    Raises:
+        RuntimeError: If the block has no such submodule any more.
     """
     module = _part(block, name)
     if module is None:
