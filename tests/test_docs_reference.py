@@ -34,6 +34,7 @@ INTERNAL = (
     'mmela.attach.inputs',
     'mmela.attach.wiring',  # its package exports what is public
     'mmela.convert.published_names',  # tables
+    'mmela.engine.last_checkpoint',
     'mmela.engine.tables',
     'mmela.files',
     'mmela.hooks.',
