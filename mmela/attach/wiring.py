@@ -244,12 +244,13 @@ def check_layer_attention(layer_attention: Optional[dict]) -> Tuple[dict, type]:
 
 def _check_network(backbone: nn.Module) -> None:
     name = type(backbone).__name__
-    kinds = {cls.__name__ for cls in type(backbone).__mro__}
-    if is_model_wrapper(backbone) or not kinds.isdisjoint(WRAPPERS):
-        raise ValueError(
-            f'{name} wraps a network; give that attentions before it is wrapped: '
-            'attach_layer_attention(model.module)'
-        )
+    for module in backbone.modules():
+        kinds = {cls.__name__ for cls in type(module).__mro__}
+        if is_model_wrapper(module) or not kinds.isdisjoint(WRAPPERS):
+            raise ValueError(
+                f'{type(module).__name__} wraps a network; give that attentions before '
+                'it is wrapped: attach_layer_attention(model.module)'
+            )
     if isinstance(backbone, torch.jit.ScriptModule) or hasattr(backbone, '_orig_mod'):
         raise ValueError(f'{name} is compiled; attach before torch.compile or script')
     if any(isinstance(module, LayerAttention) for module in backbone.modules()):

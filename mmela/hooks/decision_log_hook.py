@@ -55,12 +55,8 @@ class DecisionLogHook(Hook):
         )
         self._step_times = StepTimes(runner)
 
-    def before_train_epoch(self, runner) -> None:
-        """Log that a window has begun."""
-        self._log_begin(runner)
-
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        """Log that a window has begun, in a loop of iterations."""
+        """Log that a window has begun."""
         self._log_begin(runner)
 
     def after_train_iter(

@@ -12,9 +12,9 @@ from ..engine import check_wrapper, prune_run, trained_parameters
 from ..layers import LayerAttention
 from ..pruning import PruningDecision, PruningReport, build_policy
 from ..pruning.record import check_name, keep_earlier
-from ..structure import AttentionStage, unreached
+from ..structure import AttentionStage, trained_stages, unreached
 from .decision_log_hook import DecisionLogHook
-from .measured_stages import measured_stages
+from .measured_stages import candidate_stages, measured_stages
 from .measurement import Measurement
 from .meter import NetworkKLMeter, check_measurement
 from .windows import Window, check_run, check_windows
@@ -182,17 +182,33 @@ class LayerAttentionPruningHook(Hook):
         """Check that the hook fits the run, and take up a resumed window."""
         check_run(runner, self.windows, self.by_epoch, self.put_off_until)
         check_wrapper(runner.model)
-        self._stages: Dict[str, AttentionStage] = measured_stages(
-            runner.model, trained_parameters(runner), self.followers, runner.logger
+        self._choose(runner)
+        for attention in self.attentions.values():
+            stage = attention.place.stage
+            stage.set_size(stage.size)  # none is reached yet
+        self._resume(runner)
+
+    def _choose(self, runner) -> None:
+        """Choose what is measured: networks that are trained at this moment."""
+        parameters = trained_parameters(runner)
+        stages = measured_stages(
+            runner.model, parameters, self.followers, runner.logger
         )
+        known = stages or candidate_stages(runner.model, self.followers)
+        self._stages: Dict[str, AttentionStage] = known
         self.attentions = {
             check_name(name): attention
-            for stage in self._stages.values()
+            for stage in known.values()
             for name, attention in stage.named.items()
         }
-        for stage in self._stages.values():
-            stage.place.set_size(stage.place.size)  # none is reached yet
-        self._resume(runner)
+        self._trained = bool(stages)
+
+    def _is_trained(self, runner) -> bool:
+        """Whether something of what is measured is trained at this moment."""
+        if not self._trained:
+            self._choose(runner)
+        trained = trained_stages(runner.model, trained_parameters(runner))
+        return any(name in trained for name in self._stages)
 
     def _resume(self, runner) -> None:
         """Take up what a checkpoint held, if the run goes on from it."""
@@ -261,14 +277,11 @@ class LayerAttentionPruningHook(Hook):
         self.open = Measurement(window, meter, put_off)
         return self.open
 
-    def before_train_epoch(self, runner) -> None:
-        """Open a window that starts with this epoch."""
-        if self.by_epoch:
-            self._begin(runner)
-
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        """Measure the coming iteration if a window is open."""
-        if not self.by_epoch:
+        """Measure the coming iteration if a window is open, or opens with it."""
+        # At the first iteration of an epoch, when all hooks have frozen or
+        # unfrozen what they will
+        if not self.by_epoch or batch_idx == 0:
             self._begin(runner)
         if self.open is not None:
             self.open.start()
@@ -279,6 +292,13 @@ class LayerAttentionPruningHook(Hook):
         if self.open is None:
             for window in self._undecided():
                 if window[0] <= done + 1 <= window[1]:
+                    # Another hook may freeze the network for some epochs.
+                    if not self._is_trained(runner):
+                        runner.logger.warning(
+                            f'Window {window} does not begin while the network is '
+                            'frozen: attentions that do not learn say nothing.'
+                        )
+                        break
                     self._open_window(window)
                     if done + 1 > window[0]:
                         runner.logger.warning(
@@ -375,7 +395,7 @@ class LayerAttentionPruningHook(Hook):
         known, self._unreached, self._looked = self._unreached, missed, True
         if missed and missed != known:
             runner.logger.warning(
-                'No training pass has come to these layer attentions, so they are '
+                'No training pass has reached these layer attentions, so they are '
                 f'neither trained nor measured: {", ".join(missed)}. Their blocks do '
                 'not run, or the network calls another method of them than forward().'
             )

@@ -12,6 +12,44 @@ from ..structure import (
 )
 
 
+def candidate_stages(
+    model: nn.Module, followers: Dict[str, str]
+) -> Dict[str, AttentionStage]:
+    """Stages of a model that can be measured and pruned, whether trained or not.
+
+    Args:
+        model (nn.Module): The model of a run, wrapped or not.
+        followers (dict[str, str]): By name of a module that gets the
+            structure of another, the name of that one.
+
+    Returns:
+        dict[str, AttentionStage]: The stages by name, of networks that follow none.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    stages = attention_stages(model)
+    found = {
+        name: stage
+        for name, stage in stages.items()
+        if all(attention.prunable for attention in stage.attentions)
+        and not any(_within(name, follower) for follower in followers)
+    }
+    if not found:
+        attentions = [a for stage in stages.values() for a in stage.attentions]
+        kinds = ', '.join(sorted({type(a).__name__ for a in attentions})) or 'none'
+        if any(attention.prunable for attention in attentions):
+            kinds += ', but in no network that follows none'
+        raise ValueError(
+            'LayerAttentionPruningHook needs a backbone with a prunable '
+            'layer attention, one that weighs layers by a distribution '
+            f'such as MRLABase; found: {kinds}. Use e.g. '
+            "backbone=dict(type='ELAResNet', "
+            "layer_attention=dict(type='MRLABase'))"
+        )
+    return found
+
+
 def measured_stages(
     model: nn.Module,
     parameters: Iterable[nn.Parameter],
@@ -30,33 +68,24 @@ def measured_stages(
 
     Returns:
         dict[str, AttentionStage]: The stages by name, of networks that are
-        trained and follow none.
+        trained now and follow none; empty where all of them are frozen.
 
     Raises:
-        ValueError: If there is none, or a module cannot follow another.
+        ValueError: If there is none, trained or not, or a module cannot follow
+            another.
     """
     if is_model_wrapper(model):
         model = model.module
+    candidates = candidate_stages(model, followers)
     stages = attention_stages(model)
     trained = trained_stages(model, parameters)
-    measured = {
-        name: stage
-        for name, stage in trained.items()
-        if all(attention.prunable for attention in stage.attentions)
-        and not any(_within(name, follower) for follower in followers)
-    }
+    measured = {name: stage for name, stage in candidates.items() if name in trained}
     if not measured:
-        attentions = [a for stage in stages.values() for a in stage.attentions]
-        found = ', '.join(sorted({type(a).__name__ for a in attentions})) or 'none'
-        if any(attention.prunable for attention in attentions):
-            found += ', but in no network that is trained and follows none'
-        raise ValueError(
-            'LayerAttentionPruningHook needs a backbone with a prunable '
-            'layer attention, one that weighs layers by a distribution '
-            f'such as MRLABase; found: {found}. Use e.g. '
-            "backbone=dict(type='ELAResNet', "
-            "layer_attention=dict(type='MRLABase'))"
+        logger.warning(
+            'All networks with prunable layer attentions are frozen now: none of their '
+            'parameters is trained. That is judged again when a window opens.'
         )
+        return {}
     for follower, module in followers.items():
         _check_follower(model, follower, module, measured)
     active = [sum(a.active for a in stage.attentions) for stage in measured.values()]

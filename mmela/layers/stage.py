@@ -294,9 +294,10 @@ def _complete_identity(
             place.features.get(output).requires_grad
             and not memory.shortcut.requires_grad
         )
+        identity = memory.shortcut
         if lost:
-            block.get_submodule(place.shortcut)(x)
-        memory.identity, memory.shortcut = memory.shortcut, None
+            identity = block.get_submodule(place.shortcut)(x)
+        memory.identity, memory.shortcut = identity, None
     elif run.version is not None and not place.changes_input:
         if x._version != run.version:
             raise ValueError('writes into its input, which it did not in the trial')

@@ -1,6 +1,7 @@
 """State dicts: whatever is done to one, it loads right, or it is refused or said."""
 
 import contextlib
+import copy
 import logging
 import warnings
 
@@ -259,7 +260,7 @@ def test_key_by_key(name, loading, back):
     run(target, x)  # which must leave nothing behind
     for key, value in source.state_dict().items():
         if not key.endswith('_extra_state'):
-            ONE_BY_ONE[loading](target, key, value.clone())
+            ONE_BY_ONE[loading](target, key, copy.deepcopy(value))
     assert equal(run(target, x), run(source, x))
     assert states(target) == states(source)
 

@@ -166,7 +166,7 @@ def test_blocks_by_name(blocks, expected):
         (['blocks.*'], r"no module 'blocks.\*' runs in the backbone; there are proj"),
         ([['layers.0', 'proj']], r'blocks\[0\]: .* have one width and resolution'),
         (['layers.0.norm'], 'layers.0.norm runs more than once'),
-        ([[], []], 'leaves no block'),
+        ([[], []], 'is for 2 stages, but the backbone has 1'),
     ],
 )
 def test_bad_blocks(blocks, message):

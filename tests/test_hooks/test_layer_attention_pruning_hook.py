@@ -324,7 +324,7 @@ def test_stage_that_never_runs_is_kept(tmp_path):
     cfg.model.type = 'HalfUsedNetwork'
     runner = train(cfg)
     assert 'layer2 has not run in window (1, 1)' in log_of(runner)
-    assert 'No training pass has come to these layer attentions' in log_of(runner)
+    assert 'No training pass has reached these layer attentions' in log_of(runner)
     assert 'diverged' not in log_of(runner)
     assert pruned(runner.model)
     assert all(name.startswith('layer1') for name in pruned(runner.model))
