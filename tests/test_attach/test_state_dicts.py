@@ -1,7 +1,6 @@
 """State dicts: whatever is done to one, it loads right, or it is refused or said."""
 
 import contextlib
-import copy
 import logging
 import warnings
 
@@ -260,8 +259,9 @@ def test_key_by_key(name, loading, back):
     run(target, x)  # which must leave nothing behind
     for key, value in source.state_dict().items():
         if not key.endswith('_extra_state'):
-            ONE_BY_ONE[loading](target, key, copy.deepcopy(value))
-    assert equal(run(target, x), run(source, x))
+            ONE_BY_ONE[loading](target, key, value.clone())
+    # nn.MultiheadAttention multiplies otherwise with a weight that lies elsewhere
+    assert gap(run(target, x), run(source, x)) < 1e-5
     assert states(target) == states(source)
 
 

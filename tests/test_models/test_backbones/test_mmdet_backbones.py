@@ -184,7 +184,7 @@ def test_small_init_where_a_frozen_stage_keeps_its_attention():
 
 @pytest.mark.parametrize('blocks', [[1, 0], [0, 0], [0, 3], [-1]])
 def test_attention_blocks_in_order_and_once_each(blocks):
-    with pytest.raises(ValueError, match=r'attention_blocks\[1\].* 0 to 3') as error:
+    with pytest.raises(ValueError, match=r'blocks\[1\].* 0 to 3') as error:
         build(
             attention_blocks=[[0], [*blocks, 7] if blocks == [0, 3] else blocks, [], []]
         )
