@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent
 # Whoever publishes a release says where the repository is
 REPOSITORY = os.environ.get('MMELA_REPOSITORY', '').rstrip('/')
 # Those that mmela was run on, see docs/stacks.md
-PYTHONS = ('3.8', '3.11')
+PYTHONS = ('3.8', '3.11', '3.12')
 # What `mim` looks for in mmela/.mim of the installed package.
 MIM = ('configs', 'tools', 'model-index.yml')
 VERSION = runpy.run_path(str(ROOT / 'mmela' / 'version.py'))

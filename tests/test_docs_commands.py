@@ -162,7 +162,7 @@ def run(command):
     """Run a command in this process, to save its start; each only once."""
     same = tuple(command)
     if command[0] == 'mmela' and command[1] in TOOLS:
-        same = ('python', f'tools/{TOOLS[command[1]]}', *command[2:])
+        same = ('python', TOOLS[command[1]], *command[2:])
     if same in DONE:
         return
     DONE.add(same)

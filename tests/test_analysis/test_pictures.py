@@ -43,7 +43,7 @@ def test_pictures(tmp_path, capsys):
 def test_pruning_that_removed_most(tmp_path, monkeypatch):
     first, second = make_work_dir(tmp_path)
     seen = []
-    monkeypatch.setattr(pictures, 'kl_plot', seen.append)
+    monkeypatch.setattr('mmela.analysis.decision_plots.kl_plot', seen.append)
     pictures.divergences(tmp_path)
     assert seen == [max((first, second), key=lambda d: len(d.pruned))]
 
