@@ -36,7 +36,8 @@ from mmengine.registry import DATASETS, MODELS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from .analysis.inputs import SUFFIXES, check_device, find_images
+from .analysis.inputs import SUFFIXES, as_colours, check_device, find_images
+from .attach import input_channels
 from .command_line import find_config, one_line
 from .compat.versions import is_installed
 from .convert.networks import load_mostly_fitting, open_network
@@ -243,7 +244,8 @@ class Picture:
     Attributes:
         source (Source): Where it is from.
         frame (int | None): Number of the frame, from 0; None for an image.
-        image (np.ndarray): (H, W, 3), BGR.
+        image (np.ndarray): (H, W, C) as the config loads it, BGR where that are
+            colours; (H, W) of one channel.
         place (int): Number of the frame by its time.
         rate (float): Frames a second; 0 where nothing tells.
     """
@@ -278,20 +280,73 @@ class Failures:
         print(self.lines[-1], file=sys.stderr)
 
 
+@dataclass
+class Reading:
+    """How a config loads images.
+
+    Attributes:
+        color (str): ``color_type`` of ``LoadImageFromFile``.
+        backend (str | None): Its ``imdecode_backend``.
+        gray (bool): Whether frames of videos, which have colours, become gray.
+    """
+
+    color: str
+    backend: Optional[str]
+    gray: bool
+
+
+def _reading(inferencer: Any, sources: Sequence[Source]) -> Reading:
+    """How the network of an inferencer takes images.
+
+    Raises:
+        ValueError: If there are videos, and no frame of one fits.
+    """
+    # mmpretrain's name of it is another
+    cfg = inferencer.cfg if hasattr(inferencer, 'cfg') else inferencer.config
+    # mmdet's inferencer has put its own loader, with the same arguments, there
+    loaders = 'LoadImageFromFile', 'InferencerLoader'
+    step = next(
+        (
+            step
+            for step in cfg.test_dataloader.dataset.pipeline
+            if any(name in str(step['type']) for name in loaders)
+        ),
+        {},
+    )
+    color = step.get('color_type', 'color')
+    gray = color.startswith('grayscale')
+    if color == 'unchanged':
+        channels = input_channels(inferencer.model)
+        gray = channels == 1
+        streams = [source.name for source in sources if source.is_stream]
+        if streams and channels not in (1, 3):
+            raise ValueError(
+                f'{streams[0]} has frames of 3 channels, and the network takes '
+                f'{channels}; images alone can have them'
+            )
+    return Reading(color, step.get('imdecode_backend', 'cv2'), gray)
+
+
 def _pictures(
-    sources: Sequence[Source], frames: Optional[int], failures: Failures
+    sources: Sequence[Source],
+    frames: Optional[int],
+    reading: Reading,
+    failures: Failures,
 ) -> Iterator[Picture]:
     """All images and frames that can be read."""
     for source in sources:
         try:
             if source.is_stream:
-                yield from _frames(source, frames, failures)
+                for picture in _frames(source, frames, failures):
+                    if reading.gray:
+                        picture.image = cv2.cvtColor(picture.image, cv2.COLOR_BGR2GRAY)
+                    yield picture
             else:
-                image = mmcv.imread(source.path)
+                image = mmcv.imread(source.path, reading.color, backend=reading.backend)
                 if image is None:
                     raise ValueError('it cannot be read as an image')
                 yield Picture(source, None, image)
-        except (OSError, ValueError, cv2.error) as error:
+        except (ImportError, OSError, ValueError, cv2.error) as error:
             failures.add(source, error)
 
 
@@ -393,7 +448,7 @@ def _in_order(
 
 def _drawn(inferencer: Any, picture: Picture, sample: Any, score_thr: float):
     """A picture with its predictions, by the toolbox's own visualizer, BGR."""
-    image = picture.image[..., ::-1]
+    image = as_colours(picture.image)[..., ::-1]
     if 'pred_score' not in sample:
         drawn = inferencer.visualize(
             [image], [sample], return_vis=True, pred_score_thr=score_thr
@@ -679,6 +734,7 @@ def infer(
     classes = getattr(main, 'classes', None) or main.model.dataset_meta['classes']
     writer = _Writer(folder, classes, Path(annotations) if annotations else None)
     writer.check(sources)
+    reading = _reading(main, sources)
     folder.mkdir(parents=True, exist_ok=True)
     failures = Failures()
     progress = Progress(
@@ -692,7 +748,7 @@ def infer(
         with progress:
             task = progress.add_task('', total=total)
             results = _in_order(
-                inferencers, _pictures(sources, frames, failures), batch_size
+                inferencers, _pictures(sources, frames, reading, failures), batch_size
             )
             for picture, sample in results:
                 progress.advance(task)

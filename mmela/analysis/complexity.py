@@ -11,6 +11,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, enable_grad, nn, no_grad, rand, zeros
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..attach import input_channels
 from ..layers import AttentionState
 from ..structure import layer_attentions, prune
 from .work_dir import Run
@@ -89,7 +90,7 @@ class ForImages(nn.Module):
         self.model = model
 
     def forward(self, inputs: Tensor):
-        """Run the model on images, (B, 3, H, W), without its post-processing."""
+        """Run the model on images, (B, C, H, W), without its post-processing."""
         if 'BaseDetector' not in {cls.__name__ for cls in type(self.model).__mro__}:
             return self.model(inputs)
         from mmdet.structures import DetDataSample
@@ -109,7 +110,7 @@ class ForImages(nn.Module):
 def count_flops(
     network: nn.Module, size: Sequence[int], products: bool = False
 ) -> float:
-    """FLOPs of a network for one RGB image, as mmengine counts them.
+    """FLOPs of a network for one image, as mmengine counts them.
 
     Args:
         network (nn.Module): A backbone, or a model that takes images alone; in
@@ -122,7 +123,7 @@ def count_flops(
     Returns:
         float: The number; a multiplication with its addition counts once.
     """
-    counter = FlopAnalyzer(network, (zeros(1, 3, *size),))
+    counter = FlopAnalyzer(network, (zeros(1, input_channels(network), *size),))
     if products:
         counter.set_op_handle(
             **dict.fromkeys(_PRODUCTS, _product_flops),
@@ -162,7 +163,7 @@ def kept_memory(network: nn.Module, size: Sequence[int]) -> float:
     Returns:
         float: Bytes.
     """
-    inputs = rand(2, 3, *size)
+    inputs = rand(2, input_channels(network), *size)
     own = {
         tensor.untyped_storage().data_ptr()
         for tensor in (inputs, *network.parameters(), *network.buffers())

@@ -1,6 +1,7 @@
 """A network and its images, as the tools of tools/analysis take them."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -150,6 +151,34 @@ def image_batches(pipeline: Compose, images: Sequence[Path]) -> Iterator[dict]:
         yield pseudo_collate([data])
 
 
+def as_colours(image: np.ndarray) -> np.ndarray:
+    """What is drawn of an image of any number of channels.
+
+    Args:
+        image (ndarray): (H, W) or (H, W, C); values beyond 255, such as of 16 bits,
+            are scaled.
+
+    Returns:
+        ndarray: (H, W, 3), uint8: the first three channels, or the first one, as
+        gray, where there are fewer. A warning says so where channels are left out.
+    """
+    image = _three(image)
+    if image.dtype != np.uint8:
+        image = image * (255 / max(image.max(initial=0), 255))
+        image = image.clip(0).astype(np.uint8)
+    return image
+
+
+def _three(image: np.ndarray) -> np.ndarray:
+    image = image.reshape(*image.shape[:2], -1)
+    channels = image.shape[2]
+    shown = 3 if channels >= 3 else 1
+    if channels > shown:
+        text = f'of {channels} channels, a picture shows the first {shown}'
+        warnings.warn(text, stacklevel=3)
+    return image[..., :shown].repeat(3 // shown, axis=2)
+
+
 def input_picture(batch: dict) -> np.ndarray:
     """The first image of a batch as the network sees it, before normalization.
 
@@ -157,15 +186,16 @@ def input_picture(batch: dict) -> np.ndarray:
         batch (dict): What a data loader yields.
 
     Returns:
-        ndarray: (h, w, 3), RGB from 0 to 1.
+        ndarray: (h, w, 3), RGB from 0 to 1; see :func:`as_colours`.
     """
+    image = batch['inputs'][0].float().numpy().transpose(1, 2, 0)
     # The pipelines of the toolboxes read images as BGR.
-    image = batch['inputs'][0].float().numpy()[::-1]
+    image = _three(image)[..., ::-1]
     if batch['inputs'][0].dtype == torch.uint8:
         image = image / 255
     else:
         image = (image - image.min()) / (np.ptp(image) + 1e-8)
-    return np.ascontiguousarray(image.transpose(1, 2, 0), np.float32)
+    return np.ascontiguousarray(image, np.float32)
 
 
 def validation_loader(cfg: Config, number: int) -> DataLoader:

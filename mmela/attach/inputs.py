@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 Size = Tuple[int, int]
 
+# Attribute of a network whose ``input_channels`` were given
+GIVEN_CHANNELS = '_layer_attn_input_channels'
+
 
 def sizes_to_try(network: nn.Module) -> List[Size]:
     """Sizes of images that a network names, and sizes that many take.
@@ -75,8 +78,12 @@ def input_channels(network: nn.Module) -> int:
             does.
 
     Returns:
-        int: Those of its first convolution, or else what it names, or 3.
+        int: Those that :func:`~mmela.attach_layer_attention` was given, or those of
+        its first convolution, or else what it names, or 3.
     """
+    for module in network.modules():
+        if GIVEN_CHANNELS in vars(module):
+            return vars(module)[GIVEN_CHANNELS]
     return channels_to_try(network)[0]
 
 

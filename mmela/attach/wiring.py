@@ -25,7 +25,14 @@ from .discovery import (
     watch,
 )
 from .families import LAYERS_PER_STAGE, Stages, is_resnet, known_stages
-from .inputs import Size, channels_to_try, other_arguments, random_images, sizes_to_try
+from .inputs import (
+    GIVEN_CHANNELS,
+    Size,
+    channels_to_try,
+    other_arguments,
+    random_images,
+    sizes_to_try,
+)
 
 TOKEN_DEFAULTS = dict(
     norm_cfg=None,
@@ -97,7 +104,8 @@ def attach_layer_attention(
         input_size (tuple[int, int], optional): Height and width of the input
             for that run. Defaults to None: the size that the network is made
             for, or else sizes from 224 on.
-        input_channels (int, optional): Channels of the input for that run.
+        input_channels (int, optional): Channels of the input, for that run and
+            for all that later runs the network, such as an export.
             Defaults to None: those of the network's first convolution.
         layers_per_stage (int): Layers of a stage of a transformer without stages.
             Defaults to 4.
@@ -172,6 +180,8 @@ def attach_layer_attention(
         if images and before_attaching is not None:
             _check_unchanged(backbone, seats, before_attaching, images)
         undo.pop_all()
+    if input_channels is not None:
+        setattr(backbone, GIVEN_CHANNELS, input_channels)
     names = [[block.name for block in members] for members in stages]
     backbone._register_load_state_dict_pre_hook(OlderCheckpoints(names, left_out))
     if hasattr(backbone, 'init_weights'):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mmela_light.measuring import DTYPES, VARIANTS, WHOLE, WITH_BACKEND
 
 from ..analysis.complexity import input_size
+from ..attach import input_channels
 from ..command_line import find_config, one_line
 from ..convert.networks import NETWORK_ERRORS
 from ..hooks import use_channels_last
@@ -141,9 +142,10 @@ class Network:
             device (torch.device): Where it runs.
 
         Returns:
-            dict: ``inputs`` (B, 3, H, W) and ``data_samples``.
+            dict: ``inputs`` (B, C, H, W) and ``data_samples``.
         """
         if self._batch is None:
+            channels = input_channels(model)
             if self.is_detector:
                 from mmdet.testing import demo_mm_inputs
 
@@ -151,7 +153,7 @@ class Network:
                 head = getattr(model, 'bbox_head', None) or model.roi_head.bbox_head
                 packed = demo_mm_inputs(
                     count,
-                    [(3, *self.args.size)] * count,
+                    [(channels, *self.args.size)] * count,
                     num_items=[8] * count,
                     num_classes=head.num_classes,
                     with_mask=getattr(model, 'with_mask', False),
@@ -160,7 +162,7 @@ class Network:
             else:
                 from mmpretrain.structures import DataSample
 
-                inputs = torch.randn(self.args.batch, 3, *self.args.size)
+                inputs = torch.randn(self.args.batch, channels, *self.args.size)
                 labels = torch.randint(model.head.num_classes, (self.args.batch,))
                 samples = [DataSample().set_gt_label(int(n)) for n in labels]
                 self._batch = dict(inputs=inputs, data_samples=samples)

@@ -9,6 +9,7 @@ import torch
 from mmengine.utils import digit_version
 from torch import nn
 
+from ..attach import input_channels
 from ..files import replacing
 from .whole import whole_network
 
@@ -112,7 +113,8 @@ def export_network(
     check_export(path)
     path = Path(path)
     network = whole_network(model, raw)
-    x = torch.zeros(2, 3, *size, dtype=torch.uint8 if raw else torch.float32)
+    shape = (2, input_channels(model), *size)
+    x = torch.zeros(shape, dtype=torch.uint8 if raw else torch.float32)
     free = torch.export.Dim.DYNAMIC
     text = json.dumps(dict(info or {}, raw=raw, outputs=network.output_names))
     with torch.no_grad(), _frozen(network):
@@ -167,7 +169,7 @@ def export_backbone(
     free in it. Before torch 2.6, ONNX is written by the TorchScript exporter.
 
     Args:
-        backbone (nn.Module): A backbone with inputs (B, 3, H, W); set to eval
+        backbone (nn.Module): A backbone with inputs (B, C, H, W); set to eval
             mode here.
         path (str | Path): File to write: ``.onnx`` for ONNX, ``.pt`` for
             TorchScript.
@@ -193,7 +195,7 @@ def _write_backbone(
     backbone.eval()
     model = _Outputs(backbone).eval()
     # Two images: a size of 1 would be taken for a constant.
-    x = torch.rand(2, 3, *size)
+    x = torch.rand(2, input_channels(backbone), *size)
     if path.suffix == '.pt':
         with torch.no_grad(), replacing(path) as out:
             torch.jit.trace(model, x, check_trace=False).save(str(out))

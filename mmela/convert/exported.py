@@ -33,7 +33,7 @@ class ExportedDetector(BaseModel):
         """Detect objects.
 
         Args:
-            inputs (list[Tensor]): Images of shape (3, H, W), not normalized.
+            inputs (list[Tensor]): Images of shape (C, H, W), not normalized.
             data_samples (list[DetDataSample]): Where the images are from.
             mode (str): Only ``'predict'``.
 

@@ -53,7 +53,7 @@ class WholeNetwork(nn.Module):
         """What the network finds.
 
         Args:
-            x (Tensor): Normalized images, (B, 3, H, W).
+            x (Tensor): Normalized images, (B, C, H, W).
             size (Sequence[int]): Height and width of what of them is no padding.
 
         Returns:
@@ -65,7 +65,7 @@ class WholeNetwork(nn.Module):
         """Run the network.
 
         Args:
-            images (Tensor): Shape (B, 3, H, W). With ``raw``, values 0 to 255 of
+            images (Tensor): Shape (B, C, H, W). With ``raw``, values 0 to 255 of
                 any type, the channels in the order in which the config loads
                 them.
 
@@ -84,13 +84,14 @@ class WholeNetwork(nn.Module):
             images (Tensor): See :meth:`forward`.
 
         Returns:
-            Tensor: Normalized and padded images in float32, (B, 3, H, W).
+            Tensor: Normalized and padded images in float32, (B, C, H, W).
         """
         own = self.model.data_preprocessor
         x = images.float()
         if self.raw:
             # By mmengine's class, which mmdet has, and by that of mmpretrain
-            if any(getattr(own, x, False) for x in ('_channel_conversion', 'to_rgb')):
+            names = '_channel_conversion', 'to_rgb'
+            if x.size(1) == 3 and any(getattr(own, name, False) for name in names):
                 x = x.flip(1)
             if own._enable_normalize:
                 x = (x - own.mean) / own.std

@@ -12,6 +12,7 @@ from torch import nn
 
 from mmela import attach_layer_attention
 from mmela.analysis.complexity import backbone_complexity, count_flops, kept_memory
+from mmela.analysis.inputs import as_colours, input_picture
 from mmela.analysis.report import make_report
 from mmela.analysis.work_dir import Run
 from mmela.convert.export import export_backbone
@@ -116,12 +117,16 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize('channels', (*CHANNELS[1:], 3))
-def test_given_as_an_argument(channels):
+def test_given_as_an_argument(tmp_path, channels):
     network = attach_layer_attention(
         Odd(channels), input_channels=channels, input_size=(16, 24)
     )
     assert len(layer_attentions(network)) == 2
     network(torch.randn(2, channels, 16, 24))
+    assert count_flops(network.eval(), (16, 24)) > 0
+    assert kept_memory(nn.Sequential(network), (16, 24)) > 0
+    export_backbone(network, tmp_path / 'net.pt', size=(16, 24))
+    torch.jit.load(tmp_path / 'net.pt')(torch.randn(1, channels, 16, 24))
     with pytest.raises(ValueError, match='input_channels'):
         attach_layer_attention(
             Odd(channels), input_channels=channels + 1, input_size=(16, 24)
@@ -254,7 +259,8 @@ def test_inference(tmp_path, number):
     shape = (64, 64, number)
     image = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
     cv2.imwrite(str(tmp_path / 'x.png'), image)
-    infer(config, checkpoint, [tmp_path / 'x.png'], tmp_path / 'out', pictures=False)
+    infer(config, checkpoint, [tmp_path / 'x.png'], tmp_path / 'out')
+    assert cv2.imread(str(tmp_path / 'out' / 'x.png')).std() > 10
     content = json.loads((tmp_path / 'out' / PREDICTIONS).read_text())
     found = {x['category_id'] - 1: x['score'] for x in content['annotations']}
 
@@ -269,3 +275,47 @@ def test_inference(tmp_path, number):
     assert len(found) == 3
     for index, score in found.items():
         assert abs(score - float(expected[index])) < 1e-4
+
+
+@pytest.mark.parametrize('number', [1, 4])
+def test_video(tmp_path, number):
+    pytest.importorskip('mmpretrain.models')
+    config, checkpoint = save(tmp_path, 'net', classifier('ELAResNet', number))
+    video = tmp_path / 'x.avi'
+    writer = cv2.VideoWriter(str(video), cv2.VideoWriter.fourcc(*'MJPG'), 5, (64, 64))
+    for value in (20, 200):
+        writer.write(np.full((64, 64, 3), value, np.uint8))
+    writer.release()
+    if number == 4:
+        with pytest.raises(ValueError, match='3 channels, and the network takes 4'):
+            infer(config, checkpoint, [video], tmp_path / 'out')
+        assert not (tmp_path / 'out').exists()
+        return
+    infer(config, checkpoint, [video], tmp_path / 'out')
+    content = json.loads((tmp_path / 'out' / PREDICTIONS).read_text())
+    assert len(content['images']) == 2
+
+
+@pytest.mark.parametrize('number', [1, 2, 3, 4, 6, 13])
+def test_what_a_picture_shows(number):
+    image = np.random.default_rng(0).integers(0, 255, (8, 9, number), dtype=np.uint8)
+    first = image[..., [0, 1, 2]] if number >= 3 else image[..., [0, 0, 0]]
+    inputs = torch.from_numpy(image.transpose(2, 0, 1))
+    if number in (1, 3):
+        assert equal_arrays(as_colours(image), first)
+        picture = input_picture(dict(inputs=[inputs]))
+    else:
+        with pytest.warns(UserWarning, match=f'of {number} channels'):
+            assert equal_arrays(as_colours(image), first)
+        with pytest.warns(UserWarning, match=f'of {number} channels'):
+            picture = input_picture(dict(inputs=[inputs]))
+    np.testing.assert_allclose(picture * 255, first[..., ::-1], atol=1e-3)
+
+
+def test_picture_of_16_bits():
+    image = np.array([[0, 30000], [60000, 15000]], np.uint16)
+    assert as_colours(image)[..., 1].tolist() == [[0, 127], [255, 63]]
+
+
+def equal_arrays(a, b):
+    return a.dtype == b.dtype and np.array_equal(a, b)

@@ -34,7 +34,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS
 
 import mmela
-from mmela.attach import other_arguments, sizes_to_try
+from mmela.attach import input_channels, other_arguments, sizes_to_try
 from mmela.command_line import one_line
 from mmela.convert.slim import slim_state_dict
 from mmela.files import write_text
@@ -181,7 +181,8 @@ def build(toolbox, cfg):
             continue
         sizes = sizes_to_try(network)
         for size in [*SMALL, *sizes] if len(sizes) > 2 else sizes:
-            x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
+            shape = (2, input_channels(network), *size)
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
             try:
                 with torch.no_grad():
                     outs = run(network, x)
