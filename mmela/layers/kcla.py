@@ -165,12 +165,6 @@ class KCLA(QKVLayerAttention):
         self.eps = eps
         self.shared_key = shared_key
         self.crosses_stages = cross_stage
-        log_scale = math.log(temperature)
-        self.register_buffer(
-            'scales',
-            torch.linspace(log_scale, -log_scale, self.num_heads).exp(),
-            persistent=False,
-        )
         self.head_attention_type = head_attention
         if head_attention == 'linear':
             self.head_attention = nn.Linear(self.num_heads, self.num_heads, bias=False)
@@ -229,6 +223,13 @@ class KCLA(QKVLayerAttention):
         if not self.recurrent:
             out = self.value_act(self.value(out))
         return self.norm_relu(out * self.per_channel(gate, out))
+
+    @property
+    def scales(self) -> Tensor:
+        """Tensor: Temperatures of the heads, (G,), in single precision."""
+        # Not a buffer, which a cast would round and `to_empty` would lose
+        end, device = math.log(self.temperature), self.key.weight.device
+        return torch.linspace(end, -end, self.num_heads, device=device).exp()
 
     def weigh(self, norm: Tensor) -> Tensor:
         """Weight of a token by the norm of its key, (B, G) to (B, G)."""

@@ -233,10 +233,10 @@ def stir(network: nn.Module, seed: int = 0) -> nn.Module:
             draw(module.weight, -1.5, 1.5)
         if isinstance(getattr(module, 'scale', None), nn.Parameter):
             draw(module.scale, 0.5, 1.5)
+    for module in network.modules():
         if isinstance(module, LinearizedMLA):
             # Their weights add up to no particular number, and soon to infinity.
-            module.query.weight.data.mul_(0.1)
-            module.key.weight.data.mul_(0.1)
+            module.value.weight.data.mul_(0.01)
     return network
 
 

@@ -313,7 +313,8 @@ def test_data_types_of_every_attention(attention, dtype):
 def test_built_on_the_meta_device(attention, assign):
     name = 'mmdet.ResNet'
     expected, x = attached(name, attention), image(name)
-    prune(expected, some(expected))
+    if attention != 'AA':  # which the convolution needs
+        prune(expected, some(expected))
     with torch.device('meta'):
         network = attach(NETWORKS[name].make(), name, attention)
     assert {v.device.type for v in entries(network).values()} == {'meta'}
