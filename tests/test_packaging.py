@@ -14,7 +14,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from mmela_light.command import TOOLS
+from mmela_light import command
+from mmela_light.command import TOOLS, find
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(ROOT.glob('tools/**/*.sh')) + [ROOT / '.ci' / 'run']
@@ -463,7 +464,7 @@ class TestMim:
             assert (ROOT / path).is_file(), path
 
 
-def test_build_holds_the_whole_package(packaging, tmp_path):
+def test_build_holds_the_whole_package(packaging, tmp_path, monkeypatch):
     """A folder without __init__.py, or a data file, would be left out."""
 
     def files(folder):
@@ -483,8 +484,9 @@ def test_build_holds_the_whole_package(packaging, tmp_path):
     )
     assert files(tmp_path / 'mmela') == files(ROOT / 'mmela')
     assert files(tmp_path / 'mmela_light') == files(ROOT / 'mmela_light')
-    tools = tmp_path / 'mmela' / '.mim' / 'tools'
-    assert all((tools / tool).is_file() for tool in TOOLS.values())
+    monkeypatch.setattr(command, 'PACKAGE', tmp_path / 'mmela')
+    for tool in TOOLS.values():
+        assert tmp_path in find(tool).parents
     # The checkout's own links stay what they are.
     assert before == (mim.is_dir() and [p.is_symlink() for p in sorted(mim.iterdir())])
 
@@ -587,7 +589,7 @@ def test_source_archive_has_no_tests(tmp_path):
         names = [name.partition('/')[2] for name in tar.getnames()]
     assert not [x for x in names if x.startswith('tests') or x.endswith('.sh')]
     needed = ['setup.py', 'README.md', 'LICENSE', 'model-index.yml', 'mmela/version.py']
-    needed += [f'tools/{tool}' for tool in TOOLS.values()]
+    needed += TOOLS.values()
     needed += [
         path.relative_to(ROOT).as_posix() for path in ROOT.glob('requirements/*')
     ]
