@@ -1,8 +1,9 @@
 import runpy
 import sys
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import List, Tuple, Union
+from typing import Iterator, List, Tuple, Union
 
 from mmengine.config import Config
 from mmengine.runner import Runner
@@ -97,11 +98,12 @@ def run_tool(name: str, argv: List[str], files: Tuple[str, ...] = ()) -> None:
         if '://' not in path and not Path(path).is_file():
             raise SystemExit(f'error: no {label} at {path}')
     sys.argv = [str(tool), str(find_config(argv[0])), *channels_last(argv[1:])]
-    _keep_configs(tests=name == 'test.py')
-    runpy.run_path(str(tool), run_name='__main__')
+    with _configs_kept(tests=name == 'test.py'):
+        runpy.run_path(str(tool), run_name='__main__')
 
 
-def _keep_configs(tests: bool) -> None:
+@contextmanager
+def _configs_kept(tests: bool) -> Iterator[None]:
     """Keep configs in work directories from being overwritten.
 
     A runner dumps its config, changes of the command line included, into its
@@ -120,6 +122,10 @@ def _keep_configs(tests: bool) -> None:
         dump(self)
 
     Runner.dump_config = dump_config
+    try:
+        yield
+    finally:
+        Runner.dump_config = dump
 
 
 def channels_last(argv: List[str]) -> List[str]:

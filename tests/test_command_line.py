@@ -3,7 +3,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmela.command_line import (
-    _keep_configs,
+    _configs_kept,
     channels_last,
     find_config,
     find_tool,
@@ -76,10 +76,9 @@ def test_channels_last_joins_the_other_settings():
     [(True, True, True), (True, False, True), (False, True, True),
      (False, False, False)],
 )  # fmt: skip
-def test_configs_of_runs_are_kept(tmp_path, monkeypatch, tests, same, kept):
+def test_configs_of_runs_are_kept(tmp_path, tests, same, kept):
     """The config of a run, given to a tool, and that of a run that is tested."""
-    monkeypatch.setattr(Runner, 'dump_config', Runner.dump_config)
-    _keep_configs(tests)
+    dump = Runner.dump_config
     run, mine = tmp_path / 'run', tmp_path / 'mine'
     for folder in (run, mine):
         folder.mkdir()
@@ -88,8 +87,11 @@ def test_configs_of_runs_are_kept(tmp_path, monkeypatch, tests, same, kept):
     runner._work_dir = str(run)
     runner.cfg = Config.fromfile((run if same else mine) / 'my.py')
     runner.cfg.a = 2
-    runner.dump_config()
-    assert ((run / 'my.py').read_text() == 'a = 1  # mine\n') == kept
-    (run / 'my.py').unlink()
-    runner.dump_config()
+    with _configs_kept(tests):
+        runner.dump_config()
+        assert ((run / 'my.py').read_text() == 'a = 1  # mine\n') == kept
+        (run / 'my.py').unlink()
+        runner.dump_config()
+    # What follows in this process is not kept from writing.
+    assert Runner.dump_config is dump
     assert Config.fromfile(run / 'my.py').a == 2

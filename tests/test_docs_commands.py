@@ -15,6 +15,7 @@ import subprocess
 import sys
 
 import cv2
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -334,13 +335,15 @@ def test_before_and_after(walk):
     """The network before the first pruning; the last one has its logged AP."""
     work_dir = walk / 'work_dirs' / 'my_config'
     result = read_before_after(work_dir)
+    written = (work_dir / 'before_after' / 'before_after.json').read_text()
+    assert json.loads(json.dumps(result)) == json.loads(written)
     sides = result['sides']
     assert sides['before']['checkpoint'] == 'before_pruning.pth'
     assert (sides['before']['epoch'], sides['after']['epoch']) == (1, 12)
     assert sides['before']['active'] == sides['before']['attentions']
     logged = Run(work_dir).metrics[12]
     assert sides['after']['mean'] == pytest.approx(logged['coco/bbox_mAP'], abs=6e-4)
-    mean = sides['after']['mean_50']
+    mean = np.mean(sides['after']['curves']['0.50'])
     assert mean == pytest.approx(logged['coco/bbox_mAP_50'], abs=6e-4)
     page = (work_dir / 'report.html').read_text('utf-8')
     assert 'Detections, before and after' in page

@@ -287,7 +287,6 @@ def _judge_detections(
             label=int(label),
             objects=int(counts[label]),
             value=float(valid[:, :, label].mean()),
-            value_50=float(valid[0, :, label].mean()),
             curve=np.round(valid[0, :, label], 4).tolist(),
         )
         for label in np.flatnonzero(known)
@@ -305,9 +304,6 @@ def _judge_detections(
         right=np.split(right, ends[:-1]),
         per_class=per_class,
         mean=float(np.mean([x['value'] for x in per_class])) if per_class else None,
-        mean_50=float(np.mean([x['value_50'] for x in per_class]))
-        if per_class
-        else None,
         curves={
             f'{iou:.2f}': np.round(valid[index][:, known].mean(1), 4).tolist()
             for index, iou in enumerate(evaluation.params.iouThrs)

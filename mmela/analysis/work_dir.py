@@ -14,6 +14,7 @@ from mmengine.hooks import CheckpointHook
 from ..command_line import one_line
 from ..convert.networks import read_state_dict
 from ..layers import AttentionState
+from ..layers.state import decode
 from ..pruning import PruningDecision, PruningReport
 
 # In a state dict, but nothing that is trained
@@ -352,13 +353,13 @@ class Run:
 def _count_parameters(state: dict) -> Parameters:
     suffix = '.layer_attn.state'
     states = {
-        k[: -len('state')]: int(v) for k, v in state.items() if k.endswith(suffix)
+        k[: -len('state')]: decode(v)[0] for k, v in state.items() if k.endswith(suffix)
     }
     total = attention = pruned = 0
     for key, value in state.items():
         if (
             not isinstance(value, torch.Tensor)
-            or key.endswith(suffix)
+            or key.endswith((suffix, '.layer_attn.signature'))
             or key.rsplit('.', 1)[-1] in _STATISTICS
         ):
             continue

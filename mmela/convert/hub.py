@@ -11,6 +11,7 @@ from ..engine.data_root import move_paths
 from ..engine.tables import decision_table
 from ..files import write_text
 from ..layers import AttentionState
+from ..layers.state import decode
 from ..pruning import PruningDecision, PruningReport
 from .slim import SlimNetwork, without_pretrained
 
@@ -109,7 +110,7 @@ def attention_masks(slim: SlimNetwork) -> Dict[str, str]:
             form = {
                 AttentionState.PRUNED: '~~{}~~',
                 AttentionState.VALUE_ONLY: '({})',
-            }.get(AttentionState(int(state)), '{}')
+            }.get(decode(state)[0], '{}')
             masks.setdefault(stage, []).append(form.format(block))
     return {stage: ' '.join(blocks) for stage, blocks in masks.items()}
 

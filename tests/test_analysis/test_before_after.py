@@ -186,6 +186,7 @@ def test_classifier(classified):
     work_dir, model = classified
     path = measure_before_after(work_dir)
     result = read_before_after(work_dir)
+    assert json.loads(json.dumps(result)) == json.loads(path.read_text())
     assert result['kind'] == 'classes' and result['images'] == 8
     assert result['sides']['before']['active'] == 8
     assert result['sides']['after']['active'] == 7

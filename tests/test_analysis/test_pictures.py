@@ -9,6 +9,7 @@ from PIL import Image
 
 from mmela.analysis.work_dir import Run
 from mmela.tools import pictures
+from mmela.visualization import decision_plots
 from tests.helpers.measurements import stage, write_measurement
 from tests.helpers.work_dirs import make_work_dir, write_log
 
@@ -43,7 +44,7 @@ def test_pictures(tmp_path, capsys):
 def test_pruning_that_removed_most(tmp_path, monkeypatch):
     first, second = make_work_dir(tmp_path)
     seen = []
-    monkeypatch.setattr('mmela.analysis.decision_plots.kl_plot', seen.append)
+    monkeypatch.setattr(decision_plots, 'kl_plot', seen.append)
     pictures.divergences(tmp_path)
     assert seen == [max((first, second), key=lambda d: len(d.pruned))]
 

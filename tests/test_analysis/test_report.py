@@ -22,6 +22,8 @@ from scipy.stats import beta
 from mmela.analysis import make_report, summarize
 from mmela.analysis.before_after_plots import read_before_after
 from mmela.analysis.work_dir import Run
+from mmela.layers import AttentionState
+from mmela.layers.state import encode, encode_text
 from mmela.pruning import LayerDecision, PruningDecision, build_policy
 from mmela.visualization.decision_plots import _spread, kl_plot, known_policy
 from mmela.visualization.drawing import LIGHT
@@ -453,13 +455,22 @@ def test_malformed_files_are_one_line(tmp_path, file, old, new):
     assert '\n' not in message and len(message) < 600
 
 
-def test_value_only_keeps_its_parameters(tmp_path):
+@pytest.mark.parametrize(
+    'states',
+    [
+        torch.tensor([0, 1, 2], dtype=torch.uint8),  # of mmela 0.1
+        torch.tensor([encode(state) for state in AttentionState]),
+        torch.tensor([0.0, -0.6, 0.7]),  # averages of networks, some of them pruned
+    ],
+)
+def test_value_only_keeps_its_parameters(tmp_path, states):
     write_log(tmp_path, '20260102_030405', [1])
     state = {}
     for i in range(3):
         name = f'backbone.layer1.{i}.layer_attn'
         state[f'{name}.weight'] = torch.zeros(10)
-        state[f'{name}.state'] = torch.tensor(i, dtype=torch.uint8)
+        state[f'{name}.state'] = states[i]
+        state[f'{name}.signature'] = encode_text('MLA()')
     torch.save(dict(state_dict=state), tmp_path / 'epoch_1.pth')
     (tmp_path / 'last_checkpoint').write_text('epoch_1.pth')
     counts = Run(tmp_path).parameters()

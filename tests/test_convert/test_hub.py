@@ -11,6 +11,7 @@ from mmengine.runner import CheckpointLoader
 from mmela.convert.hub import report_until, shared_config
 from mmela.hooks import LayerAttentionPruningHook
 from mmela.layers import AttentionState
+from mmela.layers.state import encode
 from mmela.pruning import LayerDecision, PruningDecision, PruningReport
 from mmela.tools.push import main
 from tests.helpers.networks import classifier, save
@@ -49,9 +50,9 @@ def run(tmp_path):
     )
     config, checkpoint = save(tmp_path, 'net', model)
     state_dict = torch.load(checkpoint)['state_dict']
-    state_dict[f'{PRUNED}.state'].fill_(int(AttentionState.PRUNED))
+    state_dict[f'{PRUNED}.state'].fill_(encode(AttentionState.PRUNED))
     state_dict['backbone.layer2.0.layer_attn.state'].fill_(
-        int(AttentionState.VALUE_ONLY)
+        encode(AttentionState.VALUE_ONLY)
     )
     meta = dict(epoch=2, iter=2, dataset_meta=dict(classes=('a', 'b', 'c', 'd')))
     torch.save(dict(meta=meta, state_dict=state_dict, optimizer=1), checkpoint)

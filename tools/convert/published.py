@@ -116,8 +116,8 @@ def main(argv=None) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as temporary:
             torch.save(content, temporary)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
-        raise SystemExit(f'error: {out}: {one_line(error)}') from error
+    except OSError as error:
+        raise SystemExit(f'error: {one_line(error)}') from error
     print(format_table(result.mapped, result.dropped))
     print(
         f'{out}: {len(result.mapped)} of {len(state_dict)} tensors of a '
