@@ -36,7 +36,7 @@ print('pruned', states.count(2), len(decision.pruned))
 def test_plain_pytorch():
     pytest.importorskip('torchvision')
     examples = re.findall('```python\n(.*?)```', PAGE.read_text('utf-8'), re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     steps = examples[0].partition('\n\n')[2].strip().splitlines()
     assert len(steps) <= 13
     result = subprocess.run(

@@ -25,11 +25,11 @@ class PublishedMRLABase(MRLABase):
     arguments it takes; ``backend`` means nothing to it.
     """
 
-    def signature(self) -> str:
+    def fingerprint(self) -> str:
         # Of MRLABase, whose checkpoints fit
         return f'MRLABase(head_dim={self.head_dim})'
 
-    def forward(self, x: Tensor, memory: MRLABase.Memory) -> Tensor:
+    def attend(self, x: Tensor, memory: MRLABase.Memory) -> Tensor:
         pooled = self.store(x, memory)
         key, value = memory.keys[0], memory.values[0]
         batch, length = key.shape[:2]

@@ -115,11 +115,13 @@ def check_run(
 def _warn_of_accumulation(runner) -> None:
     """Say where gradients are accumulated across the end of an epoch."""
     counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+    if counts <= 1:
+        return
     try:
         length = len(runner.train_dataloader)
     except TypeError:  # an endless data set
         return
-    if counts > 1 and length % counts:
+    if length % counts:
         runner.logger.warning(
             f'accumulative_counts={counts} does not divide the {length} iterations of '
             'an epoch. Gradients that are left at its end are in no checkpoint, so a '

@@ -10,10 +10,11 @@ from torch import nn
 
 from mmela.benchmark import compare, hook_overhead, memory, networks, rounds
 from mmela.benchmark.published_form import PublishedMRLABase
-from mmela.layers import AttentionState, MRLABase, SequentialAttentionStage
+from mmela.layers import AttentionState, MRLABase
 from mmela.ops import compile as compiler
 from mmela.pruning import LayerDecision, PruningDecision
 from mmela.structure import layer_attentions
+from tests.helpers.stages import BlockStage
 from tests.helpers.work_dirs import write_decisions
 
 pytest.importorskip('mmpretrain')
@@ -28,7 +29,7 @@ TINY += ['--rounds', '2']
 
 def stage_of(cls, depth):
     torch.manual_seed(0)
-    stage = SequentialAttentionStage(*(nn.Identity() for _ in range(depth)))
+    stage = BlockStage(*(nn.Identity() for _ in range(depth)))
     for i in range(depth):
         stage.attach(i, cls(8, head_dim=4))
     return stage

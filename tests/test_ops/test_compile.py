@@ -22,10 +22,10 @@ from mmela.layers import (
     DLABase,
     LinearizedMLA,
     MRLABase,
-    SequentialAttentionStage,
 )
 from mmela.ops import compile as module
 from tests.helpers.runs import HOOK, states
+from tests.helpers.stages import BlockStage
 from tests.helpers.toy import toy_config, train
 
 pytestmark = pytest.mark.skipif(
@@ -75,13 +75,11 @@ def make(backend, kind='MRLABase', depth=3):
     cls, kwargs = KINDS[kind]
     torch.manual_seed(0)
     blocks = [nn.Conv2d(C, C, 3, padding=1) for _ in range(depth)]
-    stage = SequentialAttentionStage(*blocks)
-    first = None
+    stage = BlockStage(*blocks)
     for i in range(depth):
-        if cls is DLABase and first is not None:
-            kwargs = dict(kwargs, first=first)
+        if cls is DLABase and i:
+            kwargs = dict(kwargs, owns_shared=False)
         attention = cls(C, head_dim=D, backend=backend, **kwargs)
-        first = first or attention
         stage.attach(i, attention)
         if hasattr(attention.query, 'reset_parameters'):
             nn.init.normal_(attention.query.weight, std=3)

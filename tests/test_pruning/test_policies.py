@@ -365,7 +365,10 @@ def test_error_names_the_layer():
         (dict(type='Threshold', mu=2), 'mu=2'),
         (dict(type='QuantileMapping', target='beta'), "target='beta'"),
         (dict(type='QuantileMapping', scale=0), 'scale=0'),
-        (dict(type='EBQN'), "type 'EBQN' is unknown; allowed are EBQM, FixedCount"),
+        (
+            dict(type='EBQN'),
+            r"type 'EBQN' is unknown .did you mean 'EBQM'\?.; allowed are EBQM, FixedCount",
+        ),
         (dict(type='subprocess.Popen', args='ls'), 'Popen'),
         (dict(type=dict), "<class 'dict'>"),
         (dict(gamma=0.5), 'has no type; allowed are EBQM'),
