@@ -253,7 +253,7 @@ def test_shared_key():
     """One convolution where two would have the same weights, and it trains as one."""
     shared = KCLA(C, D, previous_channels=C, shared_key=True).eval()
     own = KCLA(C, D, previous_channels=C).eval()
-    assert shared.signature().endswith(', shared_key=True)')
+    assert shared.fingerprint().endswith(', shared_key=True)')
     with pytest.raises(RuntimeError, match='shared_key=True'):
         own.load_state_dict(shared.state_dict())
     own.load_state_dict(

@@ -89,7 +89,7 @@ def test_mixed_heads():
     """
     attentions = [MLA(C, head_dim=D, replace=True, mixed_heads=True) for _ in range(3)]
     assert not attentions[0].prunable
-    assert attentions[0].signature().endswith('replace=True, mixed_heads=True)')
+    assert attentions[0].fingerprint().endswith('replace=True, mixed_heads=True)')
     memory = MLA.Memory()
     xs = [torch.randn(2, C, 3, 4) for _ in attentions]
     groups = C // D
