@@ -546,7 +546,8 @@ def _arguments(
     found: Dict[str, Any] = {}
     if 'head_dim' in allowed:
         found['head_dim'] = max(d for d in range(1, 33) if block.channels % d == 0)
-    if not block.own_drop_path:
+    # An attention that replaces the output has no branch to drop
+    if not block.own_drop_path and not given.get('replace'):
         found['drop_path'] = _drop_path(block.module)
     if block.features.layout != 'BCHW':
         found.update({k: v for k, v in TOKEN_DEFAULTS.items() if k in allowed})

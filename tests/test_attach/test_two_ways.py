@@ -64,10 +64,12 @@ OTHERS = {
     ('mmpretrain', 'CeiT'): TRANSFORMER,
 }
 BACKBONES = {**RESNETS, **OTHERS}
+# What works within the blocks of ResNets and yet fits another network.
+ALSO_FITTING = [('EfficientNet', 'DIA'), ('EfficientNet', 'Plugin')]
 FITTING = [
     pytest.param(*key, name, id=f'{key[0]}-{key[1]}-{name}')
     for key, name in itertools.product(BACKBONES, ATTENTIONS)
-    if key in RESNETS or name in AFTER_BLOCKS
+    if key in RESNETS or name in AFTER_BLOCKS or (key[1], name) in ALSO_FITTING
 ]
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
@@ -320,11 +322,21 @@ def test_frozen_stages(attention, stages):
     assert [p.requires_grad for p in one.parameters()] == [
         p.requires_grad for p in other.parameters()
     ]
-    assert equal(run(one, X), run(other, X))
+    outputs = []
+    for network in (one, other):
+        torch.manual_seed(0)  # of the stochastic depth of KCLA
+        outputs.append(run(network, X))
+    assert equal(*outputs)
 
 
-@pytest.mark.parametrize('attention', WITHIN_BLOCKS)
-@pytest.mark.parametrize('scope, name', OTHERS)
+@pytest.mark.parametrize(
+    'scope, name, attention',
+    [
+        (*key, attention)
+        for key, attention in itertools.product(OTHERS, WITHIN_BLOCKS)
+        if (key[1], attention) not in ALSO_FITTING
+    ],
+)
 def test_both_refuse_what_works_within_the_blocks_of_resnets(scope, name, attention):
     messages = []
     for make in ways(scope, name, ATTENTIONS[attention]):

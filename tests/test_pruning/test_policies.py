@@ -367,7 +367,7 @@ def test_error_names_the_layer():
         (dict(type='QuantileMapping', scale=0), 'scale=0'),
         (
             dict(type='EBQN'),
-            r"type 'EBQN' is unknown .did you mean 'EBQM'\?.; allowed are EBQM, FixedCount",
+            r"type 'EBQN' is unknown .did you mean 'EBQM'\?.; allowed are EBQM",
         ),
         (dict(type='subprocess.Popen', args='ls'), 'Popen'),
         (dict(type=dict), "<class 'dict'>"),
