@@ -70,8 +70,8 @@ class FollowsTheInput(ToyNetwork):
     Reentrant checkpointing would not train it otherwise.
     """
 
-    def forward(self, inputs, *args, **kwargs):
-        return super().forward(inputs.requires_grad_(), *args, **kwargs)
+    def forward(self, inputs, target, **kwargs):
+        return super().forward(inputs.requires_grad_(), target, **kwargs)
 
 
 def test_activation_checkpointing(tmp_path, plain):
