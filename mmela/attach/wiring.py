@@ -58,7 +58,6 @@ class _Seat(NamedTuple):
     block: Block
     attention: LayerAttention
     replacements: Dict[str, nn.Module]
-    frozen: bool
 
 
 def attach_layer_attention(
@@ -173,11 +172,11 @@ def attach_layer_attention(
     if not seats and not left_out and not without:
         raise ValueError(f'blocks={blocks} leaves no block with a layer attention')
     containers = any(isinstance(seat.block.module, CONTAINERS) for seat in seats)
-    images = (input_size, input_channels) if containers else None
-    before_attaching = _outputs(backbone, *images) if images else None
+    images = (input_size, input_channels)
+    before_attaching = _outputs(backbone, *images) if containers else None
     with ExitStack() as undo:
         _sit_down(seats, undo)
-        if images and before_attaching is not None:
+        if before_attaching is not None:
             _check_unchanged(backbone, seats, before_attaching, images)
         undo.pop_all()
     if input_channels is not None:
@@ -653,13 +652,13 @@ def _build(
     attention.train(block.module.training)
     if frozen and not any(p.requires_grad for p in block.module.parameters()):
         attention.requires_grad_(False)
-    return _Seat(block, attention, replacements, frozen)
+    return _Seat(block, attention, replacements)
 
 
 def _sit_down(seats: Sequence[_Seat], undo: ExitStack) -> None:
     """Attach all attentions; ``undo`` takes them away again."""
     watched = set()
-    for block, attention, replacements, _ in seats:
+    for block, attention, replacements in seats:
         module = block.module
         if hasattr(module, 'layer_attn'):
             raise ValueError(f'{block.name} has a layer_attn of its own')
