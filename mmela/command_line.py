@@ -3,7 +3,7 @@ import sys
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Iterator, List, Tuple, Union
+from typing import Iterator, List, Tuple, Type, Union
 
 from mmengine.config import Config
 from mmengine.runner import Runner
@@ -157,6 +157,23 @@ def one_line(error: Union[Exception, str]) -> str:
     """
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     return printable(' '.join(str(text).split()))
+
+
+@contextmanager
+def one_line_errors(*kinds: Type[Exception]) -> Iterator[None]:
+    """End a command-line tool with one clear line where its user erred.
+
+    Args:
+        *kinds (type[Exception]): Errors that say what is wrong; others
+            show their traceback.
+
+    Raises:
+        SystemExit: With what such an error says.
+    """
+    try:
+        yield
+    except kinds as error:
+        raise SystemExit(f'error: {one_line(error)}') from error
 
 
 def printable(text: str) -> str:

@@ -114,7 +114,7 @@ def main(argv=None) -> None:
     from mmengine.registry import RUNNERS
 
     from mmela.analysis import make_report, measure_before_after, summarize
-    from mmela.command_line import one_line
+    from mmela.command_line import one_line_errors
     from mmela.tools.shapes import make_shapes
 
     start = time.time()
@@ -135,10 +135,8 @@ def main(argv=None) -> None:
         )
     cfg.work_dir = str(args.work_dir)
     cfg.resume = args.resume
-    try:
+    with one_line_errors(OSError, ValueError):
         runner = RUNNERS.build(cfg)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f'error: {one_line(error)}') from error
     runner.train()
 
     for what, step in (

@@ -70,11 +70,11 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    from mmela.command_line import one_line
+    from mmela.command_line import one_line_errors
     from mmela.convert.networks import NETWORK_ERRORS
     from mmela.inference import infer
 
-    try:
+    with one_line_errors(*NETWORK_ERRORS):
         path = infer(
             args.config,
             args.checkpoint,
@@ -88,8 +88,6 @@ def main(argv=None) -> None:
             frames=args.frames,
             force=args.force,
         )
-    except NETWORK_ERRORS as error:
-        raise SystemExit(f'error: {one_line(error)}') from error
     print(path)
 
 

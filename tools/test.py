@@ -28,7 +28,7 @@ def check(arguments, force: bool) -> None:
     from mmengine.config import Config
     from mmengine.registry import MODELS, init_default_scope
 
-    from mmela.command_line import find_config, one_line
+    from mmela.command_line import find_config, one_line_errors
     from mmela.compat.loaders import is_on_hub
     from mmela.convert.networks import NETWORK_ERRORS, check_fit, read_state_dict
     from mmela.convert.published import strip_module
@@ -36,7 +36,7 @@ def check(arguments, force: bool) -> None:
     checkpoint = arguments[1] if len(arguments) > 1 else ''
     if not (is_on_hub(checkpoint) or Path(checkpoint).is_file()):
         return
-    try:
+    with one_line_errors(*NETWORK_ERRORS):
         _, state_dict = read_state_dict(checkpoint)
         if force:
             return
@@ -47,8 +47,6 @@ def check(arguments, force: bool) -> None:
         init_default_scope(cfg.get('default_scope', 'mmengine'))
         model = MODELS.build(cfg.model)
         check_fit(model, strip_module(state_dict), arguments[0], checkpoint)
-    except NETWORK_ERRORS as error:
-        raise SystemExit(f'error: {one_line(error)}') from error
 
 
 def main() -> None:

@@ -154,12 +154,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         SystemExit: With one clear line if the arguments are not acceptable.
     """
     args = parse_args(argv)
-    from ..command_line import one_line
+    from ..command_line import one_line_errors
 
-    try:
+    with one_line_errors(OSError, ValueError, KeyError, ImportError):
         results = compare(args)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise SystemExit(f'error: {one_line(error)}') from error
     for mode in MODES:
         if mode in results:
             print(table(results, mode))

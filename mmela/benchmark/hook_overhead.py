@@ -283,9 +283,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         SystemExit: With one clear line if the arguments are not acceptable.
     """
     args = parse_args(argv)
-    from ..command_line import one_line
+    from ..command_line import one_line_errors
 
-    try:
+    with one_line_errors(OSError, ValueError, KeyError, ImportError):
         print(table(measure(args)))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise SystemExit(f'error: {one_line(error)}') from error

@@ -7,7 +7,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 
-from ..command_line import one_line
+from ..command_line import one_line, one_line_errors
 from ..compat.checkpoints import load_checkpoint
 from ..compat.loaders import is_on_hub
 from .published import strip_module
@@ -68,10 +68,8 @@ def open_network(
     cfg.merge_from_dict(cfg_options or {})
     if cfg.get('data_preprocessor'):
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    try:
+    with one_line_errors(ImportError, OSError, ValueError):
         meta, state_dict = read_state_dict(checkpoint)
-    except (ImportError, OSError, ValueError) as error:
-        raise SystemExit(f'error: {one_line(error)}') from error
     return cfg, meta, state_dict
 
 

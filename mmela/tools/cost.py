@@ -278,12 +278,12 @@ def pictures(rows: List[dict], args: argparse.Namespace) -> Dict[str, 'Plot']:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    from ..command_line import one_line
+    from ..command_line import one_line_errors
     from ..files import replacing
     from ..visualization.drawing import draw
 
     out = Path(args.out)
-    try:
+    with one_line_errors(ImportError, OSError, ValueError, KeyError):
         rows = count_all(args)
         out.mkdir(parents=True, exist_ok=True)
         with replacing(out / 'cost.csv') as temporary:
@@ -293,6 +293,4 @@ def main(argv=None) -> None:
                 writer.writerows(rows)
         for name, plot in pictures(rows, args).items():
             print(draw(plot, out / f'{name}.png')[0])
-    except (ImportError, OSError, ValueError, KeyError) as error:
-        raise SystemExit(f'error: {one_line(error)}') from error
     print(out / 'cost.csv')

@@ -54,17 +54,15 @@ def main(argv=None) -> None:
         raise SystemExit('error: --backbone takes normalized images: no --normalized')
     from mmengine.registry import MODELS
 
-    from ..command_line import one_line
+    from ..command_line import one_line_errors
     from ..convert.export import check_export, export_backbone, export_network
     from ..convert.networks import NETWORK_ERRORS, load_fitting, open_network
     from ..convert.published import part_of
     from ..layers import AttentionState
     from ..structure import layer_attentions
 
-    try:
+    with one_line_errors(*NETWORK_ERRORS):
         check_export(args.out, args.backbone)
-    except NETWORK_ERRORS as error:
-        raise SystemExit(f'error: {one_line(error)}') from error
     cfg, meta, state_dict = open_network(args.config, args.checkpoint, args.out)
     model_cfg = cfg.model
     if args.backbone:
@@ -76,7 +74,7 @@ def main(argv=None) -> None:
     options = dict(progress=True)
     if args.size:
         options['size'] = args.size
-    try:
+    with one_line_errors(*NETWORK_ERRORS):
         model = MODELS.build(dict(model_cfg, init_cfg=None))
         load_fitting(model, state_dict, args.config, args.checkpoint)
         if args.backbone:
@@ -87,8 +85,6 @@ def main(argv=None) -> None:
             export_network(
                 model, args.out, raw=not args.normalized, info=info, **options
             )
-    except NETWORK_ERRORS as error:
-        raise SystemExit(f'error: {one_line(error)}') from error
     line = f'{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB'
     attentions = layer_attentions(model).values()
     pruned = sum(a.attention_state == AttentionState.PRUNED for a in attentions)

@@ -130,9 +130,7 @@ def analyse(args: argparse.Namespace) -> Path:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    from ..command_line import one_line
+    from ..command_line import one_line_errors
 
-    try:
+    with one_line_errors(OSError, ValueError, KeyError):
         analyse(args)
-    except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(f'error: {one_line(error)}') from error

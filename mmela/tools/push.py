@@ -74,12 +74,12 @@ def read_metrics(path: str) -> dict:
 def main(argv=None) -> None:
     args = parse_args(argv)
     work_dir = Path(args.work_dir or Path(args.checkpoint).parent)
-    from ..command_line import one_line
+    from ..command_line import one_line_errors
     from ..convert.hub import upload, write_repository
     from ..convert.networks import NETWORK_ERRORS
     from ..convert.slim import slim_network
 
-    try:
+    with one_line_errors(*NETWORK_ERRORS):
         from huggingface_hub.utils import validate_repo_id
 
         validate_repo_id(args.repo)
@@ -101,5 +101,3 @@ def main(argv=None) -> None:
                 )
             else:
                 print(upload(folder, args.repo, args.private))
-    except NETWORK_ERRORS as error:
-        raise SystemExit(f'error: {one_line(error)}') from error

@@ -267,12 +267,10 @@ def chosen_heads(
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    from mmela.command_line import one_line
+    from mmela.command_line import one_line_errors
 
-    try:
+    with one_line_errors(ImportError, OSError, ValueError, KeyError):
         look(args) if args.query else explain(args)
-    except (ImportError, OSError, ValueError, KeyError) as error:
-        raise SystemExit(f'error: {one_line(error)}') from error
 
 
 if __name__ == '__main__':

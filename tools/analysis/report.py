@@ -59,15 +59,13 @@ def main(argv=None) -> None:
         raise SystemExit(f'error: --images={args.images} is below 0')
     from mmela.analysis import make_report, summarize
     from mmela.analysis.inputs import check_device
-    from mmela.command_line import one_line
+    from mmela.command_line import one_line_errors
 
-    try:
+    with one_line_errors(OSError, ValueError):
         if args.images:
             measure(args.work_dir, args.images, check_device(args.device))
         report = make_report(args.work_dir, args.out)
         print(summarize(args.work_dir, report))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f'error: {one_line(error)}') from error
 
 
 if __name__ == '__main__':

@@ -85,7 +85,7 @@ def main(argv=None) -> None:
     from mmengine.registry import MODELS
     from mmengine.runner import Runner
 
-    from mmela.command_line import one_line
+    from mmela.command_line import one_line_errors
     from mmela.convert.networks import load_fitting, open_network
     from mmela.engine.tables import decision_table
     from mmela.files import replacing
@@ -103,7 +103,7 @@ def main(argv=None) -> None:
         raise SystemExit(f'error: {out} is a checkpoint; its report takes .json')
     cfg, meta, state_dict = open_network(args.config, args.checkpoint, out, report)
     cfg.merge_from_dict(args.cfg_options)
-    try:
+    with one_line_errors(KeyError, OSError, TypeError, ValueError):
         model = MODELS.build(cfg.model)
         stages = attention_stages(model)
         if not any(a.prunable for s in stages.values() for a in s.attentions):
@@ -112,30 +112,24 @@ def main(argv=None) -> None:
         if not cfg.get('test_dataloader'):
             raise ValueError(f'{args.config} has no test_dataloader')
         dataloader = Runner.build_dataloader(cfg.test_dataloader)
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        raise SystemExit(f'error: {one_line(error)}') from error
     model.to(get_device())
-    try:
+    with one_line_errors(ValueError):
         decision = decide(
             model, dataloader, args.batches, args.reduction, policy, args.keep_value
         )
-    except ValueError as error:
-        raise SystemExit(f'error: {one_line(error)}') from error
     prune(model, decision.pruned, args.keep_value)
     print(decision_table(decision.layers))
     if decision.warning:
         print(f'warning: {decision.warning}.')
 
     content = dict(format=FORMAT, pruned=decision.pruned, **decision.to_dict())
-    try:
+    with one_line_errors(OSError):
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as weights, replacing(report) as text:
             torch.save(
                 dict(meta=meta, state_dict=model.to('cpu').state_dict()), weights
             )
             text.write_text(json.dumps(content, indent=2), 'utf-8')
-    except OSError as error:
-        raise SystemExit(f'error: {one_line(error)}') from error
     print(
         f'{len(decision.layers)} -> {len(decision.active)} active attentions, '
         f'{policy}\n{out}\n{report}'

@@ -97,27 +97,23 @@ def main(argv=None) -> None:
         raise SystemExit(f'error: {args.dst} exists already')
     import torch
 
-    from mmela.command_line import one_line
+    from mmela.command_line import one_line, one_line_errors
     from mmela.convert.networks import read_state_dict
     from mmela.convert.published import NETWORKS, convert_published
     from mmela.files import replacing
 
-    try:
+    with one_line_errors(ImportError, OSError, ValueError):
         _, state_dict = read_state_dict(args.src, names=WEIGHTS)
-    except (ImportError, OSError, ValueError) as error:
-        raise SystemExit(f'error: {one_line(error)}') from error
     try:
         result = convert_published(state_dict, args.arch, args.target, args.head_dim)
     except (ImportError, ValueError) as error:
         raise SystemExit(f'error: {args.src}: {one_line(error)}') from error
     out = Path(args.dst)
     content = dict(meta=dict(backbone=result.backbone), state_dict=result.state_dict)
-    try:
+    with one_line_errors(OSError):
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as temporary:
             torch.save(content, temporary)
-    except OSError as error:
-        raise SystemExit(f'error: {one_line(error)}') from error
     print(format_table(result.mapped, result.dropped))
     print(
         f'{out}: {len(result.mapped)} of {len(state_dict)} tensors of a '

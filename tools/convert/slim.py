@@ -39,17 +39,15 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     out = Path(args.out)
     out_config = Path(args.out_config or out.with_suffix('.py'))
-    from mmela.command_line import one_line
+    from mmela.command_line import one_line_errors
     from mmela.convert.networks import NETWORK_ERRORS
     from mmela.convert.slim import slim_network
 
-    try:
+    with one_line_errors(*NETWORK_ERRORS):
         slim = slim_network(
             args.config, args.checkpoint, out, out_config, size=args.size
         )
         slim.save(out, out_config)
-    except NETWORK_ERRORS as error:
-        raise SystemExit(f'error: {one_line(error)}') from error
     before, after = [
         sum(v.numel() for v in state.values())
         for state in (slim.before, slim.state_dict)
