@@ -68,7 +68,8 @@ class AttnRes(LayerAttention):
     Raises:
         ValueError: If ``per``, ``total`` or ``backend`` is unknown, ``heads`` does not
             divide ``channels``, ``every`` is less than 1, ``zero_init`` is set
-            without ``total='sum'``, or ``drop_path`` is not in [0, 1).
+            without ``total='sum'``, or ``drop_path`` is not in [0, 1) or is set
+            together with ``every``.
     """
 
     @dataclass
@@ -137,6 +138,11 @@ class AttnRes(LayerAttention):
             raise ValueError(
                 "zero_init=True starts as the plain network, which total='mean' "
                 "does not; set total='sum'"
+            )
+        if drop_path and every > 1:
+            raise ValueError(
+                f'drop_path={drop_path} needs every=1, got every={every}: of a group '
+                'of blocks no single one can be left as it is'
             )
         super().__init__(channels, channels // heads, drop_path, init_cfg)
         self.per = per
