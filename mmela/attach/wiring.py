@@ -10,7 +10,7 @@ from torch import nn
 
 from ..arguments import arguments_of
 from ..layers import AttentionState, LayerAttention
-from ..layers.stage import Place, Stage, attach_hooks, ensure_tap
+from ..layers.stage import PassHook, Place, Stage, attach_hooks, ensure_tap
 from ..registry import LAYER_ATTENTIONS, find_layer_attention
 from .blocks import Block, same_features
 from .checkpoints import OlderCheckpoints
@@ -176,6 +176,9 @@ def attach_layer_attention(
     before_attaching = _outputs(backbone, *images) if containers else None
     with ExitStack() as undo:
         _sit_down(seats, undo)
+        hook = PassHook(list({seat.attention.place.stage: 0 for seat in seats}))
+        handle = backbone.register_forward_pre_hook(hook, with_kwargs=True)
+        undo.callback(handle.remove)
         if before_attaching is not None:
             _check_unchanged(backbone, seats, before_attaching, images)
         undo.pop_all()
