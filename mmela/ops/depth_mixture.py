@@ -142,7 +142,7 @@ def depth_scores(
 
 
 def changes_of(weights: Tensor, contained: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """Weights at which :func:`depth_mixture` adds each value, (t, ...)."""
+    """Weights at which :func:`depth_mixture` adds each value, (t, B, G, H, W)."""
     changes = weights - contained
     if len(values) > len(weights):
         changes = torch.cat([changes, contained[-1:] - 1])
