@@ -8,7 +8,7 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from torch import nn
 
-from ..arguments import arguments_of
+from ..arguments import arguments_of, check_arguments
 from ..layers import AttentionState, LayerAttention
 from ..layers.stage import Place, Stage, attach_hooks, ensure_tap
 from ..registry import LAYER_ATTENTIONS, find_layer_attention
@@ -224,6 +224,7 @@ def with_layer_attention(backbone: Any, **kwargs) -> nn.Module:
     if kwargs.get('attention_blocks') is not None:
         kwargs['blocks'] = kwargs['attention_blocks']
     kwargs.pop('attention_blocks', None)
+    check_arguments(attach_layer_attention, kwargs, name='WithLayerAttention')
     return attach_layer_attention(MODELS.build(backbone), **kwargs)
 
 
@@ -238,7 +239,8 @@ def check_layer_attention(layer_attention: Optional[dict]) -> Tuple[dict, type]:
 
     Raises:
         KeyError: If there is no layer attention of that ``type``.
-        TypeError: If it is not a dict with a ``type``.
+        TypeError: If it is not a dict with a ``type``, or has an argument that is
+            unknown or of another type.
     """
     if layer_attention is None:
         layer_attention = dict(type='MRLABase')
@@ -248,7 +250,9 @@ def check_layer_attention(layer_attention: Optional[dict]) -> Tuple[dict, type]:
             f"as dict(type='MRLABase'), got {layer_attention}"
         )
     arguments = dict(layer_attention)
-    return arguments, find_layer_attention(arguments.pop('type'))
+    attention_class = find_layer_attention(arguments.pop('type'))
+    check_arguments(attention_class, arguments)
+    return arguments, attention_class
 
 
 def _check_network(backbone: nn.Module) -> None:

@@ -5,6 +5,7 @@ import torch
 from mmengine.dist import all_reduce, is_main_process
 from torch import Tensor
 
+from ..arguments import check_choice, check_number
 from ..layers import AttentionState
 from ..pruning import (
     Divergence,
@@ -29,13 +30,8 @@ def check_measurement(reduction: str, eps: float) -> None:
     Raises:
         ValueError: If one is unknown or out of range.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(
-            f'reduction={reduction!r} is unknown; allowed '
-            f'are {", ".join(map(repr, REDUCTIONS))}'
-        )
-    if not 0 < eps < 1:
-        raise ValueError(f'eps={eps} is not in (0, 1)')
+    check_choice('reduction', reduction, REDUCTIONS)
+    check_number('eps', eps, 0, 1, open_low=True, open_high=True)
 
 
 class KLMeter:

@@ -1,7 +1,7 @@
 """What all layer attentions share: their state, heads and initialization."""
 
 import math
-from abc import ABCMeta, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Tuple, Union
 
@@ -13,7 +13,7 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..arguments import check_arguments
+from ..arguments import CheckedArguments, building, check_count, check_number
 from ..ops import is_compiling
 from ..ops.normed_sum import relu_open_at_zero
 from .state import AttentionState, decode, decode_text, encode, encode_text
@@ -37,11 +37,10 @@ class StageMemory:
     first: Optional['LayerAttention'] = None
 
 
-class _LayerAttentionMeta(ABCMeta):
+class _LayerAttentionMeta(CheckedArguments):
     """Checks arguments before a constructor runs, and signs what it has made."""
 
     def __call__(cls, *args, **kwargs):
-        check_arguments(cls, kwargs)
         attention = super().__call__(*args, **kwargs)
         attention.register_buffer('signature', encode_text(attention.fingerprint()))
         return attention
@@ -59,7 +58,8 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
         head_dim (int): Channels ``d`` of one head. Defaults to 32.
         drop_path (float): Probability of dropping the attention of a sample
             in training. Defaults to 0.
-        init_cfg (dict, optional): Initialization config. Defaults to None.
+        init_cfg (dict | list[dict], optional): Initialization config. Defaults
+            to None.
 
     Attributes:
         place (Place, optional): Where it is in its network, see
@@ -106,17 +106,17 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
         channels: int,
         head_dim: int = 32,
         drop_path: float = 0.0,
-        init_cfg: Optional[dict] = None,
+        init_cfg: Union[dict, List[dict], None] = None,
     ) -> None:
         super().__init__(init_cfg)
+        check_count('channels', channels, 1)
         if head_dim < 1 or channels % head_dim:
             divisors = [d for d in range(1, channels + 1) if channels % d == 0]
             raise ValueError(
                 f'head_dim={head_dim} does not divide the {channels} channels '
                 f'of a block; allowed are {divisors}'
             )
-        if not 0 <= drop_path < 1:
-            raise ValueError(f'drop_path={drop_path} is not a probability in [0, 1)')
+        check_number('drop_path', drop_path, 0, 1, open_high=True)
         self.channels = channels
         self.head_dim = head_dim
         self.num_heads = channels // head_dim
@@ -417,7 +417,8 @@ class QKVLayerAttention(LayerAttention):
             normalizes then, such as
             ``norm_cfg=dict(type='GN', num_groups=32)``. Defaults to None,
             which means 1.
-        init_cfg (dict, optional): Initialization config. Defaults to None.
+        init_cfg (dict | list[dict], optional): Initialization config. Defaults
+            to None.
         value_conv (bool): Whether the value is a convolution of the output;
             without, it is the output itself (MRLA, table 4, c). Defaults to
             True.
@@ -443,7 +444,7 @@ class QKVLayerAttention(LayerAttention):
         zero_init: bool = False,
         token_norm_cfg: Optional[dict] = None,
         small_init: Optional[float] = None,
-        init_cfg: Optional[dict] = None,
+        init_cfg: Union[dict, List[dict], None] = None,
         value_conv: bool = True,
         fc_reduction: Optional[int] = None,
     ) -> None:
@@ -458,13 +459,13 @@ class QKVLayerAttention(LayerAttention):
                     f'small_init={small_init} starts with another normalization '
                     'weight than zero_init=True; set one of them'
                 )
-            if not 0 < small_init <= 1:
-                raise ValueError(f'small_init={small_init} is not in (0, 1]')
+            check_number('small_init', small_init, 0, 1, open_low=True)
         self.zero_init = zero_init
         self.small_init = small_init
         # Before the value: tools that fold a norm into the convolution registered
         # before it must not take the two for a pair.
-        self.norm = build_norm_layer(norm_cfg, channels)[1] if norm_cfg else None
+        with building('norm_cfg', norm_cfg):
+            self.norm = build_norm_layer(norm_cfg, channels)[1] if norm_cfg else None
         if fc_reduction is None:
             self.query: Union[nn.Conv1d, nn.Linear] = channel_conv(channels)
             self.key: Union[nn.Conv1d, nn.Linear] = channel_conv(channels)
@@ -477,14 +478,16 @@ class QKVLayerAttention(LayerAttention):
             self.value = nn.Conv2d(
                 channels, channels, 3, padding=1, groups=channels, bias=False
             )
-        self.value_act = (
-            build_activation_layer(value_act_cfg) if value_act_cfg else nn.Identity()
-        )
+        self.value_act: nn.Module = nn.Identity()
+        if value_act_cfg:
+            with building('value_act_cfg', value_act_cfg):
+                self.value_act = build_activation_layer(value_act_cfg)
         # What is added to class tokens passes no norm, so there the scale counts.
         if self.from_plain and (norm_cfg is None or token_norm_cfg):
             self.scale = nn.Parameter(torch.zeros(channels))
         if token_norm_cfg:
-            self.pre_norm = build_norm_layer(token_norm_cfg, channels)[1]
+            with building('token_norm_cfg', token_norm_cfg):
+                self.pre_norm = build_norm_layer(token_norm_cfg, channels)[1]
         self.reset_parameters()
 
     relu = True
