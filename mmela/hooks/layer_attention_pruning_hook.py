@@ -8,15 +8,16 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from ..arguments import CheckedArguments, check_count
-from ..engine import check_wrapper, prune_run, trained_parameters
+from ..engine import check_wrapper, prune_run, resumed_from, trained_parameters
 from ..layers import LayerAttention
 from ..pruning import PruningDecision, PruningPolicy, PruningReport, build_policy
-from ..pruning.record import check_name, keep_earlier
+from ..pruning.record import check_name, keep_earlier, within
 from ..structure import AttentionStage, trained_stages, unreached
 from .decision_log_hook import DecisionLogHook
 from .measured_stages import candidate_stages, measured_stages
 from .measurement import Measurement
 from .meter import NetworkKLMeter, check_measurement
+from .saved_pruning import SavedPruning
 from .windows import Window, check_run, check_windows
 
 CHECKPOINT_KEY = 'layer_attention_pruning'
@@ -90,7 +91,8 @@ class LayerAttentionPruningHook(Hook, metaclass=CheckedArguments):
             or ends after the training; if the policy or another argument is
             unknown or out of range; if the loop, the model or a follower does
             not fit; or if a checkpoint holds a window that was measured
-            otherwise. All of these come before the first iteration. Also if a
+            otherwise, a damaged record, or decisions that contradict its network.
+            All of these come before the first iteration. Also if a
             measured KL divergence is NaN or infinite; nothing is pruned then.
     """
 
@@ -202,21 +204,19 @@ class LayerAttentionPruningHook(Hook, metaclass=CheckedArguments):
         """Take up what a checkpoint held, if the run goes on from it."""
         loaded, self._loaded = self._loaded, None
         done = self._done(runner)
-        resumes = loaded is not None and runner.iter > 0
-        if resumes:
-            for name, start in loaded.get('random_start', {}).items():
-                if name in self.attentions:
-                    self.attentions[name].random_start = start
-            self.history = [
-                PruningDecision.from_dict(data, self.settings)
-                for data in loaded['history']
-            ]
+        saved: Optional[SavedPruning] = None
+        if loaded is not None and runner.iter > 0:
+            with within(f'{resumed_from(runner)}, {CHECKPOINT_KEY}'):
+                saved = SavedPruning.read(loaded, self.settings)
+                saved.check_network(runner.model)
+                saved.restore_starts(self.attentions)
+            self.history = saved.history
         if self.history:
             self._write_report(runner)
         elif is_main_process():
             keep_earlier(self._report_path(runner))
-        if resumes and loaded['window'] is not None:
-            self._resume_window(runner, loaded['window'], done)
+        if saved is not None and saved.window is not None:
+            self._resume_window(runner, saved.window, done)
         missed = [w for w in self._undecided() if w[1] <= done]
         if missed and self.open is None:
             rest = '' if self.windows[-1][1] > done else ', and no window is left'
