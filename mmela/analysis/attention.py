@@ -274,9 +274,9 @@ def measure_attention(
         for name, stage in stages.items()
         if all(a.prunable for a in stage.attentions)
     }
-    meter = NetworkKLMeter(distributions, reduction, eps)
+    meter = NetworkKLMeter(distributions, reduction, eps) if distributions else None
     recorders = {
-        name: StageRecorder(stage, meter.meters.get(name))
+        name: StageRecorder(stage, meter and meter.meters.get(name))
         for name, stage in stages.items()
     }
     model.eval()
@@ -301,7 +301,7 @@ def measure_attention(
         decision=None,
         left_out=[],
     )
-    if distributions:
+    if meter is not None:
         result['decision'] = _judge(meter, judge, result['left_out'])
     result['left_out'] += _left_out(result['stages'])
     return result

@@ -1,3 +1,4 @@
+import warnings
 from statistics import median
 from typing import Any, Dict, List, Optional, Sequence, Union
 
@@ -138,6 +139,9 @@ class NetworkKLMeter:
         reduction (str): See :class:`KLMeter`. Defaults to ``'mean_kl'``.
         eps (float): See :class:`KLMeter`. Defaults to 1e-8.
 
+    Raises:
+        ValueError: If no stage has an attention that can be measured.
+
     Attributes:
         sums (Tensor): Sums of all stages, one after the other, (N,).
     """
@@ -148,6 +152,14 @@ class NetworkKLMeter:
         reduction: str = 'mean_kl',
         eps: float = 1e-8,
     ) -> None:
+        attentions = [a for stage in stages.values() for a in stage.attentions]
+        if not any(attention.prunable for attention in attentions):
+            kinds = sorted({type(attention).__name__ for attention in attentions})
+            raise ValueError(
+                f'there is nothing to measure: of {len(stages)} stages none has an '
+                'attention that weighs layers by a distribution, such as MRLABase; '
+                f'they have {", ".join(kinds) or "no attention"}'
+            )
         self.stages = stages
         self.reduction = reduction
         self.eps = eps
@@ -275,6 +287,13 @@ class NetworkKLMeter:
         Raises:
             ValueError: If a divergence is NaN or infinite; it names the layer.
         """
+        silent = self.silent_stages()
+        if silent and not any(meter.sums[-1] for meter in self.meters.values()):
+            warnings.warn(
+                'nothing was measured, so nothing is pruned: no forward pass of '
+                f'{", ".join(silent)} between attach() and detach()',
+                stacklevel=2,
+            )
         values = self.compute()
         stages = [name for name, meter in self.meters.items() for _ in meter.tokens]
         return PruningDecision(
