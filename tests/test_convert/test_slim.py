@@ -159,7 +159,8 @@ def test_backbone_in_a_list(tmp_path, registry):
     config.write_text(
         "default_scope = 'mmpretrain'\n"
         "model = dict(type='ImageToImageRetriever', prototype='none', image_encoder=[\n"
-        "    dict(type='mmela.WithLayerAttention', backbone=dict(type='mmpretrain.ResNet',\n"
+        "    dict(type='mmela.WithLayerAttention',\n"
+        "        backbone=dict(type='mmpretrain.ResNet',\n"
         "        depth=18), layer_attention=dict(type='MRLABase')),\n"
         "    dict(type='GlobalAveragePooling')])\n"
         "custom_imports = dict(imports=['mmela'])\n"
