@@ -560,8 +560,7 @@ def _arguments(
     found: Dict[str, Any] = {}
     if 'head_dim' in allowed:
         found['head_dim'] = max(d for d in range(1, 33) if block.channels % d == 0)
-    # An attention that replaces the output has no branch to drop
-    if not block.own_drop_path and not given.get('replace'):
+    if not block.own_drop_path and attention_class.is_branch(given):
         found['drop_path'] = _drop_path(block.module)
     if block.features.layout != 'BCHW':
         found.update({k: v for k, v in TOKEN_DEFAULTS.items() if k in allowed})
@@ -643,7 +642,7 @@ def _build(
         arguments.update(small_init=None, zero_init=True)
     attention = attention_class(block.channels, **arguments)
     from_plain = _starts_from_plain(arguments) and attention.scale is None
-    if from_plain and block.features.layout != 'BCHW':
+    if from_plain and 'norm_cfg' in allowed and block.features.layout != 'BCHW':
         raise ValueError(
             f'{block.name} returns tokens: zero_init and small_init need '
             'token_norm_cfg there, or norm_cfg=None'
