@@ -22,8 +22,9 @@ CONTEXT.set_forkserver_preload(['torch', 'mmengine.runner'])
 def hurry():
     """Have mmengine not do again for each run what takes half of a short one.
 
-    It parses a toolbox's whole index for each config it looks up, has yapf lay out
-    the config for each checkpoint, log and file, and asks git for the commit.
+    For each config it looks up, it reads all of pip's records and parses a toolbox's
+    whole index; for each checkpoint, log and file it has yapf lay out the config, and
+    asks git for the commit.
     """
     from mmengine.config import config, utils
     from mmengine.utils import version_utils
@@ -33,6 +34,7 @@ def hurry():
         return text, False
 
     utils.load = lru_cache(maxsize=None)(utils.load)
+    config.is_installed = lru_cache(maxsize=None)(config.is_installed)
     config.FormatCode = unchanged
     version_utils._minimal_ext_cmd = lambda command: b''
 
