@@ -8,7 +8,7 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from torch import nn
 
-from ..arguments import arguments_of, check_arguments
+from ..arguments import arguments_of, check_arguments, check_count
 from ..layers import AttentionState, LayerAttention
 from ..layers.stage import PassHook, Place, Stage, attach_hooks, ensure_tap
 from ..registry import LAYER_ATTENTIONS, find_layer_attention
@@ -129,11 +129,11 @@ def attach_layer_attention(
         torch.Size([2, 1000])
     """
     arguments, attention_class = check_layer_attention(layer_attention)
-    if type(layers_per_stage) is not int or layers_per_stage < 1:
-        raise ValueError(f'layers_per_stage={layers_per_stage!r} is less than 1')
+    check_count('layers_per_stage', layers_per_stage, 1)
     if input_size is not None:
         input_size = _check_size(input_size)
-    _check_channels(input_channels)
+    if input_channels is not None:
+        check_count('input_channels', input_channels, 1)
     _check_network(backbone)
     stages, without = _find_stages(
         backbone, blocks, input_size, input_channels, layers_per_stage
@@ -467,11 +467,6 @@ def _check_size(size: Any) -> Size:
     if not fits or not all(type(side) is int and side > 0 for side in size):
         raise ValueError(f'input_size={size!r} is not a pair (height, width)')
     return size[0], size[1]
-
-
-def _check_channels(channels: Any) -> None:
-    if channels is not None and (type(channels) is not int or channels < 1):
-        raise ValueError(f'input_channels={channels!r} is not an integer >= 1')
 
 
 def _names(entry: Any) -> List[str]:

@@ -4,6 +4,7 @@ from typing import Any, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_count
 from ..ops import check_backend, is_compiling
 from ..registry import LAYER_ATTENTIONS
 from .base import LayerAttention, StageMemory, pool
@@ -132,8 +133,8 @@ class AttnRes(LayerAttention):
                 f'heads={heads} does not divide the {channels} channels of a block; '
                 f'allowed are {divisors}'
             )
-        if every < 1:
-            raise ValueError(f'every={every} is less than 1')
+        check_count('every', every, 1)
+        check_count('block', block, 0)
         if zero_init and total != 'sum':
             raise ValueError(
                 "zero_init=True starts as the plain network, which total='mean' "
