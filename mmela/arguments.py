@@ -68,9 +68,11 @@ def check_arguments(
             raise TypeError(f'{name}: {key} is given by its position and by its name')
     for key, value in {**by_position, **arguments}.items():
         if not _fits(value, allowed[key]):
+            part, annotation = _misfit(value, allowed[key])
+            where = '' if part is value else f': {part!r:.200}'
             raise TypeError(
-                f'{name}: {key}={value!r:.200} is of type {type(value).__name__}; '
-                f'allowed is {_described(allowed[key])}'
+                f'{name}: {key}={value!r:.200}{where} is of type '
+                f'{type(part).__name__}; allowed is {_described(annotation)}'
             )
 
 
@@ -282,6 +284,15 @@ def _fits(value: Any, annotation: Any) -> bool:
             return len(value) == len(inner) and all(map(_fits, value, inner))
         return all(_fits(item, inner[0]) for item in value)
     return True
+
+
+def _misfit(value: Any, annotation: Any) -> Tuple[Any, Any]:
+    """The entry of a list that does not fit, and its annotation; or all of a value."""
+    inner = typing.get_args(annotation)
+    is_list = typing.get_origin(annotation) in (list, abc.Sequence) or Ellipsis in inner
+    if is_list and isinstance(value, (list, tuple)):
+        return next((v, inner[0]) for v in value if not _fits(v, inner[0]))
+    return value, annotation
 
 
 def _described(annotation: Any) -> str:

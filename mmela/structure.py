@@ -41,7 +41,8 @@ class AttentionStage:
     @property
     def observer(self) -> Optional[Callable[[List[Tensor]], None]]:
         """callable | None: Called after each forward pass with the scores of the
-        active attentions, a list of (B, G, t) tensors without gradient."""
+        active attentions, those of :class:`mmela.layers.StageMemory`, without
+        gradient."""
         return self.place.observer
 
     @observer.setter

@@ -26,8 +26,6 @@ from .work_dir import Run
 
 # What drawing numbers that do not fit each other may raise
 _MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
-# Below so many logged step times the change between two is no finding
-_FEW_TIMES = 5
 
 
 def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) -> Path:
@@ -118,8 +116,7 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
         no_complexity=no_complexity,
         analyses=shown,
         maps=list(maps.values()),
-        steps=[step for step in steps if step.count],
-        few=_FEW_TIMES,
+        steps=[step for step in steps if step.times],
         last_step=last_step,
         last=run.metrics.get(last_step, {}),
         decisions=decisions,

@@ -8,7 +8,7 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from torch import nn
 
-from ..arguments import arguments_of, check_arguments
+from ..arguments import arguments_of, check_arguments, check_count
 from ..layers import AttentionState, LayerAttention
 from ..layers.stage import PassHook, Place, Stage, attach_hooks, ensure_tap
 from ..registry import LAYER_ATTENTIONS, find_layer_attention
@@ -129,11 +129,11 @@ def attach_layer_attention(
         torch.Size([2, 1000])
     """
     arguments, attention_class = check_layer_attention(layer_attention)
-    if type(layers_per_stage) is not int or layers_per_stage < 1:
-        raise ValueError(f'layers_per_stage={layers_per_stage!r} is less than 1')
+    check_count('layers_per_stage', layers_per_stage, 1)
     if input_size is not None:
         input_size = _check_size(input_size)
-    _check_channels(input_channels)
+    if input_channels is not None:
+        check_count('input_channels', input_channels, 1)
     _check_network(backbone)
     stages, without = _find_stages(
         backbone, blocks, input_size, input_channels, layers_per_stage
@@ -469,11 +469,6 @@ def _check_size(size: Any) -> Size:
     return size[0], size[1]
 
 
-def _check_channels(channels: Any) -> None:
-    if channels is not None and (type(channels) is not int or channels < 1):
-        raise ValueError(f'input_channels={channels!r} is not an integer >= 1')
-
-
 def _names(entry: Any) -> List[str]:
     return [entry] if isinstance(entry, str) else list(entry)
 
@@ -560,8 +555,7 @@ def _arguments(
     found: Dict[str, Any] = {}
     if 'head_dim' in allowed:
         found['head_dim'] = max(d for d in range(1, 33) if block.channels % d == 0)
-    # An attention that replaces the output has no branch to drop
-    if not block.own_drop_path and not given.get('replace'):
+    if not block.own_drop_path and attention_class.is_branch(given):
         found['drop_path'] = _drop_path(block.module)
     if block.features.layout != 'BCHW':
         found.update({k: v for k, v in TOKEN_DEFAULTS.items() if k in allowed})
@@ -643,7 +637,7 @@ def _build(
         arguments.update(small_init=None, zero_init=True)
     attention = attention_class(block.channels, **arguments)
     from_plain = _starts_from_plain(arguments) and attention.scale is None
-    if from_plain and block.features.layout != 'BCHW':
+    if from_plain and 'norm_cfg' in allowed and block.features.layout != 'BCHW':
         raise ValueError(
             f'{block.name} returns tokens: zero_init and small_init need '
             'token_norm_cfg there, or norm_cfg=None'

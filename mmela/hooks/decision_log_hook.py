@@ -1,3 +1,4 @@
+import os.path as osp
 from typing import Any, Optional
 
 from mmengine.dist import is_main_process
@@ -81,13 +82,40 @@ class DecisionLogHook(Hook, metaclass=CheckedArguments):
         self._log_new(runner)
 
     def after_train(self, runner) -> None:
-        """Compare the step times between the decisions."""
+        """Compare the step times between the decisions, and say what to run next."""
         self._step_times.record(runner, self._count_active(), runner.iter)
         if self._step_times.table():
             runner.logger.info('Training speed:\n' + self._step_times.table())
+        if self._pruning.history:
+            runner.logger.info(self._next_commands(runner))
 
     def _count_active(self) -> int:
         return sum(a.active for a in self._pruning.attentions.values())
+
+    def _files(self, runner) -> str:
+        """Where the files of the decisions are."""
+        text = f'All numbers of this decision: {runner.work_dir}/pruning.json.'
+        if self._pruning.unpruned is not None:
+            name = self._pruning.unpruned
+            text += f' The network before the first pruning: {runner.work_dir}/{name}.'
+        return f'{text} To draw the decisions so far: mmela report {runner.work_dir}'
+
+    def _next_commands(self, runner) -> str:
+        """What to run after a training with decisions."""
+        lines = [
+            'Next:',
+            f'  mmela report {runner.work_dir}  # a page on what was pruned and why',
+        ]
+        saved = runner.message_hub.get_info('last_ckpt')
+        if saved and runner.cfg.filename:
+            config = osp.join(runner.work_dir, osp.basename(runner.cfg.filename))
+            lines += [
+                f'  mmela test {config} {saved}',
+                f'  mmela slim {config} {saved} slim.pth --out-config slim.py'
+                '  # drops the weights of pruned attentions',
+                '  mmela export slim.py slim.pth backbone.onnx --backbone',
+            ]
+        return '\n'.join(lines)
 
     def _log_begin(self, runner) -> None:
         measured = self._pruning.open
@@ -116,11 +144,7 @@ class DecisionLogHook(Hook, metaclass=CheckedArguments):
         )
         if decision.warning:
             runner.logger.warning(f'{decision.warning}.')
-        runner.logger.info(
-            f'{runner.work_dir}/pruning.json has every number of this decision; '
-            f'`mmela report {runner.work_dir}` draws it. The network from before the '
-            f'first pruning, if it was kept, is {runner.work_dir}/before_pruning.pth.'
-        )
+        runner.logger.info(self._files(runner))
         scalars = {'layer_attention/active': after}
         for layer in decision.layers:
             for key, value in (

@@ -356,6 +356,12 @@ class LayerAttentionPruningHook(Hook, metaclass=CheckedArguments):
         self.history.append(decision)
         self._write_report(runner)
 
+    @property
+    def unpruned(self) -> Optional[str]:
+        """str | None: Name of the checkpoint from before the first pruning, in the work
+        directory; None while nothing is pruned, and with ``keep_unpruned=False``."""
+        return UNPRUNED if self.keep_unpruned and self._has_pruned() else None
+
     def _has_pruned(self) -> bool:
         return any(decision.pruned for decision in self.history)
 

@@ -62,10 +62,12 @@ class KLMeter:
         # Active attentions by name, and the tokens that each attends over
         self.tokens: Dict[str, int] = {}
         self.identity: List[str] = []
-        seen = 0
+        seen, before = 0, None
         device = torch.device('cpu')
         for name, attention in stage.named.items():
-            seen += attention.attention_state != AttentionState.PRUNED
+            if attention.attention_state != AttentionState.PRUNED:
+                seen += attention.opens_token(before)
+                before = attention
             if attention.active:
                 self.tokens[name] = seen
             self.identity.append(
@@ -79,8 +81,9 @@ class KLMeter:
             if reduction == 'mean_distribution'
             else 2 * max(len(self.tokens) - 1, 0)
         )
-        # The last element counts the distributions, samples times heads, that
-        # the others are sums over. One tensor means one reduction over ranks.
+        # The last element counts the distributions, samples times heads (times
+        # positions), that the others are sums over. One tensor means one reduction
+        # over ranks.
         self.sums = torch.zeros(size + 1, dtype=torch.float64, device=device)
 
     def __call__(self, scores: List[Tensor]) -> None:
@@ -88,14 +91,14 @@ class KLMeter:
 
         Args:
             scores (list[Tensor]): Scores before the softmax of the active
-                attentions, each (B, G, t), without gradient.
+                attentions, each (B, G, t) or (B, G, P, t), without gradient.
         """
         idle = self.training_only and not torch.is_grad_enabled()
         if len(scores) < 2 or idle:
             return
         log_probs = [score.double().log_softmax(-1) for score in scores]
         if self.reduction == 'mean_distribution':
-            sums = [log_p.exp().sum((0, 1)) for log_p in log_probs]
+            sums = [log_p.exp().flatten(0, -2).sum(0) for log_p in log_probs]
         else:
             sums = [
                 part.sum()[None]

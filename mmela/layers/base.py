@@ -14,7 +14,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..arguments import CheckedArguments, building, check_count, check_number
-from ..ops import is_compiling
+from ..ops import CompiledForward, is_compiling
 from ..ops.normed_sum import relu_open_at_zero
 from .state import AttentionState, decode, decode_text, encode, encode_text
 
@@ -28,7 +28,8 @@ class StageMemory:
     Attributes:
         scores (list[Tensor]): Scaled scores before the softmax of each active
             attention so far, (B, G, t) with ``t`` the number of tokens that it
-            attends over; empty where attentions weigh no layers.
+            attends over, or (B, G, P, t) where each of P positions has weights of
+            its own; empty where attentions weigh no layers.
         first (LayerAttention, optional): The first attention of the stage, which
             holds what the attentions of a stage share. Defaults to None.
     """
@@ -82,6 +83,14 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
     """bool: Whether it needs the identity input of the block, as
     ``memory.identity``."""
 
+    needs_map = True
+    """bool: Whether it needs height and width of maps. Without, tokens of a
+    transformer come as a map (B, C, L, 1), class tokens among them."""
+
+    backend = 'auto'
+    """str: ``'compile'`` for an attention that ``torch.compile`` fuses, see
+    :class:`mmela.ops.CompiledForward`."""
+
     crosses_stages = False
     """bool: Whether the first attention of a stage takes over the memory of
     the stage before, as ``memory.before``."""
@@ -125,12 +134,18 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
         self.place: Any = None
         self.taps: Dict[str, str] = {}
         self.loaded = False  # from a checkpoint
+        self._compiled = CompiledForward()
         self._state = AttentionState.ACTIVE
         self._disabled: List[str] = []
         # The state travels in the checkpoint as a buffer; the forward pass
         # reads `_state`, so that it does not wait for the device.
         self.register_buffer('state', torch.tensor(encode(AttentionState.ACTIVE)))
         self._note_state()
+
+    def __call__(self, x: Tensor, memory: Optional[StageMemory] = None) -> Tensor:
+        if self.backend == 'compile' and memory is not None:
+            return self._compiled(self, super().__call__, x, memory)
+        return super().__call__(x, memory)
 
     def forward(self, x: Tensor, memory: Optional[StageMemory] = None) -> Tensor:
         """Extend the memory and attend over it.
@@ -197,7 +212,10 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
         layout = self.place.features
         if layout.layout != 'BCHW' and hasattr(self, 'pre_norm'):
             x = self.pre_norm(x)
-        x, restore = layout.to_map(x, args, output)
+        if self.needs_map:
+            x, restore = layout.to_map(x, args, output)
+        else:
+            x, restore = layout.to_positions(x)
         if state == AttentionState.VALUE_ONLY:
             self.store(x, memory)
             return features
@@ -220,6 +238,31 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
             Tensor: Of the same shape.
         """
         return features + self.drop_path(retrieved)
+
+    @classmethod
+    def is_branch(cls, arguments: dict) -> bool:
+        """Whether it adds a branch to its block, which stochastic depth may drop.
+
+        Args:
+            arguments (dict): Arguments of the constructor.
+
+        Returns:
+            bool: True if so: then it has the stochastic depth of its block by
+            default. Otherwise what is retrieved takes the place of the output.
+        """
+        return True
+
+    def opens_token(self, before: Optional['LayerAttention']) -> bool:
+        """Whether its block is a token of its own for the attentions of the stage.
+
+        Args:
+            before (LayerAttention, optional): The last one before it that is not
+                pruned; None for the first.
+
+        Returns:
+            bool: False where it belongs to the token of that.
+        """
+        return True
 
     def connect(self, block: nn.Module) -> Tuple[Dict[str, str], Dict[str, nn.Module]]:
         """Meet the block, for attentions that reach into it.

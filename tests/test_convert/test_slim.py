@@ -160,8 +160,8 @@ def test_backbone_in_a_list(tmp_path, registry):
         "default_scope = 'mmpretrain'\n"
         "model = dict(type='ImageToImageRetriever', prototype='none', image_encoder=[\n"
         "    dict(type='mmela.WithLayerAttention',\n"
-        "        backbone=dict(type='mmpretrain.ResNet',\n"
-        "        depth=18), layer_attention=dict(type='MRLABase')),\n"
+        "        backbone=dict(type='mmpretrain.ResNet', depth=18),\n"
+        "        layer_attention=dict(type='MRLABase')),\n"
         "    dict(type='GlobalAveragePooling')])\n"
         "custom_imports = dict(imports=['mmela'])\n"
     )
