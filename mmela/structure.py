@@ -1,12 +1,13 @@
 """The layer attentions of a model: where they are, and pruning them."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Callable, Dict, Iterable, List, Optional, Sequence
 
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
-from .arguments import did_you_mean
+from .arguments import did_you_mean, nearest_first
 from .layers import AttentionState, LayerAttention
 from .layers.stage import Stage
 
@@ -40,7 +41,8 @@ class AttentionStage:
     @property
     def observer(self) -> Optional[Callable[[List[Tensor]], None]]:
         """callable | None: Called after each forward pass with the scores of the
-        active attentions, a list of (B, G, t) tensors without gradient."""
+        active attentions, those of :class:`mmela.layers.StageMemory`, without
+        gradient."""
         return self.place.observer
 
     @observer.setter
@@ -189,7 +191,8 @@ def prune(model: nn.Module, names: Sequence[str], keep_value: bool = False) -> N
     Args:
         model (nn.Module): A model, wrapped for distributed training or not.
         names (Sequence[str]): Names as of :func:`layer_attentions`, or of the
-            blocks, as in the table that attaching them prints.
+            blocks, as in the table that attaching them prints, see
+            :func:`find_attention`.
         keep_value (bool): Let later attentions still see the key and value.
             What no later attention of the stage would see goes all the same:
             its parameters would get no gradient, which distributed training
@@ -197,7 +200,10 @@ def prune(model: nn.Module, names: Sequence[str], keep_value: bool = False) -> N
 
     Raises:
         KeyError: If there is no layer attention of a name; nothing is pruned then.
+        TypeError: If ``names`` is one string.
     """
+    if isinstance(names, str):
+        raise TypeError(f'names={names!r} is a string; give a list: [{names!r}]')
     attentions = layer_attentions(model)
     state = AttentionState.VALUE_ONLY if keep_value else AttentionState.PRUNED
     for attention in [find_attention(attentions, name) for name in names]:
@@ -214,18 +220,30 @@ def find_attention(attentions: Dict[str, LayerAttention], name: str) -> LayerAtt
 
     Args:
         attentions (dict[str, LayerAttention]): Of :func:`layer_attentions`.
-        name (str): The name.
+        name (str): The name, with or without ``.layer_attn``, in the model or, as in
+            the table that attaching prints, in the network that was given attentions.
 
     Returns:
         LayerAttention: The attention.
 
     Raises:
-        KeyError: If there is none; the message lists those that there are.
+        KeyError: If there is none, or several networks have one; the message lists
+            those that there are, the most alike first.
     """
-    for full in (name, f'{name}.layer_attn'):
-        if full in attentions:
-            return attentions[full]
+    if name in attentions:
+        return attentions[name]
+    block = re.sub(r'\.layer_attn$', '', str(name))
+    if f'{block}.layer_attn' in attentions:
+        return attentions[f'{block}.layer_attn']
+    found = [n for n, a in attentions.items() if a.place and a.place.block == block]
+    if len(found) == 1:
+        return attentions[found[0]]
+    if found:
+        raise KeyError(
+            f'layer attention {name!r} is one of {", ".join(found)}: say which'
+        )
+    known = [re.sub(r'\.layer_attn$', '', other) for other in attentions]
     raise KeyError(
-        f'there is no layer attention {name!r}{did_you_mean(name, attentions)}; there '
-        f'are {", ".join(attentions) or "none"}'
+        f'there is no layer attention {name!r}{did_you_mean(block, known)}; there are '
+        f'those of {", ".join(nearest_first(block, known)) or "no block"}'
     )

@@ -8,9 +8,9 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from torch import nn
 
-from ..arguments import arguments_of
+from ..arguments import arguments_of, check_arguments, check_count
 from ..layers import AttentionState, LayerAttention
-from ..layers.stage import Place, Stage, attach_hooks, ensure_tap
+from ..layers.stage import PassHook, Place, Stage, attach_hooks, ensure_tap
 from ..registry import LAYER_ATTENTIONS, find_layer_attention
 from .blocks import Block, same_features
 from .checkpoints import OlderCheckpoints
@@ -129,8 +129,11 @@ def attach_layer_attention(
         torch.Size([2, 1000])
     """
     arguments, attention_class = check_layer_attention(layer_attention)
-    if type(layers_per_stage) is not int or layers_per_stage < 1:
-        raise ValueError(f'layers_per_stage={layers_per_stage!r} is less than 1')
+    check_count('layers_per_stage', layers_per_stage, 1)
+    if input_size is not None:
+        input_size = _check_size(input_size)
+    if input_channels is not None:
+        check_count('input_channels', input_channels, 1)
     _check_network(backbone)
     stages, without = _find_stages(
         backbone, blocks, input_size, input_channels, layers_per_stage
@@ -176,6 +179,9 @@ def attach_layer_attention(
     before_attaching = _outputs(backbone, *images) if containers else None
     with ExitStack() as undo:
         _sit_down(seats, undo)
+        hook = PassHook(list({seat.attention.place.stage: 0 for seat in seats}))
+        handle = backbone.register_forward_pre_hook(hook, with_kwargs=True)
+        undo.callback(handle.remove)
         if before_attaching is not None:
             _check_unchanged(backbone, seats, before_attaching, images)
         undo.pop_all()
@@ -224,6 +230,7 @@ def with_layer_attention(backbone: Any, **kwargs) -> nn.Module:
     if kwargs.get('attention_blocks') is not None:
         kwargs['blocks'] = kwargs['attention_blocks']
     kwargs.pop('attention_blocks', None)
+    check_arguments(attach_layer_attention, kwargs, name='WithLayerAttention')
     return attach_layer_attention(MODELS.build(backbone), **kwargs)
 
 
@@ -238,7 +245,8 @@ def check_layer_attention(layer_attention: Optional[dict]) -> Tuple[dict, type]:
 
     Raises:
         KeyError: If there is no layer attention of that ``type``.
-        TypeError: If it is not a dict with a ``type``.
+        TypeError: If it is not a dict with a ``type``, or has an argument that is
+            unknown or of another type.
     """
     if layer_attention is None:
         layer_attention = dict(type='MRLABase')
@@ -248,7 +256,9 @@ def check_layer_attention(layer_attention: Optional[dict]) -> Tuple[dict, type]:
             f"as dict(type='MRLABase'), got {layer_attention}"
         )
     arguments = dict(layer_attention)
-    return arguments, find_layer_attention(arguments.pop('type'))
+    attention_class = find_layer_attention(arguments.pop('type'))
+    check_arguments(attention_class, arguments)
+    return arguments, attention_class
 
 
 def _check_network(backbone: nn.Module) -> None:
@@ -278,6 +288,12 @@ def _find_stages(
 ) -> Tuple[Stages, Set[str]]:
     """Stages, and names of the blocks in them that get no attention."""
     known = known_stages(backbone, layers_per_stage)
+    first = channels_to_try(backbone)[0]
+    if known and input_channels not in (None, first):
+        raise ValueError(
+            f'input_channels={input_channels}, but {type(backbone).__name__} takes '
+            f'images of {first} channels'
+        )
     by_index = _are_indices(blocks)
     if by_index or isinstance(blocks, str) and blocks == 'auto':
         stages = known or _discover(
@@ -426,12 +442,6 @@ def _try(
 
     What the network returns is added to ``outputs``.
     """
-    if input_size is not None:
-        input_size = _check_size(input_size)
-    if input_channels is not None and (
-        type(input_channels) is not int or input_channels < 1
-    ):
-        raise ValueError(f'input_channels={input_channels!r} is not an integer >= 1')
     sizes = [input_size] if input_size else sizes_to_try(backbone)
     channels = [input_channels] if input_channels else channels_to_try(backbone)
     batch = 2
@@ -545,8 +555,7 @@ def _arguments(
     found: Dict[str, Any] = {}
     if 'head_dim' in allowed:
         found['head_dim'] = max(d for d in range(1, 33) if block.channels % d == 0)
-    # An attention that replaces the output has no branch to drop
-    if not block.own_drop_path and not given.get('replace'):
+    if not block.own_drop_path and attention_class.is_branch(given):
         found['drop_path'] = _drop_path(block.module)
     if block.features.layout != 'BCHW':
         found.update({k: v for k, v in TOKEN_DEFAULTS.items() if k in allowed})
@@ -628,7 +637,7 @@ def _build(
         arguments.update(small_init=None, zero_init=True)
     attention = attention_class(block.channels, **arguments)
     from_plain = _starts_from_plain(arguments) and attention.scale is None
-    if from_plain and block.features.layout != 'BCHW':
+    if from_plain and 'norm_cfg' in allowed and block.features.layout != 'BCHW':
         raise ValueError(
             f'{block.name} returns tokens: zero_init and small_init need '
             'token_norm_cfg there, or norm_cfg=None'

@@ -130,7 +130,7 @@ class Network:
         built.load_state_dict(state)
         if name == 'ela':
             names = list(layer_attentions(built))
-            gone = half(names) if self.pruned is None else match(self.pruned, names)
+            gone = half(names) if self.pruned is None else self.pruned
             prune(built, gone, self.keep_value)
         return built
 
@@ -223,34 +223,6 @@ def half(names: Sequence[str]) -> List[str]:
     for name in names:
         stages.setdefault(name.rsplit('.', 2)[0], []).append(name)
     return [name for stage in stages.values() for name in stage[1::2]]
-
-
-def match(blocks: Sequence[str], names: Sequence[str]) -> List[str]:
-    """Full names of attentions that are named by their blocks.
-
-    Args:
-        blocks (Sequence[str]): Names such as ``layer3.1``, with or without
-            ``backbone.`` before and ``.layer_attn`` behind.
-        names (Sequence[str]): Full names of all attentions.
-
-    Returns:
-        list[str]: Those that are meant.
-
-    Raises:
-        ValueError: If there is no such attention.
-    """
-
-    def short(name: str) -> str:
-        return re.sub(r'^backbone\.|\.layer_attn$', '', name)
-
-    known = {short(name): name for name in names}
-    unknown = [block for block in blocks if short(block) not in known]
-    if unknown:
-        raise ValueError(
-            f'--prune: {unknown[0]!r} has no layer attention; '
-            f'allowed are {", ".join(known)}'
-        )
-    return [known[short(block)] for block in blocks]
 
 
 class Contestant:

@@ -1,5 +1,5 @@
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.config import Config
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ..command_line import one_line, one_line_errors
 from ..compat.checkpoints import load_checkpoint
 from ..compat.loaders import is_on_hub
+from ..layers import AttentionState
+from ..layers.state import decode
 from .published import strip_module
 
 # What building a network of somebody's config, and loading it, may raise
@@ -183,8 +185,9 @@ def load_mostly_fitting(
 
     Raises:
         ValueError: If most keys of one of the network's parts, such as its head or
-            a layer attention, are missing or have another shape. The message has
-            the counts.
+            a layer attention, are missing or have another shape, or the network has
+            no place for layer attentions that are not pruned. The message has the
+            counts.
     """
     state_dict = strip_module(state_dict)
     if not force:
@@ -210,17 +213,26 @@ def check_fit(
 
     Raises:
         ValueError: If most keys of a part of the network are missing or have
-            another shape.
+            another shape, or it has no place for layer attentions that are not
+            pruned.
     """
     own = model.state_dict()
     try:  # Modules may rename keys of earlier versions
-        missing = list(model.load_state_dict(state_dict, strict=False).missing_keys)
+        missing, unexpected = model.load_state_dict(state_dict, strict=False)
     except RuntimeError:
         missing = [
             key
             for key, value in own.items()
             if key not in state_dict or state_dict[key].shape != value.shape
         ]
+        unexpected = [key for key in state_dict if key not in own]
+    spare = _attentions_in(state_dict, unexpected)
+    if spare:
+        raise ValueError(
+            f'{checkpoint} has {len(spare)} layer attentions that {config} has no '
+            f'place for, such as {spare[0]}: without them it is another network. Give '
+            'the config that it was trained with; --force takes it all the same'
+        )
     parts: Dict[str, list] = {}
     for key in own:
         # A slim checkpoint lacks attentions that the whole network would run
@@ -246,3 +258,18 @@ def check_fit(
             f"checkpoint's {len(state_dict)} keys have no place; "
             f'{hint if slim else ""}--force takes it all the same'
         )
+
+
+def _attentions_in(state_dict: Dict[str, Tensor], keys: Sequence[str]) -> List[str]:
+    """Names of layer attentions that some keys are of, without those pruned whole."""
+    names = [key.rpartition('.state')[0] for key in keys if key.endswith('.state')]
+    found = []
+    for name in names:
+        if name.split('.')[-1] == 'layer_attn':
+            try:
+                state = decode(state_dict[f'{name}.state'])[0]
+            except ValueError:
+                state = AttentionState.ACTIVE
+            if state != AttentionState.PRUNED:
+                found.append(name)
+    return found

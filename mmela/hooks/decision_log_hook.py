@@ -6,13 +6,14 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.visualization import LocalVisBackend
 
+from ..arguments import CheckedArguments, check_count
 from ..engine import StepTimes
 from ..engine.tables import decision_table
 from ..pruning import PruningDecision
 
 
 @HOOKS.register_module()
-class DecisionLogHook(Hook):
+class DecisionLogHook(Hook, metaclass=CheckedArguments):
     """Log what a :class:`LayerAttentionPruningHook` measures and decides.
 
     A run with that hook gets this one by itself.
@@ -35,7 +36,7 @@ class DecisionLogHook(Hook):
     priority = 'NORMAL'
 
     def __init__(self, interval: int = 50) -> None:
-        self.interval = interval
+        self.interval = check_count('interval', interval, 0)
         self._pruning: Any = None
         self._told = 0
 

@@ -1,22 +1,23 @@
 import copy
 import json
 import os.path as osp
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Union
 
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from ..arguments import check_arguments
-from ..engine import check_wrapper, prune_run, trained_parameters
+from ..arguments import CheckedArguments, check_count
+from ..engine import check_wrapper, prune_run, resumed_from, trained_parameters
 from ..layers import LayerAttention
-from ..pruning import PruningDecision, PruningReport, build_policy
-from ..pruning.record import check_name, keep_earlier
+from ..pruning import PruningDecision, PruningPolicy, PruningReport, build_policy
+from ..pruning.record import check_name, keep_earlier, within
 from ..structure import AttentionStage, trained_stages, unreached
 from .decision_log_hook import DecisionLogHook
 from .measured_stages import candidate_stages, measured_stages
 from .measurement import Measurement
 from .meter import NetworkKLMeter, check_measurement
+from .saved_pruning import SavedPruning
 from .windows import Window, check_run, check_windows
 
 CHECKPOINT_KEY = 'layer_attention_pruning'
@@ -24,7 +25,7 @@ UNPRUNED = 'before_pruning.pth'
 
 
 @HOOKS.register_module()
-class LayerAttentionPruningHook(Hook):
+class LayerAttentionPruningHook(Hook, metaclass=CheckedArguments):
     """Prune redundant layer attentions while a network trains (ELA).
 
     In given windows of the training the hook measures the KL divergence
@@ -43,7 +44,8 @@ class LayerAttentionPruningHook(Hook):
             (7, 7) of 12 for COCO, (1, 3) and (51, 53) of 100 for ImageNet,
             (1, 3), (45, 48) and (91, 93) of 180 for CIFAR. None at all prunes
             no more.
-        policy (dict): Config of the pruning policy, see :mod:`mmela.pruning`.
+        policy (dict | PruningPolicy): Config of the pruning policy, see
+            :mod:`mmela.pruning`, or the policy.
             Defaults to ``dict(type='EBQM')``.
         by_epoch (bool): Whether windows count epochs; otherwise iterations,
             for an ``IterBasedTrainLoop``. Defaults to True.
@@ -89,7 +91,8 @@ class LayerAttentionPruningHook(Hook):
             or ends after the training; if the policy or another argument is
             unknown or out of range; if the loop, the model or a follower does
             not fit; or if a checkpoint holds a window that was measured
-            otherwise. All of these come before the first iteration. Also if a
+            otherwise, a damaged record, or decisions that contradict its network.
+            All of these come before the first iteration. Also if a
             measured KL divergence is NaN or infinite; nothing is pruned then.
     """
 
@@ -99,7 +102,7 @@ class LayerAttentionPruningHook(Hook):
     def __init__(
         self,
         windows: Sequence[Window],
-        policy: Optional[dict] = None,
+        policy: Union[dict, PruningPolicy, None] = None,
         by_epoch: bool = True,
         keep_value: bool = False,
         reduction: str = 'mean_kl',
@@ -109,34 +112,21 @@ class LayerAttentionPruningHook(Hook):
         followers: Optional[Dict[str, str]] = None,
         keep_unpruned: bool = True,
     ) -> None:
-        # Not by the names alone, which Python checks: by their types too
-        check_arguments(
-            type(self),
-            dict(
-                by_epoch=by_epoch,
-                keep_value=keep_value,
-                reduction=reduction,
-                eps=eps,
-                keep_unpruned=keep_unpruned,
-            ),
-        )
         self.windows = check_windows(windows)
         self.policy = build_policy(policy)
         check_measurement(reduction, eps)
-        if type(log_interval) is not int or log_interval < 0:
-            raise ValueError(f'log_interval={log_interval!r} is not an integer >= 0')
+        check_count('log_interval', log_interval, 0)
         self.by_epoch = by_epoch
         self.keep_value = keep_value
         self.reduction = reduction
         self.eps = eps
         self.log_interval = log_interval
-        if put_off_until is not None and (
-            type(put_off_until) is not int
-            or not any(window[1] < put_off_until for window in self.windows)
+        if put_off_until is not None and not any(
+            window[1] < put_off_until for window in self.windows
         ):
             raise ValueError(
-                f'put_off_until={put_off_until!r} is not an integer above the end of '
-                f'a window; the windows are {self.windows}'
+                f'put_off_until={put_off_until} is not above the end of a window; the '
+                f'windows are {self.windows}'
             )
         self.put_off_until = put_off_until
         self.followers = dict(followers or {})
@@ -214,21 +204,19 @@ class LayerAttentionPruningHook(Hook):
         """Take up what a checkpoint held, if the run goes on from it."""
         loaded, self._loaded = self._loaded, None
         done = self._done(runner)
-        resumes = loaded is not None and runner.iter > 0
-        if resumes:
-            for name, start in loaded.get('random_start', {}).items():
-                if name in self.attentions:
-                    self.attentions[name].random_start = start
-            self.history = [
-                PruningDecision.from_dict(data, self.settings)
-                for data in loaded['history']
-            ]
+        saved: Optional[SavedPruning] = None
+        if loaded is not None and runner.iter > 0:
+            with within(f'{resumed_from(runner)}, {CHECKPOINT_KEY}'):
+                saved = SavedPruning.read(loaded, self.settings)
+                saved.check_network(runner.model)
+                saved.restore_starts(self.attentions)
+            self.history = saved.history
         if self.history:
             self._write_report(runner)
         elif is_main_process():
             keep_earlier(self._report_path(runner))
-        if resumes and loaded['window'] is not None:
-            self._resume_window(runner, loaded['window'], done)
+        if saved is not None and saved.window is not None:
+            self._resume_window(runner, saved.window, done)
         missed = [w for w in self._undecided() if w[1] <= done]
         if missed and self.open is None:
             rest = '' if self.windows[-1][1] > done else ', and no window is left'

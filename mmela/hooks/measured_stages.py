@@ -71,8 +71,8 @@ def measured_stages(
         trained now and follow none; empty where all of them are frozen.
 
     Raises:
-        ValueError: If there is none, trained or not, or a module cannot follow
-            another.
+        ValueError: If there is none, trained or not, if all that are trained follow
+            others, or if a module cannot follow another.
     """
     if is_model_wrapper(model):
         model = model.module
@@ -80,6 +80,12 @@ def measured_stages(
     stages = attention_stages(model)
     trained = trained_stages(model, parameters)
     measured = {name: stage for name, stage in candidates.items() if name in trained}
+    following = [n for n in trained if any(_within(n, f) for f in followers)]
+    if following and not measured:
+        raise ValueError(
+            f'followers: {following[0]} is trained but follows another module, and no '
+            f'network that follows none is trained; got followers={followers}'
+        )
     if not measured:
         logger.warning(
             'All networks with prunable layer attentions are frozen now: none of their '

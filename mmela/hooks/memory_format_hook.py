@@ -6,6 +6,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import nn
 
+from ..arguments import CheckedArguments
+
 
 def use_channels_last(part: nn.Module) -> None:
     """Run a network or a part of it in channels_last from now on.
@@ -29,7 +31,7 @@ def use_channels_last(part: nn.Module) -> None:
 
 
 @HOOKS.register_module()
-class MemoryFormatHook(Hook):
+class MemoryFormatHook(Hook, metaclass=CheckedArguments):
     """Run a part of the model in channels_last, see :func:`use_channels_last`.
 
     It is faster on a CPU. Unlike ``custom_hooks``, which a config replaces as a

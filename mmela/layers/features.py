@@ -109,6 +109,25 @@ class Features:
 
         return patches.unflatten(2, (height, width)), restore
 
+    def to_positions(
+        self, features: Tensor
+    ) -> Tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The features for what treats all positions alike, and the way back.
+
+        Args:
+            features (Tensor): (B, C, H, W), (B, H, W, C) or (B, L, C).
+
+        Returns:
+            tuple[Tensor, callable]: A view (B, C, H, W), of tokens (B, C, L, 1) with
+            the extra ones, and a function from such a map to the layout of the
+            features.
+        """
+        if self.layout == 'BLC':
+            return features.transpose(1, 2)[..., None], lambda x: x[..., 0].transpose(
+                1, 2
+            )
+        return self.to_map(features, (), None)
+
 
 class Resolution:
     """Height and width of the map that tokens are of.

@@ -2,15 +2,15 @@
 
 An attention is the submodule ``layer_attn`` of its block and runs from the block's
 own hooks, :func:`before_block` and :func:`after_block`. They act on the module that
-they are called with, so copies and replicas of a network run on their own, and they
-keep what a forward pass needs by thread and not in modules, so an exception leaves
-nothing behind in the network.
+they are called with, so copies and replicas of a network run on their own. What a
+forward pass needs is kept by thread and not in modules; a hook of the network,
+:class:`PassHook`, drops it when the pass ends, however it ends.
 """
 
+import itertools
 import threading
-import weakref
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,9 @@ class Stage:
             it; replicas of a network note it here too.
         hands_over (bool): Whether another stage starts with its memory.
         observer (callable, optional): Called after each forward pass with the
-            scores of the active attentions, a list of (B, G, t) tensors without
-            gradient. None, the default, costs nothing.
+            scores of the active attentions, those of
+            :class:`mmela.layers.StageMemory`, without gradient. None, the default,
+            costs nothing.
     """
 
     def __init__(self, blocks: Sequence[str], number: int = 0) -> None:
@@ -93,22 +94,61 @@ class _Run:
 
 class _Running(threading.local):
     def __init__(self) -> None:
-        self.runs: Dict[Stage, Union[_Run, 'weakref.ref[_Run]']] = {}
+        self.runs: Dict[Stage, _Run] = {}
         self.handed_over: Dict[Stage, StageMemory] = {}
+        self.passes: Dict[Stage, int] = {}  # number of the pass each stage is in
+
+    def drop(self, stage: Stage) -> None:
+        self.runs.pop(stage, None)
+        self.handed_over.pop(stage, None)
 
 
 _running = _Running()
+_pass_numbers = itertools.count()
 
 
 class _Arguments(dict):
-    """Keyword arguments of a running block, which hold the run of its stage.
+    """Keyword arguments of a network that is running.
 
-    While a block runs, the frame of its call keeps the run alive and nothing else
-    does. So it is gone as soon as the call ends in whatever way, Ctrl-C included,
-    after which no hook is called.
+    Only the frame of its call holds them. So they go, and with them what the pass
+    has kept, as soon as the call ends in whatever way, Ctrl-C included, after which
+    no hook is called.
     """
 
-    run: _Run
+    stages: Sequence[Stage] = ()
+    number = -1
+
+    def __del__(self) -> None:
+        for stage in self.stages:
+            # A traceback may keep the frame alive until after the next pass began
+            if _running.passes.get(stage) == self.number:
+                del _running.passes[stage]
+                _running.drop(stage)
+
+
+class PassHook:
+    """Forward pre-hook of a network: a pass takes over nothing from an earlier one.
+
+    To be registered with ``with_kwargs=True``.
+
+    Args:
+        stages (Sequence[Stage]): The stages of the network.
+    """
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self.stages = tuple(stages)
+
+    def __call__(
+        self, network: nn.Module, args: tuple, kwargs: dict
+    ) -> Optional[Tuple[tuple, dict]]:
+        if is_compiling():
+            return None
+        held = _Arguments(kwargs)
+        held.stages, held.number = self.stages, next(_pass_numbers)
+        for stage in self.stages:
+            _running.drop(stage)
+            _running.passes[stage] = held.number
+        return args, held
 
 
 def attach_hooks(block: nn.Module) -> List[Any]:
@@ -127,7 +167,7 @@ def attach_hooks(block: nn.Module) -> List[Any]:
     ]
 
 
-def before_block(block: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple]:
+def before_block(block: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook of a block: have the memory of its stage at hand.
 
     Args:
@@ -135,34 +175,21 @@ def before_block(block: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple]
         args (tuple): Its arguments.
         kwargs (dict): Its keyword arguments.
 
-    Returns:
-        tuple | None: The arguments for the block.
-
     Raises:
         RuntimeError: If an earlier block of the stage has not run in this pass.
     """
     attention: Any = block.layer_attn
     place: Place = attention.place
-    stage = place.stage
     run = _start(attention, args) if place.index == 0 else _current(place)
+    _running.runs[place.stage] = run
     run.block = block
     if attention.needs_identity:
         x = _input(place, (*args, *kwargs.values()))
         run.memory.identity = x.clone() if place.changes_input else x
         run.version = None if is_compiling() or x.is_inference() else x._version
-    if is_compiling():
-        _running.runs[stage] = run
-        return None
-    for name, method in attention.taps.items():
-        ensure_tap(block, name, attention, method)
-    if next(reversed(block._forward_pre_hooks.values())) is not before_block:
-        # Another hook may put other arguments in place of those returned here.
-        _running.runs[stage] = run
-        return None
-    held = _Arguments(kwargs)
-    held.run = run
-    _running.runs[stage] = weakref.ref(run)
-    return args, held
+    if not is_compiling():
+        for name, method in attention.taps.items():
+            ensure_tap(block, name, attention, method)
 
 
 def after_block(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -184,7 +211,7 @@ def after_block(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any
     attention: Any = block.layer_attn
     place: Place = attention.place
     stage = place.stage
-    run = _find(stage)
+    run = _running.runs.get(stage)
     if run is None or run.block is not block:
         raise RuntimeError(f'layer attention: block {place.block} runs within itself')
     # Nothing is left where an error ends the pass here.
@@ -220,14 +247,9 @@ def _start(attention: LayerAttention, args: tuple) -> _Run:
     return _Run(memory)
 
 
-def _find(stage: Stage) -> Optional[_Run]:
-    run = _running.runs.get(stage)
-    return run() if isinstance(run, weakref.ref) else run
-
-
 def _current(place: Place) -> _Run:
     """The run of the pass that a block is part of."""
-    run = _find(place.stage)
+    run = _running.runs.get(place.stage)
     if run is None or run.block is not None or run.done != place.index:
         _running.runs.pop(place.stage, None)
         raise RuntimeError(
@@ -328,10 +350,8 @@ class Tap:
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         attention: Any = self.attention
         memory = None
-        for run in map(_find, _running.runs):
-            if run is None or run.block is None:
-                continue
-            if _part(run.block, self.name) is module:
+        for run in _running.runs.values():
+            if run.block is not None and _part(run.block, self.name) is module:
                 # The attention of the copy that runs, such as a replica
                 attention, memory = run.block.layer_attn, run.memory
         if not attention.active:

@@ -6,6 +6,8 @@ from typing import Callable, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from ..arguments import check_choice
+
 BACKENDS = ('auto', 'reference', 'autograd', 'compile')
 
 
@@ -95,8 +97,7 @@ def check_backend(backend: str) -> str:
             "backend='triton' is no more; 'compile' takes its place", stacklevel=3
         )
         return 'compile'
-    if backend not in BACKENDS:
-        raise ValueError(f'backend={backend!r} does not exist; allowed are {BACKENDS}')
+    check_choice('backend', backend, BACKENDS)
     return backend
 
 

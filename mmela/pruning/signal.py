@@ -18,7 +18,8 @@ def deviation(divergences: Sequence[Optional[Divergence]]) -> Optional[float]:
     block to the next that changes by 41, 29, 22 and 18 % in a stage of six: a
     deviation below a quarter (:data:`MIN_DEVIATION`) leaves the order to the
     positions. The median is taken as a single attention that has learned tells
-    nothing of those that a policy prunes.
+    nothing of those that a policy prunes. Where both attend over the same tokens
+    the baseline is 0, and nothing is known.
 
     Args:
         divergences (Sequence[Divergence | None]): Of the attentions of a
@@ -26,9 +27,9 @@ def deviation(divergences: Sequence[Optional[Divergence]]) -> Optional[float]:
 
     Returns:
         float | None: Median of ``abs(total / baseline - 1)``; None without a
-        measured divergence.
+        measured divergence that has a baseline.
     """
-    found = [abs(d.total / d.baseline - 1) for d in divergences if d is not None]
+    found = [abs(d.total / d.baseline - 1) for d in divergences if d and d.more]
     return float(np.median(found)) if found else None
 
 

@@ -404,10 +404,10 @@ def test_policy_whose_config_cannot_be_kept(tmp_path):
         ([(0, 1)], ValueError, r'\(0, 1\) starts before 1'),
         ([(3, 2)], ValueError, r'\(3, 2\) is reversed'),
         ([(1, 3), (3, 4)], ValueError, r'\(1, 3\) and \(3, 4\) overlap'),
-        ([5], TypeError, 'window 5 is not a pair'),
-        ([(1, 2, 3)], TypeError, 'not a pair'),
-        ([(1, 1.5)], TypeError, 'not a pair'),
-        ([(True, 1)], TypeError, 'not a pair'),
+        ([5], TypeError, r'windows=.*: 5 is of type int'),
+        ([(1, 2, 3)], TypeError, r'\(1, 2, 3\) is of type tuple'),
+        ([(1, 1.5)], TypeError, r'\(1, 1.5\) is of'),
+        ([(True, 1)], TypeError, r'\(True, 1\) is of'),
     ],
 )
 def test_bad_windows(windows, error, match):
