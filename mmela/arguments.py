@@ -1,4 +1,4 @@
-"""Checks of arguments that come from a config, before anything is built."""
+"""Check the arguments of a config before anything is built."""
 
 import inspect
 import numbers
@@ -16,21 +16,21 @@ KINDS = {
 
 
 def check_arguments(cls: type, arguments: Dict[str, Any]) -> None:
-    """Check names and types of keyword arguments of a class.
+    """Check names and types of keyword arguments for a class.
 
     Args:
-        cls (type): The class. Where its constructor passes ``**kwargs`` on, the
+        cls (type): The class. If its constructor passes ``**kwargs`` on, the
             arguments of its base class are allowed too.
         arguments (dict): The arguments.
 
     Raises:
-        TypeError: If one is unknown or its value is of another type than its
-            annotation says. The message names the class, the value and what is
+        TypeError: If an argument is unknown, or if its value does not have the
+            annotated type. The message names the class, the value and what is
             allowed.
     """
     allowed = arguments_of(cls)
     if any(_is_opaque(vars(base).get('__init__')) for base in cls.__mro__):
-        return  # wrapped by somebody: the constructor itself knows
+        return  # a decorator hides the signature; let the constructor check
     for name, value in arguments.items():
         if name not in allowed:
             raise TypeError(
@@ -41,21 +41,22 @@ def check_arguments(cls: type, arguments: Dict[str, Any]) -> None:
         wanted = _wanted(value, allowed[name])
         if wanted:
             raise TypeError(
-                f'{cls.__name__}: {name}={value!r} is of type {type(value).__name__}; '
-                f'allowed is {wanted}'
+                f'{cls.__name__}: {name}={value!r} has type {type(value).__name__}, '
+                f'but must be {wanted}'
             )
 
 
 def arguments_of(cls: type) -> Dict[str, Any]:
-    """Arguments of the constructor of a class, with their annotations.
+    """List the arguments of a class's constructor with their annotations.
 
     Args:
         cls (type): The class.
 
     Returns:
-        dict[str, Any]: By name; ``inspect.Parameter.empty`` without annotation.
+        dict[str, Any]: Annotations by name; ``inspect.Parameter.empty`` for an
+        argument without one.
     """
-    found: Dict[str, Any] = {}
+    annotations: Dict[str, Any] = {}
     for base in cls.__mro__:
         constructor = vars(base).get('__init__')
         if constructor is None:
@@ -66,14 +67,14 @@ def arguments_of(cls: type) -> Dict[str, Any]:
                 parameter.POSITIONAL_OR_KEYWORD,
                 parameter.KEYWORD_ONLY,
             ):
-                found.setdefault(parameter.name, parameter.annotation)
+                annotations.setdefault(parameter.name, parameter.annotation)
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return found
+    return annotations
 
 
 def _is_opaque(constructor: Any) -> bool:
-    """Whether a Python function takes whatever arguments there are."""
+    """Whether a Python function is declared as ``(self, *args, **kwargs)``."""
     if not inspect.isfunction(constructor):
         return False
     parameters = list(inspect.signature(constructor).parameters.values())[1:]
@@ -82,14 +83,15 @@ def _is_opaque(constructor: Any) -> bool:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The known name that is nearest to an unknown one, as part of a message.
+    """Suggest the known name that is closest to an unknown one.
 
     Args:
         name (str): The unknown name.
         known (Iterable[str]): Known names.
 
     Returns:
-        str: Such as ``" (did you mean 'head_dim'?)"``; empty if none is near.
+        str: Part of a message, such as ``" (did you mean 'head_dim'?)"``; empty if
+        no name is close.
     """
     lower = {other.lower(): other for other in known}
     near = get_close_matches(str(name).lower(), lower, n=1)
@@ -97,7 +99,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def _wanted(value: Any, annotation: Any) -> Optional[str]:
-    """What is allowed instead of a value; None if it is allowed or unknown."""
+    """Describe the allowed values; None if the value fits or the type is unknown."""
     options: Sequence[Any] = (annotation,)
     if typing.get_origin(annotation) is Union:
         options = typing.get_args(annotation)
@@ -108,7 +110,7 @@ def _wanted(value: Any, annotation: Any) -> Optional[str]:
         elif option in KINDS:
             fits, name = KINDS[option]
         else:
-            return None  # no simple type: the class looks itself
+            return None  # not a simple type; the class checks it itself
         if fits(value):
             return None
         names.append(name)

@@ -5,16 +5,15 @@ from .tables import step_time_table
 
 
 class StepTimes:
-    """Step times of a training between its prunings.
+    """Step times of a training between prunings.
 
     Args:
-        runner (Runner): The runner. Step times that a resumed run brings with
-            it do not count.
+        runner (Runner): The runner. Step times from before a resume do not count.
     """
 
     def __init__(self, runner) -> None:
         self._seen = len(_logged(runner))
-        # Active attentions, median step time and number of steps
+        # (active attentions, median step time, number of steps)
         self._speeds: List[Tuple[int, float, int]] = []
 
     def record(self, runner, active: int, step: int) -> None:
@@ -22,8 +21,8 @@ class StepTimes:
 
         Args:
             runner (Runner): The runner.
-            active (int): Active attentions in that time.
-            step (int): Iterations done.
+            active (int): Number of active attentions in that time.
+            step (int): Number of iterations done.
         """
         times = _logged(runner)[self._seen :]
         self._seen += len(times)
@@ -35,12 +34,12 @@ class StepTimes:
             )
 
     def table(self) -> str:
-        """A table for a terminal; empty if there is nothing to compare."""
+        """Format the times for a terminal; empty if there is nothing to compare."""
         return step_time_table(self._speeds) if len(self._speeds) > 1 else ''
 
 
 def _logged(runner) -> List[float]:
-    """Logged times of all training steps, in seconds."""
+    """Times of all logged training steps, in seconds."""
     if 'train/time' not in runner.message_hub.log_scalars:
         return []
     return list(runner.message_hub.get_scalar('train/time').data[0])

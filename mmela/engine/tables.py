@@ -16,12 +16,11 @@ def decision_table(layers: Sequence[LayerDecision]) -> str:
     """Format a decision.
 
     Args:
-        layers (Sequence[LayerDecision]): Decision on each attention; its
-            divergence, the two parts of that, and what it is in uniform
-            attention.
+        layers (Sequence[LayerDecision]): The decision on each attention. The table
+            shows its divergence, the two parts, and the value of uniform attention.
 
     Returns:
-        str: A table of 120 columns at most.
+        str: A table of at most 120 columns.
     """
     rows = []
     for layer in layers:
@@ -49,7 +48,7 @@ def step_time_table(speeds: Sequence[Tuple[int, float, int]]) -> str:
             step time in seconds and number of steps, in order.
 
     Returns:
-        str: A table of 120 columns at most.
+        str: A table of at most 120 columns.
     """
     rows = []
     for active, seconds, count in speeds:
@@ -60,7 +59,7 @@ def step_time_table(speeds: Sequence[Tuple[int, float, int]]) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format cells; columns marked by ``>`` are justified to the right."""
+    """Format cells; a leading ``>`` aligns a column to the right."""
     table = Table(box=box.MARKDOWN)
     for index, column in enumerate(columns):
         justify = 'right' if column.startswith('>') else 'left'
@@ -68,7 +67,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     buffer = io.StringIO()
-    # Jupyter and others ask rich for colours in the environment.
+    # Jupyter and others request colours by environment variables
     Console(file=buffer, width=120, force_terminal=False, color_system=None).print(
         table
     )

@@ -1,4 +1,4 @@
-"""Layer attentions, and the stages that run them."""
+"""Layer attentions and the stages that run them."""
 
 from .base import LayerAttention, QKVLayerAttention, StageMemory
 from .dla import DLABase, DLALight

@@ -357,11 +357,11 @@ def test_names_are_names(tmp_path, name):
     report = tmp_path / 'run' / 'pruning.json'
     sound = report.read_text()
     report.write_text(sound.replace('backbone.layer1', json.dumps(name)[1:-1]))
-    with pytest.raises(ValueError, match=f'{report} .*no name of a module'):
+    with pytest.raises(ValueError, match=f'{report} .*not a module name'):
         make_report(tmp_path / 'run')
     report.write_text(sound)
     path = write_measurement(tmp_path / 'run', 2, {name: stage(['active'] * 3)})
-    with pytest.raises(ValueError, match=f'{path} .*no name of a module'):
+    with pytest.raises(ValueError, match=f'{path} .*not a module name'):
         make_report(tmp_path / 'run')
 
 

@@ -293,9 +293,9 @@ def test_errors():
         BlockStage(block).attach(0, BA(C))
     with pytest.raises(ValueError, match='a Linear ends is not known'):
         BlockStage(nn.Linear(2, 2)).attach(0, DIA(C))
-    with pytest.raises(ValueError, match='reduction=17 of 16 channels'):
+    with pytest.raises(ValueError, match='reduction=17 leaves none of 16 channels'):
         DIA(C, reduction=17)
-    with pytest.raises(ValueError, match='reduction=17 of 16 channels'):
+    with pytest.raises(ValueError, match='reduction=17 leaves none of 16 channels'):
         BA(C, reduction=17)
     with pytest.raises(ValueError, match='hidden=0'):
         RLAg(C, hidden=0)
@@ -304,5 +304,5 @@ def test_errors():
     with pytest.raises(TypeError, match='plugin must be a dict'):
         Plugin(C)
     block = make_stage(DIA)[1]
-    with pytest.raises(RuntimeError, match='block 1 runs in a pass in which'):
+    with pytest.raises(RuntimeError, match='block 1 runs, but not all'):
         block(torch.randn(2, C, 4, 4))

@@ -100,7 +100,7 @@ def test_without_timm(monkeypatch):
 
 @pytest.mark.parametrize('type', ['SqueezeExcitation', 'BAM', 'DoubleAttention'])
 def test_reduction_that_leaves_nothing(type):
-    with pytest.raises(ValueError, match='reduction=17 of 16 channels'):
+    with pytest.raises(ValueError, match='reduction=17 leaves none of 16 channels'):
         make(type, reduction=17)
 
 

@@ -323,8 +323,8 @@ def test_stage_that_never_runs_is_kept(tmp_path):
     cfg = toy_config(tmp_path, HOOK)
     cfg.model.type = 'HalfUsedNetwork'
     runner = train(cfg)
-    assert 'layer2 has not run in window (1, 1)' in log_of(runner)
-    assert 'No training pass has reached these layer attentions' in log_of(runner)
+    assert 'layer2 did not run during window (1, 1)' in log_of(runner)
+    assert 'These layer attentions have not run in training' in log_of(runner)
     assert 'diverged' not in log_of(runner)
     assert pruned(runner.model)
     assert all(name.startswith('layer1') for name in pruned(runner.model))
@@ -412,7 +412,7 @@ def test_bad_arguments(kwargs, match):
 @pytest.mark.parametrize(
     'hook, kwargs, match',
     [
-        (dict(windows=[(5, 5)]), {}, r'\(5, 5\) ends after the last of 4 epochs'),
+        (dict(windows=[(5, 5)]), {}, r'\(5, 5\) ends after the 4 epochs'),
         (HOOK, dict(layer_attention=None), 'prunable.*found: none'),
         (HOOK, dict(layer_attention='MRLALight'), 'prunable.*found: MRLALight'),
         (HOOK, dict(layer_attention='KCLA'), 'prunable.*found: KCLA'),

@@ -96,8 +96,8 @@ def test_users_checkpoint_in_an_iteration_window(steps, tmp_path, name):
 def test_sums_of_another_point_are_dropped(steps, tmp_path):
     """As where a user gives the checkpoint a count of their own."""
     runner = resume(still(tmp_path, STEPS, iterations=True), steps / 'count.pth')
-    assert 'stand after iteration 4 and the run after 2, or are of' in log_of(runner)
-    assert 'measured from 3 on' in log_of(runner)
+    assert 'they cover 4 iterations and the run has done 2' in log_of(runner)
+    assert 'measured only from iteration 3 on' in log_of(runner)
 
 
 @pytest.fixture(scope='module')
@@ -166,7 +166,7 @@ def test_another_policy_after_a_resume(tmp_path):
 def test_only_checkpoint_warns(tmp_path):
     hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1))
     runner = train(toy_config(tmp_path, HOOK, default_hooks=hooks))
-    assert 'max_keep_ckpts=1: mmengine removes' in log_of(runner)
+    assert 'max_keep_ckpts=1: mmengine deletes' in log_of(runner)
 
 
 @pytest.mark.parametrize('windows, rest', [([(1, 1)], True), ([(1, 1), (4, 4)], False)])
@@ -176,5 +176,5 @@ def test_past_windows_warn(tmp_path, windows, rest):
     runner = resume(
         toy_config(tmp_path / 'resumed', hook), tmp_path / 'plain' / 'epoch_2.pth'
     )
-    assert 'Windows [(1, 1)] are past without a decision' in log_of(runner)
+    assert 'windows [(1, 1)] have passed without a decision' in log_of(runner)
     assert ('no window is left' in log_of(runner)) == rest

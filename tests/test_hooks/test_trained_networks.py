@@ -86,8 +86,12 @@ def test_follower_gets_the_structure(tmp_path, keep_value):
             dict(pruned=['layer2.1.layer_attn']),
             'layer2.1.layer_attn is .*PRUNED.*ACTIVE',
         ),
-        (dict(student='teacher'), {}, 'MRLABase, but in no network that is trained'),
-        (dict(teacher='student.head'), {}, 'student.head, in which no'),
+        (dict(student='teacher'), {}, 'MRLABase, but only in followers'),
+        (
+            dict(teacher='student.head'),
+            {},
+            'because no layer attention is measured in student.head',
+        ),
     ],
 )
 def test_what_cannot_follow_is_refused_before_training(

@@ -188,7 +188,7 @@ class TestHead:
         ids=str,
     )
     def test_bad_channels(self, kwargs):
-        with pytest.raises(ValueError, match='one entry less'):
+        with pytest.raises(ValueError, match='one entry fewer'):
             self.build(**kwargs)
 
 

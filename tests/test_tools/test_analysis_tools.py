@@ -301,7 +301,7 @@ def test_cam_errors_are_one_line(network, images, tmp_path):
         (['--layers', 'layer7.0'], 'layer7.0 is no block'),
         (['--target', 4], 'target=4 is no class'),
         (['--batch-size', 0], '--batch-size=0'),
-        (['--compare', network[0], 'nowhere.pth'], 'no file nowhere.pth'),
+        (['--compare', network[0], 'nowhere.pth'], 'there is no file nowhere.pth'),
     ]:
         with pytest.raises(SystemExit, match=match) as error:
             tool(
@@ -354,7 +354,7 @@ def test_errors_are_one_line(network, images, tmp_path):
     for args, match in [
         (('no.py', checkpoint, *data), 'no file no.py'),
         ((config, checkpoint), 'has no val_dataloader; .* --data'),
-        ((config, tmp_path / 'bad.pth', *data), 'bad.pth is no checkpoint'),
+        ((config, tmp_path / 'bad.pth', *data), 'bad.pth is not a checkpoint'),
         ((config, tmp_path / 'other.pth', *data), 'keys are missing such as'),
         ((config, wide[1], *data), 'does not fit .* size mismatch'),
         ((*plain, *data), 'has no layer attention'),

@@ -180,9 +180,9 @@ def test_errors_are_one_line(network, tmp_path):
     plain = tmp_path / 'plain.pth'
     torch.save(dict(state_dict=dict(x=torch.zeros(1))), plain)
     for name, args, match in [
-        ('slim', (config, 'nowhere.pth', 'out.pth'), 'no file nowhere.pth'),
+        ('slim', (config, 'nowhere.pth', 'out.pth'), 'there is no file nowhere.pth'),
         ('slim', (config, plain, 'out.pth'), 'plain.pth does not fit'),
-        ('slim', (config, checkpoint, checkpoint), 'exists already'),
+        ('slim', (config, checkpoint, checkpoint), 'already exists'),
         ('slim', (config, checkpoint, 'out.py'), 'both checkpoint and config'),
         ('prune', (config, checkpoint, 'out.json'), 'out.json is a checkpoint'),
         ('export', (config, plain, 'out.onnx', '--backbone'), 'has no backbone'),
@@ -193,7 +193,7 @@ def test_errors_are_one_line(network, tmp_path):
             (config, checkpoint, 'o.pt', '--backbone', '--normalized'),
             'no --n',
         ),
-        ('prune', (config, 'nowhere.pth', 'out.pth'), 'no file nowhere.pth'),
+        ('prune', (config, 'nowhere.pth', 'out.pth'), 'there is no file nowhere.pth'),
         ('prune', (config, checkpoint, 'out.pth', '--batches', '0'), 'batches=0'),
         (
             'prune',
