@@ -13,7 +13,6 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from mmela.analysis import drawing
 from mmela.analysis.attention import save_measurement
 from mmela.analysis.report import make_report
 from mmela.convert.export import export_backbone
@@ -24,6 +23,7 @@ from mmela.pruning.record import keep_earlier
 from mmela.studies.page import write_page
 from mmela.studies.results import collect, write_tables
 from mmela.studies.run import Record
+from mmela.visualization import drawing
 from mmela.visualization.drawing import draw, draw_over_image
 from tests.helpers.studies import tiny_jobs
 from tests.helpers.work_dirs import make_work_dir

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..arguments import arguments_of
 from ..layers import AttentionState, LayerAttention
-from ..layers.stage import Place, Stage, attach_hooks, ensure_tap
+from ..layers.stage import PassHook, Place, Stage, attach_hooks, ensure_tap
 from ..registry import LAYER_ATTENTIONS, find_layer_attention
 from .blocks import Block, same_features
 from .checkpoints import OlderCheckpoints
@@ -136,6 +136,9 @@ def attach_layer_attention(
         raise ValueError(
             f'layers_per_stage={layers_per_stage!r} is not an integer >= 1'
         )
+    if input_size is not None:
+        input_size = _check_size(input_size)
+    _check_channels(input_channels)
     _check_network(backbone)
     stages, skipped = _find_stages(
         backbone, blocks, input_size, input_channels, layers_per_stage
@@ -184,6 +187,9 @@ def attach_layer_attention(
     before_attaching = _outputs(backbone, *images) if containers else None
     with ExitStack() as undo:
         _sit_down(seats, undo)
+        hook = PassHook(list({seat.attention.place.stage: 0 for seat in seats}))
+        handle = backbone.register_forward_pre_hook(hook, with_kwargs=True)
+        undo.callback(handle.remove)
         if before_attaching is not None:
             _check_unchanged(backbone, seats, before_attaching, images)
         undo.pop_all()
@@ -288,6 +294,12 @@ def _find_stages(
 ) -> Tuple[Stages, Set[str]]:
     """Find the stages, and the names of blocks in them that get no attention."""
     known = known_stages(backbone, layers_per_stage)
+    first = channels_to_try(backbone)[0]
+    if known and input_channels not in (None, first):
+        raise ValueError(
+            f'input_channels={input_channels}, but {type(backbone).__name__} takes '
+            f'images of {first} channels'
+        )
     by_index = _are_indices(blocks)
     if by_index or isinstance(blocks, str) and blocks == 'auto':
         stages = known or _discover(
@@ -435,12 +447,6 @@ def _try(
 
     Adds the tensors that the network returns to ``outputs``.
     """
-    if input_size is not None:
-        input_size = _check_size(input_size)
-    if input_channels is not None and (
-        type(input_channels) is not int or input_channels < 1
-    ):
-        raise ValueError(f'input_channels={input_channels!r} is not an integer >= 1')
     sizes = [input_size] if input_size else sizes_to_try(backbone)
     channels = [input_channels] if input_channels else channels_to_try(backbone)
     batch = 2
@@ -466,6 +472,11 @@ def _check_size(size: Any) -> Size:
     if not fits or not all(type(side) is int and side > 0 for side in size):
         raise ValueError(f'input_size={size!r} is not a pair (height, width)')
     return size[0], size[1]
+
+
+def _check_channels(channels: Any) -> None:
+    if channels is not None and (type(channels) is not int or channels < 1):
+        raise ValueError(f'input_channels={channels!r} is not an integer >= 1')
 
 
 def _names(entry: Any) -> List[str]:

@@ -19,7 +19,7 @@ from ..registry import LAYER_ATTENTIONS
 
 @LAYER_ATTENTIONS.register_module()
 class PublishedMRLABase(MRLABase):
-    """MRLA-base with the concatenations of its published form.
+    """MRLA-base with the concatenations of its published form (MRLA, eq. 6 and 9).
 
     Same parameters and same results as :class:`mmela.layers.MRLABase`, whose
     arguments it takes; ``backend`` means nothing to it.

@@ -70,8 +70,8 @@ def measured_stages(
         now and are no followers; empty if all of these are frozen.
 
     Raises:
-        ValueError: If no stage can be measured, or if a module cannot follow
-            another.
+        ValueError: If no stage can be measured, if all trained networks are
+            followers, or if a module cannot follow another.
     """
     if is_model_wrapper(model):
         model = model.module
@@ -79,6 +79,13 @@ def measured_stages(
     stages = attention_stages(model)
     trained = trained_stages(model, parameters)
     measured = {name: stage for name, stage in candidates.items() if name in trained}
+    following = [n for n in trained if any(_within(n, f) for f in followers)]
+    if following and not measured:
+        raise ValueError(
+            f'followers: {following[0]} is trained but follows another module, and '
+            f'every trained network is a follower; got followers={followers}. Let '
+            'followers follow the trained network'
+        )
     if not measured:
         logger.warning(
             'All networks with prunable layer attentions are frozen now. The hook '

@@ -2,15 +2,15 @@
 
 An attention is the submodule ``layer_attn`` of its block and runs from the block's
 hooks, :func:`before_block` and :func:`after_block`. The hooks act on the module that
-they are called with, so copies and replicas of a network are independent. They keep
-the state of a forward pass per thread and not in modules, so an exception leaves
-nothing behind in the network.
+they are called with, so copies and replicas of a network are independent. The state of
+a forward pass is kept per thread and not in modules; :class:`PassHook`, a hook of the
+network, drops it when the pass ends in any way.
 """
 
+import itertools
 import threading
-import weakref
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -93,21 +93,60 @@ class _Run:
 
 class _Running(threading.local):
     def __init__(self) -> None:
-        self.runs: Dict[Stage, Union[_Run, 'weakref.ref[_Run]']] = {}
+        self.runs: Dict[Stage, _Run] = {}
         self.handed_over: Dict[Stage, StageMemory] = {}
+        self.passes: Dict[Stage, int] = {}  # number of the pass each stage is in
+
+    def drop(self, stage: Stage) -> None:
+        self.runs.pop(stage, None)
+        self.handed_over.pop(stage, None)
 
 
 _running = _Running()
+_pass_numbers = itertools.count()
 
 
 class _Arguments(dict):
-    """Keyword arguments of a running block that also hold the run of its stage.
+    """Keyword arguments of a running network, which hold the state of its pass.
 
-    While a block runs, only the frame of its call keeps the run alive. So the run is
-    freed when the call ends in any way, even by Ctrl-C, which calls no hook.
+    Only the frame of the call refers to them. So they are freed, and the state with
+    them, when the call ends in any way, even by Ctrl-C, which calls no hook.
     """
 
-    run: _Run
+    stages: Sequence[Stage] = ()
+    number = -1
+
+    def __del__(self) -> None:
+        for stage in self.stages:
+            # A traceback may keep the frame alive beyond the start of the next pass
+            if _running.passes.get(stage) == self.number:
+                del _running.passes[stage]
+                _running.drop(stage)
+
+
+class PassHook:
+    """Forward pre-hook of a network that clears the state of earlier passes.
+
+    Register it with ``with_kwargs=True``.
+
+    Args:
+        stages (Sequence[Stage]): The stages of the network.
+    """
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self.stages = tuple(stages)
+
+    def __call__(
+        self, network: nn.Module, args: tuple, kwargs: dict
+    ) -> Optional[Tuple[tuple, dict]]:
+        if is_compiling():
+            return None
+        arguments = _Arguments(kwargs)
+        arguments.stages, arguments.number = self.stages, next(_pass_numbers)
+        for stage in self.stages:
+            _running.drop(stage)
+            _running.passes[stage] = arguments.number
+        return args, arguments
 
 
 def attach_hooks(block: nn.Module) -> List[Any]:
@@ -126,7 +165,7 @@ def attach_hooks(block: nn.Module) -> List[Any]:
     ]
 
 
-def before_block(block: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple]:
+def before_block(block: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook of a block: start or continue the run of its stage.
 
     Args:
@@ -134,34 +173,21 @@ def before_block(block: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple]
         args (tuple): Its arguments.
         kwargs (dict): Its keyword arguments.
 
-    Returns:
-        tuple | None: The arguments for the block.
-
     Raises:
         RuntimeError: If an earlier block of the stage has not run in this pass.
     """
     attention: Any = block.layer_attn
     place: Place = attention.place
-    stage = place.stage
     run = _start(attention, args) if place.index == 0 else _current(place)
+    _running.runs[place.stage] = run
     run.block = block
     if attention.needs_identity:
         x = _input(place, (*args, *kwargs.values()))
         run.memory.identity = x.clone() if place.changes_input else x
         run.version = None if is_compiling() or x.is_inference() else x._version
-    if is_compiling():
-        _running.runs[stage] = run
-        return None
-    for name, method in attention.taps.items():
-        ensure_tap(block, name, attention, method)
-    if next(reversed(block._forward_pre_hooks.values())) is not before_block:
-        # A later hook may replace the arguments returned here.
-        _running.runs[stage] = run
-        return None
-    arguments = _Arguments(kwargs)
-    arguments.run = run
-    _running.runs[stage] = weakref.ref(run)
-    return args, arguments
+    if not is_compiling():
+        for name, method in attention.taps.items():
+            ensure_tap(block, name, attention, method)
 
 
 def after_block(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -183,7 +209,7 @@ def after_block(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any
     attention: Any = block.layer_attn
     place: Place = attention.place
     stage = place.stage
-    run = _find(stage)
+    run = _running.runs.get(stage)
     if run is None or run.block is not block:
         raise RuntimeError(
             f'layer attention: block {place.block} calls itself; leave it out with '
@@ -222,14 +248,9 @@ def _start(attention: LayerAttention, args: tuple) -> _Run:
     return _Run(memory)
 
 
-def _find(stage: Stage) -> Optional[_Run]:
-    run = _running.runs.get(stage)
-    return run() if isinstance(run, weakref.ref) else run
-
-
 def _current(place: Place) -> _Run:
     """The run of the stage in the current pass."""
-    run = _find(place.stage)
+    run = _running.runs.get(place.stage)
     if run is None or run.block is not None or run.done != place.index:
         _running.runs.pop(place.stage, None)
         raise RuntimeError(
@@ -332,10 +353,8 @@ class Tap:
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         attention: Any = self.attention
         memory = None
-        for run in map(_find, _running.runs):
-            if run is None or run.block is None:
-                continue
-            if _part(run.block, self.name) is module:
+        for run in _running.runs.values():
+            if run.block is not None and _part(run.block, self.name) is module:
                 # Use the attention of the copy that is running, such as a replica.
                 attention, memory = run.block.layer_attn, run.memory
         if not attention.active:

@@ -285,6 +285,20 @@ def stir(network, generator):
     return network
 
 
+class DoesNotTrain(Exception):
+    """The network's own operations in place destroy what a gradient needs."""
+
+
+def backward(outputs):
+    """What autograd refuses in a backward pass, None if nothing."""
+    try:
+        sum(t.square().mean() for t in outputs).backward()
+    except RuntimeError as error:
+        if 'inplace operation' not in str(error):
+            raise
+        return str(error)
+
+
 def names_a_block(error, network):
     names = [name for names in network.stages for name in names]
     return any(name in str(error) for name in names) or 'no blocks' in str(error)
@@ -297,7 +311,8 @@ def check(seed):
         seed (int): Seed of the network.
 
     Returns:
-        str: ``'right'``, ``'refused'`` at attach, or ``'refused later'``.
+        str: ``'right'``, ``'refused'`` at attach, ``'refused later'``, or ``'does not
+        train'`` if a pass takes a way on which a wiring by hand does not train either.
 
     Raises:
         AssertionError: If anything is wrong, in silence.
@@ -327,6 +342,8 @@ def check(seed):
         return 'refused'
     try:
         _check_attached(plain, network, give, blocks, x, draw, generator)
+    except DoesNotTrain:
+        return 'does not train'
     except RuntimeError as error:
         if not names_a_block(error, plain):
             raise AssertionError(f'not clear: {error}') from error
@@ -437,11 +454,13 @@ def _compare(plain, network, stages, x, gone, values):
     trained.zero_grad()
     image = x.clone().requires_grad_()
     out = tensors(trained(image))
-    sum(t.square().mean() for t in out).backward()
     base.zero_grad()
     other = x.clone().requires_grad_()
     reference = tensors(by_hand(other, True))
-    sum(t.square().mean() for t in reference).backward()
+    mine, theirs = backward(out), backward(reference)
+    assert (mine is None) == (theirs is None), mine or theirs
+    if mine:
+        raise DoesNotTrain
     same(
         [t.detach() for t in out],
         [t.detach() for t in reference],

@@ -9,6 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
+from torchvision import models
 
 from mmela import attach_layer_attention
 from mmela.analysis.complexity import backbone_complexity, count_flops, kept_memory
@@ -133,10 +134,20 @@ def test_given_as_an_argument(tmp_path, channels):
         )
 
 
-@pytest.mark.parametrize('value', [0, -1, 1.5, '3', True])
-def test_bad_argument(value):
-    with pytest.raises((ValueError, TypeError), match='input_channels'):
-        attach_layer_attention(Odd(4), input_channels=value)
+@pytest.mark.parametrize('value', [0, -1, 1.5, '3', True, 5])
+@pytest.mark.parametrize('known', [False, True])
+def test_bad_argument(value, known):
+    network = models.resnet18() if known else Odd(4)
+    with pytest.raises(ValueError, match=f'input_channels={value!r}|{value} channels'):
+        attach_layer_attention(network, input_channels=value)
+
+
+@pytest.mark.parametrize('value', [0, (16,), (16, 0), '224', (1.5, 2)])
+@pytest.mark.parametrize('known', [False, True])
+def test_bad_size(value, known):
+    network = models.resnet18() if known else Odd(4)
+    with pytest.raises(ValueError, match='input_size='):
+        attach_layer_attention(network, input_size=value)
 
 
 @pytest.mark.parametrize('given', [None, 4])

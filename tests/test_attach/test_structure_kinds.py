@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import random
 
 import pytest
 import torch
@@ -590,6 +591,29 @@ def test_skipped_blocks(attention, skipped):
         assert gap(out, run(twin, x)) < 1e-9
     network.skipped = ()
     assert equal(run(network, x), whole)
+
+
+@pytest.mark.parametrize('attention', AFTER_BLOCKS)
+def test_a_pass_takes_nothing_from_an_earlier_one(attention):
+    """Whatever an earlier one has skipped: as the first pass, or refused as that."""
+    torch.manual_seed(0)
+    network = give(stir(LayerDrop()), attention, drop_path=0.0).eval()
+    fresh = copy.deepcopy(network)
+    x, draw = picture(), random.Random(0)
+
+    def outcome(network, skipped):
+        network.skipped = skipped
+        try:
+            return run(network, x)
+        except RuntimeError as error:
+            assert 'block' in str(error)
+            return str(error)
+
+    for _ in range(40):
+        skipped = [i for i in range(4) if draw.random() < 0.5]
+        out = outcome(network, skipped)
+        first = outcome(copy.deepcopy(fresh), skipped)
+        assert out == first if isinstance(first, str) else equal(out, first), skipped
 
 
 # -- deploy forms --------------------------------------------------------------

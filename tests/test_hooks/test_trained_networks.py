@@ -86,7 +86,7 @@ def test_follower_gets_the_structure(tmp_path, keep_value):
             dict(pruned=['layer2.1.layer_attn']),
             'layer2.1.layer_attn is .*PRUNED.*ACTIVE',
         ),
-        (dict(student='teacher'), {}, 'MRLABase, but only in followers'),
+        (dict(student='teacher'), {}, 'student.layer1 is trained but follows another'),
         (
             dict(teacher='student.head'),
             {},
