@@ -94,7 +94,7 @@ def test_eca_and_cbam_are_those_of_timm():
 
 def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, 'timm.layers.eca', None)
-    with pytest.raises(ImportError, match=r'ECA is timm.s: pip install timm'):
+    with pytest.raises(ImportError, match=r'ECA needs timm.*pip install .mmela.timm.'):
         make('ECA')
 
 
@@ -155,7 +155,7 @@ def test_augmented_convolution(stride):
 
 def test_augmented_convolution_cannot_be_pruned():
     attention = AA(C)
-    with pytest.raises(ValueError, match='the convolution is narrower'):
+    with pytest.raises(ValueError, match='must stay ACTIVE'):
         attention.attention_state = AttentionState.PRUNED
     with pytest.raises(ValueError, match=r'keys=1.5 is not in \(0, 1\)'):
         AA(C, keys=1.5)

@@ -121,7 +121,7 @@ def test_folder_and_metrics(run, tmp_path, capsys):
     push(*run, 'ann/net', '--out', out, '--metrics', tmp_path / 'm.json')
     assert 'README.md, config.py, model.safetensors' in capsys.readouterr().out
     assert '| accuracy/top1 | 12.5 |' in (out / 'README.md').read_text()
-    with pytest.raises(SystemExit, match='repo exists already'):
+    with pytest.raises(SystemExit, match='repo already exists'):
         push(*run, 'ann/net', '--out', out)
 
 
@@ -129,7 +129,7 @@ def test_elsewhere_there_is_nothing(run, tmp_path, capsys):
     other = tmp_path / 'other'
     other.mkdir()
     push(*run, 'ann/net', '--out', tmp_path / 'repo', '--work-dir', other)
-    assert 'no metrics of this checkpoint' in capsys.readouterr().out
+    assert 'has no metrics for this checkpoint' in capsys.readouterr().out
     card = (tmp_path / 'repo' / 'README.md').read_text()
     assert '## Metrics' not in card and '## Pruning' not in card
     assert not (tmp_path / 'repo' / 'pruning.json').exists()
@@ -138,9 +138,9 @@ def test_elsewhere_there_is_nothing(run, tmp_path, capsys):
 def test_errors_are_one_line(hub, run, tmp_path, monkeypatch):
     (tmp_path / 'm.json').write_text('[]')
     for args, match in [
-        (('net',), "error: 'net' is not of the form USER/REPO"),
+        (('net',), "error: 'net' does not have the form USER/REPO"),
         (('ann/net!',), 'error: Repo id must use alphanumeric'),
-        (('ann/net', '--metrics', tmp_path / 'm.json'), 'm.json is no JSON object'),
+        (('ann/net', '--metrics', tmp_path / 'm.json'), 'm.json is not a JSON object'),
         (('ann/net', '--metrics', tmp_path / 'none.json'), 'No such file'),
     ]:
         with pytest.raises(SystemExit, match=match) as error:

@@ -326,7 +326,7 @@ class TestBadInput:
         main([out, '--train', '2', '--val', '1', '--size', '64'])
         assert 'rendered' in capsys.readouterr().out
         main([out, '--train', '2', '--val', '1', '--size', '64'])
-        assert 'there already' in capsys.readouterr().out
+        assert 'already exist' in capsys.readouterr().out
 
     def test_help_has_an_example(self, capsys):
         with pytest.raises(SystemExit):
