@@ -1,12 +1,13 @@
 """Find, name and prune the layer attentions of a model."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Callable, Dict, Iterable, List, Optional, Sequence
 
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
-from .arguments import did_you_mean
+from .arguments import did_you_mean, nearest_first
 from .layers import AttentionState, LayerAttention
 from .layers.stage import Stage
 
@@ -40,7 +41,8 @@ class AttentionStage:
     @property
     def observer(self) -> Optional[Callable[[List[Tensor]], None]]:
         """callable | None: Called after each forward pass with the scores of the
-        active attentions, a list of (B, G, t) tensors without gradient."""
+        active attentions, those of :class:`mmela.layers.StageMemory`, without
+        gradient."""
         return self.place.observer
 
     @observer.setter
@@ -189,7 +191,7 @@ def prune(model: nn.Module, names: Sequence[str], keep_value: bool = False) -> N
     Args:
         model (nn.Module): A model, wrapped for distributed training or not.
         names (Sequence[str]): Names from :func:`layer_attentions`, or names of the
-            blocks from the table that attaching logs.
+            blocks from the table that attaching logs, see :func:`find_attention`.
         keep_value (bool): Let later attentions still see the key and value. If no
             later attention of the stage is active, key and value are pruned too:
             their parameters would get no gradient, which distributed training waits
@@ -197,7 +199,10 @@ def prune(model: nn.Module, names: Sequence[str], keep_value: bool = False) -> N
 
     Raises:
         KeyError: If a name matches no layer attention; nothing is pruned then.
+        TypeError: If ``names`` is a string.
     """
+    if isinstance(names, str):
+        raise TypeError(f'names={names!r} is a string; give a list: [{names!r}]')
     attentions = layer_attentions(model)
     state = AttentionState.VALUE_ONLY if keep_value else AttentionState.PRUNED
     for attention in [find_attention(attentions, name) for name in names]:
@@ -214,18 +219,31 @@ def find_attention(attentions: Dict[str, LayerAttention], name: str) -> LayerAtt
 
     Args:
         attentions (dict[str, LayerAttention]): Result of :func:`layer_attentions`.
-        name (str): The name.
+        name (str): Name in the model, with or without ``.layer_attn``, or name of the
+            block in the network that layer attention was attached to, as in the table
+            that attaching logs.
 
     Returns:
         LayerAttention: The attention.
 
     Raises:
-        KeyError: If the name is unknown; the message lists the known names.
+        KeyError: If the name is unknown or belongs to several networks. The message
+            lists the known names, the most similar first.
     """
-    for full in (name, f'{name}.layer_attn'):
-        if full in attentions:
-            return attentions[full]
+    if name in attentions:
+        return attentions[name]
+    block = re.sub(r'\.layer_attn$', '', str(name))
+    if f'{block}.layer_attn' in attentions:
+        return attentions[f'{block}.layer_attn']
+    matches = [n for n, a in attentions.items() if a.place and a.place.block == block]
+    if len(matches) == 1:
+        return attentions[matches[0]]
+    if matches:
+        raise KeyError(
+            f'{name!r} may be any of {", ".join(matches)}; use one of these names'
+        )
+    known = [re.sub(r'\.layer_attn$', '', other) for other in attentions]
     raise KeyError(
-        f'there is no layer attention {name!r}{did_you_mean(name, attentions)}; the '
-        f'model has {", ".join(attentions) or "none"}'
+        f'there is no layer attention {name!r}{did_you_mean(block, known)}; blocks '
+        f'with one: {", ".join(nearest_first(block, known)) or "none"}'
     )

@@ -1,4 +1,3 @@
-from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -6,6 +5,9 @@ from hypothesis import settings
 from mmengine.registry import DefaultScope
 
 import mmela  # noqa: F401  (gives mmcv-lite operators, before any test asks for them)
+from tests.helpers.fresh import hurry
+
+hurry()
 
 # The same examples each time, and none left behind in the checkout
 settings.register_profile('mmela', derandomize=True, deadline=None, database=None)
@@ -23,17 +25,6 @@ def pytest_collection_modifyitems(config, items):
         fixtures = item._fixtureinfo.name2fixturedefs.values()
         if any(fixture.scope == 'module' for (*_, fixture) in fixtures):
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
-
-
-@pytest.fixture(scope='session', autouse=True)
-def toolbox_index_is_read_once():
-    """mmengine parses a toolbox's whole index for each config it looks up."""
-    from mmengine.config import utils
-
-    original = utils.load
-    utils.load = lru_cache(maxsize=None)(original)
-    yield
-    utils.load = original
 
 
 @pytest.fixture(autouse=True)

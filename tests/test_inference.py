@@ -15,6 +15,8 @@ from mmela import inference
 from mmela.convert.networks import check_fit
 from mmela.convert.published import strip_module
 from mmela.inference import PREDICTIONS, find_sources, infer, open_inferencer
+from mmela.layers import AttentionState
+from mmela.layers.state import encode
 from tests.helpers.networks import classifier, save
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -429,6 +431,29 @@ def test_fit():
     )
     with pytest.raises(ValueError, match=expected):
         check_fit(model, state, 'a.py', 'b.pth')
+
+
+def test_attentions_under_a_config_without(network, tmp_path):
+    """Such a network runs, but it is not the one of the checkpoint."""
+    config, checkpoint = network
+    cfg = Config.fromfile(config)
+    plain = tmp_path / 'plain.py'
+    del cfg.model.backbone['layer_attention']
+    cfg.model.backbone.type = 'ResNet'
+    cfg.dump(plain)
+    check = runpy.run_path(str(ROOT / 'tools' / 'test.py'))['check']
+    with pytest.raises(SystemExit) as error:
+        check([str(plain), str(checkpoint)], force=False)
+    assert 'such as backbone.layer1.0.layer_attn; without them' in str(error.value)
+    assert '\n' not in str(error.value)
+    check([str(plain), str(checkpoint)], force=True)
+    # What is pruned whole is missed by nobody
+    state = torch.load(checkpoint)
+    for key in state:
+        if key.endswith('layer_attn.state'):
+            state[key].fill_(encode(AttentionState.PRUNED))
+    torch.save(state, tmp_path / 'pruned.pth')
+    check([str(plain), str(tmp_path / 'pruned.pth')], force=False)
 
 
 def test_slim_checkpoint_with_the_whole_network(network, tmp_path):

@@ -495,7 +495,10 @@ class TestReadme:
     """The README of a package index, which has none of the files beside it."""
 
     TEXT = (
-        '![A (picture)](docs/a.png)\n[one](docs/a.md#b), [two](#c), '
+        '![A (picture)](docs/a.png)\n'
+        '<picture><source media="x" srcset="docs/b_dark.png">'
+        '<img width="9" alt="B" src="docs/b.png"></picture>\n'
+        '[one](docs/a.md#b), [two](#c), '
         '[three](https://x.org/y)\n<!-- not run: long -->\n'
     )
 
@@ -503,13 +506,14 @@ class TestReadme:
         text = packaging['readme'](self.TEXT, 'https://git.example/me/x', '1.2')
         assert text == (
             '![A (picture)](https://git.example/me/x/raw/v1.2/docs/a.png)\n'
+            '![B](https://git.example/me/x/raw/v1.2/docs/b.png)\n'
             '[one](https://git.example/me/x/blob/v1.2/docs/a.md#b), [two](#c), '
             '[three](https://x.org/y)\n'
         )
 
     def test_without_one(self, packaging):
         text = packaging['readme'](self.TEXT, '', '1.2')
-        assert text == '\none, [two](#c), [three](https://x.org/y)\n'
+        assert text == '\n\none, [two](#c), [three](https://x.org/y)\n'
 
     @pytest.mark.parametrize('address', ['', 'https://git.example/me/x'])
     def test_of_this_project(self, packaging, address):

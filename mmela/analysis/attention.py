@@ -68,7 +68,7 @@ class StageRecorder:
             record = partial(self._record_feature, index)
             self._handles.append(block.register_forward_hook(record))
             query = getattr(attention, 'query', None)
-            if query is not None and attention.active:
+            if isinstance(query, nn.Module) and attention.active:
                 self._handles.append(
                     query.register_forward_hook(
                         partial(self._record_query, index, attention)
@@ -93,7 +93,9 @@ class StageRecorder:
         if not self.maps:
             self.maps = [RunningMean() for _ in scores]
         for mean, score in zip(self.maps, scores):
-            mean.add(score.double().softmax(-1))
+            weights = score.double().softmax(-1)
+            # Positions are averaged for each image, as their number may vary
+            mean.add(weights.flatten(2, -2).mean(2) if score.dim() > 3 else weights)
 
     def _record_feature(
         self, index: int, module: nn.Module, args: tuple, output: Any
@@ -270,9 +272,9 @@ def measure_attention(
         for name, stage in stages.items()
         if all(a.prunable for a in stage.attentions)
     }
-    meter = NetworkKLMeter(distributions, reduction, eps)
+    meter = NetworkKLMeter(distributions, reduction, eps) if distributions else None
     recorders = {
-        name: StageRecorder(stage, meter.meters.get(name))
+        name: StageRecorder(stage, meter and meter.meters.get(name))
         for name, stage in stages.items()
     }
     model.eval()
@@ -297,7 +299,7 @@ def measure_attention(
         decision=None,
         left_out=[],
     )
-    if distributions:
+    if meter is not None:
         result['decision'] = _judge(meter, judge, result['left_out'])
     result['left_out'] += _left_out(result['stages'])
     return result

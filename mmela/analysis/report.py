@@ -26,8 +26,6 @@ from .work_dir import Run
 
 # Exceptions that drawing inconsistent numbers may raise
 _MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
-# With fewer logged step times, the report does not compare them
-_FEW_TIMES = 5
 
 
 def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) -> Path:
@@ -116,8 +114,7 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
         no_complexity=no_complexity,
         analyses=shown,
         maps=list(maps.values()),
-        steps=[step for step in steps if step.count],
-        few=_FEW_TIMES,
+        steps=[step for step in steps if step.times],
         last_step=last_step,
         last=run.metrics.get(last_step, {}),
         decisions=decisions,

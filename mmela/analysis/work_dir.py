@@ -13,6 +13,7 @@ from mmengine.hooks import CheckpointHook
 
 from ..command_line import one_line
 from ..convert.networks import read_state_dict
+from ..engine.step_times import StepTimeSummary
 from ..layers import AttentionState
 from ..layers.state import decode
 from ..pruning import PruningDecision, PruningReport
@@ -33,19 +34,16 @@ class StepTime:
         first (int): First iteration.
         last (int): Last iteration.
         active (int | None): Number of active attentions; None if the run has no hook.
-        seconds (float | None): Median of the logged step times; None if there are
-            none.
+        times (StepTimeSummary | None): Logged step times; None if there are none.
         data_seconds (float | None): Median of the time spent waiting for data, which
-            is part of ``seconds``.
-        count (int): Number of logged step times.
+            is part of the step times.
     """
 
     first: int
     last: int
     active: Optional[int]
-    seconds: Optional[float]
+    times: Optional[StepTimeSummary]
     data_seconds: Optional[float]
-    count: int
 
 
 @dataclass
@@ -322,9 +320,10 @@ class Run:
                     first=start + 1,
                     last=end,
                     active=number,
-                    seconds=median([v['time'] for v in records]) if records else None,
+                    times=StepTimeSummary.of([v['time'] for v in records])
+                    if records
+                    else None,
                     data_seconds=median(waits) if waits else None,
-                    count=len(records),
                 )
             )
         return times

@@ -11,7 +11,7 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from torch import nn
 
-from ..arguments import arguments_of
+from ..arguments import arguments_of, check_arguments, check_count
 from ..layers import AttentionState, LayerAttention
 from ..layers.stage import PassHook, Place, Stage, attach_hooks, ensure_tap
 from ..registry import LAYER_ATTENTIONS, find_layer_attention
@@ -132,13 +132,11 @@ def attach_layer_attention(
         torch.Size([2, 1000])
     """
     arguments, attention_class = check_layer_attention(layer_attention)
-    if type(layers_per_stage) is not int or layers_per_stage < 1:
-        raise ValueError(
-            f'layers_per_stage={layers_per_stage!r} is not an integer >= 1'
-        )
+    check_count('layers_per_stage', layers_per_stage, 1)
     if input_size is not None:
         input_size = _check_size(input_size)
-    _check_channels(input_channels)
+    if input_channels is not None:
+        check_count('input_channels', input_channels, 1)
     _check_network(backbone)
     stages, skipped = _find_stages(
         backbone, blocks, input_size, input_channels, layers_per_stage
@@ -238,6 +236,7 @@ def with_layer_attention(backbone: Any, **kwargs) -> nn.Module:
     if kwargs.get('attention_blocks') is not None:
         kwargs['blocks'] = kwargs['attention_blocks']
     kwargs.pop('attention_blocks', None)
+    check_arguments(attach_layer_attention, kwargs, name='WithLayerAttention')
     return attach_layer_attention(MODELS.build(backbone), **kwargs)
 
 
@@ -251,8 +250,9 @@ def check_layer_attention(layer_attention: Optional[dict]) -> Tuple[dict, type]:
         tuple[dict, type]: The arguments and the class.
 
     Raises:
-        KeyError: If ``type`` is no registered layer attention.
-        TypeError: If the config is not a dict with a ``type``.
+        KeyError: If ``type`` is not a registered layer attention.
+        TypeError: If the config is not a dict with a ``type``, or if an argument is
+            unknown or has the wrong type.
     """
     if layer_attention is None:
         layer_attention = dict(type='MRLABase')
@@ -262,7 +262,9 @@ def check_layer_attention(layer_attention: Optional[dict]) -> Tuple[dict, type]:
             f"dict(type='MRLABase'), got {layer_attention!r}"
         )
     arguments = dict(layer_attention)
-    return arguments, find_layer_attention(arguments.pop('type'))
+    attention_class = find_layer_attention(arguments.pop('type'))
+    check_arguments(attention_class, arguments)
+    return arguments, attention_class
 
 
 def _check_network(backbone: nn.Module) -> None:
@@ -474,11 +476,6 @@ def _check_size(size: Any) -> Size:
     return size[0], size[1]
 
 
-def _check_channels(channels: Any) -> None:
-    if channels is not None and (type(channels) is not int or channels < 1):
-        raise ValueError(f'input_channels={channels!r} is not an integer >= 1')
-
-
 def _names(entry: Any) -> List[str]:
     return [entry] if isinstance(entry, str) else list(entry)
 
@@ -566,7 +563,7 @@ def _arguments(
     if 'head_dim' in allowed:
         defaults['head_dim'] = max(d for d in range(1, 33) if block.channels % d == 0)
     # An attention that replaces the output has no branch to drop
-    if not block.own_drop_path and not given.get('replace'):
+    if not block.own_drop_path and attention_class.is_branch(given):
         defaults['drop_path'] = _drop_path(block.module)
     if block.features.layout != 'BCHW':
         defaults.update({k: v for k, v in TOKEN_DEFAULTS.items() if k in allowed})
@@ -648,7 +645,7 @@ def _build(
         arguments.update(small_init=None, zero_init=True)
     attention = attention_class(block.channels, **arguments)
     from_plain = _starts_from_plain(arguments) and attention.scale is None
-    if from_plain and block.features.layout != 'BCHW':
+    if from_plain and 'norm_cfg' in allowed and block.features.layout != 'BCHW':
         raise ValueError(
             f'{block.name} returns tokens, where zero_init and small_init need '
             'token_norm_cfg or norm_cfg=None'

@@ -3,6 +3,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_count, check_number
 from ..layers import AttentionState, StageMemory
 from ..registry import LAYER_ATTENTIONS
 from .branch import (
@@ -61,8 +62,11 @@ class AA(BranchAttention):
         **kwargs,
     ) -> None:
         for name, part in dict(keys=keys, values=values).items():
-            if not 0 < part < 1:
-                raise ValueError(f'{name}={part} is not in (0, 1)')
+            check_number(name, part, 0, 1, open_low=True, open_high=True)
+        for name, count in dict(
+            heads=heads, min_key=min_key, max_size=max_size
+        ).items():
+            check_count(name, count, 1)
         super().__init__(channels, **kwargs)
         self.keys, self.values, self.heads = keys, values, heads
         self.min_key, self.max_size = min_key, max_size

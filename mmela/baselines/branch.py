@@ -1,12 +1,13 @@
 """Attention modules on the residual branch of a block, before the sum."""
 
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_plugin_layer
 from torch import Tensor, nn
 
+from ..arguments import building
 from ..layers import LayerAttention, StageMemory
 from ..registry import LAYER_ATTENTIONS
 
@@ -28,7 +29,8 @@ class BranchAttention(LayerAttention):
             Defaults to ``dict(type='BN')``.
         owns_shared (bool): Whether it is the first attention of its stage, which
             holds the shared submodules. Defaults to True.
-        init_cfg (dict, optional): Initialization config. Defaults to None.
+        init_cfg (dict | list[dict], optional): Initialization config. Defaults
+            to None.
 
     Raises:
         ValueError: If ``drop_path`` is not in [0, 1).
@@ -44,7 +46,7 @@ class BranchAttention(LayerAttention):
         drop_path: float = 0.0,
         norm_cfg: Optional[dict] = dict(type='BN'),  # noqa: B006
         owns_shared: bool = True,
-        init_cfg: Optional[dict] = None,
+        init_cfg: Union[dict, List[dict], None] = None,
     ) -> None:
         super().__init__(channels, 1, drop_path, init_cfg)
         self.owns_shared = owns_shared
@@ -145,7 +147,8 @@ class Plugin(BranchAttention):
             )
         super().__init__(channels, **kwargs)
         self.config = dict(plugin)
-        self.plugin = build_plugin_layer(self.config, in_channels=channels)[1]
+        with building('plugin', plugin):
+            self.plugin = build_plugin_layer(self.config, in_channels=channels)[1]
 
     def attend(self, x: Tensor, memory: Optional[StageMemory] = None) -> Tensor:
         return self.plugin(x)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 
+from ..arguments import building, check_count
 from ..layers import StageMemory
 from ..registry import LAYER_ATTENTIONS
 from .branch import (
@@ -71,8 +72,7 @@ class RLAg(BranchAttention):
         norm_cfg: Optional[dict] = dict(type='BN'),  # noqa: B006
         **kwargs,
     ) -> None:
-        if hidden < 1:
-            raise ValueError(f'hidden={hidden} is less than 1')
+        check_count('hidden', hidden, 1)
         if kwargs.get('drop_path'):
             raise ValueError(
                 f'drop_path={kwargs["drop_path"]} cannot be set, because RLAg adds no '
@@ -80,7 +80,8 @@ class RLAg(BranchAttention):
             )
         super().__init__(channels, **kwargs)
         self.hidden = hidden
-        self.norm = build_norm_layer(norm_cfg or dict(type='BN'), hidden)[1]
+        with building('norm_cfg', norm_cfg):
+            self.norm = build_norm_layer(norm_cfg or dict(type='BN'), hidden)[1]
         if self.owns_shared:
             self.reduce = nn.Conv2d(channels, hidden, 1, bias=False)
             self.recur = nn.Conv2d(hidden, hidden, 3, padding=1, bias=False)

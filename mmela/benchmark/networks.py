@@ -130,7 +130,7 @@ class Network:
         built.load_state_dict(state)
         if name == 'ela':
             names = list(layer_attentions(built))
-            gone = half(names) if self.pruned is None else match(self.pruned, names)
+            gone = half(names) if self.pruned is None else self.pruned
             prune(built, gone, self.keep_value)
         return built
 
@@ -225,34 +225,6 @@ def half(names: Sequence[str]) -> List[str]:
     for name in names:
         stages.setdefault(name.rsplit('.', 2)[0], []).append(name)
     return [name for stage in stages.values() for name in stage[1::2]]
-
-
-def match(blocks: Sequence[str], names: Sequence[str]) -> List[str]:
-    """Find the full names of attentions by their blocks.
-
-    Args:
-        blocks (Sequence[str]): Names such as ``layer3.1``; the prefix ``backbone.`` and
-            the suffix ``.layer_attn`` are optional.
-        names (Sequence[str]): Full names of all attentions.
-
-    Returns:
-        list[str]: The full names.
-
-    Raises:
-        ValueError: If a block has no attention.
-    """
-
-    def short(name: str) -> str:
-        return re.sub(r'^backbone\.|\.layer_attn$', '', name)
-
-    known = {short(name): name for name in names}
-    unknown = [block for block in blocks if short(block) not in known]
-    if unknown:
-        raise ValueError(
-            f'--prune: {unknown[0]!r} has no layer attention; '
-            f'allowed are {", ".join(known)}'
-        )
-    return [known[short(block)] for block in blocks]
 
 
 class Contestant:

@@ -1,5 +1,5 @@
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.config import Config
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ..command_line import one_line, one_line_errors
 from ..compat.checkpoints import load_checkpoint
 from ..compat.loaders import is_on_hub
+from ..layers import AttentionState
+from ..layers.state import decode
 from .published import strip_module
 
 # Exceptions that building a user's network and loading it may raise
@@ -185,7 +187,8 @@ def load_mostly_fitting(
 
     Raises:
         ValueError: If most keys of a part of the network, such as its head or a
-            layer attention, are missing or have another shape. The message gives the
+            layer attention, are missing or have another shape, or if the network
+            lacks layer attentions that are not pruned. The message gives the
             counts.
     """
     state_dict = strip_module(state_dict)
@@ -212,17 +215,26 @@ def check_fit(
 
     Raises:
         ValueError: If most keys of a part of the network are missing or have
-            another shape.
+            another shape, or if the network lacks layer attentions of the state dict
+            that are not pruned.
     """
     expected = model.state_dict()
     try:  # Modules may rename keys of earlier versions
-        missing = list(model.load_state_dict(state_dict, strict=False).missing_keys)
+        missing, unexpected = model.load_state_dict(state_dict, strict=False)
     except RuntimeError:
         missing = [
             key
             for key, value in expected.items()
             if key not in state_dict or state_dict[key].shape != value.shape
         ]
+        unexpected = [key for key in state_dict if key not in expected]
+    spare = _attentions_in(state_dict, unexpected)
+    if spare:
+        raise ValueError(
+            f'{checkpoint} has {len(spare)} layer attentions that are not in {config}, '
+            f'such as {spare[0]}; without them the network computes something else. '
+            'Use the config it was trained with, or pass --force to load it anyway'
+        )
     parts: Dict[str, list] = {}
     for key in expected:
         # Each attention counts as a part, because a slim checkpoint lacks some
@@ -248,3 +260,18 @@ def check_fit(
             f"{unexpected} of the checkpoint's {len(state_dict)} keys are not in the "
             f'network; {hint if slim else ""}pass --force to load it anyway'
         )
+
+
+def _attentions_in(state_dict: Dict[str, Tensor], keys: Sequence[str]) -> List[str]:
+    """Find the layer attentions that keys belong to, except fully pruned ones."""
+    names = [key.rpartition('.state')[0] for key in keys if key.endswith('.state')]
+    attentions = []
+    for name in names:
+        if name.split('.')[-1] == 'layer_attn':
+            try:
+                state = decode(state_dict[f'{name}.state'])[0]
+            except ValueError:
+                state = AttentionState.ACTIVE
+            if state != AttentionState.PRUNED:
+                attentions.append(name)
+    return attentions

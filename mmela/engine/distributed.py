@@ -66,6 +66,28 @@ def rewrap_after_loading() -> None:
     """
     for runner_class in (Runner, FlexibleRunner):
         runner_class.load_or_resume = _then_rewrap(runner_class.load_or_resume)
+        runner_class.resume = _noted(runner_class.resume)
+
+
+def _noted(resume):
+    @functools.wraps(resume)
+    def wrapped(runner, filename, *args, **kwargs):
+        runner._mmela_resumed_from = filename
+        resume(runner, filename, *args, **kwargs)
+
+    return wrapped
+
+
+def resumed_from(runner) -> str:
+    """Get the checkpoint that a run was resumed from, for messages.
+
+    Args:
+        runner (Runner): The runner.
+
+    Returns:
+        str: Its path or address.
+    """
+    return str(getattr(runner, '_mmela_resumed_from', 'the checkpoint'))
 
 
 def _then_rewrap(load_or_resume):

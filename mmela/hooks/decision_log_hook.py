@@ -1,3 +1,4 @@
+import os.path as osp
 from typing import Any, Optional
 
 from mmengine.dist import is_main_process
@@ -5,13 +6,14 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.visualization import LocalVisBackend
 
+from ..arguments import CheckedArguments, check_count
 from ..engine import StepTimes
 from ..engine.tables import decision_table
 from ..pruning import PruningDecision
 
 
 @HOOKS.register_module()
-class DecisionLogHook(Hook):
+class DecisionLogHook(Hook, metaclass=CheckedArguments):
     """Log what a :class:`LayerAttentionPruningHook` measures and decides.
 
     A run with that hook registers this one automatically.
@@ -34,7 +36,7 @@ class DecisionLogHook(Hook):
     priority = 'NORMAL'
 
     def __init__(self, interval: int = 50) -> None:
-        self.interval = interval
+        self.interval = check_count('interval', interval, 0)
         self._pruning: Any = None
         self._told = 0
 
@@ -82,13 +84,40 @@ class DecisionLogHook(Hook):
         self._log_new(runner)
 
     def after_train(self, runner) -> None:
-        """Compare the step times between the decisions."""
+        """Log the step times between decisions and the next commands."""
         self._step_times.record(runner, self._count_active(), runner.iter)
         if self._step_times.table():
             runner.logger.info('Training speed:\n' + self._step_times.table())
+        if self._pruning.history:
+            runner.logger.info(self._next_commands(runner))
 
     def _count_active(self) -> int:
         return sum(a.active for a in self._pruning.attentions.values())
+
+    def _files(self, runner) -> str:
+        """List the files of the decisions."""
+        text = f'All numbers of this decision: {runner.work_dir}/pruning.json.'
+        if self._pruning.unpruned is not None:
+            name = self._pruning.unpruned
+            text += f' The network before the first pruning: {runner.work_dir}/{name}.'
+        return f'{text} Plot the decisions so far with: mmela report {runner.work_dir}'
+
+    def _next_commands(self, runner) -> str:
+        """List useful commands after a training with decisions."""
+        lines = [
+            'Next:',
+            f'  mmela report {runner.work_dir}  # a page on what was pruned and why',
+        ]
+        saved = runner.message_hub.get_info('last_ckpt')
+        if saved and runner.cfg.filename:
+            config = osp.join(runner.work_dir, osp.basename(runner.cfg.filename))
+            lines += [
+                f'  mmela test {config} {saved}',
+                f'  mmela slim {config} {saved} slim.pth --out-config slim.py'
+                '  # drops the weights of pruned attentions',
+                '  mmela export slim.py slim.pth backbone.onnx --backbone',
+            ]
+        return '\n'.join(lines)
 
     def _log_begin(self, runner) -> None:
         measured = self._pruning.open
@@ -117,12 +146,7 @@ class DecisionLogHook(Hook):
         )
         if decision.warning:
             runner.logger.warning(f'{decision.warning}.')
-        runner.logger.info(
-            f'{runner.work_dir}/pruning.json holds every number of this decision; '
-            f'`mmela report {runner.work_dir}` plots them. With keep_unpruned, the '
-            'network before the first pruning is in '
-            f'{runner.work_dir}/before_pruning.pth.'
-        )
+        runner.logger.info(self._files(runner))
         scalars = {'layer_attention/active': after}
         for layer in decision.layers:
             for key, value in (

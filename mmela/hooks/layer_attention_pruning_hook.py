@@ -1,22 +1,23 @@
 import copy
 import json
 import os.path as osp
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Union
 
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from ..arguments import check_arguments
-from ..engine import check_wrapper, prune_run, trained_parameters
+from ..arguments import CheckedArguments, check_count
+from ..engine import check_wrapper, prune_run, resumed_from, trained_parameters
 from ..layers import LayerAttention
-from ..pruning import PruningDecision, PruningReport, build_policy
-from ..pruning.record import check_name, keep_earlier
+from ..pruning import PruningDecision, PruningPolicy, PruningReport, build_policy
+from ..pruning.record import check_name, keep_earlier, within
 from ..structure import AttentionStage, trained_stages, unreached
 from .decision_log_hook import DecisionLogHook
 from .measured_stages import candidate_stages, measured_stages
 from .measurement import Measurement
 from .meter import NetworkKLMeter, check_measurement
+from .saved_pruning import SavedPruning
 from .windows import Window, check_run, check_windows
 
 CHECKPOINT_KEY = 'layer_attention_pruning'
@@ -24,7 +25,7 @@ UNPRUNED = 'before_pruning.pth'
 
 
 @HOOKS.register_module()
-class LayerAttentionPruningHook(Hook):
+class LayerAttentionPruningHook(Hook, metaclass=CheckedArguments):
     """Prune redundant layer attentions while a network trains (ELA).
 
     During each window of the training the hook measures the KL divergence between
@@ -43,7 +44,8 @@ class LayerAttentionPruningHook(Hook):
             (7, 7) of 12 for COCO, (1, 3) and (51, 53) of 100 for ImageNet,
             (1, 3), (45, 48) and (91, 93) of 180 for CIFAR. An empty list prunes
             nothing more.
-        policy (dict): Config of the pruning policy, see :mod:`mmela.pruning`.
+        policy (dict | PruningPolicy): The pruning policy or its config, see
+            :mod:`mmela.pruning`.
             Defaults to ``dict(type='EBQM')``.
         by_epoch (bool): Whether windows count epochs; otherwise iterations,
             for an ``IterBasedTrainLoop``. Defaults to True.
@@ -90,8 +92,9 @@ class LayerAttentionPruningHook(Hook):
             reversed, overlaps another or ends after the training; if the policy or
             another argument is unknown or out of range; if the loop, the model or a
             follower does not fit; or if a checkpoint holds a window measured with
-            other settings. At the end of a window, if a KL divergence is NaN or
-            infinite; nothing is pruned then.
+            other settings, a damaged record, or decisions that contradict its
+            network. At the end of a window, if a KL divergence is NaN or infinite;
+            nothing is pruned then.
     """
 
     # Before the hooks that log (BELOW_NORMAL) and save (VERY_LOW)
@@ -100,7 +103,7 @@ class LayerAttentionPruningHook(Hook):
     def __init__(
         self,
         windows: Sequence[Window],
-        policy: Optional[dict] = None,
+        policy: Union[dict, PruningPolicy, None] = None,
         by_epoch: bool = True,
         keep_value: bool = False,
         reduction: str = 'mean_kl',
@@ -110,34 +113,21 @@ class LayerAttentionPruningHook(Hook):
         followers: Optional[Dict[str, str]] = None,
         keep_unpruned: bool = True,
     ) -> None:
-        # Python checks the names of arguments; this checks their types.
-        check_arguments(
-            type(self),
-            dict(
-                by_epoch=by_epoch,
-                keep_value=keep_value,
-                reduction=reduction,
-                eps=eps,
-                keep_unpruned=keep_unpruned,
-            ),
-        )
         self.windows = check_windows(windows)
         self.policy = build_policy(policy)
         check_measurement(reduction, eps)
-        if type(log_interval) is not int or log_interval < 0:
-            raise ValueError(f'log_interval={log_interval!r} is not an integer >= 0')
+        check_count('log_interval', log_interval, 0)
         self.by_epoch = by_epoch
         self.keep_value = keep_value
         self.reduction = reduction
         self.eps = eps
         self.log_interval = log_interval
-        if put_off_until is not None and (
-            type(put_off_until) is not int
-            or not any(window[1] < put_off_until for window in self.windows)
+        if put_off_until is not None and not any(
+            window[1] < put_off_until for window in self.windows
         ):
             raise ValueError(
-                f'put_off_until={put_off_until!r} is not an integer greater than the '
-                f'end of a window; the windows are {self.windows}'
+                f'put_off_until={put_off_until} is not greater than the end of a '
+                f'window; the windows are {self.windows}'
             )
         self.put_off_until = put_off_until
         self.followers = dict(followers or {})
@@ -215,21 +205,19 @@ class LayerAttentionPruningHook(Hook):
         """Restore the state of a checkpoint, if the run resumes from it."""
         loaded, self._loaded = self._loaded, None
         done = self._done(runner)
-        resumes = loaded is not None and runner.iter > 0
-        if resumes:
-            for name, start in loaded.get('random_start', {}).items():
-                if name in self.attentions:
-                    self.attentions[name].random_start = start
-            self.history = [
-                PruningDecision.from_dict(data, self.settings)
-                for data in loaded['history']
-            ]
+        saved: Optional[SavedPruning] = None
+        if loaded is not None and runner.iter > 0:
+            with within(f'{resumed_from(runner)}, {CHECKPOINT_KEY}'):
+                saved = SavedPruning.read(loaded, self.settings)
+                saved.check_network(runner.model)
+                saved.restore_starts(self.attentions)
+            self.history = saved.history
         if self.history:
             self._write_report(runner)
         elif is_main_process():
             keep_earlier(self._report_path(runner))
-        if resumes and loaded['window'] is not None:
-            self._resume_window(runner, loaded['window'], done)
+        if saved is not None and saved.window is not None:
+            self._resume_window(runner, saved.window, done)
         missed = [w for w in self._undecided() if w[1] <= done]
         if missed and self.open is None:
             rest = '' if self.windows[-1][1] > done else ', and no window is left'
@@ -369,6 +357,12 @@ class LayerAttentionPruningHook(Hook):
         prune_run(runner, decision.pruned, self.keep_value, self.followers)
         self.history.append(decision)
         self._write_report(runner)
+
+    @property
+    def unpruned(self) -> Optional[str]:
+        """str | None: Name of the checkpoint from before the first pruning, in the work
+        directory; None while nothing is pruned, and with ``keep_unpruned=False``."""
+        return UNPRUNED if self.keep_unpruned and self._has_pruned() else None
 
     def _has_pruned(self) -> bool:
         return any(decision.pruned for decision in self.history)

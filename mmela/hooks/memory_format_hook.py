@@ -6,6 +6,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import nn
 
+from ..arguments import CheckedArguments
+
 
 def use_channels_last(part: nn.Module) -> None:
     """Convert a network or a part of it to channels_last.
@@ -29,7 +31,7 @@ def use_channels_last(part: nn.Module) -> None:
 
 
 @HOOKS.register_module()
-class MemoryFormatHook(Hook):
+class MemoryFormatHook(Hook, metaclass=CheckedArguments):
     """Run a part of the model in channels_last, see :func:`use_channels_last`.
 
     This is faster on a CPU. Add the hook to ``default_hooks``, where it has its own

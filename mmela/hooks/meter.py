@@ -1,3 +1,4 @@
+import warnings
 from statistics import median
 from typing import Any, Dict, List, Optional, Sequence, Union
 
@@ -5,6 +6,7 @@ import torch
 from mmengine.dist import all_reduce, is_main_process
 from torch import Tensor
 
+from ..arguments import check_choice, check_number
 from ..layers import AttentionState
 from ..pruning import (
     Divergence,
@@ -29,13 +31,8 @@ def check_measurement(reduction: str, eps: float) -> None:
     Raises:
         ValueError: If ``reduction`` is unknown or ``eps`` is out of range.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(
-            f'reduction={reduction!r} is unknown; allowed '
-            f'are {", ".join(map(repr, REDUCTIONS))}'
-        )
-    if not 0 < eps < 1:
-        raise ValueError(f'eps={eps} is not in (0, 1)')
+    check_choice('reduction', reduction, REDUCTIONS)
+    check_number('eps', eps, 0, 1, open_low=True, open_high=True)
 
 
 class KLMeter:
@@ -64,10 +61,12 @@ class KLMeter:
         # Number of tokens that each active attention attends over, by name
         self.tokens: Dict[str, int] = {}
         self.identity: List[str] = []
-        seen = 0
+        seen, before = 0, None
         device = torch.device('cpu')
         for name, attention in stage.named.items():
-            seen += attention.attention_state != AttentionState.PRUNED
+            if attention.attention_state != AttentionState.PRUNED:
+                seen += attention.opens_token(before)
+                before = attention
             if attention.active:
                 self.tokens[name] = seen
             self.identity.append(
@@ -81,8 +80,8 @@ class KLMeter:
             if reduction == 'mean_distribution'
             else 2 * max(len(self.tokens) - 1, 0)
         )
-        # The last element counts the summed distributions (samples times heads).
-        # A single tensor needs a single reduction over ranks.
+        # The last element counts the summed distributions: samples times heads (times
+        # positions). One tensor needs only one reduction over ranks.
         self.sums = torch.zeros(size + 1, dtype=torch.float64, device=device)
 
     def __call__(self, scores: List[Tensor]) -> None:
@@ -90,14 +89,14 @@ class KLMeter:
 
         Args:
             scores (list[Tensor]): Scores before the softmax of the active
-                attentions, each (B, G, t), without gradient.
+                attentions, each (B, G, t) or (B, G, P, t), without gradient.
         """
         idle = self.training_only and not torch.is_grad_enabled()
         if len(scores) < 2 or idle:
             return
         log_probs = [score.double().log_softmax(-1) for score in scores]
         if self.reduction == 'mean_distribution':
-            sums = [log_p.exp().sum((0, 1)) for log_p in log_probs]
+            sums = [log_p.exp().flatten(0, -2).sum(0) for log_p in log_probs]
         else:
             sums = [
                 part.sum()[None]
@@ -141,6 +140,9 @@ class NetworkKLMeter:
         reduction (str): See :class:`KLMeter`. Defaults to ``'mean_kl'``.
         eps (float): See :class:`KLMeter`. Defaults to 1e-8.
 
+    Raises:
+        ValueError: If no stage has an attention that can be measured.
+
     Attributes:
         sums (Tensor): Sums of all stages, one after the other, (N,).
     """
@@ -151,6 +153,14 @@ class NetworkKLMeter:
         reduction: str = 'mean_kl',
         eps: float = 1e-8,
     ) -> None:
+        attentions = [a for stage in stages.values() for a in stage.attentions]
+        if not any(attention.prunable for attention in attentions):
+            kinds = sorted({type(attention).__name__ for attention in attentions})
+            raise ValueError(
+                f'there is nothing to measure: none of the {len(stages)} stages has an '
+                'attention that computes a distribution over layers, such as MRLABase; '
+                f'they have {", ".join(kinds) or "no attention"}'
+            )
         self.stages = stages
         self.reduction = reduction
         self.eps = eps
@@ -280,6 +290,13 @@ class NetworkKLMeter:
             ValueError: If a divergence is NaN or infinite; the error names the
                 layer.
         """
+        silent = self.silent_stages()
+        if silent and not any(meter.sums[-1] for meter in self.meters.values()):
+            warnings.warn(
+                'nothing was measured, so nothing is pruned: '
+                f'{", ".join(silent)} did not run between attach() and detach()',
+                stacklevel=2,
+            )
         values = self.compute()
         stages = [name for name, meter in self.meters.items() for _ in meter.tokens]
         return PruningDecision(

@@ -1,7 +1,7 @@
 """Base classes of the layer attentions: state, heads and initialization."""
 
 import math
-from abc import ABCMeta, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Tuple, Union
 
@@ -13,8 +13,8 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..arguments import check_arguments
-from ..ops import is_compiling
+from ..arguments import CheckedArguments, building, check_count, check_number
+from ..ops import CompiledForward, is_compiling
 from ..ops.normed_sum import relu_open_at_zero
 from .state import AttentionState, decode, decode_text, encode, encode_text
 
@@ -28,7 +28,8 @@ class StageMemory:
     Attributes:
         scores (list[Tensor]): Scaled scores before the softmax of each active
             attention so far, (B, G, t), where ``t`` is the number of tokens that it
-            attends over; empty if the attentions do not weigh layers.
+            attends over, or (B, G, P, t) if each of P positions has its own weights;
+            empty if the attentions do not weigh layers.
         first (LayerAttention, optional): The first attention of the stage, which
             holds the shared submodules. Defaults to None.
     """
@@ -37,11 +38,10 @@ class StageMemory:
     first: Optional['LayerAttention'] = None
 
 
-class _LayerAttentionMeta(ABCMeta):
+class _LayerAttentionMeta(CheckedArguments):
     """Checks arguments before the constructor runs, and adds the signature after."""
 
     def __call__(cls, *args, **kwargs):
-        check_arguments(cls, kwargs)
         attention = super().__call__(*args, **kwargs)
         attention.register_buffer('signature', encode_text(attention.fingerprint()))
         return attention
@@ -58,7 +58,8 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
         head_dim (int): Channels ``d`` of one head. Defaults to 32.
         drop_path (float): Probability of dropping the attention of a sample
             in training. Defaults to 0.
-        init_cfg (dict, optional): Initialization config. Defaults to None.
+        init_cfg (dict | list[dict], optional): Initialization config. Defaults
+            to None.
 
     Attributes:
         place (Place, optional): Its place in the network, see
@@ -80,6 +81,14 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
     needs_identity = False
     """bool: Whether it needs the identity input of the block, as
     ``memory.identity``."""
+
+    needs_map = True
+    """bool: Whether it needs the height and width of maps. If False, it gets the tokens
+    of a transformer, with class tokens, as a map (B, C, L, 1)."""
+
+    backend = 'auto'
+    """str: ``'compile'`` if ``torch.compile`` fuses the attention, see
+    :class:`mmela.ops.CompiledForward`."""
 
     crosses_stages = False
     """bool: Whether the first attention of a stage starts from the memory of the
@@ -104,17 +113,17 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
         channels: int,
         head_dim: int = 32,
         drop_path: float = 0.0,
-        init_cfg: Optional[dict] = None,
+        init_cfg: Union[dict, List[dict], None] = None,
     ) -> None:
         super().__init__(init_cfg)
+        check_count('channels', channels, 1)
         if head_dim < 1 or channels % head_dim:
             divisors = [d for d in range(1, channels + 1) if channels % d == 0]
             raise ValueError(
                 f'head_dim={head_dim} does not divide the {channels} channels '
                 f'of the block; allowed are {divisors}'
             )
-        if not 0 <= drop_path < 1:
-            raise ValueError(f'drop_path={drop_path} is not a probability in [0, 1)')
+        check_number('drop_path', drop_path, 0, 1, open_high=True)
         self.channels = channels
         self.head_dim = head_dim
         self.num_heads = channels // head_dim
@@ -123,12 +132,18 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
         self.place: Any = None
         self.taps: Dict[str, str] = {}
         self.loaded = False  # whether a checkpoint was loaded
+        self._compiled = CompiledForward()
         self._state = AttentionState.ACTIVE
         self._disabled: List[str] = []
         # The checkpoint stores the state as a buffer. The forward pass reads
         # `_state` instead, so it does not wait for the device.
         self.register_buffer('state', torch.tensor(encode(AttentionState.ACTIVE)))
         self._note_state()
+
+    def __call__(self, x: Tensor, memory: Optional[StageMemory] = None) -> Tensor:
+        if self.backend == 'compile' and memory is not None:
+            return self._compiled(self, super().__call__, x, memory)
+        return super().__call__(x, memory)
 
     def forward(self, x: Tensor, memory: Optional[StageMemory] = None) -> Tensor:
         """Extend the memory and attend over it.
@@ -195,7 +210,10 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
         layout = self.place.features
         if layout.layout != 'BCHW' and hasattr(self, 'pre_norm'):
             x = self.pre_norm(x)
-        x, restore = layout.to_map(x, args, output)
+        if self.needs_map:
+            x, restore = layout.to_map(x, args, output)
+        else:
+            x, restore = layout.to_positions(x)
         if state == AttentionState.VALUE_ONLY:
             self.store(x, memory)
             return features
@@ -219,6 +237,31 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
             Tensor: Features of the same shape.
         """
         return features + self.drop_path(retrieved)
+
+    @classmethod
+    def is_branch(cls, arguments: dict) -> bool:
+        """Whether it adds a branch to its block, which stochastic depth may drop.
+
+        Args:
+            arguments (dict): Arguments of the constructor.
+
+        Returns:
+            bool: If True, it has the stochastic depth of its block by default. If
+            False, the retrieved features replace the block's output.
+        """
+        return True
+
+    def opens_token(self, before: Optional['LayerAttention']) -> bool:
+        """Whether its block starts a new token for the attentions of the stage.
+
+        Args:
+            before (LayerAttention, optional): The previous attention that is not
+                pruned; None for the first.
+
+        Returns:
+            bool: False if its block adds to the token of ``before``.
+        """
+        return True
 
     def connect(self, block: nn.Module) -> Tuple[Dict[str, str], Dict[str, nn.Module]]:
         """Declare the submodules of the block that the attention reads or replaces.
@@ -404,8 +447,8 @@ class QKVLayerAttention(LayerAttention):
             that start from the weights of a plain one. Without a normalization, a
             learnable scale per channel starts at 0 instead. Defaults to False.
         token_norm_cfg (dict, optional): Normalization of the tokens of a
-            transformer before attention (MRLA, algorithms 2 and 4). Defaults to
-            None.
+            transformer before attention, which their stage asks for (MRLA,
+            algorithms 2 and 4). Defaults to None.
         small_init (float, optional): Initial normalization weight, or initial scale
             without a normalization, such as 0.2. It is also for networks that start
             from the weights of a plain one. Their output first differs slightly from
@@ -414,7 +457,8 @@ class QKVLayerAttention(LayerAttention):
             backbone evaluates its norms (``norm_eval=True``), use a norm without
             running statistics, such as ``norm_cfg=dict(type='GN', num_groups=32)``.
             Defaults to None, which means 1.
-        init_cfg (dict, optional): Initialization config. Defaults to None.
+        init_cfg (dict | list[dict], optional): Initialization config. Defaults to
+            None.
         value_conv (bool): Whether the value is a convolution of the output; if
             False, it is the output itself (MRLA, table 4, c). Defaults to True.
         fc_reduction (int, optional): Make query and key linear maps that reduce the
@@ -439,7 +483,7 @@ class QKVLayerAttention(LayerAttention):
         zero_init: bool = False,
         token_norm_cfg: Optional[dict] = None,
         small_init: Optional[float] = None,
-        init_cfg: Optional[dict] = None,
+        init_cfg: Union[dict, List[dict], None] = None,
         value_conv: bool = True,
         fc_reduction: Optional[int] = None,
     ) -> None:
@@ -454,13 +498,13 @@ class QKVLayerAttention(LayerAttention):
                     f'small_init={small_init} and zero_init=True set different '
                     'initial weights; set only one of them'
                 )
-            if not 0 < small_init <= 1:
-                raise ValueError(f'small_init={small_init} is not in (0, 1]')
+            check_number('small_init', small_init, 0, 1, open_low=True)
         self.zero_init = zero_init
         self.small_init = small_init
         # Registered before the value, because tools fold a norm into the convolution
         # registered before it.
-        self.norm = build_norm_layer(norm_cfg, channels)[1] if norm_cfg else None
+        with building('norm_cfg', norm_cfg):
+            self.norm = build_norm_layer(norm_cfg, channels)[1] if norm_cfg else None
         if fc_reduction is None:
             self.query: Union[nn.Conv1d, nn.Linear] = channel_conv(channels)
             self.key: Union[nn.Conv1d, nn.Linear] = channel_conv(channels)
@@ -473,14 +517,16 @@ class QKVLayerAttention(LayerAttention):
             self.value = nn.Conv2d(
                 channels, channels, 3, padding=1, groups=channels, bias=False
             )
-        self.value_act = (
-            build_activation_layer(value_act_cfg) if value_act_cfg else nn.Identity()
-        )
+        self.value_act: nn.Module = nn.Identity()
+        if value_act_cfg:
+            with building('value_act_cfg', value_act_cfg):
+                self.value_act = build_activation_layer(value_act_cfg)
         # Class tokens bypass the norm, so they need the scale.
         if self.from_plain and (norm_cfg is None or token_norm_cfg):
             self.scale = nn.Parameter(torch.zeros(channels))
         if token_norm_cfg:
-            self.pre_norm = build_norm_layer(token_norm_cfg, channels)[1]
+            with building('token_norm_cfg', token_norm_cfg):
+                self.pre_norm = build_norm_layer(token_norm_cfg, channels)[1]
         self.reset_parameters()
 
     relu = True

@@ -109,6 +109,25 @@ class Features:
 
         return patches.unflatten(2, (height, width)), restore
 
+    def to_positions(
+        self, features: Tensor
+    ) -> Tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """View features as a map, for operations that treat all positions alike.
+
+        Args:
+            features (Tensor): (B, C, H, W), (B, H, W, C) or (B, L, C).
+
+        Returns:
+            tuple[Tensor, callable]: A view (B, C, H, W), or (B, C, L, 1) of tokens
+            including extra tokens, and a function from such a map back to the layout
+            of the features.
+        """
+        if self.layout == 'BLC':
+            return features.transpose(1, 2)[..., None], lambda x: x[..., 0].transpose(
+                1, 2
+            )
+        return self.to_map(features, (), None)
+
 
 class Resolution:
     """Source of the height and width of the map behind tokens.

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from torch import Tensor
 
+from ..arguments import check_choice, check_count, check_number
 from ..registry import LAYER_ATTENTIONS
 from .base import QKVLayerAttention, StageMemory, channel_conv, pool
 
@@ -137,19 +138,14 @@ class KCLA(QKVLayerAttention):
         shared_key: bool = False,
         **kwargs,
     ) -> None:
-        if head_attention not in HEAD_ATTENTIONS:
-            raise ValueError(
-                f'head_attention={head_attention!r} is unknown; '
-                f'allowed are {HEAD_ATTENTIONS}'
-            )
-        if direction not in ('own', 'sum'):
-            raise ValueError(
-                f"direction={direction!r} is unknown; allowed are 'own' and 'sum'"
-            )
-        if not temperature > 0:
-            raise ValueError(f'temperature={temperature} is not positive')
-        if not eps >= 0:
-            raise ValueError(f'eps={eps} is negative')
+        check_choice('head_attention', head_attention, HEAD_ATTENTIONS)
+        check_choice('direction', direction, ('own', 'sum'))
+        check_number('temperature', temperature, 0, open_low=True)
+        check_number('eps', eps, 0)
+        check_count('stride', stride, 1)
+        if previous_channels is not None:
+            check_count('previous_channels', previous_channels, 1)
+        check_count('block', block, 0)
         super().__init__(channels, head_dim, drop_path, **kwargs)
         self.exp_norm = exp_norm
         self.recurrent = recurrent

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import check_choice, check_count
 from ..registry import LAYER_ATTENTIONS
 from .mla import MLA
 
@@ -71,10 +72,8 @@ class LinearizedMLA(MLA):
         block: int = 0,
         **kwargs,
     ) -> None:
-        if kind not in KINDS:
-            raise ValueError(
-                f'kind={kind!r} is unknown; allowed are {", ".join(KINDS)}'
-            )
+        check_choice('kind', kind, KINDS)
+        check_count('block', block, 0)
         self.kind = kind
         super().__init__(channels, head_dim, **kwargs)
         width = (

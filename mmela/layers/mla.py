@@ -97,6 +97,10 @@ class MLA(MRLABase):
             values = [value.flatten(1, 2) for value in split.unbind(2)]
         return self.retrieve(self.weights(query, keys, memory), values)
 
+    @classmethod
+    def is_branch(cls, arguments: dict) -> bool:
+        return not arguments.get('replace')
+
     def combine(self, features: Tensor, retrieved: Tensor) -> Tensor:
         return retrieved if self.replace else super().combine(features, retrieved)
 

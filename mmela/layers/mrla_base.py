@@ -1,12 +1,11 @@
 import math
 from dataclasses import dataclass, field
-from typing import List, Optional, Tuple
+from typing import List, Tuple
 
 import torch
 from torch import Tensor
 
 from ..ops import (
-    CompiledForward,
     can_norm_sum,
     check_backend,
     layer_weighted_sum,
@@ -77,12 +76,6 @@ class MRLABase(QKVLayerAttention):
         super().__init__(channels, head_dim, **kwargs)
         self.backend = backend
         self.relu = relu
-        self._compiled = CompiledForward()
-
-    def __call__(self, x: Tensor, memory: Optional[Memory] = None) -> Tensor:
-        if self.backend == 'compile' and memory is not None:
-            return self._compiled(self, super().__call__, x, memory)
-        return super().__call__(x, memory)
 
     def attend(self, x: Tensor, memory: Memory) -> Tensor:
         pooled = self.store(x, memory)

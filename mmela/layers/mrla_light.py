@@ -6,6 +6,7 @@ import torch
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 
+from ..arguments import check_choice
 from ..registry import LAYER_ATTENTIONS
 from .base import QKVLayerAttention, StageMemory, pool
 
@@ -75,11 +76,7 @@ class MRLALight(QKVLayerAttention):
         gate: bool = True,
         **kwargs,
     ) -> None:
-        if previous not in ('identity', 'output', 'none'):
-            raise ValueError(
-                f"previous={previous!r} is unknown; allowed are 'identity', 'output' "
-                "and 'none'"
-            )
+        check_choice('previous', previous, ('identity', 'output', 'none'))
         super().__init__(channels, head_dim, **kwargs)
         self.previous = previous
         self.needs_identity = previous == 'identity'

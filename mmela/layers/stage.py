@@ -35,8 +35,9 @@ class Stage:
             or in one of its replicas.
         hands_over (bool): Whether another stage starts from its memory.
         observer (callable, optional): Called after each forward pass with the
-            scores of the active attentions, a list of (B, G, t) tensors without
-            gradient. None, the default, costs nothing.
+            scores of the active attentions, those of
+            :class:`mmela.layers.StageMemory`, without gradient. None, the default,
+            costs nothing.
     """
 
     def __init__(self, blocks: Sequence[str], number: int = 0) -> None:

@@ -6,6 +6,8 @@ from typing import Callable, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from ..arguments import check_choice
+
 BACKENDS = ('auto', 'reference', 'autograd', 'compile')
 
 
@@ -93,8 +95,7 @@ def check_backend(backend: str) -> str:
             "backend='triton' no longer exists; using 'compile' instead", stacklevel=3
         )
         return 'compile'
-    if backend not in BACKENDS:
-        raise ValueError(f'backend={backend!r} is unknown; allowed are {BACKENDS}')
+    check_choice('backend', backend, BACKENDS)
     return backend
 
 

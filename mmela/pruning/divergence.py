@@ -16,7 +16,8 @@ class Divergence:
         own (float): How much weight the later one puts on tokens that the
             earlier one lacks, in nats.
         shared (int): Tokens ``t`` that both see.
-        more (int): Tokens ``n`` that only the later one sees.
+        more (int): Number of tokens ``n`` that only the later one sees; 0 if both see
+            the same.
     """
 
     shape: float
@@ -55,7 +56,8 @@ def split_kl(log_p, log_q, eps: float = 1e-8) -> Tuple[Any, Any]:
         log_p (ndarray | Tensor): Log-probabilities of the earlier block,
             (..., t).
         log_q (ndarray | Tensor): Log-probabilities of the later block,
-            (..., t + n) with n >= 1, of the same kind as ``log_p``.
+            (..., t + n), of the same kind as ``log_p``. Where ``n`` is 0, as within
+            a group of blocks that add to one token, all is shape.
         eps (float): Probability of a token that the earlier block lacks.
             Defaults to 1e-8.
 
@@ -64,16 +66,16 @@ def split_kl(log_p, log_q, eps: float = 1e-8) -> Tuple[Any, Any]:
         each (...), on the device and in the dtype of the arguments.
 
     Raises:
-        ValueError: If ``eps`` is not in (0, 1) or the later block does not
-            attend over more tokens than the earlier one.
+        ValueError: If ``eps`` is not in (0, 1) or the later block attends over
+            fewer tokens than the earlier one.
     """
     if not 0 < eps < 1:
         raise ValueError(f'eps={eps} is not in (0, 1)')
     tokens, more = log_p.shape[-1], log_q.shape[-1]
-    if more <= tokens:
+    if more < tokens:
         raise ValueError(
             f'the later block attends over {more} tokens and the earlier one '
-            f'over {tokens}; the later one must have more'
+            f'over {tokens}; the later one must not have fewer'
         )
     library: Any = np
     logsumexp: Any = special.logsumexp

@@ -4,6 +4,8 @@ from typing import Callable, Optional, Sequence
 import numpy as np
 from scipy import special
 
+from ..arguments import check_number
+
 
 @dataclass(frozen=True)
 class PooledDecision:
@@ -25,33 +27,6 @@ class PooledDecision:
     normalized: np.ndarray
     mapped: np.ndarray
     quantile: float
-
-
-def check_number(
-    name: str, value: float, low: float, high: float = np.inf, open_low: bool = False
-) -> float:
-    """Check a hyper-parameter.
-
-    Returns:
-        float: The value.
-
-    Raises:
-        ValueError: If it is not a number from ``low`` to ``high``.
-    """
-    is_number = isinstance(
-        value, (int, float, np.integer, np.floating)
-    ) and not isinstance(value, bool)
-    # NaN fails every comparison.
-    if (
-        not is_number
-        or not (low < value if open_low else low <= value)
-        or not value <= high
-        or value == np.inf
-    ):
-        left = '(' if open_low else '['
-        right = 'inf)' if high == np.inf else f'{high:g}]'
-        raise ValueError(f'{name}={value!r} is not a number in {left}{low:g}, {right}')
-    return value
 
 
 def check_kl(kl: Sequence[float], names: Optional[Sequence[str]] = None) -> np.ndarray:

@@ -1,20 +1,26 @@
-from abc import ABCMeta, abstractmethod
+from abc import abstractmethod
 from dataclasses import replace
 from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from scipy import special
 
-from ..arguments import check_arguments, did_you_mean
+from ..arguments import (
+    CheckedArguments,
+    check_choice,
+    check_count,
+    check_number,
+    did_you_mean,
+)
 from .divergence import Divergence
-from .ebqm import PooledDecision, beta_cdf, check_kl, check_number, map_quantiles
+from .ebqm import PooledDecision, beta_cdf, check_kl, map_quantiles
 from .record import LayerDecision
 from .registry import PRUNING_POLICIES
 
 CRITERIA = ('total', 'shape', 'random', 'position')
 
 
-class PruningPolicy(metaclass=ABCMeta):
+class PruningPolicy(metaclass=CheckedArguments):
     """Base class of the policies, with pooling, limits and reasons.
 
     Args:
@@ -49,25 +55,17 @@ class PruningPolicy(metaclass=ABCMeta):
         max_pruned: Optional[int] = None,
         criterion: str = 'total',
     ) -> None:
-        if criterion not in CRITERIA:
-            raise ValueError(
-                f'criterion={criterion!r} is unknown'
-                f'{did_you_mean(criterion, CRITERIA)}; allowed are '
-                f'{", ".join(map(repr, CRITERIA))}'
-            )
+        check_choice('criterion', criterion, CRITERIA)
+        check_choice('scope', scope, ('network', 'stage'))
         self.criterion = criterion
-        if scope not in ('network', 'stage'):
-            raise ValueError(
-                f"scope={scope!r} is unknown; allowed are 'network' and 'stage'"
-            )
         self.scope = scope
-        self.min_active_per_stage = _check_count(
+        self.min_active_per_stage = check_count(
             'min_active_per_stage', min_active_per_stage, 1
         )
         self.max_pruned = (
             max_pruned
             if max_pruned is None
-            else _check_count('max_pruned', max_pruned, 0)
+            else check_count('max_pruned', max_pruned, 0)
         )
 
     @property
@@ -309,7 +307,6 @@ def build_policy(cfg: Union[dict, PruningPolicy, None] = None) -> PruningPolicy:
             f'{allowed}'
         )
     try:
-        check_arguments(policy, arguments)
         return policy(**arguments)
     except TypeError as error:
         raise ValueError(f'policy={dict(cfg)!r}: {error}') from error
@@ -333,16 +330,6 @@ def _measured(
 def _optional(value: float) -> Optional[float]:
     """The value as a float; None for NaN."""
     return None if np.isnan(value) else float(value)
-
-
-def _check_count(name: str, value: int, low: int) -> int:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, np.integer))
-        or value < low
-    ):
-        raise ValueError(f'{name}={value!r} is not an integer >= {low}')
-    return int(value)
 
 
 def _truncated(cdf, x: np.ndarray) -> np.ndarray:
@@ -389,11 +376,7 @@ class EBQM(PruningPolicy):
         self.alpha = check_number('alpha', alpha, 0, open_low=True)
         self.beta = check_number('beta', beta, 0, open_low=True)
         self.mu = check_number('mu', mu, 0, 1)
-        if mapping not in self.MAPPINGS:
-            raise ValueError(
-                f'mapping={mapping!r} is unknown; allowed are '
-                f'{", ".join(map(repr, self.MAPPINGS))}'
-            )
+        check_choice('mapping', mapping, self.MAPPINGS)
         self.mapping = mapping
 
     @property
@@ -466,7 +449,7 @@ class FixedCount(PruningPolicy):
 
     def __init__(self, count: int, **kwargs) -> None:
         super().__init__(**kwargs)
-        self.count = _check_count('count', count, 0)
+        self.count = check_count('count', count, 0)
 
     def decide(self, kl: np.ndarray) -> PooledDecision:
         skip = np.zeros(kl.shape, dtype=bool)
@@ -515,10 +498,7 @@ class QuantileMapping(PruningPolicy):
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
-        if target not in ('gamma', 'exponential'):
-            raise ValueError(
-                f"target={target!r} is unknown; allowed are 'gamma' and 'exponential'"
-            )
+        check_choice('target', target, ('gamma', 'exponential'))
         self.target = target
         self.mu = check_number('mu', mu, 0)
         self.shape = check_number('shape', shape, 0, open_low=True)

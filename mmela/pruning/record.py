@@ -6,10 +6,12 @@ import math
 import os
 import re
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
+from ..arguments import check_number
 from ..files import write_text
 from .signal import has_learned, learning_state
 
@@ -82,7 +84,7 @@ class LayerDecision:
         Raises:
             ValueError: If a key is missing or unknown, or a value is invalid.
         """
-        data = dict(_check('a layer', data, dict))
+        data = dict(check_type('a layer', data, dict))
         if 'kl' in data:  # format 1 stored no candidates and no quantile
             data['divergence'] = data.pop('kl')
             data['pruned'] = data.pop('skip', None)
@@ -101,7 +103,7 @@ class LayerDecision:
             check_name(getattr(layer, key))
         for key in NUMBERS:
             value = getattr(layer, key)
-            if value is not None and not math.isfinite(_check(key, value, float)):
+            if value is not None and not math.isfinite(check_type(key, value, float)):
                 raise ValueError(f'{key}={value} is not finite')
         if (layer.mapped is None) != (layer.normalized is None):
             raise ValueError(
@@ -110,8 +112,8 @@ class LayerDecision:
         if layer.divergence is None and layer.mapped is not None:
             raise ValueError(f'{layer.name} has mapped, but no divergence')
         for key in ('selected', 'pruned'):
-            _check(key, getattr(layer, key), bool)
-        _check('reason', layer.reason, str)
+            check_type(key, getattr(layer, key), bool)
+        check_type('reason', layer.reason, str)
         return layer
 
 
@@ -199,27 +201,33 @@ class PruningDecision:
             ValueError: If a key is missing or a value is invalid.
         """
         values = {key: hook[key] for key in _SETTINGS if hook and key in hook}
-        values.update(_check('a decision', data, dict))
-        values['layers'] = tuple(
-            map(LayerDecision.from_dict, _check('layers', values.get('layers'), list))
-        )
+        values.update(check_type('a decision', data, dict))
+        layers = []
+        for index, layer in enumerate(check_type('layers', values.get('layers'), list)):
+            with within(f'layers[{index}]'):
+                layers.append(LayerDecision.from_dict(layer))
+                if layers[-1].name in [other.name for other in layers[:-1]]:
+                    raise ValueError(f'name={layers[-1].name!r} appears twice')
+        values['layers'] = tuple(layers)
         if values.get('window') is not None:
-            values['window'] = _window(values['window'])
+            values['window'] = check_window(values['window'])
         try:
             decision = cls(**{k: values[k] for k in cls.__annotations__ if k in values})
         except TypeError as error:
             raise ValueError(f'a decision: {error}') from error
-        _check('policy', decision.policy, dict)
-        _check('reduction', decision.reduction, str)
-        _check('eps', decision.eps, float)
-        _check('keep_value', decision.keep_value, bool)
+        check_type('policy', decision.policy, dict)
+        check_type('the type of policy', decision.policy.get('type'), str)
+        check_type('reduction', decision.reduction, str)
+        check_number('eps', decision.eps, 0, 1, open_low=True, open_high=True)
+        check_type('keep_value', decision.keep_value, bool)
         if decision.unit not in (None, 'epoch', 'iteration'):
             raise ValueError(f"unit={decision.unit!r} is not 'epoch' or 'iteration'")
         for key, kind in dict(
             iteration=int, put_off=int, deviation=float, movement=float
         ).items():
-            if getattr(decision, key) is not None:
-                _check(key, getattr(decision, key), kind)
+            value = getattr(decision, key)
+            if value is not None:
+                check_number(key, check_type(key, value, kind), 0)
         return decision
 
 
@@ -262,29 +270,56 @@ class PruningReport:
         """
         try:
             content = json.loads(Path(path).read_text(encoding='utf-8'))
-            _check('the content', content, dict)
+            check_type('the content', content, dict)
             number = content.get('format', 1)
             if number not in (1, FORMAT):
                 raise ValueError(f'format={number!r} is not 1 or {FORMAT}')
-            hook = dict(_check('hook', content.get('hook'), dict))
+            hook = dict(check_type('hook', content.get('hook'), dict))
             hook['windows'] = list(
-                map(_window, _check('windows', hook.get('windows'), list))
+                map(check_window, check_type('windows', hook.get('windows'), list))
             )
-            _check('policy', hook.get('policy'), dict)
+            check_type('policy', hook.get('policy'), dict)
             for key in ('by_epoch', 'keep_value'):
-                _check(key, hook.get(key), bool)
+                check_type(key, hook.get(key), bool)
             key = 'decisions' if number == FORMAT else 'prunings'
-            decisions = []
-            for data in _check(key, content.get(key), list):
-                decisions.append(PruningDecision.from_dict(data, hook))
-                for name in ('window', 'unit', 'iteration'):
-                    if getattr(decisions[-1], name) is None:
-                        raise ValueError(f'a decision has no {name}')
-            return cls(hook, tuple(decisions))
+            return cls(hook, tuple(read_decisions(key, content.get(key), hook)))
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f'{path} is not a report of the pruning hook: {error}'
             ) from error
+
+
+def read_decisions(key: str, data: Any, hook: Dict[str, Any]) -> List[PruningDecision]:
+    """Read and check the decisions of a run.
+
+    Args:
+        key (str): Name of the field in the file.
+        data (Any): The decisions, see :meth:`PruningDecision.to_dict`.
+        hook (dict): Settings of the hook, which format 1 stored only once.
+
+    Returns:
+        list[PruningDecision]: The decisions in order.
+
+    Raises:
+        ValueError: If the data are malformed, or if a decision lists an attention that
+            an earlier one has pruned. The message names the field.
+    """
+    decisions: List[PruningDecision] = []
+    for index, item in enumerate(check_type(key, data, list)):
+        with within(f'{key}[{index}]'):
+            decision = PruningDecision.from_dict(item, hook)
+            for name in ('window', 'unit', 'iteration'):
+                if getattr(decision, name) is None:
+                    raise ValueError(f'a decision has no {name}')
+            for number, earlier in enumerate(decisions):
+                again = {layer.name for layer in decision.layers} & set(earlier.pruned)
+                if again:
+                    raise ValueError(
+                        f'layers has {", ".join(sorted(again))}, which '
+                        f'{key}[{number}] has already pruned'
+                    )
+            decisions.append(decision)
+    return decisions
 
 
 def keep_earlier(path: Union[str, Path]) -> None:
@@ -305,6 +340,22 @@ def keep_earlier(path: Union[str, Path]) -> None:
             return
 
 
+@contextmanager
+def within(part: str) -> Iterator[None]:
+    """Put the name of a part of a file in front of its errors.
+
+    Args:
+        part (str): Name of the part, such as ``layers[2]``.
+
+    Raises:
+        ValueError: If the body raises one.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f'{part}: {error}') from error
+
+
 def check_name(name: str) -> str:
     """Check that a name is safe in file names and on a terminal.
 
@@ -319,8 +370,20 @@ def check_name(name: str) -> str:
     return name
 
 
-def _check(key: str, value: Any, kind: type) -> Any:
-    """Check the type of a value from a file, and that an integer is not too large."""
+def check_type(key: str, value: Any, kind: type) -> Any:
+    """Check the type of a value from a file, and that an integer is not too large.
+
+    Args:
+        key (str): Name of the field.
+        value (Any): The value.
+        kind (type): The type; a float may be an integer.
+
+    Returns:
+        Any: The value.
+
+    Raises:
+        ValueError: If the value has another type; the message names the field.
+    """
     fits = isinstance(value, (int, float) if kind is float else kind)
     odd = isinstance(value, bool) and kind is not bool
     if not fits or odd or type(value) is int and abs(value) >= 2**53:
@@ -328,9 +391,23 @@ def _check(key: str, value: Any, kind: type) -> Any:
     return value
 
 
-def _window(bounds: Sequence[int]) -> Tuple[int, int]:
-    """Check a window from a file."""
+def check_window(bounds: Any) -> Tuple[int, int]:
+    """Check a window from a file.
+
+    Args:
+        bounds (Any): Its first and last epoch or iteration.
+
+    Returns:
+        tuple[int, int]: The window.
+
+    Raises:
+        ValueError: If it is not a window.
+    """
     if not isinstance(bounds, (list, tuple)) or len(bounds) != 2:
         raise ValueError(f'window={bounds!r:.99} is not a pair of integers')
-    first, last = (_check('a bound of a window', bound, int) for bound in bounds)
+    first, last = (check_type('a bound of a window', bound, int) for bound in bounds)
+    if not 1 <= first <= last:
+        raise ValueError(
+            f'window={bounds!r:.99} must start at 1 or later, and not end before'
+        )
     return first, last

@@ -17,7 +17,9 @@ def deviation(divergences: Sequence[Optional[Divergence]]) -> Optional[float]:
     baseline ``log((t + n) / t)``. In a stage of six blocks that baseline changes by
     41, 29, 22 and 18 % from one block to the next, so below a deviation of a quarter
     (:data:`MIN_DEVIATION`) the positions decide the order. The median is used because
-    one attention that has learned does not vouch for those that a policy prunes.
+    one attention that has learned does not vouch for those that a policy prunes. If
+    both attentions have the same number of tokens, the baseline is 0 and they do not
+    count.
 
     Args:
         divergences (Sequence[Divergence | None]): Divergences of the attentions
@@ -25,9 +27,9 @@ def deviation(divergences: Sequence[Optional[Divergence]]) -> Optional[float]:
 
     Returns:
         float | None: Median of ``abs(total / baseline - 1)``; None without a
-        measured divergence.
+        measured divergence that has a baseline.
     """
-    relative = [abs(d.total / d.baseline - 1) for d in divergences if d is not None]
+    relative = [abs(d.total / d.baseline - 1) for d in divergences if d and d.more]
     return float(np.median(relative)) if relative else None
 
 

@@ -84,7 +84,7 @@ def collect(study: Study, jobs: Iterable[Job]) -> Tuple[List[Row], List[Row]]:
 
 def _add_results(row: Row, metric: str, job: Job, results: Run) -> None:
     times = [v['time'] for v in results.training.values() if 'time' in v]
-    periods = [p.seconds for p in results.step_times() if p.seconds is not None]
+    periods = [p.times.median for p in results.step_times() if p.times is not None]
     memory = [v['memory'] for v in results.training.values() if 'memory' in v]
     pruned = [
         f'{_window(decision)}: ' + (' '.join(map(short_name, decision.pruned)) or '-')

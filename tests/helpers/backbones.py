@@ -7,14 +7,14 @@ import torch
 
 from mmela.arguments import arguments_of
 from mmela.registry import find_layer_attention
+from tests.helpers.zoo import AFTER_BLOCKS
 
 ATTENTIONS = {
-    'MLA': dict(type='MLA'),
-    'MRLABase': dict(type='MRLABase'),
-    'MRLALight': dict(type='MRLALight'),
-    'MRLALight-output': dict(type='MRLALight', previous='output'),
-    'KCLA': dict(type='KCLA'),
-    'KCLA-within': dict(type='KCLA', cross_stage=False, recurrent=True),
+    name: AFTER_BLOCKS[name]
+    for name in (
+        *('MLA', 'MRLABase', 'MRLALight', 'MRLALight-output'),
+        *('KCLA', 'KCLA-within', 'AttnRes'),
+    )
 }
 NARROW = dict(depth=50, base_channels=8, head_dim=8)
 REGNET = dict(w0=16, wa=16.0, wm=2.0, group_w=8, depth=9, bot_mul=1.0)

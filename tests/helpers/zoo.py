@@ -23,6 +23,10 @@ AFTER_BLOCKS = {
     'MLA-replace': dict(type='MLA', replace=True),
     'KCLA': dict(type='KCLA'),
     'KCLA-within': dict(type='KCLA', cross_stage=False, recurrent=True),
+    'AttnRes': dict(type='AttnRes', total='sum'),
+    'AttnRes-groups': dict(
+        type='AttnRes', per='image', heads=2, every=2, norm_weight=True
+    ),
     'DLABase': dict(type='DLABase', reduction=4),
     'DLALight': dict(type='DLALight', reduction=4),
     'linear': dict(type='LinearizedMLA'),
@@ -43,7 +47,9 @@ WITHIN_BLOCKS = {
 """Attentions that work within the residual blocks of ResNets and relatives."""
 
 ATTENTIONS = {**AFTER_BLOCKS, **WITHIN_BLOCKS}
-STARTS_PLAIN = [name for name in AFTER_BLOCKS if name != 'MLA-replace']
+STARTS_PLAIN = [
+    name for name in AFTER_BLOCKS if name not in ('MLA-replace', 'AttnRes-groups')
+]
 """Those that leave the network as it is with ``zero_init``."""
 
 
@@ -233,6 +239,8 @@ def stir(network: nn.Module, seed: int = 0) -> nn.Module:
             draw(module.weight, -1.5, 1.5)
         if isinstance(getattr(module, 'scale', None), nn.Parameter):
             draw(module.scale, 0.5, 1.5)
+        if isinstance(getattr(module, 'query', None), nn.Parameter):
+            draw(module.query, -1.5, 1.5)
     for module in network.modules():
         if isinstance(module, LinearizedMLA):
             # Their weights add up to no particular number, and soon to infinity.

@@ -15,6 +15,7 @@ from mmela.pruning import FixedCount
 from mmela.structure import attention_stages, layer_attentions, prune
 from tests.helpers.attachable import Nested, Patches, Trunk, TwoBranches
 from tests.helpers.backbones import ATTENTIONS
+from tests.helpers.toy import ToyNetwork
 
 NETWORKS = {
     'nested': Nested,
@@ -62,10 +63,9 @@ def test_zero_init_changes_nothing_and_learns(name, attention):
         optimizer.zero_grad()
         sum(out.square().mean() for out in outputs(network)).backward()
         optimizer.step()
-    for attention in attentions.values():
-        for key, param in attention.named_parameters():
-            assert param.grad is not None, key
-    assert sum(a.value.weight.grad.abs().sum() for a in attentions.values()) > 0
+    params = [p for a in attentions.values() for p in a.parameters()]
+    assert all(param.grad is not None for param in params)
+    assert sum(param.grad.abs().sum() for param in params) > 0
     # They have an effect now
     active = outputs(network.eval())
     prune(network, list(attentions))
@@ -389,3 +389,24 @@ def test_torchvision(name, kinds):
     blocks = [block for stage in stages for block in stage.blocks.values()]
     assert {type(block).__name__ for block in blocks} == kinds
     assert all(isinstance(a, LayerAttention) for s in stages for a in s.attentions)
+
+
+def test_names_of_the_table_can_be_pruned():
+    """By block, with or without the network before and layer_attn behind."""
+    model = nn.ModuleDict(dict(student=ToyNetwork(dict(type='MRLABase', head_dim=4))))
+    names = ['layer1.1', 'student.layer1.2', 'layer2.1.layer_attn']
+    prune(model, [*names, 'student.layer2.3.layer_attn'])
+    gone = [name for name, a in layer_attentions(model).items() if not a.active]
+    assert gone == [
+        f'student.{name}.layer_attn'
+        for name in ('layer1.1', 'layer1.2', 'layer2.1', 'layer2.3')
+    ]
+    with pytest.raises(TypeError, match=r"names='layer2.2' is a string; .*\['layer2.2"):
+        prune(model, 'layer2.2')
+    with pytest.raises(KeyError, match="'layer2.9'.* those of student.layer2.0, "):
+        prune(model, ['layer2.2', 'layer2.9'])
+    assert layer_attentions(model)['student.layer2.2.layer_attn'].active
+    model['teacher'] = ToyNetwork(dict(type='MRLABase', head_dim=4))
+    both = 'student.layer2.2.layer_attn, teacher.layer2.2.layer_attn'
+    with pytest.raises(KeyError, match=f"'layer2.2' is one of {both}"):
+        prune(model, ['layer2.2'])

@@ -157,5 +157,5 @@ def test_augmented_convolution_cannot_be_pruned():
     attention = AA(C)
     with pytest.raises(ValueError, match='must stay ACTIVE'):
         attention.attention_state = AttentionState.PRUNED
-    with pytest.raises(ValueError, match=r'keys=1.5 is not in \(0, 1\)'):
+    with pytest.raises(ValueError, match=r'keys=1.5 is not a number in \(0, 1\)'):
         AA(C, keys=1.5)

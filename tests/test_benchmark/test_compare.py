@@ -194,7 +194,7 @@ def test_wrong_options_are_one_line(tmp_path, capsys):
         (['--batch', '0'], '--batch=0'),
         (['--prune', path], 'pruning.json'),
         (['--prune', path, 'layer1.0'], 'one pruning.json'),
-        (['--prune', 'layer9.0'], "'layer9.0' has no layer attention"),
+        (['--prune', 'layer9.0'], "no layer attention 'layer9.0'"),
         (['--device', 'cpuu'], '--device=cpuu'),
         (['--net', 'r51'], '51'),
         (['--net', nothing], 'nothing.py'),

@@ -864,7 +864,7 @@ def test_tool_with_a_file_of_deit(tmp_path, capsys):
     content = dict(model=PublishedDeiT(False).state_dict, epoch=1, args=arguments)
     torch.save(content, src)
     tool(src, dst)
-    assert 'note: in training the attention has the stochastic depth' in (
+    assert 'note: in training, mmela gives the attention the stochastic depth' in (
         capsys.readouterr().out
     )
     backbone = torch.load(dst, weights_only=True)['meta']['backbone']

@@ -200,9 +200,9 @@ def test_lost_gradient_is_an_error():
     'kwargs, message',
     [
         (dict(head_attention='mean'), "head_attention='mean' is unknown"),
-        (dict(temperature=0), 'temperature=0 is not positive'),
-        (dict(direction='mean'), "direction='mean' is unknown; .*'own' and 'sum'"),
-        (dict(eps=-1), 'eps=-1 is negative'),
+        (dict(temperature=0), r'temperature=0 is not a number in \(0, inf\)'),
+        (dict(direction='mean'), "direction='mean' is unknown.*'own', 'sum'"),
+        (dict(eps=-1), r'eps=-1 is not a number in \[0, inf\)'),
         (dict(previous_channels=6), 'the 4 heads .* the 6 channels'),
     ],
 )

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmela.layers import (
     MLA,
     AttentionState,
+    AttnRes,
     DLABase,
     LinearizedMLA,
     MRLABase,
@@ -41,6 +42,8 @@ KINDS = {
     'MLA': (MLA, {}),
     'DLABase': (DLABase, dict(reduction=2)),
     'linear': (LinearizedMLA, dict(kind='linear')),
+    'AttnRes': (AttnRes, dict(heads=2, total='sum')),
+    'AttnRes-groups': (AttnRes, dict(per='image', every=2, norm_weight=True)),
 }
 
 
@@ -79,10 +82,12 @@ def make(backend, kind='MRLABase', depth=3):
     for i in range(depth):
         if cls is DLABase and i:
             kwargs = dict(kwargs, owns_shared=False)
-        attention = cls(C, head_dim=D, backend=backend, **kwargs)
+        own = dict(block=i) if cls is AttnRes else dict(head_dim=D)
+        attention = cls(C, backend=backend, **own, **kwargs)
         stage.attach(i, attention)
-        if hasattr(attention.query, 'reset_parameters'):
-            nn.init.normal_(attention.query.weight, std=3)
+        query = getattr(attention.query, 'weight', attention.query)
+        if query is not None:
+            nn.init.normal_(query, std=3)
     return stage.double()
 
 

@@ -203,7 +203,7 @@ class TestReuse:
         path = ann_file(tmp_path / 'coco')
         path.parent.mkdir(parents=True)
         path.write_text('{"info": {"description": "COCO"}, "images": []}')
-        with pytest.raises(FileExistsError, match='no data set of this tool'):
+        with pytest.raises(FileExistsError, match='not a data set of this tool'):
             make_shapes(tmp_path / 'coco', **SMALL, force=force)
         assert list((tmp_path / 'coco').rglob('*')) == [path.parent, path]
 

@@ -13,6 +13,7 @@ from mmela.layers import AttentionState, LayerAttention
 from mmela.pruning import FixedCount
 from mmela.structure import attention_stages, layer_attentions, prune
 from tests.helpers.backbones import ATTENTIONS, MMDET, MMPRETRAIN, build, registry
+from tests.helpers.zoo import stir
 
 PAIRS = [
     pytest.param(scope, backbone, attention, id=f'{scope}-{backbone}-{name}')
@@ -23,7 +24,7 @@ PAIRS = [
 
 @pytest.mark.parametrize('scope, backbone, attention', PAIRS)
 def test_pair(scope, backbone, attention):
-    model = build(scope, backbone, attention)
+    model = stir(build(scope, backbone, attention))
     attentions = [m for m in model.modules() if isinstance(m, LayerAttention)]
     assert len(attentions) >= 6
     model.train()
