@@ -1,11 +1,11 @@
 """Compare the speed and memory of a network with different layer attentions.
 
 It measures time and peak memory of a training step (forward, backward, SGD) and of
-inference for the plain network, MLA, MRLA-base, MRLA-light, KCLA and ELA, which is
-MRLA-base with pruned attentions. `published` follows the equations of MRLA-base
-literally: each block copies all earlier keys and values. The variants take turns, so
-that a drift of the machine affects all equally; a ratio is the median of the ratios
-within a round.
+inference for the plain network, MLA, MRLA-base, MRLA-light, KCLA, attention residuals
+per position and per image, and ELA, which is MRLA-base with pruned attentions.
+`published` follows the equations of MRLA-base literally: each block copies all earlier
+keys and values. The variants take turns, so that a drift of the machine affects all
+equally; a ratio is the median of the ratios within a round.
 
 Examples:
   mmela compare --net r50 --batch 8 --channels-last
@@ -89,7 +89,7 @@ def compare(args: argparse.Namespace) -> Dict[str, object]:
             if 'error' not in measured[v]
         }
         if steps:
-            times = run_rounds(steps, args.rounds, device, args.steps)
+            times = run_rounds(steps, args.rounds, device, args.steps, args.clock)
             first = times[next(iter(steps))]
             for variant in steps:
                 measured[variant].update(summary(times[variant], first))
@@ -140,7 +140,8 @@ def table(results: dict, mode: str) -> str:
         describe(results['machine']),
         '',
         format_table(columns, rows),
-        'median over the rounds ± interquartile range',
+        'median over the rounds ± interquartile range'
+        + (', CPU time of the process' if s['clock'] == 'cpu' else ''),
         noisy(measured),
     ]
     return '\n'.join(lines)

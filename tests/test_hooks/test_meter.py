@@ -206,7 +206,9 @@ def test_sums_of_other_attentions_are_refused(other, match):
 
 def test_over_nothing():
     """A meter that cannot measure, or has not, says so."""
-    with pytest.raises(ValueError, match='nothing to measure: none of the 0 .*no attention'):
+    with pytest.raises(
+        ValueError, match='nothing to measure: none of the 0 .*no attention'
+    ):
         NetworkKLMeter({})
     network = ToyNetwork(dict(type='MRLALight', head_dim=4))
     with pytest.raises(ValueError, match='none of the 2 stages .* they have MRLALight'):

@@ -268,7 +268,11 @@ WRONG_RECORDS = [
     ('window.sums.eps', None, 'window: sums: eps=None is not of type float'),
     ('window.sums.attentions.layer1', 4, 'window: sums: attentions: layer1=4 is not'),
     ('window.sums.sums.layer1', [1.0], 'window: sums: sums: layer1=.* of type Tensor'),
-    ('window.sums.sums.layer1', -torch.ones(7).double(), 'sums of layer1 are not float64'),
+    (
+        'window.sums.sums.layer1',
+        -torch.ones(7).double(),
+        'sums of layer1 are not float64',
+    ),
 ]
 
 

@@ -371,12 +371,11 @@ def write_table(results, path):
     lines = [
         '# Coverage',
         '',
-        'Written by `tools/analysis/coverage.py`, which says what is tried: layer',
-        "attention with `blocks='auto'` on every backbone. A variant that was not",
-        'tried counts like the others of its kind if these all agree, and as not',
-        'attached if they do not.',
+        '`tools/analysis/coverage.py` writes this page. It attaches layer attention',
+        "with `blocks='auto'` to every backbone. A variant that was not tried counts",
+        'like the others of its kind if these agree, and as not attached otherwise.',
         '',
-        '| from | attached | of | share | of these tried |',
+        '| from | attached | of | share | tried |',
         '| --- | --- | --- | --- | --- |',
     ]
     sections = []

@@ -33,58 +33,57 @@ PAGE = ROOT / 'docs' / 'model_zoo.md'
 DETECTORS = ('faster_rcnn', 'mask_rcnn', 'retinanet')
 HEAD = """# Model zoo
 
-Written by `python tools/analysis/model_zoo.py`. **Here** is what that tool
-counts in the networks of this repository, before pruning; **paper** is what
-the paper prints for its own. No weights have been published, and accuracies are
-the papers' alone: what was trained here is in [results](results/index.md).
+`python tools/analysis/model_zoo.py` writes this page. **Here** is what this tool
+counts in the networks of this repository, before pruning. **Paper** is what the paper
+prints for its own networks. There are no released weights, and all accuracies are the
+papers'. [Results](results/index.md) has what we trained.
 
-- Parameters are in millions. Those of detectors are the trainable ones, with
-  the stem and stage 1 frozen, as the papers count them.
-- FLOPs are billions of multiply-adds for one image of the given size, by
-  `mmengine.analysis.FlopAnalyzer`. It counts normalizations (also BN, which an
-  inference engine folds into a convolution), poolings and upsamplings too, so the
+- Parameters are in millions. For detectors they are the trainable ones, with the stem
+  and stage 1 frozen, as in the papers.
+- FLOPs are billions of multiply-adds for one image of the given size, counted by
+  `mmengine.analysis.FlopAnalyzer`. It also counts normalizations (including BN, which
+  an inference engine folds into a convolution), poolings and upsamplings, so the
   figures are 1 to 5 % above those of convolutions and matrix products alone. It counts
-  no activation, no sum or product of maps, and not the fused self-attention of DeiT
-  and CeiT: 2 L^2 C for L tokens in each layer, in all 0.18 in CeiT-T at 224 pixels and
-  1.53 at 384. The papers do not name their counters.
-- Detectors start from a plain ResNet (`zero_init`), whose frozen stage 1 then
-  has no MRLA; the FLOPs are without it. Those with ECA, RLA_g, BA and DLA-L start
-  from the classifier with the same attention, trained here first; SE has
+  no activations and no sums or products of maps. It also omits the fused self-attention
+  of DeiT and CeiT: 2 L^2 C for L tokens in each layer, which is 0.18 in total in CeiT-T
+  at 224 pixels and 1.53 at 384. The papers do not name their counters.
+- Detectors start from a plain ResNet (`zero_init`). Their frozen stage 1 then has no
+  MRLA, and the FLOPs do not include it. Detectors with ECA, RLA_g, BA and DLA-L start
+  from a classifier with the same attention, which you train first; SE uses
   MMPretrain's checkpoint.
-- Networks to compare with train with the schedule of those with layer attention,
-  which is not always that of their own papers.
-- Where the recipes deviate from the papers on purpose, or the papers from their
-  authors' code:
-  - ResNets on ImageNet have the warm-up of MRLA's code, of which its text has none,
-    and for KCLA the steps at epochs 40, 70 and 90 of its code.
-  - Mixup for MRLA's table 12, b is as strong as in MMPretrain's ResNet-50, as the
+- Networks for comparison use the schedule of those with layer attention, which is not
+  always the schedule of their own papers.
+- In these cases the recipes deviate from the papers on purpose, or the papers deviate
+  from their authors' code:
+  - ResNets on ImageNet have the warm-up of MRLA's code, which its text does not
+    mention, and for KCLA the steps at epochs 40, 70 and 90 of its code.
+  - Mixup for MRLA's table 12, b is as strong as in MMPretrain's ResNet-50, because the
     paper does not say.
   - MRLA's published command for EfficientNet has RandAugment, random erasing and
-    weight decay 1e-5; here are the text's AutoAugment and 4e-5, and EfficientNet's
+    weight decay 1e-5. We use AutoAugment and 4e-5 as in the text, and EfficientNet's
     warm-up of 5 epochs.
-  - MRLA's code for DeiT gives its attention no stochastic depth, and with MRLA-base
-    each block 0.1 instead of rates that rise to 0.1. That for CeiT normalizes what the
-    blocks add to, has a normalization in the value and heads of 32 channels. Here DeiT,
-    CeiT and PVTv2 are as in the text and in algorithms 2 and 4. The fine-tuning of
-    CeiT-T at 384 pixels is DeiT's, as MRLA does not describe its own.
+  - In MRLA's code for DeiT, attention has no stochastic depth, and with MRLA-base each
+    block has 0.1 instead of rates that rise to 0.1. Its code for CeiT normalizes the
+    features that blocks add to, has a normalization in the value, and has heads of 32
+    channels. Our DeiT, CeiT and PVTv2 follow the text and algorithms 2 and 4. CeiT-T at
+    384 pixels is fine-tuned as in DeiT, because MRLA does not describe its own recipe.
   - KCLA's detectors train with the learning rate that its linear scaling gives, 0.01
     and 0.005; its text prints ten times that.
   - The U-Nets: [segmentation](segmentation.md#recipe-and-what-is-different).
-- A note follows where the parameters deviate by more than 0.01 M, or 0.1 M
+- A note follows where the parameters deviate by more than 0.01 M, or by more than 0.1 M
   where the paper prints one decimal.
 """
 
 
 ROWS = """## Every row of the papers
 
-Counted over all tables of the three papers. What runs each row is in
-[configs/tables.yml](../configs/tables.yml): a config below, or two where a table has
-CIFAR-10 and CIFAR-100 side by side; MMDetection's own config of a network without
-attention, for `tools/train.py mmdet::...`; or a variant of a study of
-[configs/studies](../configs/studies), for the ablations of ELA and KCLA. Times and
-memory (ELA's table 3, MRLA's table 7) are measured by
-`mmela compare`. What is without has been quoted by the papers
-from other work.
+These counts cover all tables of the three papers.
+[configs/tables.yml](../configs/tables.yml) lists what runs each row: a config below, or
+two where a table has CIFAR-10 and CIFAR-100 side by side; MMDetection's own config for
+a network without attention, with `tools/train.py mmdet::...`; or, for the ablations of
+ELA and KCLA, a variant of a study in [configs/studies](../configs/studies). `mmela
+compare` measures times and memory (ELA's table 3, MRLA's table 7). Rows without a
+config were quoted by the papers from other work.
 
 """
 NONE = 'none: '
