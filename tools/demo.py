@@ -2,9 +2,9 @@
 
 It renders a small data set in COCO format and trains a Faster R-CNN with a
 narrow ELA-ResNet-50 on it. It prunes redundant layer attentions when they have
-learned, and again after epoch 7, and evaluates with COCO metrics. At the end it
-measures attention maps before the last pruning and at the end, runs both networks
-on validation images, and writes a report with pictures.
+learned, and again after epoch 7, and evaluates with COCO metrics. Then it measures
+attention maps before the last pruning and after training, runs both networks on
+validation images, and writes a report with pictures.
 
 Examples:
   mmela demo

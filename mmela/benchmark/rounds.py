@@ -47,7 +47,10 @@ def set_up(args: argparse.Namespace) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f'--device={args.device}: {reason}') from None
     if args.clock == 'cpu' and device.type != 'cpu':
-        raise ValueError(f'--clock=cpu does not see the work of --device={args.device}')
+        raise ValueError(
+            f'--clock=cpu does not measure the work of --device={args.device}; use '
+            '--clock=wall'
+        )
     if args.out and Path(args.out).is_dir():
         raise ValueError(f'--out={args.out} is a folder; give a file')
     if args.threads:
@@ -81,8 +84,8 @@ def run_rounds(
         device (torch.device): Device to wait for.
         steps (int): Number of consecutive calls to average for one time. Defaults to
             1.
-        clock (str): ``'wall'``, or ``'cpu'`` for the work of the process on all CPUs.
-            Defaults to ``'wall'``.
+        clock (str): ``'wall'`` for elapsed time, or ``'cpu'`` for the time that the
+            process uses on all CPUs. Defaults to ``'wall'``.
 
     Returns:
         dict[str, list[float]]: Seconds per call, one for each round.

@@ -261,7 +261,7 @@ class AttnRes(LayerAttention):
         values: List[Tensor],
         memory: Memory,
     ) -> Tuple[Tensor, Tensor]:
-        """What is passed on, (B, C, H, W), and scores, (t, B, G, h, w)."""
+        """Compute the output, (B, C, H, W), and scores, (t, B, G, h, w)."""
         norms = torch.stack(memory.norms)
         factor = float(len(memory.tokens)) if self.total == 'sum' else 1.0
         drops = not isinstance(self.drop_path, nn.Identity)

@@ -1,7 +1,8 @@
-"""Softmax mixture of maps, in which each position has weights of its own.
+"""Softmax mixture of maps with separate weights for each position.
 
-In plain code, scores, weights, sum and all their gradients are passes over maps, one
-after the other. On a CPU, pieces that fit into the caches go through all of it.
+Plain PyTorch code passes over the maps for scores, weights, sum and each of their
+gradients. On a CPU, the code here does all of this for one piece of the maps at a time,
+small enough for the caches.
 """
 
 from typing import Any, Iterator, Optional, Sequence, Tuple
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .layer_weighted_sum import is_compiling
 
-# Elements of a piece of a map
+# Number of elements in a piece of a map
 PIECE = 2**17
 
 At = Tuple[slice, slice]
@@ -26,7 +27,7 @@ def depth_mixture(
     factor: float = 1.0,
     backend: str = 'auto',
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    r"""Change a map from the weights that tokens have in it to those that it asks for.
+    r"""Change the weights of tokens in a map to those that a query gives.
 
     With :math:`s_i = (q \cdot v_i) r_i` and :math:`a = f\,\mathrm{softmax}(s)` at each
     position and head, computes :math:`x + \sum_i (a_i - c_i) v_i`, in at least single
@@ -34,20 +35,22 @@ def depth_mixture(
 
     Args:
         x (Tensor): The map :math:`x`, (B, C, H, W).
-        contained (Tensor): Weights :math:`c` of the tokens in it, (t, B, G, H, W).
+        contained (Tensor): Weights :math:`c` of the tokens in ``x``, (t, B, G, H, W).
         query (Tensor): :math:`q`, (C,).
         norms (Tensor): :math:`r`, (t, B, 1, H, W), in the data type of ``contained``,
             at least single precision.
-        values (Sequence[Tensor]): ``t`` tokens :math:`v_i`, each (B, C, H, W). One
-            more is what of the last token is in ``x`` at weight 1 and not :math:`c`.
+        values (Sequence[Tensor]): ``t`` tokens :math:`v_i`, (B, C, H, W) each. An
+            additional value is the part of the last token that is in ``x`` at weight 1
+            instead of :math:`c`.
         factor (float): :math:`f`. Defaults to 1.
-        backend (str): ``'reference'`` for plain code, which is also taken on other
-            devices than a CPU and where a graph is recorded. Defaults to ``'auto'``.
+        backend (str): ``'reference'`` forces plain PyTorch code, which also runs on
+            devices other than a CPU and when a graph is recorded. Defaults to
+            ``'auto'``.
 
     Returns:
         tuple[Tensor, Tensor, Tensor]: The map, (B, C, H, W), in the data type of
-        ``x``; scores, without gradient unless in plain code, and weights, each
-        (t, B, G, H, W).
+        ``x``; the scores, which only have a gradient in plain code; and the weights.
+        Scores and weights are (t, B, G, H, W).
     """
     by_pieces = (
         backend != 'reference'
@@ -68,7 +71,7 @@ def reference(
     factor: float,
     *values: Tensor,
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """:func:`depth_mixture` in plain code."""
+    """:func:`depth_mixture` in plain PyTorch code."""
     scores = depth_scores(query, norms, values, contained.shape[2])
     weights = scores.softmax(0) * factor
     changes = changes_of(weights, contained, values)
@@ -78,25 +81,25 @@ def reference(
 def depth_scores(
     query: Tensor, norms: Tensor, keys: Sequence[Tensor], heads: int
 ) -> Tensor:
-    """Products of a query and keys.
+    """Multiply a query with keys.
 
     Args:
         query (Tensor): (C,).
-        norms (Tensor): What each product is multiplied by, (t, B, 1, h, w).
-        keys (Sequence[Tensor]): At least ``t`` keys, each (B, C, h, w).
-        heads (int): Heads ``G``.
+        norms (Tensor): Factor of each product, (t, B, 1, h, w).
+        keys (Sequence[Tensor]): At least ``t`` keys, (B, C, h, w) each.
+        heads (int): Number of heads ``G``.
 
     Returns:
         Tensor: (t, B, G, h, w), in the data type of ``norms``.
     """
     query = query.to(norms.dtype)[:, None, None]
-    # A product and a sum, not a matmul, which autocast would do in half
+    # Not a matmul, which autocast would compute in half precision
     products = [by_head(k * query, heads).sum(2) for k, _ in zip(keys, norms)]
     return torch.stack(products) * norms
 
 
 def changes_of(weights: Tensor, contained: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """Weights at which :func:`depth_mixture` adds each value, (t, ...)."""
+    """Weights with which :func:`depth_mixture` adds each value, (t, ...)."""
     changes = weights - contained
     if len(values) > len(weights):
         changes = torch.cat([changes, contained[-1:] - 1])
@@ -111,7 +114,7 @@ def add_scaled(
     Args:
         x (Tensor, optional): (B, C, H, W); None for zeros.
         weights (Tensor): (t, B, G, h, w), where h and w may be 1.
-        values (Sequence[Tensor]): ``t`` maps, each (B, C, H, W).
+        values (Sequence[Tensor]): ``t`` maps, (B, C, H, W) each.
 
     Returns:
         Tensor: (B, C, H, W), in the data type of the values.
@@ -158,13 +161,13 @@ class _Mixture(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _, grad_weights):
         x, contained, query, norms, scores, weights, *values = ctx.saved_tensors
-        if torch.is_grad_enabled():  # of this gradient another is wanted
+        if torch.is_grad_enabled():  # for a second derivative
             args = x, contained, query, norms, ctx.factor, *values
-            out, _, found = reference(*args)
-            asked = [a for a, need in zip(args, ctx.needs_input_grad) if need]
+            out, _, new_weights = reference(*args)
+            inputs = [a for a, need in zip(args, ctx.needs_input_grad) if need]
             grads = iter(
                 torch.autograd.grad(
-                    [out, found], asked, [grad, grad_weights], create_graph=True
+                    [out, new_weights], inputs, [grad, grad_weights], create_graph=True
                 )
             )
             return tuple(next(grads) if n else None for n in ctx.needs_input_grad)
@@ -199,11 +202,11 @@ class _Mixture(torch.autograd.Function):
                         _add_back(total, rows, of_products[i])
                     _cut(grad_values[i], at).copy_(total)
         size = len(query) // heads
-        own = by_head(grad_rows, heads).diagonal(dim1=0, dim2=1)  # (d, G)
+        grad_query = by_head(grad_rows, heads).diagonal(dim1=0, dim2=1)  # (d, G)
         return (
             grad,
             grad_contained,
-            own.T.reshape(heads * size).to(query.dtype),
+            grad_query.T.reshape(heads * size).to(query.dtype),
             grad_norms,
             None,
             *grad_values,
@@ -219,7 +222,7 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 
 def _pieces(x: Tensor) -> Iterator[At]:
-    """Samples and positions that are worked on together."""
+    """Iterate over the samples and positions of each piece."""
     batch, channels, height, width = x.shape
     samples = max(1, PIECE // (channels * height * width))
     positions = height * width if samples > 1 else max(1, PIECE // channels)
@@ -233,13 +236,13 @@ def _cut(x: Tensor, at: At) -> Tensor:
 
 
 def _room(whole: Tensor, at: At, dtype: torch.dtype) -> Tensor:
-    """Where a piece is computed: in place, unless in another data type."""
+    """Get a buffer for a piece: in place if the data type is the same."""
     part = _cut(whole, at)
     return part if part.dtype == dtype else torch.empty_like(part, dtype=dtype)
 
 
 def _rows_by_head(query: Tensor, heads: int) -> Tensor:
-    """(C,) to (G, C), 0 outside of the channels of a head."""
+    """(C,) to (G, C), with 0 outside of the channels of a head."""
     return torch.block_diag(*query.view(heads, 1, -1))
 
 
