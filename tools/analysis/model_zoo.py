@@ -308,7 +308,7 @@ def metafile(folder: str, section: dict, rows: List[dict]) -> str:
         width=79,
     )
     return (
-        '# Written by tools/analysis/model_zoo.py. All is counted before '
+        '# Written by tools/analysis/model_zoo.py. All counts are before '
         'pruning.\n' + text
     )
 
@@ -420,9 +420,9 @@ def readme(section: dict, rows: List[dict]) -> str:
     )
     return (
         f'# {section["title"]}\n\n{section["text"]}\n\n'
-        'Parameters in millions, FLOPs in billions of multiply-adds, before pruning; '
-        'how they are counted is in [the model zoo](../../docs/model_zoo.md), how a '
-        'config is put together in [configs](../README.md).\n\n'
+        'Parameters are in millions and FLOPs in billions of multiply-adds, before '
+        'pruning. [The model zoo](../../docs/model_zoo.md) explains the counts, and '
+        '[configs](../README.md) how a config is put together.\n\n'
         f'{table(section, rows)}'
         + (f'\nFurther configs:\n\n{others}' if others else '')
     ).rstrip('\n') + '\n'
