@@ -43,6 +43,9 @@ WITHIN_BLOCKS = {
 """Attentions that work within the residual blocks of ResNets and relatives."""
 
 ATTENTIONS = {**AFTER_BLOCKS, **WITHIN_BLOCKS}
+PAPERS = ('MLA', 'MRLABase', 'MRLALight', 'KCLA')
+"""The attentions of the papers, of which the others are variants."""
+
 STARTS_PLAIN = [name for name in AFTER_BLOCKS if name != 'MLA-replace']
 """Those that leave the network as it is with ``zero_init``."""
 

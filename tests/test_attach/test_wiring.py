@@ -14,7 +14,7 @@ from mmela.layers import AttentionState, LayerAttention
 from mmela.pruning import FixedCount
 from mmela.structure import attention_stages, layer_attentions, prune
 from tests.helpers.attachable import Nested, Patches, Trunk, TwoBranches
-from tests.helpers.backbones import ATTENTIONS
+from tests.helpers.zoo import ATTENTIONS, PAPERS
 
 NETWORKS = {
     'nested': Nested,
@@ -22,6 +22,7 @@ NETWORKS = {
     'tokens': lambda: Patches(8, 1),
     'channels-last': lambda: Patches(8, last=True),
 }
+KINDS = (*PAPERS, 'MRLALight-output', 'KCLA-within')
 SIZE = (16, 24)
 
 
@@ -41,7 +42,7 @@ def outputs(network):
 
 
 @pytest.mark.parametrize(
-    'name, attention', list(itertools.product(NETWORKS, ATTENTIONS)), ids=str
+    'name, attention', list(itertools.product(NETWORKS, KINDS)), ids=str
 )
 def test_zero_init_changes_nothing_and_learns(name, attention):
     torch.manual_seed(0)
