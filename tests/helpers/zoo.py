@@ -47,6 +47,9 @@ WITHIN_BLOCKS = {
 """Attentions that work within the residual blocks of ResNets and relatives."""
 
 ATTENTIONS = {**AFTER_BLOCKS, **WITHIN_BLOCKS}
+PAPERS = ('MLA', 'MRLABase', 'MRLALight', 'KCLA', 'AttnRes')
+"""The attentions of the papers, of which the others are variants."""
+
 STARTS_PLAIN = [
     name for name in AFTER_BLOCKS if name not in ('MLA-replace', 'AttnRes-groups')
 ]
