@@ -1,19 +1,22 @@
 """Options of the tools that measure."""
 
 import argparse
-from typing import List
+from typing import Dict, List, Optional
 
 # Layer attention of each variant
-VARIANTS = {
+VARIANTS: Dict[str, Optional[dict]] = {
     'plain': None,
-    'published': 'PublishedMRLABase',
-    'mla': 'MLA',
-    'mrla-base': 'MRLABase',
-    'mrla-light': 'MRLALight',
-    'ela': 'MRLABase',
-    'kcla': 'KCLA',
+    'published': dict(type='PublishedMRLABase'),
+    'mla': dict(type='MLA'),
+    'mrla-base': dict(type='MRLABase'),
+    'mrla-light': dict(type='MRLALight'),
+    'ela': dict(type='MRLABase'),
+    'kcla': dict(type='KCLA'),
+    'attn-res': dict(type='AttnRes', total='sum'),
+    'attn-res-image': dict(type='AttnRes', total='sum', per='image'),
 }
-WITH_BACKEND = ('mla', 'mrla-base', 'ela')
+WITH_BACKEND = ('mla', 'mrla-base', 'ela', 'attn-res', 'attn-res-image')
+CLOCKS = ('wall', 'cpu')
 # Names of torch's types
 DTYPES = dict(fp32='float32', bf16='bfloat16', fp16='float16')
 WHOLE = 'whole'
@@ -119,6 +122,13 @@ def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
     )
     parser.add_argument(
         '--threads', type=positive, metavar='N', help='CPU threads (default: as torch)'
+    )
+    parser.add_argument(
+        '--clock',
+        choices=CLOCKS,
+        default='wall',
+        help='what times are of: the clock on the wall, or the work of this process '
+        'on all CPUs, for a machine that is busy with other work (default: wall)',
     )
     parser.add_argument('--out', metavar='FILE', help='JSON file for the results')
 

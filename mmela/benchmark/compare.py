@@ -1,10 +1,11 @@
 """Compare the speed and memory of a network with different layer attentions.
 
 Time and peak memory of a training step (forward, backward, SGD) and of inference of
-the plain network, MLA, MRLA-base, MRLA-light, KCLA and ELA, which is MRLA-base with
-pruned attentions. `published` is MRLA-base as its equations read, each block with a
-copy of all keys and values before it. The variants take turns, so that a drift of the
-machine hits all alike; a ratio is the median of the ratios within a round.
+the plain network, MLA, MRLA-base, MRLA-light, KCLA, attention residuals per position
+and per image, and ELA, which is MRLA-base with pruned attentions. `published` is
+MRLA-base as its equations read, each block with a copy of all keys and values before
+it. The variants take turns, so that a drift of the machine hits all alike; a ratio is
+the median of the ratios within a round.
 
 Examples:
   mmela compare --net r50 --batch 8 --channels-last
@@ -86,7 +87,7 @@ def compare(args: argparse.Namespace) -> Dict[str, object]:
             if 'error' not in found[v]
         }
         if steps:
-            times = run_rounds(steps, args.rounds, device, args.steps)
+            times = run_rounds(steps, args.rounds, device, args.steps, args.clock)
             first = times[next(iter(steps))]
             for variant in steps:
                 found[variant].update(summary(times[variant], first))
@@ -137,7 +138,8 @@ def table(results: dict, mode: str) -> str:
         describe(results['machine']),
         '',
         format_table(columns, rows),
-        'median of the rounds ± interquartile range',
+        'median of the rounds ± interquartile range'
+        + (', time of the process on the CPU' if s['clock'] == 'cpu' else ''),
         noisy(measured),
     ]
     return '\n'.join(lines)

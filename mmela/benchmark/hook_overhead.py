@@ -211,7 +211,9 @@ def measure(args: argparse.Namespace) -> dict:
             'inside': with_hook(contestant, work_dir, inside),
         }
         steps['inside']()
-        groups = dict(steps=run_rounds(steps, args.rounds, device, args.steps))
+        groups = dict(
+            steps=run_rounds(steps, args.rounds, device, args.steps, args.clock)
+        )
         watch = partial(time_observers, contestant.model, device, seconds)
         step = with_hook(contestant, work_dir, inside, watch)
         for _ in range(args.rounds):

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from mmela_light.measuring import DTYPES, VARIANTS, WHOLE, WITH_BACKEND
 
 from ..analysis.complexity import input_size
+from ..arguments import arguments_of
 from ..attach import input_channels
 from ..command_line import find_config, one_line
 from ..convert.networks import NETWORK_ERRORS
 from ..hooks import use_channels_last
 from ..ops import BACKENDS
 from ..pruning import PruningReport
+from ..registry import find_layer_attention
 from ..structure import layer_attentions, prune
 from . import published_form  # noqa: F401  (registration)
 from .memory import peak_rise, storage_bytes, tensors_in
@@ -102,11 +104,13 @@ class Network:
         backbone.type = plain
         torch.manual_seed(0)
         with MODELS.switch_scope_and_registry(self.scope) as registry:
-            if VARIANTS[name] is not None:
-                attention = dict(type=VARIANTS[name], drop_path=0.0)
-                attention['head_dim'] = self.args.head_dim or self.attention.get(
-                    'head_dim', 16 if self.args.net.startswith('cifar') else 32
-                )
+            config = VARIANTS[name]
+            if config is not None:
+                attention = dict(config, drop_path=0.0)
+                if 'head_dim' in arguments_of(find_layer_attention(config['type'])):
+                    attention['head_dim'] = self.args.head_dim or self.attention.get(
+                        'head_dim', 16 if self.args.net.startswith('cifar') else 32
+                    )
                 if form in BACKENDS:
                     attention['backend'] = form
                 if registry.get(with_attention) is None:

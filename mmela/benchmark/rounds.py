@@ -36,7 +36,8 @@ def set_up(args: argparse.Namespace) -> torch.device:
         torch.device: The device to measure on.
 
     Raises:
-        ValueError: If there is no such device, or ``out`` is a folder.
+        ValueError: If there is no such device, it has no clock of that kind, or
+            ``out`` is a folder.
     """
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
@@ -45,6 +46,8 @@ def set_up(args: argparse.Namespace) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f'--device={args.device}: {reason}') from None
+    if args.clock == 'cpu' and device.type != 'cpu':
+        raise ValueError(f'--clock=cpu does not see the work of --device={args.device}')
     if args.out and Path(args.out).is_dir():
         raise ValueError(f'--out={args.out} is a folder')
     if args.threads:
@@ -64,6 +67,7 @@ def run_rounds(
     rounds: int,
     device: torch.device,
     steps: int = 1,
+    clock: str = 'wall',
 ) -> Dict[str, List[float]]:
     """Time actions by turns.
 
@@ -77,10 +81,13 @@ def run_rounds(
         device (torch.device): Device to wait for.
         steps (int): Calls in a row that one time is the mean of. Defaults to
             1.
+        clock (str): ``'wall'``, or ``'cpu'`` for the work of the process on all CPUs.
+            Defaults to ``'wall'``.
 
     Returns:
         dict[str, list[float]]: Seconds per call, one for each round.
     """
+    now = time.process_time if clock == 'cpu' else time.perf_counter
     names = list(actions)
     times: Dict[str, List[float]] = {name: [] for name in names}
     bar = ProgressBar(rounds * len(names), file=sys.stderr)
@@ -88,11 +95,11 @@ def run_rounds(
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
             synchronize(device)
-            start = time.perf_counter()
+            start = now()
             for _ in range(steps):
                 actions[name]()
             synchronize(device)
-            times[name].append((time.perf_counter() - start) / steps)
+            times[name].append((now() - start) / steps)
             bar.update()
     print(file=sys.stderr)
     return times

@@ -5,7 +5,15 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_count
-from ..ops import check_backend, is_compiling
+from ..ops import (
+    add_scaled,
+    changes_of,
+    check_backend,
+    depth_mixture,
+    depth_scores,
+    is_compiling,
+    layer_weighted_sum,
+)
 from ..registry import LAYER_ATTENTIONS
 from .base import LayerAttention, StageMemory, pool
 
@@ -84,7 +92,7 @@ class AttnRes(LayerAttention):
             norms (list[Tensor]): Inverse root mean squares of the keys over the
                 channels, each (B, 1, h, w).
             weights (Tensor, optional): Of the tokens in ``output``,
-                (B, G, h, w, t).
+                (t, B, G, h, w).
             output (Tensor, optional): What the last attention has passed on,
                 (B, C, H, W).
             version (int, optional): Of ``output``, as others may write into it.
@@ -173,7 +181,7 @@ class AttnRes(LayerAttention):
     def update(self, features: Tensor, memory: Any, args: tuple, output: Any) -> Tensor:
         if memory.version is not None and memory.output._version != memory.version:
             # The network has written into what it got
-            memory.output = self._mix(None, memory.weights, memory.tokens)
+            memory.output = add_scaled(None, memory.weights, memory.tokens)
         new = super().update(features, memory, args, output)
         if self.active:
             passed_on, _ = self.place.features.to_positions(new)
@@ -184,22 +192,17 @@ class AttnRes(LayerAttention):
         return new
 
     def attend(self, x: Tensor, memory: Memory) -> Tensor:
-        contained, others = self._extend(x, memory)
-        scores = self._scores(memory)
-        observed = (
-            scores.flatten(2, 3) if self.per == 'position' else scores[:, :, 0, 0]
-        )
-        memory.scores.append(observed)
-        weights = scores.softmax(-1)
-        if self.total == 'sum':
-            weights = weights * len(memory.tokens)
-        change = weights - contained
-        if others:
-            # The last token is in x at weight 1 as far as the block has added it
-            change = torch.cat([change, contained[..., -1:] - 1], -1)
-        dropped = self.drop_path(change)
-        memory.weights = weights if dropped is change else contained + dropped
-        return self._mix(x, dropped, [*memory.tokens, *others])
+        contained, values = self._extend(x, memory)
+        if self.query is None:  # one token, whose weight is 1
+            out, scores = x, torch.zeros_like(contained)
+        else:
+            query = self.query
+            if self.norm_weight is not None:
+                query = query * self.norm_weight
+            out, scores = self._attend(x, query, contained, values, memory)
+        scores = scores.movedim(0, -1).flatten(2, 3)  # (B, G, P, t)
+        memory.scores.append(scores if self.per == 'position' else scores[:, :, 0])
+        return out
 
     def store(self, x: Tensor, memory: Memory) -> None:
         """Leave what the block has added in the memory, as a token of its own."""
@@ -225,8 +228,8 @@ class AttnRes(LayerAttention):
 
         Returns:
             tuple[Tensor, list[Tensor]]: Weights of the tokens in ``x``,
-            (B, G, h, w, t), and what was added, (B, C, H, W), where it is but a part
-            of the last token.
+            (t, B, G, h, w), and the tokens, each (B, C, H, W), with what was added
+            behind them where that is but a part of the last.
         """
         # A copy of the first token, as the network may write into what it gets
         added = x.clone() if memory.output is None else x - memory.output
@@ -242,53 +245,44 @@ class AttnRes(LayerAttention):
         memory.norms.append(norm)
         memory.group = self.group
         if opens:
-            one = torch.ones_like(norm).expand(-1, self.num_heads, -1, -1)[..., None]
+            one = torch.ones_like(norm).expand(-1, self.num_heads, -1, -1)[None]
             before = memory.weights
-            memory.weights = one if before is None else torch.cat([before, one], -1)
+            memory.weights = one if before is None else torch.cat([before, one])
         assert memory.weights is not None
-        return memory.weights, [] if opens else [added]
+        return memory.weights, [*memory.tokens, *([] if opens else [added])]
 
-    def _scores(self, memory: Memory) -> Tensor:
-        """Scores of the tokens, (B, G, h, w, t), in at least single precision."""
-        first = memory.norms[0]
-        if self.query is None:
-            batch, _, height, width = first.shape
-            return first.new_zeros(
-                batch, self.num_heads, height, width, len(memory.tokens)
+    def _attend(
+        self,
+        x: Tensor,
+        query: Tensor,
+        contained: Tensor,
+        values: List[Tensor],
+        memory: Memory,
+    ) -> Tuple[Tensor, Tensor]:
+        """What is passed on, (B, C, H, W), and scores, (t, B, G, h, w)."""
+        norms = torch.stack(memory.norms)
+        factor = float(len(memory.tokens)) if self.total == 'sum' else 1.0
+        drops = not isinstance(self.drop_path, nn.Identity)
+        if self.per == 'position' and not drops:
+            out, scores, memory.weights = depth_mixture(
+                x, contained, query, norms, values, factor, self.backend
             )
-        query = (
-            self.query if self.norm_weight is None else self.query * self.norm_weight
-        )
-        query = query.to(first.dtype)[:, None, None]
-        scores = [
-            # A product and a sum, not a matmul, which autocast would do in half
-            self._by_head(key * query).sum(2) * norm
-            for key, norm in zip(memory.keys, memory.norms)
-        ]
-        return torch.stack(scores, -1)
+            return out, scores
+        scores = depth_scores(query, norms, memory.keys, self.num_heads)
+        memory.weights = scores.softmax(0) * factor
+        changes = changes_of(memory.weights, contained, values)
+        if drops:
+            changes = self.drop_path(changes.transpose(0, 1)).transpose(0, 1)
+            memory.weights = contained + changes
+        return self._add(x, changes, values), scores
 
-    def _mix(
-        self, x: Optional[Tensor], weights: Tensor, values: List[Tensor]
-    ) -> Tensor:
-        """Add a weighted sum to a map, in at least single precision.
-
-        Args:
-            x (Tensor, optional): (B, C, H, W); None for zeros.
-            weights (Tensor): (B, G, h, w, t).
-            values (list[Tensor]): ``t`` values, each (B, C, H, W).
-
-        Returns:
-            Tensor: (B, C, H, W), in the data type of the values.
-        """
-        total: Any = x
-        for weight, value in zip(weights.unbind(-1), values):
-            product = (weight.unsqueeze(2) * self._by_head(value)).flatten(1, 2)
-            total = product if total is None else total + product
-        return total.to(values[0].dtype)
-
-    def _by_head(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, G, d, H, W)."""
-        return x.unflatten(1, (self.num_heads, self.head_dim))
+    def _add(self, x: Tensor, weights: Tensor, values: List[Tensor]) -> Tensor:
+        """Add a weighted sum to a map, see :func:`mmela.ops.add_scaled`."""
+        if self.per == 'position':
+            return add_scaled(x, weights, values)
+        weights = torch.cat([torch.ones_like(weights[:1]), weights])
+        attn = weights[..., 0, 0].permute(1, 2, 0)
+        return layer_weighted_sum(attn, [x, *values], self.backend)
 
 
 def inverse_rms(x: Tensor) -> Tensor:

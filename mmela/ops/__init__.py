@@ -1,4 +1,5 @@
 from .compile import CompiledForward
+from .depth_mixture import add_scaled, changes_of, depth_mixture, depth_scores
 from .layer_weighted_sum import (
     BACKENDS,
     check_backend,
@@ -11,8 +12,12 @@ from .normed_sum import can_norm_sum, normed_sum
 __all__ = [
     'BACKENDS',
     'CompiledForward',
+    'add_scaled',
     'can_norm_sum',
+    'changes_of',
     'check_backend',
+    'depth_mixture',
+    'depth_scores',
     'is_compiling',
     'layer_weighted_sum',
     'normed_sum',

@@ -148,7 +148,7 @@ def read_study(
     path = Path(path)
     try:
         return _study(path, overrides or {})
-    except (ValueError, yaml.YAMLError) as error:
+    except (RecursionError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f'{path}: {one_line(error)}') from error
 
 

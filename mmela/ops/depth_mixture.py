@@ -1,0 +1,272 @@
+"""Softmax mixture of maps, in which each position has weights of its own.
+
+In plain code, scores, weights, sum and all their gradients are passes over maps, one
+after the other. On a CPU, pieces that fit into the caches go through all of it.
+"""
+
+from typing import Any, Iterator, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from .layer_weighted_sum import is_compiling
+
+# Elements of a piece of a map
+PIECE = 2**17
+
+At = Tuple[slice, slice]
+
+
+def depth_mixture(
+    x: Tensor,
+    contained: Tensor,
+    query: Tensor,
+    norms: Tensor,
+    values: Sequence[Tensor],
+    factor: float = 1.0,
+    backend: str = 'auto',
+) -> Tuple[Tensor, Tensor, Tensor]:
+    r"""Change a map from the weights that tokens have in it to those that it asks for.
+
+    With :math:`s_i = (q \cdot v_i) r_i` and :math:`a = f\,\mathrm{softmax}(s)` at each
+    position and head, computes :math:`x + \sum_i (a_i - c_i) v_i`, in at least single
+    precision.
+
+    Args:
+        x (Tensor): The map :math:`x`, (B, C, H, W).
+        contained (Tensor): Weights :math:`c` of the tokens in it, (t, B, G, H, W).
+        query (Tensor): :math:`q`, (C,).
+        norms (Tensor): :math:`r`, (t, B, 1, H, W), in the data type of ``contained``,
+            at least single precision.
+        values (Sequence[Tensor]): ``t`` tokens :math:`v_i`, each (B, C, H, W). One
+            more is what of the last token is in ``x`` at weight 1 and not :math:`c`.
+        factor (float): :math:`f`. Defaults to 1.
+        backend (str): ``'reference'`` for plain code, which is also taken on other
+            devices than a CPU and where a graph is recorded. Defaults to ``'auto'``.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: The map, (B, C, H, W), in the data type of
+        ``x``; scores, without gradient unless in plain code, and weights, each
+        (t, B, G, H, W).
+    """
+    by_pieces = (
+        backend != 'reference'
+        and x.device.type == 'cpu'
+        and not is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+    run = _Mixture.apply if by_pieces else reference
+    return run(x, contained, query, norms, factor, *values)
+
+
+def reference(
+    x: Tensor,
+    contained: Tensor,
+    query: Tensor,
+    norms: Tensor,
+    factor: float,
+    *values: Tensor,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """:func:`depth_mixture` in plain code."""
+    scores = depth_scores(query, norms, values, contained.shape[2])
+    weights = scores.softmax(0) * factor
+    changes = changes_of(weights, contained, values)
+    return add_scaled(x, changes, values), scores, weights
+
+
+def depth_scores(
+    query: Tensor, norms: Tensor, keys: Sequence[Tensor], heads: int
+) -> Tensor:
+    """Products of a query and keys.
+
+    Args:
+        query (Tensor): (C,).
+        norms (Tensor): What each product is multiplied by, (t, B, 1, h, w).
+        keys (Sequence[Tensor]): At least ``t`` keys, each (B, C, h, w).
+        heads (int): Heads ``G``.
+
+    Returns:
+        Tensor: (t, B, G, h, w), in the data type of ``norms``.
+    """
+    query = query.to(norms.dtype)[:, None, None]
+    # A product and a sum, not a matmul, which autocast would do in half
+    products = [by_head(k * query, heads).sum(2) for k, _ in zip(keys, norms)]
+    return torch.stack(products) * norms
+
+
+def changes_of(weights: Tensor, contained: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """Weights at which :func:`depth_mixture` adds each value, (t, ...)."""
+    changes = weights - contained
+    if len(values) > len(weights):
+        changes = torch.cat([changes, contained[-1:] - 1])
+    return changes
+
+
+def add_scaled(
+    x: Optional[Tensor], weights: Tensor, values: Sequence[Tensor]
+) -> Tensor:
+    """Add a weighted sum of maps to a map.
+
+    Args:
+        x (Tensor, optional): (B, C, H, W); None for zeros.
+        weights (Tensor): (t, B, G, h, w), where h and w may be 1.
+        values (Sequence[Tensor]): ``t`` maps, each (B, C, H, W).
+
+    Returns:
+        Tensor: (B, C, H, W), in the data type of the values.
+    """
+    total: Any = x
+    for weight, value in zip(weights, values):
+        product = weight.unsqueeze(2) * by_head(value, weight.shape[1])
+        total = (
+            product.flatten(1, 2) if total is None else total + product.flatten(1, 2)
+        )
+    return total.to(values[0].dtype)
+
+
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """(B, C, ...) to (B, G, d, ...)."""
+    return x.unflatten(1, (heads, x.shape[1] // heads))
+
+
+class _Mixture(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, contained, query, norms, factor, *values):
+        wide, count, heads = norms.dtype, len(norms), contained.shape[2]
+        out = torch.empty_like(x, memory_format=_layout(x))
+        scores = torch.empty_like(contained, memory_format=torch.contiguous_format)
+        weights = torch.empty_like(scores)
+        rows = _rows_by_head(query.to(wide), heads)
+        with torch.autocast('cpu', enabled=False):
+            for at in _pieces(x):
+                parts = [_cut(v, at).to(wide) for v in values]
+                s = torch.stack([_project(rows, v) for v in parts[:count]])
+                s *= _cut(norms, at)
+                w = s.softmax(0).mul_(factor)
+                total = _room(out, at, wide).copy_(_cut(x, at))
+                for change, v in zip(changes_of(w, _cut(contained, at), values), parts):
+                    part = by_head(total, heads)
+                    part.addcmul_(change.unsqueeze(2), by_head(v, heads))
+                for whole, part in ((out, total), (scores, s), (weights, w)):
+                    _cut(whole, at).copy_(part)
+        ctx.save_for_backward(x, contained, query, norms, scores, weights, *values)
+        ctx.factor = factor
+        ctx.mark_non_differentiable(scores)
+        return out, scores, weights
+
+    @staticmethod
+    def backward(ctx, grad, _, grad_weights):
+        x, contained, query, norms, scores, weights, *values = ctx.saved_tensors
+        if torch.is_grad_enabled():  # of this gradient another is wanted
+            args = x, contained, query, norms, ctx.factor, *values
+            out, _, found = reference(*args)
+            asked = [a for a, need in zip(args, ctx.needs_input_grad) if need]
+            grads = iter(
+                torch.autograd.grad(
+                    [out, found], asked, [grad, grad_weights], create_graph=True
+                )
+            )
+            return tuple(next(grads) if n else None for n in ctx.needs_input_grad)
+        wide, count, heads = norms.dtype, len(norms), contained.shape[2]
+        rows = _rows_by_head(query.to(wide), heads)
+        grad_rows = torch.zeros_like(rows)
+        grad_contained, grad_norms = torch.empty_like(scores), torch.empty_like(norms)
+        layout = _layout(x)
+        grad = grad.contiguous(memory_format=layout)
+        grad_values = [torch.empty_like(v, memory_format=layout) for v in values]
+        with torch.autocast('cpu', enabled=False):
+            for at in _pieces(x):
+                g = _cut(grad, at).to(wide)
+                parts = [_cut(v, at).to(wide) for v in values]
+                w, c, r = _cut(weights, at), _cut(contained, at), _cut(norms, at)
+                products = [by_head(g * v, heads).sum(2) for v in parts]
+                of_changes = torch.stack(products)
+                of_w = of_changes[:count] + _cut(grad_weights, at)
+                of_s = w * (of_w - (w * of_w).sum(0) / ctx.factor)
+                of_r = (of_s * _cut(scores, at)).sum(2, keepdim=True) / r
+                of_c = -of_changes[:count]
+                of_c[-1] += of_changes[count:].sum(0)
+                of_products = of_s * r
+                for whole, part in ((grad_contained, of_c), (grad_norms, of_r)):
+                    _cut(whole, at).copy_(part)
+                for i, change in enumerate(changes_of(w, c, values)):
+                    total = _room(grad_values[i], at, wide)
+                    part = by_head(total, heads)
+                    torch.mul(by_head(g, heads), change.unsqueeze(2), out=part)
+                    if i < count:
+                        _add_outer(grad_rows, of_products[i], parts[i])
+                        _add_back(total, rows, of_products[i])
+                    _cut(grad_values[i], at).copy_(total)
+        size = len(query) // heads
+        own = by_head(grad_rows, heads).diagonal(dim1=0, dim2=1)  # (d, G)
+        return (
+            grad,
+            grad_contained,
+            own.T.reshape(heads * size).to(query.dtype),
+            grad_norms,
+            None,
+            *grad_values,
+        )
+
+
+# -- pieces, (..., b, C, n), in the memory order of their map -----------------------
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _pieces(x: Tensor) -> Iterator[At]:
+    """Samples and positions that are worked on together."""
+    batch, channels, height, width = x.shape
+    samples = max(1, PIECE // (channels * height * width))
+    positions = height * width if samples > 1 else max(1, PIECE // channels)
+    for b in range(0, batch, samples):
+        for p in range(0, height * width, positions):
+            yield slice(b, b + samples), slice(p, p + positions)
+
+
+def _cut(x: Tensor, at: At) -> Tensor:
+    return x.flatten(-2)[..., at[0], :, at[1]]
+
+
+def _room(whole: Tensor, at: At, dtype: torch.dtype) -> Tensor:
+    """Where a piece is computed: in place, unless in another data type."""
+    part = _cut(whole, at)
+    return part if part.dtype == dtype else torch.empty_like(part, dtype=dtype)
+
+
+def _rows_by_head(query: Tensor, heads: int) -> Tensor:
+    """(C,) to (G, C), 0 outside of the channels of a head."""
+    return torch.block_diag(*query.view(heads, 1, -1))
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.stride(1) == 1
+
+
+def _project(rows: Tensor, x: Tensor) -> Tensor:
+    """(G, C) and (b, C, n) to (b, G, n)."""
+    if _channels_last(x):
+        return (x.transpose(1, 2).flatten(0, 1) @ rows.T).unflatten(0, (len(x), -1)).mT
+    return rows.expand(len(x), -1, -1) @ x
+
+
+def _add_back(total: Tensor, rows: Tensor, weights: Tensor) -> None:
+    """Add (G, C), transposed, times (b, G, n) to (b, C, n)."""
+    if _channels_last(total):
+        flat = total.transpose(1, 2).flatten(0, 1)  # a view
+        flat.addmm_(weights.transpose(1, 2).flatten(0, 1), rows)
+    else:
+        total.baddbmm_(rows.T.expand(len(total), -1, -1), weights)
+
+
+def _add_outer(total: Tensor, weights: Tensor, x: Tensor) -> None:
+    """Add (b, G, n) times (b, C, n) to (G, C)."""
+    if _channels_last(x):
+        flat = x.transpose(1, 2).flatten(0, 1)
+        total.addmm_(weights.transpose(1, 2).flatten(0, 1).T, flat)
+    else:
+        total.addbmm_(weights, x.transpose(1, 2))
