@@ -409,5 +409,5 @@ def test_names_of_the_table_can_be_pruned():
     assert layer_attentions(model)['student.layer2.2.layer_attn'].active
     model['teacher'] = ToyNetwork(dict(type='MRLABase', head_dim=4))
     both = 'student.layer2.2.layer_attn, teacher.layer2.2.layer_attn'
-    with pytest.raises(KeyError, match=f"'layer2.2' is one of {both}"):
+    with pytest.raises(KeyError, match=f"'layer2.2' may be any of {both}"):
         prune(model, ['layer2.2'])
