@@ -17,12 +17,13 @@ def replacing(path: Union[str, Path]) -> Iterator[Path]:
     """Write beside a file, and rename once all of it is there.
 
     What was there before stays as it is until then, and for good after an
-    error or a kill. Two files that belong together are written under both
-    contexts, so that neither appears without the other::
+    error or a kill. Of two files that belong together, the second is written
+    within the context of the first, so that neither appears without the other::
 
-        with replacing('slim.pth') as weights, replacing('slim.py') as config:
+        with replacing('slim.pth') as weights:
             torch.save(checkpoint, weights)
-            config.write_text(text, 'utf-8')
+            with replacing('slim.py') as config:
+                config.write_text(text, 'utf-8')
 
     Args:
         path (str | Path): The file, in a folder that is there. A link leads to
