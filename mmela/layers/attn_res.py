@@ -5,90 +5,100 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_count
-from ..ops import check_backend, is_compiling
+from ..ops import (
+    add_scaled,
+    added_since,
+    changes_of,
+    check_backend,
+    depth_mixture,
+    depth_scores,
+    inverse_rms,
+    is_compiling,
+    layer_weighted_sum,
+)
 from ..registry import LAYER_ATTENTIONS
 from .base import LayerAttention, StageMemory, pool
-
-EPS = 1e-6
 
 
 @LAYER_ATTENTIONS.register_module()
 class AttnRes(LayerAttention):
-    r"""Attention residuals: what a block passes on is a mixture of what blocks added.
+    r"""Attention residuals: a block outputs a mixture of what the blocks have added.
 
-    As published for language models (Attention Residuals, Kimi team, 2026), there is
-    one learned vector :math:`w^t` for each block, its pseudo-query, which starts at 0.
-    The tokens :math:`v^s` are what the blocks of a stage have added: :math:`v^0` is
-    the output of the first block, and :math:`v^t = X^t - Y^{t-1}`.
+    As published for language models (Attention Residuals, Kimi team, 2026), each block
+    has one learned vector :math:`w^t`, its pseudo-query, which starts at 0. Each token
+    :math:`v^s` is what a block of the stage has added: :math:`v^0` is the output of the
+    first block, and :math:`v^t = X^t - Y^{t-1}`.
 
     .. math::
         a^t = \mathrm{softmax}_{s \le t}(w^t \cdot \mathrm{RMSNorm}(v^s)), \quad
         Y^t = n \sum_{s \le t} a^t_s v^s
 
-    :math:`Y^t` takes the place of the block's output. It is published with
-    :math:`n = 1`, a mean, for networks that are trained from scratch. Everything else
-    here is ours: stages of residual blocks as what is attended over, ``total='sum'``,
-    ``heads``, ``per='image'`` and pruning. For ``'sum'``, :math:`n` is the number of
-    tokens. At :math:`w = 0` that is the plain residual sum, bit by bit for up to 40
-    tokens, as the sum is computed as :math:`X^t + \sum_s e_s v^s`, where :math:`e`,
-    the change of the weights from one block to the next, is then exactly 0. Beyond,
-    each term is off by a unit in the last place of its weight.
+    :math:`Y^t` replaces the block's output. The published version has :math:`n = 1`, a
+    mean, and is for networks trained from scratch. The rest is ours: attention over
+    the residual blocks of a stage, ``total='sum'``, ``heads``, ``per='image'`` and
+    pruning. With ``'sum'``, :math:`n` is the number of tokens. At :math:`w = 0` this is
+    the plain residual sum, bit for bit with up to 40 tokens: it is computed as
+    :math:`X^t + \sum_s e_s v^s`, where :math:`e`, the change of the weights from one
+    block to the next, is then exactly 0. With more tokens, each term is off by a unit
+    in the last place of its weight.
 
-    Pruned, a block is the plain residual block. What it adds then belongs to the token
-    of the next attention, as if they were of one group; with ``keep_value`` it stays a
-    token. The first block of a stage has one token and no pseudo-query.
+    A pruned block is the plain residual block. What it adds then belongs to the token
+    of the next attention, as if both were in one group; with ``keep_value`` it stays a
+    separate token. The first block of a stage has one token and no pseudo-query.
 
     Args:
         channels (int): Channels ``C`` of the block's output.
-        per (str): ``'position'``: each position of a map and each token of a
-            transformer, class tokens too, has weights of its own, as published.
-            ``'image'``: all have those of their mean. Defaults to ``'position'``.
-        heads (int): Heads, ``C / heads`` channels each, with weights of their own; the
-            norm is over all channels. Published is 1. Defaults to 1.
-        total (str): What the weights add up to: ``'mean'``, to 1, or ``'sum'``, to the
-            number of tokens. Defaults to ``'mean'``.
-        every (int): Blocks of a group, which add to one token; the first block of a
-            stage is a group by itself. A block sees the sums of the groups before its
-            own, and that of its own so far. Published as the block form. Defaults to
-            1, each block by itself.
-        norm_weight (bool): Have a weight in RMSNorm, as in the published networks. As
-            only its product with the query counts, it changes nothing but how fast
-            that learns. Defaults to False.
-        drop_path (float): Probability of leaving a sample as the plain residual
-            block has it, in training. Defaults to 0, as published.
-        zero_init (bool): Say that the network starts from the weights of a plain one:
-            needs ``total='sum'``, and leaves out stages that the backbone freezes,
-            where nothing would move. Defaults to False.
+        per (str): With ``'position'``, as published, each position of a map and each
+            token of a transformer, including class tokens, has its own weights. With
+            ``'image'``, all share the weights of their mean. Defaults to
+            ``'position'``.
+        heads (int): Number of heads with ``C / heads`` channels each. Each head has its
+            own weights; the norm is over all channels. The published number is 1.
+            Defaults to 1.
+        total (str): Sum of the weights: 1 with ``'mean'``, or the number of tokens with
+            ``'sum'``. Defaults to ``'mean'``.
+        every (int): Number of blocks in a group (the published block form). The blocks
+            of a group add to one token; the first block of a stage is a group by
+            itself. A block sees the sums of the previous groups, and the sum of its own
+            group so far. Defaults to 1: each block is a group.
+        norm_weight (bool): Give RMSNorm a weight, as in the published networks. Only
+            its product with the query counts, so it only changes how fast that
+            learns. Defaults to False.
+        drop_path (float): Probability of using the plain residual block for a sample
+            in training. Defaults to 0, as published.
+        zero_init (bool): Set this if the network starts from the weights of a plain
+            one. It needs ``total='sum'``, and skips stages that the backbone freezes,
+            where nothing could learn. Defaults to False.
         backend (str): ``'compile'`` has ``torch.compile`` fuse all of
             :meth:`forward`, see :class:`mmela.ops.CompiledForward`; ``'reference'``
-            is plain code. Defaults to ``'auto'``.
+            is plain PyTorch code. Defaults to ``'auto'``.
         block (int): Index of the block in its stage, filled in by the backbone.
             Defaults to 1.
         init_cfg (dict, optional): Initialization config. Defaults to None.
 
     Raises:
         ValueError: If ``per``, ``total`` or ``backend`` is unknown, ``heads`` does not
-            divide ``channels``, ``every`` is less than 1, ``zero_init`` is set
-            without ``total='sum'``, or ``drop_path`` is not in [0, 1) or is set
-            together with ``every``.
+            divide ``channels``, ``every`` is less than 1, ``zero_init`` is set without
+            ``total='sum'``, ``drop_path`` is not in [0, 1), or ``drop_path`` and
+            ``every`` are both set.
     """
 
     @dataclass
     class Memory(StageMemory):
-        """What block ``t`` sees of the blocks before it.
+        """Memory of the earlier blocks.
 
         Attributes:
-            tokens (list[Tensor]): What they have added, by group, each (B, C, H, W).
-            keys (list[Tensor]): What of it is compared with queries, each (B, C, h, w):
-                the tokens themselves, or their means, where h and w are 1.
+            tokens (list[Tensor]): What each group has added, (B, C, H, W) each.
+            keys (list[Tensor]): Means of the tokens, (B, C, 1, 1) each, for weights
+                per image; otherwise the tokens themselves are the keys.
             norms (list[Tensor]): Inverse root mean squares of the keys over the
-                channels, each (B, 1, h, w).
-            weights (Tensor, optional): Of the tokens in ``output``,
-                (B, G, h, w, t).
-            output (Tensor, optional): What the last attention has passed on,
-                (B, C, H, W).
-            version (int, optional): Of ``output``, as others may write into it.
-            group (int): Of the last token.
+                channels, (B, 1, h, w) each.
+            weights (Tensor, optional): Weights of the tokens in ``output``,
+                (t, B, G, h, w).
+            output (Tensor, optional): Output of the last attention, (B, C, H, W).
+            version (int, optional): Version of ``output``, to detect that the network
+                has written into it.
+            group (int): Group of the last token.
         """
 
         tokens: List[Tensor] = field(default_factory=list)
@@ -137,13 +147,13 @@ class AttnRes(LayerAttention):
         check_count('block', block, 0)
         if zero_init and total != 'sum':
             raise ValueError(
-                "zero_init=True starts as the plain network, which total='mean' "
-                "does not; set total='sum'"
+                "zero_init=True needs total='sum', because with total='mean' the "
+                'network does not start as the plain one'
             )
         if drop_path and every > 1:
             raise ValueError(
-                f'drop_path={drop_path} needs every=1, got every={every}: of a group '
-                'of blocks no single one can be left as it is'
+                f'drop_path={drop_path} needs every=1, got every={every}: the blocks '
+                'of a group share a token, so a single one cannot be dropped'
             )
         super().__init__(channels, channels // heads, drop_path, init_cfg)
         self.per = per
@@ -172,41 +182,36 @@ class AttnRes(LayerAttention):
 
     def update(self, features: Tensor, memory: Any, args: tuple, output: Any) -> Tensor:
         if memory.version is not None and memory.output._version != memory.version:
-            # The network has written into what it got
-            memory.output = self._mix(None, memory.weights, memory.tokens)
+            # The network has written into the output
+            memory.output = add_scaled(None, memory.weights, memory.tokens)
         new = super().update(features, memory, args, output)
         if self.active:
             passed_on, _ = self.place.features.to_positions(new)
-            if is_compiling() or new.is_inference():  # nothing tells of a change
+            if is_compiling() or new.is_inference():  # tensors have no version here
                 memory.output, memory.version = passed_on.clone(), None
             else:
                 memory.output, memory.version = passed_on, new._version
         return new
 
     def attend(self, x: Tensor, memory: Memory) -> Tensor:
-        contained, others = self._extend(x, memory)
-        scores = self._scores(memory)
-        observed = (
-            scores.flatten(2, 3) if self.per == 'position' else scores[:, :, 0, 0]
-        )
-        memory.scores.append(observed)
-        weights = scores.softmax(-1)
-        if self.total == 'sum':
-            weights = weights * len(memory.tokens)
-        change = weights - contained
-        if others:
-            # The last token is in x at weight 1 as far as the block has added it
-            change = torch.cat([change, contained[..., -1:] - 1], -1)
-        dropped = self.drop_path(change)
-        memory.weights = weights if dropped is change else contained + dropped
-        return self._mix(x, dropped, [*memory.tokens, *others])
+        contained, values = self._extend(x, memory)
+        if self.query is None:  # one token, whose weight is 1
+            out, scores = x, torch.zeros_like(contained)
+        else:
+            query = self.query
+            if self.norm_weight is not None:
+                query = query * self.norm_weight
+            out, scores = self._attend(x, query, contained, values, memory)
+        scores = scores.movedim(0, -1).flatten(2, 3)  # (B, G, P, t)
+        memory.scores.append(scores if self.per == 'position' else scores[:, :, 0])
+        return out
 
     def store(self, x: Tensor, memory: Memory) -> None:
-        """Leave what the block has added in the memory, as a token of its own."""
+        """Add what the block has added to the memory, as a separate token."""
         if memory.group != self.group:
             self._extend(x, memory)
             memory.output, memory.version = x, None
-        # Otherwise the next attention finds it in what was added since the last
+        # Otherwise the next attention finds it in the difference from the last output
 
     def combine(self, features: Tensor, retrieved: Tensor) -> Tensor:
         return retrieved
@@ -221,85 +226,72 @@ class AttnRes(LayerAttention):
         )
 
     def _extend(self, x: Tensor, memory: Memory) -> Tuple[Tensor, List[Tensor]]:
-        """Have what was added since the last attention in the tokens.
+        """Add the difference from the last attention's output to the tokens.
 
         Returns:
             tuple[Tensor, list[Tensor]]: Weights of the tokens in ``x``,
-            (B, G, h, w, t), and what was added, (B, C, H, W), where it is but a part
-            of the last token.
+            (t, B, G, h, w), and the tokens, (B, C, H, W) each, followed by the
+            difference if it is only a part of the last token.
         """
-        # A copy of the first token, as the network may write into what it gets
-        added = x.clone() if memory.output is None else x - memory.output
-        opens = memory.group != self.group
-        token = added
+        backend = self.backend if self.per == 'position' else 'reference'
+        token, norm = added_since(x, memory.output, backend)
+        added, opens = token, memory.group != self.group
         if not opens:
             token = memory.tokens.pop() + added
-            memory.keys.pop(), memory.norms.pop()
-        key = pool(token).squeeze(1)[..., None, None] if self.per == 'image' else token
-        norm = inverse_rms(key)
+            norm = inverse_rms(token)
+            memory.norms.pop()
+            memory.keys = memory.keys[:-1]
+        if self.per == 'image':
+            key = pool(token).squeeze(1)[..., None, None]
+            memory.keys.append(key)
+            norm = inverse_rms(key)
         memory.tokens.append(token)
-        memory.keys.append(key)
         memory.norms.append(norm)
         memory.group = self.group
         if opens:
-            one = torch.ones_like(norm).expand(-1, self.num_heads, -1, -1)[..., None]
+            one = torch.ones_like(norm).expand(-1, self.num_heads, -1, -1)[None]
             before = memory.weights
-            memory.weights = one if before is None else torch.cat([before, one], -1)
+            memory.weights = one if before is None else torch.cat([before, one])
         assert memory.weights is not None
-        return memory.weights, [] if opens else [added]
+        return memory.weights, [*memory.tokens, *([] if opens else [added])]
 
-    def _scores(self, memory: Memory) -> Tensor:
-        """Scores of the tokens, (B, G, h, w, t), in at least single precision."""
-        first = memory.norms[0]
-        if self.query is None:
-            batch, _, height, width = first.shape
-            return first.new_zeros(
-                batch, self.num_heads, height, width, len(memory.tokens)
+    def _attend(
+        self,
+        x: Tensor,
+        query: Tensor,
+        contained: Tensor,
+        values: List[Tensor],
+        memory: Memory,
+    ) -> Tuple[Tensor, Tensor]:
+        """Compute the output, (B, C, H, W), and scores, (t, B, G, h, w)."""
+        norms = torch.stack(memory.norms)
+        factor = float(len(memory.tokens)) if self.total == 'sum' else 1.0
+        drops = not isinstance(self.drop_path, nn.Identity)
+        if self.per == 'position' and not drops:
+            out, scores, memory.weights, memory.tokens = depth_mixture(
+                x,
+                contained,
+                query,
+                norms,
+                values,
+                factor,
+                self.backend,
+                chained=self.every == 1,
             )
-        query = (
-            self.query if self.norm_weight is None else self.query * self.norm_weight
-        )
-        query = query.to(first.dtype)[:, None, None]
-        scores = [
-            # A product and a sum, not a matmul, which autocast would do in half
-            self._by_head(key * query).sum(2) * norm
-            for key, norm in zip(memory.keys, memory.norms)
-        ]
-        return torch.stack(scores, -1)
+            return out, scores
+        keys = memory.keys or memory.tokens
+        scores = depth_scores(query, norms, keys, self.num_heads)
+        memory.weights = scores.softmax(0) * factor
+        changes = changes_of(memory.weights, contained, values)
+        if drops:
+            changes = self.drop_path(changes.transpose(0, 1)).transpose(0, 1)
+            memory.weights = contained + changes
+        return self._add(x, changes, values), scores
 
-    def _mix(
-        self, x: Optional[Tensor], weights: Tensor, values: List[Tensor]
-    ) -> Tensor:
-        """Add a weighted sum to a map, in at least single precision.
-
-        Args:
-            x (Tensor, optional): (B, C, H, W); None for zeros.
-            weights (Tensor): (B, G, h, w, t).
-            values (list[Tensor]): ``t`` values, each (B, C, H, W).
-
-        Returns:
-            Tensor: (B, C, H, W), in the data type of the values.
-        """
-        total: Any = x
-        for weight, value in zip(weights.unbind(-1), values):
-            product = (weight.unsqueeze(2) * self._by_head(value)).flatten(1, 2)
-            total = product if total is None else total + product
-        return total.to(values[0].dtype)
-
-    def _by_head(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, G, d, H, W)."""
-        return x.unflatten(1, (self.num_heads, self.head_dim))
-
-
-def inverse_rms(x: Tensor) -> Tensor:
-    """Inverse root mean square over the channels.
-
-    Args:
-        x (Tensor): (B, C, h, w).
-
-    Returns:
-        Tensor: (B, 1, h, w), in at least single precision.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)
-    return (norm.square() / x.shape[1] + EPS).rsqrt()
+    def _add(self, x: Tensor, weights: Tensor, values: List[Tensor]) -> Tensor:
+        """Add a weighted sum to a map, see :func:`mmela.ops.add_scaled`."""
+        if self.per == 'position':
+            return add_scaled(x, weights, values)
+        weights = torch.cat([torch.ones_like(weights[:1]), weights])
+        attn = weights[..., 0, 0].permute(1, 2, 0)
+        return layer_weighted_sum(attn, [x, *values], self.backend)

@@ -68,7 +68,7 @@ MMDET = {
         out_indices=(1, 3),
     ),
 }
-# Whose heads cannot share out the channels of the stage before
+# Their heads do not divide the channels of the previous stage
 NOT_DIVISIBLE = {'ELAEfficientNet', 'ELARegNet', 'ELAPyramidVisionTransformerV2'}
 
 

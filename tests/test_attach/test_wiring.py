@@ -163,10 +163,10 @@ def test_blocks_by_name(blocks, expected):
         ([1], 'is not'),
         (['layers.0', ['layers.1']], 'is not'),
         (['layers.0', 'layers.0'], "'layers.0' more than once"),
-        (['blocks.*'], r"no module 'blocks.\*' runs in the backbone; there are proj"),
-        ([['layers.0', 'proj']], r'blocks\[0\]: .* have one width and resolution'),
+        (['blocks.*'], r"no module 'blocks.\*' runs in the backbone; choose from proj"),
+        ([['layers.0', 'proj']], r'blocks\[0\]: .* have the same width and resolution'),
         (['layers.0.norm'], 'layers.0.norm runs more than once'),
-        ([[], []], 'is for 2 stages, but the backbone has 1'),
+        ([[], []], 'lists 2 stages, but the backbone has 1'),
     ],
 )
 def test_bad_blocks(blocks, message):
@@ -177,12 +177,13 @@ def test_bad_blocks(blocks, message):
 def test_where_nothing_fits():
     network = Trunk(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3))
     with pytest.raises(
-        ValueError, match='no blocks .* Conv2d, Seq.* Name the blocks: blocks='
+        ValueError,
+        match='has no blocks .* Conv2d, Seq.* Name the blocks yourself: blocks=',
     ):
         attach(network)
-    with pytest.raises(ValueError, match='runs with images of none of the sizes'):
+    with pytest.raises(ValueError, match='runs at none of the sizes'):
         attach(nn.Linear(7, 7))
-    with pytest.raises(ValueError, match='has layer attentions already'):
+    with pytest.raises(ValueError, match='already has layer attentions'):
         attach(attach(Patches(8)))
 
 
@@ -231,7 +232,7 @@ def test_identity_of_a_block_with_a_downsample():
     (stage,) = attention_stages(light).values()
     assert list(stage.blocks) == ['body.0', 'body.1.0', 'body.1.1']
     assert len(layer_attentions(light)) == 2
-    with pytest.raises(ValueError, match='body.0 takes an input of another'):
+    with pytest.raises(ValueError, match='the input of body.0 does not have the shape'):
         attach(network, 'MRLALight', blocks=['body.0', 'body.1.*'])
 
 
