@@ -32,7 +32,7 @@ import cv2
 import mmcv
 import numpy as np
 from mmengine.device import get_device
-from mmengine.registry import DATASETS, MODELS
+from mmengine.registry import DATASETS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -40,7 +40,7 @@ from .analysis.inputs import SUFFIXES, as_colours, check_device, find_images
 from .attach import input_channels
 from .command_line import find_config, one_line
 from .compat.versions import is_installed
-from .convert.networks import load_mostly_fitting, open_network
+from .convert.networks import build_network, load_mostly_fitting, open_network
 from .files import replacing, write_text
 
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
@@ -100,7 +100,7 @@ def open_inferencer(
     if scope == 'mmpretrain':
         from mmpretrain import ImageClassificationInferencer
 
-        model = MODELS.build(cfg.model)
+        model = build_network(cfg.model, config)
         load_mostly_fitting(model, state_dict, config, checkpoint, force)
         model._config, model._dataset_meta = cfg, dict(classes=classes)
         return ImageClassificationInferencer(model, device=device)

@@ -26,11 +26,16 @@ def check(arguments, force: bool) -> None:
     The toolbox's tool reports all other errors.
     """
     from mmengine.config import Config
-    from mmengine.registry import MODELS, init_default_scope
+    from mmengine.registry import init_default_scope
 
     from mmela.command_line import find_config, one_line_errors
     from mmela.compat.loaders import is_on_hub
-    from mmela.convert.networks import NETWORK_ERRORS, check_fit, read_state_dict
+    from mmela.convert.networks import (
+        NETWORK_ERRORS,
+        build_network,
+        check_fit,
+        read_state_dict,
+    )
     from mmela.convert.published import strip_module
 
     checkpoint = arguments[1] if len(arguments) > 1 else ''
@@ -45,7 +50,7 @@ def check(arguments, force: bool) -> None:
         add_cfg_options(parser)
         cfg.merge_from_dict(parser.parse_known_args(arguments[2:])[0].cfg_options)
         init_default_scope(cfg.get('default_scope', 'mmengine'))
-        model = MODELS.build(cfg.model)
+        model = build_network(cfg.model, arguments[0])
         check_fit(model, strip_module(state_dict), arguments[0], checkpoint)
 
 

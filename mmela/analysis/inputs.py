@@ -10,12 +10,12 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.device import get_device
-from mmengine.registry import DATASETS, MODELS
+from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from ..convert.networks import load_fitting, open_network
+from ..convert.networks import build_network, load_fitting, open_network
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
@@ -47,7 +47,7 @@ def load_network(
     cfg, _, state_dict = open_network(
         str(config), str(checkpoint), cfg_options=cfg_options
     )
-    model = MODELS.build(cfg.model)
+    model = build_network(cfg.model, config)
     load_fitting(model, state_dict, config, checkpoint)
     model.to(device or get_device())
     model.eval()

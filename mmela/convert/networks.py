@@ -3,7 +3,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 
@@ -72,6 +72,28 @@ def open_network(
     with one_line_errors(ImportError, OSError, ValueError):
         meta, state_dict = read_state_dict(checkpoint)
     return cfg, meta, state_dict
+
+
+def build_network(model: dict, config: Union[str, Path]) -> nn.Module:
+    """Build the network of a config for a command-line tool.
+
+    Args:
+        model (dict): Config of the network.
+        config (str | Path): Source of the config, for the message.
+
+    Returns:
+        nn.Module: The network.
+
+    Raises:
+        ValueError: If building fails; the message names the config.
+    """
+    try:
+        return MODELS.build(model)
+    except Exception as error:  # a user's network may raise anything
+        raise ValueError(
+            f'the model of {config} cannot be built: {type(error).__name__}: '
+            f'{one_line(error)}'
+        ) from error
 
 
 def read_state_dict(

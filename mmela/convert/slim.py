@@ -4,17 +4,17 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Tuple, Union
 
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..attach import input_channels
+from ..command_line import one_line
 from ..compat.loaders import write_safetensors
 from ..files import replacing
 from ..hooks import LayerAttentionPruningHook
 from ..layers import AttentionState, LayerAttention
 from ..layers.features import tensors
 from ..structure import attention_stages, layer_attentions
-from .networks import load_fitting, open_network
+from .networks import build_network, load_fitting, open_network
 
 AttentionBlocks = Dict[str, List[List[str]]]
 # Entries of a checkpoint's `meta` that still apply after the training
@@ -92,29 +92,29 @@ def slim_network(
             f'{outs[0]} cannot be both checkpoint and config; give two names'
         )
     cfg, meta, state_dict = open_network(config, checkpoint, *outs)
-    model = _build(cfg)
+    model = build_network(cfg.model, config).eval()
     attentions = layer_attentions(model)
     if not attentions:
         raise ValueError(f'{config} has no layer attention')
     load_fitting(model, state_dict, config, checkpoint)
     slim_state, blocks = slim_state_dict(model)
     slim_cfg = slim_config(cfg, blocks)
-    slim = _build(slim_cfg)
-    load_fitting(slim, slim_state, 'the slim config', 'the slim checkpoint')
-    gap = _difference(model, slim, blocks, size)
+    slim = build_network(slim_cfg.model, f'the slim form of {config}').eval()
+    load_fitting(slim, slim_state, f'the slim form of {config}', checkpoint)
+    try:
+        gap = _difference(model, slim, blocks, size)
+    except Exception as error:  # a user's network may raise anything
+        raise ValueError(
+            f'the backbone of {config} does not run on images of {size} pixels: '
+            f'{one_line(error)}'
+        ) from error
     if gap != 0:
         raise ValueError(
-            f'the outputs of the slim network differ from the pruned one by {gap}'
+            f'{checkpoint}: the outputs of the slim network differ by {gap} from the '
+            'pruned one'
         )
     meta = {key: meta[key] for key in KEPT_META if key in meta}
     return SlimNetwork(slim_cfg, slim_state, meta, blocks, state_dict, len(attentions))
-
-
-def _build(cfg: Config) -> nn.Module:
-    """Build a network in eval mode, without loading any weights."""
-    model = MODELS.build(cfg.model)
-    model.eval()
-    return model
 
 
 @torch.no_grad()

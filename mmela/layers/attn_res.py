@@ -7,17 +7,17 @@ from torch import Tensor, nn
 from ..arguments import check_count
 from ..ops import (
     add_scaled,
+    added_since,
     changes_of,
     check_backend,
     depth_mixture,
     depth_scores,
+    inverse_rms,
     is_compiling,
     layer_weighted_sum,
 )
 from ..registry import LAYER_ATTENTIONS
 from .base import LayerAttention, StageMemory, pool
-
-EPS = 1e-6
 
 
 @LAYER_ATTENTIONS.register_module()
@@ -89,8 +89,8 @@ class AttnRes(LayerAttention):
 
         Attributes:
             tokens (list[Tensor]): What each group has added, (B, C, H, W) each.
-            keys (list[Tensor]): Keys of the tokens, (B, C, h, w) each: the tokens
-                themselves, or their means, with h and w 1.
+            keys (list[Tensor]): Means of the tokens, (B, C, 1, 1) each, with
+                ``per='image'``; empty otherwise, because the tokens are the keys.
             norms (list[Tensor]): Inverse root mean squares of the keys over the
                 channels, (B, 1, h, w) each.
             weights (Tensor, optional): Weights of the tokens in ``output``,
@@ -233,17 +233,19 @@ class AttnRes(LayerAttention):
             (t, B, G, h, w), and the tokens, (B, C, H, W) each, followed by the
             difference if it is only a part of the last token.
         """
-        # Copy the first token, because the network may write into its features
-        added = x.clone() if memory.output is None else x - memory.output
-        opens = memory.group != self.group
-        token = added
+        backend = self.backend if self.per == 'position' else 'reference'
+        token, norm = added_since(x, memory.output, backend)
+        added, opens = token, memory.group != self.group
         if not opens:
             token = memory.tokens.pop() + added
-            memory.keys.pop(), memory.norms.pop()
-        key = pool(token).squeeze(1)[..., None, None] if self.per == 'image' else token
-        norm = inverse_rms(key)
+            norm = inverse_rms(token)
+            memory.norms.pop()
+            memory.keys = memory.keys[:-1]
+        if self.per == 'image':
+            key = pool(token).squeeze(1)[..., None, None]
+            memory.keys.append(key)
+            norm = inverse_rms(key)
         memory.tokens.append(token)
-        memory.keys.append(key)
         memory.norms.append(norm)
         memory.group = self.group
         if opens:
@@ -266,11 +268,19 @@ class AttnRes(LayerAttention):
         factor = float(len(memory.tokens)) if self.total == 'sum' else 1.0
         drops = not isinstance(self.drop_path, nn.Identity)
         if self.per == 'position' and not drops:
-            out, scores, memory.weights = depth_mixture(
-                x, contained, query, norms, values, factor, self.backend
+            out, scores, memory.weights, memory.tokens = depth_mixture(
+                x,
+                contained,
+                query,
+                norms,
+                values,
+                factor,
+                self.backend,
+                chained=self.every == 1,
             )
             return out, scores
-        scores = depth_scores(query, norms, memory.keys, self.num_heads)
+        keys = memory.keys or memory.tokens
+        scores = depth_scores(query, norms, keys, self.num_heads)
         memory.weights = scores.softmax(0) * factor
         changes = changes_of(memory.weights, contained, values)
         if drops:
@@ -285,17 +295,3 @@ class AttnRes(LayerAttention):
         weights = torch.cat([torch.ones_like(weights[:1]), weights])
         attn = weights[..., 0, 0].permute(1, 2, 0)
         return layer_weighted_sum(attn, [x, *values], self.backend)
-
-
-def inverse_rms(x: Tensor) -> Tensor:
-    """Inverse root mean square over the channels.
-
-    Args:
-        x (Tensor): (B, C, h, w).
-
-    Returns:
-        Tensor: (B, 1, h, w), in at least single precision.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)
-    return (norm.square() / x.shape[1] + EPS).rsqrt()

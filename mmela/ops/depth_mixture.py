@@ -5,7 +5,7 @@ gradients. On a CPU, the code here does all of this for one piece of the maps at
 small enough for the caches.
 """
 
-from typing import Any, Iterator, Optional, Sequence, Tuple
+from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from torch import Tensor
 from .layer_weighted_sum import is_compiling
 
 # Number of elements in a piece of a map
-PIECE = 2**17
+PIECE = 2**18
+# RMSNorm adds this to the mean square
+EPS = 1e-6
 
 At = Tuple[slice, slice]
 
@@ -26,7 +28,8 @@ def depth_mixture(
     values: Sequence[Tensor],
     factor: float = 1.0,
     backend: str = 'auto',
-) -> Tuple[Tensor, Tensor, Tensor]:
+    chained: bool = False,
+) -> Tuple[Tensor, Tensor, Tensor, List[Tensor]]:
     r"""Change the weights of tokens in a map to those that a query gives.
 
     With :math:`s_i = (q \cdot v_i) r_i` and :math:`a = f\,\mathrm{softmax}(s)` at each
@@ -46,21 +49,68 @@ def depth_mixture(
         backend (str): ``'reference'`` forces plain PyTorch code, which also runs on
             devices other than a CPU and when a graph is recorded. Defaults to
             ``'auto'``.
+        chained (bool): Return the tokens as outputs of this mixture, so that all
+            mixtures of a token add to the same gradient in place. Only set this if
+            nothing else uses the gradients of the tokens. Defaults to False.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor]: The map, (B, C, H, W), in the data type of
-        ``x``; the scores, which only have a gradient in plain code; and the weights.
-        Scores and weights are (t, B, G, H, W).
+        tuple[Tensor, Tensor, Tensor, list[Tensor]]: The map, (B, C, H, W), in the data
+        type of ``x``; the scores, which only have a gradient in plain code; the
+        weights; and the tokens for the next mixture. Scores and weights are
+        (t, B, G, H, W).
     """
-    by_pieces = (
-        backend != 'reference'
-        and x.device.type == 'cpu'
+    if backend == 'reference' or not _by_pieces(x):
+        out, scores, weights = reference(x, contained, query, norms, factor, *values)
+        return out, scores, weights, list(values[: len(norms)])
+    out, scores, weights, *tokens = _Mixture.apply(
+        x, contained, query, norms, factor, chained, *values
+    )
+    return out, scores, weights, list(tokens or values)[: len(norms)]
+
+
+def added_since(
+    x: Tensor, before: Optional[Tensor], backend: str = 'auto'
+) -> Tuple[Tensor, Tensor]:
+    """Compute the difference of two maps and its inverse RMS over the channels.
+
+    Args:
+        x (Tensor): The map, (B, C, H, W).
+        before (Tensor, optional): The map before, (B, C, H, W); None for zeros.
+        backend (str): See :func:`depth_mixture`. Defaults to ``'auto'``.
+
+    Returns:
+        tuple[Tensor, Tensor]: The difference, (B, C, H, W), which shares no memory
+        with ``x``, and its inverse root mean square, (B, 1, H, W), in at least single
+        precision.
+    """
+    if backend != 'reference' and _by_pieces(x):
+        return _Added.apply(x, before)
+    added = x.clone() if before is None else x - before
+    return added, inverse_rms(added)
+
+
+def inverse_rms(x: Tensor) -> Tensor:
+    """Compute the inverse root mean square over the channels.
+
+    Args:
+        x (Tensor): (B, C, h, w).
+
+    Returns:
+        Tensor: (B, 1, h, w), in at least single precision.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)
+    return (norm.square() / x.shape[1] + EPS).rsqrt()
+
+
+def _by_pieces(x: Tensor) -> bool:
+    """Whether to process a map in pieces."""
+    return (
+        x.device.type == 'cpu'
         and not is_compiling()
         and not torch.jit.is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None
     )
-    run = _Mixture.apply if by_pieces else reference
-    return run(x, contained, query, norms, factor, *values)
 
 
 def reference(
@@ -133,9 +183,36 @@ def by_head(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(1, (heads, x.shape[1] // heads))
 
 
+class _Added(torch.autograd.Function):
+    """``x - before`` and its :func:`inverse_rms`."""
+
+    @staticmethod
+    def forward(ctx, x, before):
+        added = torch.empty_like(x, memory_format=_layout(x))
+        if before is None:
+            added.copy_(x)
+        else:
+            torch.sub(x, before, out=added)
+        norms = inverse_rms(added)
+        ctx.save_for_backward(added, norms)
+        ctx.of_two = before is not None
+        return added, norms
+
+    @staticmethod
+    def backward(ctx, grad, grad_norms):
+        added, norms = ctx.saved_tensors
+        # d r / d v = - r^3 v / C
+        of_norms = grad_norms * norms**3 / -added.shape[1]
+        if torch.is_grad_enabled():
+            grad = (grad + of_norms * added).to(added.dtype)
+        else:
+            grad = torch.addcmul(grad, of_norms.to(added.dtype), added)
+        return grad, -grad if ctx.of_two else None
+
+
 class _Mixture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, contained, query, norms, factor, *values):
+    def forward(ctx, x, contained, query, norms, factor, chained, *values):
         wide, count, heads = norms.dtype, len(norms), contained.shape[2]
         out = torch.empty_like(x, memory_format=_layout(x))
         scores = torch.empty_like(contained, memory_format=torch.contiguous_format)
@@ -147,37 +224,57 @@ class _Mixture(torch.autograd.Function):
                 s = torch.stack([_project(rows, v) for v in parts[:count]])
                 s *= _cut(norms, at)
                 w = s.softmax(0).mul_(factor)
-                total = _room(out, at, wide).copy_(_cut(x, at))
+                piece = _cut(out, at)
+                total = _room(piece, wide).copy_(_cut(x, at))
                 for change, v in zip(changes_of(w, _cut(contained, at), values), parts):
-                    part = by_head(total, heads)
-                    part.addcmul_(change.unsqueeze(2), by_head(v, heads))
-                for whole, part in ((out, total), (scores, s), (weights, w)):
+                    _add_product(total, change, v)
+                piece.copy_(total)
+                for whole, part in ((scores, s), (weights, w)):
                     _cut(whole, at).copy_(part)
         ctx.save_for_backward(x, contained, query, norms, scores, weights, *values)
         ctx.factor = factor
-        ctx.mark_non_differentiable(scores)
-        return out, scores, weights
+        ctx.set_materialize_grads(False)
+        tokens = values if chained else ()
+        constant = [v for v in tokens if not v.requires_grad]
+        ctx.mark_non_differentiable(scores, *constant)
+        return (out, scores, weights, *tokens)
 
     @staticmethod
-    def backward(ctx, grad, _, grad_weights):
+    def backward(ctx, grad, _, grad_weights, *grad_tokens):
         x, contained, query, norms, scores, weights, *values = ctx.saved_tensors
+        grad = torch.zeros_like(x) if grad is None else grad
+        if grad_weights is None:
+            grad_weights = torch.zeros_like(weights)
         if torch.is_grad_enabled():  # for a second derivative
             args = x, contained, query, norms, ctx.factor, *values
             out, _, new_weights = reference(*args)
-            inputs = [a for a, need in zip(args, ctx.needs_input_grad) if need]
+            needs = [n for i, n in enumerate(ctx.needs_input_grad) if i != 5]
+            inputs = [a for a, need in zip(args, needs) if need]
             grads = iter(
                 torch.autograd.grad(
                     [out, new_weights], inputs, [grad, grad_weights], create_graph=True
                 )
             )
-            return tuple(next(grads) if n else None for n in ctx.needs_input_grad)
+            *first, factor = [next(grads) if need else None for need in needs[:5]]
+            rest = [next(grads) if need else None for need in needs[5:]]
+            for i, other in enumerate(grad_tokens):
+                if other is not None:
+                    rest[i] = rest[i] + other
+            return (*first, factor, None, *rest)
         wide, count, heads = norms.dtype, len(norms), contained.shape[2]
         rows = _rows_by_head(query.to(wide), heads)
         grad_rows = torch.zeros_like(rows)
         grad_contained, grad_norms = torch.empty_like(scores), torch.empty_like(norms)
         layout = _layout(x)
         grad = grad.contiguous(memory_format=layout)
-        grad_values = [torch.empty_like(v, memory_format=layout) for v in values]
+        # Add to gradients of later mixtures in place, because nothing else uses them
+        earlier = [g is not None for g in grad_tokens] or [False] * len(values)
+        grad_values = [
+            grad_tokens[i].contiguous(memory_format=layout)
+            if earlier[i]
+            else torch.empty_like(v, memory_format=layout)
+            for i, v in enumerate(values)
+        ]
         with torch.autocast('cpu', enabled=False):
             for at in _pieces(x):
                 g = _cut(grad, at).to(wide)
@@ -194,23 +291,21 @@ class _Mixture(torch.autograd.Function):
                 for whole, part in ((grad_contained, of_c), (grad_norms, of_r)):
                     _cut(whole, at).copy_(part)
                 for i, change in enumerate(changes_of(w, c, values)):
-                    total = _room(grad_values[i], at, wide)
-                    part = by_head(total, heads)
-                    torch.mul(by_head(g, heads), change.unsqueeze(2), out=part)
+                    piece = _cut(grad_values[i], at)
+                    if earlier[i]:
+                        total = piece.to(wide)
+                        _add_product(total, change, g)
+                    else:
+                        total = _room(piece, wide)
+                        part = by_head(total, heads)
+                        torch.mul(by_head(g, heads), change.unsqueeze(2), out=part)
                     if i < count:
                         _add_outer(grad_rows, of_products[i], parts[i])
                         _add_back(total, rows, of_products[i])
-                    _cut(grad_values[i], at).copy_(total)
-        size = len(query) // heads
-        grad_query = by_head(grad_rows, heads).diagonal(dim1=0, dim2=1)  # (d, G)
-        return (
-            grad,
-            grad_contained,
-            grad_query.T.reshape(heads * size).to(query.dtype),
-            grad_norms,
-            None,
-            *grad_values,
-        )
+                    piece.copy_(total)
+        by_row = by_head(grad_rows, heads).diagonal(dim1=0, dim2=1)  # (d, G)
+        grad_query = by_row.T.flatten().to(query.dtype)
+        return (grad, grad_contained, grad_query, grad_norms, None, None, *grad_values)
 
 
 # -- pieces, (..., b, C, n), in the memory order of their map -----------------------
@@ -235,10 +330,15 @@ def _cut(x: Tensor, at: At) -> Tensor:
     return x.flatten(-2)[..., at[0], :, at[1]]
 
 
-def _room(whole: Tensor, at: At, dtype: torch.dtype) -> Tensor:
+def _room(piece: Tensor, dtype: torch.dtype) -> Tensor:
     """Get a buffer for a piece: in place if the data type is the same."""
-    part = _cut(whole, at)
-    return part if part.dtype == dtype else torch.empty_like(part, dtype=dtype)
+    return piece if piece.dtype == dtype else torch.empty_like(piece, dtype=dtype)
+
+
+def _add_product(total: Tensor, weights: Tensor, x: Tensor) -> None:
+    """Add (b, G, n) times (b, C, n)."""
+    heads = weights.shape[1]
+    by_head(total, heads).addcmul_(by_head(x, heads), weights.unsqueeze(2))
 
 
 def _rows_by_head(query: Tensor, heads: int) -> Tensor:

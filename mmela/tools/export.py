@@ -54,11 +54,14 @@ def main(argv=None) -> None:
         raise SystemExit(
             'error: remove --normalized; with --backbone, images are always normalized'
         )
-    from mmengine.registry import MODELS
-
     from ..command_line import one_line_errors
     from ..convert.export import check_export, export_backbone, export_network
-    from ..convert.networks import NETWORK_ERRORS, load_fitting, open_network
+    from ..convert.networks import (
+        NETWORK_ERRORS,
+        build_network,
+        load_fitting,
+        open_network,
+    )
     from ..convert.published import part_of
     from ..layers import AttentionState
     from ..structure import layer_attentions
@@ -77,7 +80,7 @@ def main(argv=None) -> None:
     if args.size:
         options['size'] = args.size
     with one_line_errors(*NETWORK_ERRORS):
-        model = MODELS.build(dict(model_cfg, init_cfg=None))
+        model = build_network(dict(model_cfg, init_cfg=None), args.config)
         load_fitting(model, state_dict, args.config, args.checkpoint)
         if args.backbone:
             export_backbone(model, args.out, **options)

@@ -279,7 +279,9 @@ class Network:
         if rng.random() < 0.5:
             # Only values, because the bytes of a config are code
             cfg = Config.fromfile(path).to_dict()
-            text = ''.join(f'{k} = {v!r}\n' for k, v in damage_values(rng, cfg).items())
+            cfg = damage_values(rng, cfg)
+            lines = cfg.items() if isinstance(cfg, dict) else [('model', cfg)]
+            text = ''.join(f'{key} = {value!r}\n' for key, value in lines)
             path.write_text(text.replace('inf', '1e999').replace('nan', 'None'))
         else:
             path = folder / 'x.pth'

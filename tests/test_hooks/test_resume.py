@@ -250,7 +250,11 @@ WRONG_RECORDS = [
     ('history.0.layers.1.divergence', '0.1', r'history\[0\]: layers\[1\]: divergence='),
     ('history.0.layers.1.divergence', NAN, r'layers\[1\]: divergence=nan is not fin'),
     ('history.0.layers.1.pruned', 1, r'layers\[1\]: pruned=1 is not of type bool'),
-    ('history.0.layers.2.name', 'layer1.0.layer_attn', r'layers\[2\]: .* appears twice'),
+    (
+        'history.0.layers.2.name',
+        'layer1.0.layer_attn',
+        r'layers\[2\]: .* appears twice',
+    ),
     ('history.0.window', [3, 1], r'history\[0\]: window=\[3, 1\] must'),
     ('history.0.window', None, r'history\[0\]: a decision has no window'),
     ('history.0.eps', 2.0, r'history\[0\]: eps=2.0 is not a number in \(0, 1\)'),

@@ -89,11 +89,10 @@ def main(argv=None) -> None:
         raise SystemExit(f'error: --batches={args.batches} is not positive')
     import torch
     from mmengine.device import get_device
-    from mmengine.registry import MODELS
     from mmengine.runner import Runner
 
     from mmela.command_line import one_line_errors
-    from mmela.convert.networks import load_fitting, open_network
+    from mmela.convert.networks import build_network, load_fitting, open_network
     from mmela.engine.tables import decision_table
     from mmela.files import replacing
     from mmela.pruning import build_policy
@@ -113,7 +112,7 @@ def main(argv=None) -> None:
     cfg, meta, state_dict = open_network(args.config, args.checkpoint, out, report)
     cfg.merge_from_dict(args.cfg_options)
     with one_line_errors(KeyError, OSError, TypeError, ValueError):
-        model = MODELS.build(cfg.model)
+        model = build_network(cfg.model, args.config)
         stages = attention_stages(model)
         if not any(a.prunable for s in stages.values() for a in s.attentions):
             raise ValueError(f'{args.config} has no prunable layer attention')
