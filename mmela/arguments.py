@@ -33,7 +33,7 @@ class CheckedArguments(ABCMeta):
 
     @property
     def __signature__(cls) -> inspect.Signature:
-        """That of the constructor: help and the reference would show __call__'s."""
+        """Signature of the constructor, which help() and the docs show."""
         signature = inspect.signature(cls.__init__)
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 

@@ -89,8 +89,8 @@ class AttnRes(LayerAttention):
 
         Attributes:
             tokens (list[Tensor]): What each group has added, (B, C, H, W) each.
-            keys (list[Tensor]): Means of the tokens, (B, C, 1, 1) each, for weights
-                per image; otherwise the tokens themselves are the keys.
+            keys (list[Tensor]): Means of the tokens, (B, C, 1, 1) each, with
+                ``per='image'``; empty otherwise, because the tokens are the keys.
             norms (list[Tensor]): Inverse root mean squares of the keys over the
                 channels, (B, 1, h, w) each.
             weights (Tensor, optional): Weights of the tokens in ``output``,

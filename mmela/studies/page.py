@@ -122,7 +122,7 @@ def _table(shown: Sequence[Variant], runs: Sequence[Row]) -> str:
 
 
 def _with_range(values: Sequence[float], digits: int) -> str:
-    """Mean of values, with the least and the greatest if there are several."""
+    """Format the mean of values, with the range if there are several."""
     text = _number(spread(values).mean, digits)
     if len(values) > 1:
         text += f' ({_number(min(values), digits)} to {_number(max(values), digits)})'

@@ -48,7 +48,7 @@ WITHIN_BLOCKS = {
 
 ATTENTIONS = {**AFTER_BLOCKS, **WITHIN_BLOCKS}
 PAPERS = ('MLA', 'MRLABase', 'MRLALight', 'KCLA', 'AttnRes')
-"""The attentions of the papers, of which the others are variants."""
+"""Attentions of the papers; the others are variants of them."""
 
 STARTS_PLAIN = [
     name for name in AFTER_BLOCKS if name not in ('MLA-replace', 'AttnRes-groups')
