@@ -1,13 +1,15 @@
-from functools import lru_cache
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from mmengine.registry import DefaultScope
 
-import mmela  # noqa: F401  (gives mmcv-lite operators, before any test asks for them)
+import mmela  # noqa: F401  (first, so that mmcv-lite has operators)
+from tests.helpers.fresh import hurry
 
-# The same examples each time, and none left behind in the checkout
+hurry()
+
+# The same examples in each run, and no example files in the checkout
 settings.register_profile('mmela', derandomize=True, deadline=None, database=None)
 settings.load_profile('mmela')
 
@@ -25,20 +27,9 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
 
 
-@pytest.fixture(scope='session', autouse=True)
-def toolbox_index_is_read_once():
-    """mmengine parses a toolbox's whole index for each config it looks up."""
-    from mmengine.config import utils
-
-    original = utils.load
-    utils.load = lru_cache(maxsize=None)(original)
-    yield
-    utils.load = original
-
-
 @pytest.fixture(autouse=True)
 def no_default_scope() -> None:
-    """Forget the default scope that an earlier run has left behind."""
+    """Reset the default scope, which an earlier run may have set."""
     DefaultScope._instance_dict.clear()
 
 
@@ -59,7 +50,7 @@ def shapes(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def hub(tmp_path_factory, monkeypatch):
-    """A stand-in for the Hugging Face Hub, which its library talks to."""
+    """A local stand-in for the Hugging Face Hub."""
     constants = pytest.importorskip('huggingface_hub.constants')
     from tests.helpers.hub import StandInHub
 

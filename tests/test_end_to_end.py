@@ -1,8 +1,6 @@
 """mmdet's own tools, and ours, in processes of their own."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 import torch
 
 import mmela  # noqa: F401  (its own checkpoints must load)
+from tests.helpers.fresh import check as run
 from tests.helpers.runs import decisions
 
 mmdet = pytest.importorskip('mmdet')
@@ -58,20 +57,6 @@ def options(shapes):
         'val_dataloader.dataset.pipeline.1.scale=(96,96)',
         'test_dataloader.dataset.pipeline.1.scale=(96,96)',
     ]
-
-
-def run(script, *args, cwd):
-    env = dict(os.environ, CUDA_VISIBLE_DEVICES='')
-    process = subprocess.run(
-        [sys.executable, str(script), *map(str, args)],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
-    return process.stdout + process.stderr
 
 
 @pytest.fixture(scope='module')

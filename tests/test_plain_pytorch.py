@@ -1,11 +1,11 @@
 """The page on plain PyTorch: its examples run, without a toolbox."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.fresh import check
 
 PAGE = Path(__file__).resolve().parents[1] / 'docs' / 'plain_pytorch.md'
 HIDING = """
@@ -39,12 +39,6 @@ def test_plain_pytorch():
     assert len(examples) == 3
     steps = examples[0].partition('\n\n')[2].strip().splitlines()
     assert len(steps) <= 13
-    result = subprocess.run(
-        [sys.executable, '-c', '\n'.join([HIDING, *examples, ENDING])],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    line = result.stdout.splitlines()[-1].split()
+    output = check('\n'.join([HIDING, *examples, ENDING]))
+    line = output.splitlines()[-1].split()
     assert line[0] == 'pruned' and line[1] == line[2] != '0'

@@ -1,32 +1,22 @@
 """Registration, each case in a process of its own."""
 
 import importlib.util
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def run(code):
-    result = subprocess.run(
-        [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
+from tests.helpers.fresh import check
 
 
 def test_no_toolbox_is_imported():
-    out = run('import mmela, sys; print(*sys.modules)')
+    out = check('import mmela, sys; print(*sys.modules)')
     roots = {name.split('.')[0] for name in out.split()}
     assert 'mmengine' in roots and not roots & {'mmdet', 'mmpretrain', 'mmseg'}
     assert 'matplotlib' not in roots
 
 
 def test_attentions_from_any_scope():
-    out = run(
+    out = check(
         'import mmela\n'
         'from mmengine.registry import HOOKS, MODELS, Registry\n'
         'other = Registry("model", parent=MODELS, scope="other")\n'
@@ -47,7 +37,7 @@ def test_attentions_from_any_scope():
 
 
 def test_names_of_other_packages_stay_theirs():
-    run(
+    check(
         'from mmengine.registry import MODELS\n'
         '@MODELS.register_module()\n'
         'class MLA: pass\n'
@@ -60,7 +50,7 @@ def test_names_of_other_packages_stay_theirs():
 
 def test_own_attention():
     """One's own class by its name in any registry, or as it is."""
-    run(
+    check(
         'import mmela\n'
         'from mmela.registry import LAYER_ATTENTIONS, find_layer_attention\n'
         '@LAYER_ATTENTIONS.register_module()\n'
@@ -78,7 +68,7 @@ def test_own_attention():
 def test_folder_named_like_a_toolbox(tmp_path):
     """A clone of its repository on the path is no installed package."""
     (tmp_path / 'toolbox').mkdir()
-    run(
+    check(
         f'import sys; sys.path.insert(0, {str(tmp_path)!r})\n'
         'from importlib.util import find_spec\n'
         'assert find_spec("toolbox") is not None\n'
@@ -105,12 +95,12 @@ def test_backbones_in_any_order(toolbox, order):
         given = sys.modules['mmcv._ext'].__file__.endswith('mmcv_ext.py')
         if given and 'get("ResNet")' in order:
             pytest.skip('the toolbox asks for operators before mmela gives them')
-    out = run(f'{order.format(toolbox)}\nprint(MODELS.get("ELAResNet").__module__)')
+    out = check(f'{order.format(toolbox)}\nprint(MODELS.get("ELAResNet").__module__)')
     assert out.split()[-1] == f'mmela.models.backbones.{toolbox}_backbones'
 
 
 def test_registering_twice_changes_nothing():
-    run(
+    check(
         'import mmela\n'
         'from mmengine.registry import MODELS\n'
         'mmela.register_backbones()\n'

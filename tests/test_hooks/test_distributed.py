@@ -12,6 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from tests.helpers.fresh import hurry
 from tests.helpers.runs import HOOK, POLICY, decisions, divergences, states
 from tests.helpers.toy import toy_config, train
 
@@ -163,6 +164,7 @@ def work(rank, root, port):
         MASTER_ADDR='127.0.0.1',
         MASTER_PORT=str(port),
     )
+    hurry()
     torch.set_num_threads(1)
     torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
     for name, make in runs(root).items():
@@ -200,7 +202,9 @@ def root(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(work, (str(root), port), nprocs=2)
+    torch.multiprocessing.start_processes(
+        work, (str(root), port), nprocs=2, start_method='forkserver'
+    )
     return root
 
 

@@ -1,19 +1,16 @@
 """Runs killed with SIGKILL end, once resumed, as if nothing had happened."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import mmela  # noqa: F401
+from tests.helpers.fresh import run
+from tests.helpers.kills import campaign
 from tests.helpers.toy import toy_config
 
-ROOT = Path(__file__).resolve().parents[2]
 POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.9)
 HOOK = dict(windows=[(2, 3), (5, 5)], policy=POLICY)
 
@@ -74,22 +71,11 @@ def config(work_dir, **kwargs):
     return toy_config(work_dir, HOOK, epochs=6, **kwargs)
 
 
-def launch(work_dir, place, epoch):
-    return subprocess.run(
-        [sys.executable, '-c', SCRIPT, str(work_dir), place, str(epoch)],
-        cwd=ROOT,
-        env=dict(os.environ, CUDA_VISIBLE_DEVICES=''),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-
-
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
     work_dir = tmp_path_factory.mktemp('whole') / 'run'
-    process = launch(work_dir, 'nowhere', 0)
-    assert process.returncode == 0, process.stderr[-2000:]
+    process = run(SCRIPT, work_dir, 'nowhere', 0)
+    assert process.returncode == 0, process.output[-2000:]
     return work_dir
 
 
@@ -97,10 +83,10 @@ def uninterrupted(tmp_path_factory):
 def test_killed_and_resumed(tmp_path, uninterrupted, place):
     """In epoch 3: within the window, while saving, and after the pruning."""
     work_dir = tmp_path / 'run'
-    killed = launch(work_dir, place, 3)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    resumed = launch(work_dir, place, 3)
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    killed = run(SCRIPT, work_dir, place, 3)
+    assert killed.returncode == -signal.SIGKILL, killed.output[-2000:]
+    resumed = run(SCRIPT, work_dir, place, 3)
+    assert resumed.returncode == 0, resumed.output[-2000:]
 
     assert json.loads((work_dir / 'pruning.json').read_text()) == json.loads(
         (uninterrupted / 'pruning.json').read_text()
@@ -113,3 +99,10 @@ def test_killed_and_resumed(tmp_path, uninterrupted, place):
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
     assert any(v for k, v in found.items() if k.endswith('layer_attn.state'))
+
+
+def test_killed_at_random():
+    """A few; tests/helpers/kills.py does hundreds, of all kinds of runs."""
+    names = ['plain', 'iterations', 'two ranks', 'study']
+    found = campaign(0, 4, names)
+    assert sum(kills for kills, _ in found.values()) >= 4

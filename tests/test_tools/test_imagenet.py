@@ -1,9 +1,6 @@
 """An ImageNet config on a few generated images, by mmpretrain's own tools."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -13,9 +10,9 @@ import pytest
 pytest.importorskip('mmpretrain')
 
 from mmela.command_line import find_tool  # noqa: E402
+from tests.helpers.fresh import check  # noqa: E402
 from tests.helpers.runs import decisions  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
 WNIDS = ('n01440764', 'n01443537', 'n01484850')
 
 
@@ -46,19 +43,6 @@ def imagenet(tmp_path):
     return root
 
 
-def run(tool, config, *args):
-    result = subprocess.run(
-        [sys.executable, str(tool), str(config), *map(str, args)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=dict(os.environ, PYTHONPATH=str(ROOT)),
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout + result.stderr
-
-
 def test_train_and_test(imagenet, tmp_path, config_dir):
     config = config_dir / 'imagenet' / 'resnet50-ela_8xb32_in1k.py'
     work_dir = tmp_path / 'run'
@@ -84,8 +68,8 @@ def test_train_and_test(imagenet, tmp_path, config_dir):
             'custom_hooks.0.windows=[(1,1)]',
         ]
     ).split()
-    run(
-        find_tool(str(config), 'train.py'),
+    check(
+        Path(find_tool(str(config), 'train.py')),
         config,
         '--work-dir',
         work_dir,
@@ -94,8 +78,8 @@ def test_train_and_test(imagenet, tmp_path, config_dir):
     )
     pruned = decisions(work_dir)[0].pruned
     assert pruned
-    out = run(
-        find_tool(str(config), 'test.py'),
+    out = check(
+        Path(find_tool(str(config), 'test.py')),
         config,
         work_dir / 'epoch_2.pth',
         '--work-dir',

@@ -1,6 +1,4 @@
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from mmpretrain.registry import MODELS  # noqa: E402
 import mmela  # noqa: E402, F401
 from mmela.layers import AttentionState  # noqa: E402
 from mmela.models.backbones.mixin import LayerAttentionMixin  # noqa: E402
+from tests.helpers.fresh import check  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
 NARROW = dict(
@@ -247,22 +246,8 @@ def test_without_mmdet_and_with_mmcv_lite(tmp_path):
                     str(folder / f'{i}.png'),
                     rng.integers(0, 256, (32, 32, 3), np.uint8),
                 )
-    result = subprocess.run(
-        [
-            sys.executable,
-            '-c',
-            WITHOUT_MMDET,
-            str(tmp_path / 'run'),
-            str(tmp_path / 'data'),
-            str(ROOT),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert 'pruned 1' in result.stdout
+    output = check(WITHOUT_MMDET, tmp_path / 'run', tmp_path / 'data', ROOT)
+    assert 'pruned 1' in output
     assert (tmp_path / 'run' / 'pruning.json').is_file()
 
 
