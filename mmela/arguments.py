@@ -31,6 +31,12 @@ class CheckedArguments(ABCMeta):
         check_arguments(cls, kwargs, args)
         return super().__call__(*args, **kwargs)
 
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """Signature of the constructor, which help() and the docs show."""
+        signature = inspect.signature(cls.__init__)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
 
 def check_arguments(
     target: Callable,

@@ -160,3 +160,14 @@ def test_a_constructor_that_takes_anything_is_asked_itself():
 def test_nearest_first():
     known = ['layer1.0', 'layer2.1', 'backbone.layer3.1']
     assert nearest_first('layer3.1', known)[0] == 'backbone.layer3.1'
+
+
+@pytest.mark.parametrize(
+    'cls', [EBQM, MRLABase, HOOKS.get('LayerAttentionPruningHook')]
+)
+def test_signature_is_that_of_the_constructor(cls):
+    """Help of Python, editors and the reference show it."""
+    expected = list(inspect.signature(cls.__init__).parameters)
+    assert list(inspect.signature(cls).parameters) == expected[1:]
+    assert 'self' not in inspect.signature(cls).parameters
+    assert len(expected) > 3

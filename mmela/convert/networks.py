@@ -78,20 +78,20 @@ def build_network(model: dict, config: Union[str, Path]) -> nn.Module:
     """Build the network of a config for a command-line tool.
 
     Args:
-        model (dict): The config of the network.
-        config (str | Path): Where it is from, for the message.
+        model (dict): Config of the network.
+        config (str | Path): Source of the config, for the message.
 
     Returns:
         nn.Module: The network.
 
     Raises:
-        ValueError: If it cannot be built; the message names the config.
+        ValueError: If building fails; the message names the config.
     """
     try:
         return MODELS.build(model)
-    except Exception as error:  # somebody else's code may raise anything
+    except Exception as error:  # a user's network may raise anything
         raise ValueError(
-            f'{config} has a model that cannot be built: {type(error).__name__}: '
+            f'the model of {config} cannot be built: {type(error).__name__}: '
             f'{one_line(error)}'
         ) from error
 

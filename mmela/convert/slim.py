@@ -104,9 +104,9 @@ def slim_network(
     load_fitting(slim, slim_state, f'the slim form of {config}', checkpoint)
     try:
         gap = _difference(model, slim, blocks, size)
-    except Exception as error:  # somebody else's code may raise anything
+    except Exception as error:  # a user's network may raise anything
         raise ValueError(
-            f'the backbone of {config} cannot be run with images of {size} pixels: '
+            f'the backbone of {config} does not run on images of {size} pixels: '
             f'{one_line(error)}'
         ) from error
     if gap != 0:

@@ -14,7 +14,7 @@ from .layer_weighted_sum import is_compiling
 
 # Number of elements in a piece of a map
 PIECE = 2**18
-# What RMSNorm adds to the mean square
+# RMSNorm adds this to the mean square
 EPS = 1e-6
 
 At = Tuple[slice, slice]
@@ -49,9 +49,9 @@ def depth_mixture(
         backend (str): ``'reference'`` forces plain PyTorch code, which also runs on
             devices other than a CPU and when a graph is recorded. Defaults to
             ``'auto'``.
-        chained (bool): Make the returned tokens results of this mixture, so that all
-            mixtures of a token add in place to one gradient. Only for tokens whose
-            gradient nothing else uses. Defaults to False.
+        chained (bool): Return the tokens as outputs of this mixture, so that all
+            mixtures of a token add to the same gradient in place. Only set this if
+            nothing else uses the gradients of the tokens. Defaults to False.
 
     Returns:
         tuple[Tensor, Tensor, Tensor, list[Tensor]]: The map, (B, C, H, W), in the data
@@ -71,16 +71,17 @@ def depth_mixture(
 def added_since(
     x: Tensor, before: Optional[Tensor], backend: str = 'auto'
 ) -> Tuple[Tensor, Tensor]:
-    """What was added to a map, and its inverse root mean square over the channels.
+    """Compute the difference of two maps and its inverse RMS over the channels.
 
     Args:
         x (Tensor): The map, (B, C, H, W).
-        before (Tensor, optional): What it was before, (B, C, H, W); None for zeros.
+        before (Tensor, optional): The map before, (B, C, H, W); None for zeros.
         backend (str): See :func:`depth_mixture`. Defaults to ``'auto'``.
 
     Returns:
         tuple[Tensor, Tensor]: The difference, (B, C, H, W), which shares no memory
-        with ``x``, and (B, 1, H, W) in at least single precision.
+        with ``x``, and its inverse root mean square, (B, 1, H, W), in at least single
+        precision.
     """
     if backend != 'reference' and _by_pieces(x):
         return _Added.apply(x, before)
@@ -89,7 +90,7 @@ def added_since(
 
 
 def inverse_rms(x: Tensor) -> Tensor:
-    """Inverse root mean square over the channels.
+    """Compute the inverse root mean square over the channels.
 
     Args:
         x (Tensor): (B, C, h, w).
@@ -103,7 +104,7 @@ def inverse_rms(x: Tensor) -> Tensor:
 
 
 def _by_pieces(x: Tensor) -> bool:
-    """Whether work on a map is done in pieces."""
+    """Whether to process a map in pieces."""
     return (
         x.device.type == 'cpu'
         and not is_compiling()
@@ -148,7 +149,16 @@ def depth_scores(
 
 
 def changes_of(weights: Tensor, contained: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """Weights with which :func:`depth_mixture` adds each value, (t, ...)."""
+    """Weights with which :func:`depth_mixture` adds each value.
+
+    Args:
+        weights (Tensor): New weights of ``t`` tokens, (t, B, G, h, w).
+        contained (Tensor): Weights of the tokens in the map, (t, B, G, h, w).
+        values (Sequence[Tensor]): The values of :func:`depth_mixture`.
+
+    Returns:
+        Tensor: One weight for each value, (t, B, G, h, w) or (t + 1, B, G, h, w).
+    """
     changes = weights - contained
     if len(values) > len(weights):
         changes = torch.cat([changes, contained[-1:] - 1])
@@ -234,8 +244,8 @@ class _Mixture(torch.autograd.Function):
         ctx.factor = factor
         ctx.set_materialize_grads(False)
         tokens = values if chained else ()
-        without = [v for v in tokens if not v.requires_grad]
-        ctx.mark_non_differentiable(scores, *without)
+        constant = [v for v in tokens if not v.requires_grad]
+        ctx.mark_non_differentiable(scores, *constant)
         return (out, scores, weights, *tokens)
 
     @staticmethod
@@ -266,7 +276,7 @@ class _Mixture(torch.autograd.Function):
         grad_contained, grad_norms = torch.empty_like(scores), torch.empty_like(norms)
         layout = _layout(x)
         grad = grad.contiguous(memory_format=layout)
-        # Gradients of later mixtures, which nobody else has, are added to
+        # Add to gradients of later mixtures in place, because nothing else uses them
         earlier = [g is not None for g in grad_tokens] or [False] * len(values)
         grad_values = [
             grad_tokens[i].contiguous(memory_format=layout)
@@ -302,8 +312,8 @@ class _Mixture(torch.autograd.Function):
                         _add_outer(grad_rows, of_products[i], parts[i])
                         _add_back(total, rows, of_products[i])
                     piece.copy_(total)
-        own = by_head(grad_rows, heads).diagonal(dim1=0, dim2=1)  # (d, G)
-        grad_query = own.T.flatten().to(query.dtype)
+        by_row = by_head(grad_rows, heads).diagonal(dim1=0, dim2=1)  # (d, G)
+        grad_query = by_row.T.flatten().to(query.dtype)
         return (grad, grad_contained, grad_query, grad_norms, None, None, *grad_values)
 
 
@@ -330,7 +340,7 @@ def _cut(x: Tensor, at: At) -> Tensor:
 
 
 def _room(piece: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where a piece is computed: in place, unless in another data type."""
+    """Get a buffer for a piece: in place if the data type is the same."""
     return piece if piece.dtype == dtype else torch.empty_like(piece, dtype=dtype)
 
 

@@ -108,7 +108,8 @@ def _table(shown: Sequence[Variant], runs: Sequence[Row]) -> str:
         wall = spread(list(finals(runs, variant.name, 'wall_time').values())).mean
         active = mean('active', 1)
         active = active[:-2] if active.endswith('.0') else active
-        rows[-1] += [mean('best', digits), active, mean('step_time', 3)]
+        times = list(finals(runs, variant.name, 'step_time').values())
+        rows[-1] += [mean('best', digits), active, _with_range(times, 3)]
         rows[-1] += [mean('memory', 0), NONE if wall is None else duration(wall)]
     # Drop empty columns: a CPU logs no memory, and not every metric has a best value
     known = [
@@ -118,6 +119,14 @@ def _table(shown: Sequence[Variant], runs: Sequence[Row]) -> str:
     ]
     head, *rows = ([row[i] for i in known] for row in (head, *rows))
     return _markdown(head, rows)
+
+
+def _with_range(values: Sequence[float], digits: int) -> str:
+    """Format the mean of values, with the range if there are several."""
+    text = _number(spread(values).mean, digits)
+    if len(values) > 1:
+        text += f' ({_number(min(values), digits)} to {_number(max(values), digits)})'
+    return text
 
 
 def _comparisons(study: Study, runs: Sequence[Row]) -> str:

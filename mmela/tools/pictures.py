@@ -1,4 +1,4 @@
-"""Draw the pictures of the README from a run.
+"""Draw pictures of a run for a talk or a README.
 
 kl.png: KL divergence of each layer attention from the previous one, the pruned
 attentions and the threshold of the policy, at the pruning that removed most.

@@ -47,6 +47,9 @@ WITHIN_BLOCKS = {
 """Attentions that work within the residual blocks of ResNets and relatives."""
 
 ATTENTIONS = {**AFTER_BLOCKS, **WITHIN_BLOCKS}
+PAPERS = ('MLA', 'MRLABase', 'MRLALight', 'KCLA', 'AttnRes')
+"""Attentions of the papers; the others are variants of them."""
+
 STARTS_PLAIN = [
     name for name in AFTER_BLOCKS if name not in ('MLA-replace', 'AttnRes-groups')
 ]

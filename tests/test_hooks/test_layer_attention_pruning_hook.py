@@ -406,8 +406,8 @@ def test_policy_whose_config_cannot_be_kept(tmp_path):
         ([(1, 3), (3, 4)], ValueError, r'\(1, 3\) and \(3, 4\) overlap'),
         ([5], TypeError, r'windows=.*: 5 has type int'),
         ([(1, 2, 3)], TypeError, r'\(1, 2, 3\) has type tuple'),
-        ([(1, 1.5)], TypeError, r'\(1, 1.5\) is of'),
-        ([(True, 1)], TypeError, r'\(True, 1\) is of'),
+        ([(1, 1.5)], TypeError, r'\(1, 1.5\) has type'),
+        ([(True, 1)], TypeError, r'\(True, 1\) has type'),
     ],
 )
 def test_bad_windows(windows, error, match):

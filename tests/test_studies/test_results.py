@@ -271,6 +271,21 @@ def test_page(made, tmp_path):
         assert word not in text
 
 
+def test_step_times_have_a_range(made, tmp_path):
+    """Of the seeds: of one there is none."""
+    study, jobs, _ = made
+    runs, rows = collect(study, jobs)
+    second = dict(runs[0], seed=1, final=0.5, step_time=2 * runs[0]['step_time'])
+    texts = []
+    for some in (runs, [*runs, second]):
+        path = tmp_path / 'tiny.md'
+        write_page(study, jobs, some, rows, [], path, 'a')
+        texts.append(path.read_text())
+    one = runs[0]['step_time']
+    assert f'| {one:.3f} |' in texts[0]
+    assert f'| {1.5 * one:.3f} ({one:.3f} to {2 * one:.3f}) |' in texts[1]
+
+
 def test_conclusion(made, tmp_path):
     """What a person wrote is in the file, so a page written again has it."""
     _, jobs, _ = made
