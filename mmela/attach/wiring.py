@@ -116,7 +116,7 @@ def attach_layer_attention(
         nn.Module: The backbone.
 
     Raises:
-        KeyError: If ``type`` is no registered layer attention.
+        KeyError: If ``type`` is not a registered layer attention.
         TypeError: If ``layer_attention`` is not a dict with a ``type``, or if an
             argument in it is unknown or has the wrong type.
         ValueError: If the network is wrapped or already has layer attentions, if
