@@ -17,12 +17,13 @@ def replacing(path: Union[str, Path]) -> Iterator[Path]:
     """Write to a temporary file, and rename it when it is complete.
 
     Until then, and after an error or a kill, an existing file stays unchanged. To
-    write two files that belong together, nest the contexts, so that neither appears
-    without the other::
+    write two files that belong together, write the second within the context of the
+    first, so that neither appears without the other::
 
-        with replacing('slim.pth') as weights, replacing('slim.py') as config:
+        with replacing('slim.pth') as weights:
             torch.save(checkpoint, weights)
-            config.write_text(text, 'utf-8')
+            with replacing('slim.py') as config:
+                config.write_text(text, 'utf-8')
 
     Args:
         path (str | Path): The file, in an existing folder. A link is followed; a

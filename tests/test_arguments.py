@@ -19,8 +19,8 @@ NAN, INF = float('nan'), float('inf')
 # Ten wrong values for each kind of argument, whatever its meaning
 WRONG = {
     bool: ['False', 'True', 0, 1, None, 1.0, [], {}, b'True', 'yes'],
-    int: ['16', True, False, None, 2.5, [16], {}, NAN, -1, b'1'],
-    float: ['0.5', True, None, [0.5], {}, NAN, INF, -INF, -1.5, 1j],
+    int: ['16', True, False, None, 2.5, [16], {}, NAN, -1, b'1', (1,)],
+    float: ['0.5', True, None, [0.5], {}, NAN, INF, -INF, -1.5, 1j, ''],
     str: [1, True, None, ['x'], {}, 'xyz', '', 0.5, b'x', 'Auto '],
     dict: ['BN', 1, True, 0.5, b'x', {1: 2}, {'type': 3}, {'type': 'None'}]
     + [{'tpye': 'BN'}, {'type': 'BN', 'no_such': 1}],

@@ -55,12 +55,13 @@ class SlimNetwork(NamedTuple):
         """
         for out in (path, config):
             Path(out).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as weights, replacing(config) as text:
+        with replacing(path) as weights:
             if weights.suffix == '.safetensors':
                 write_safetensors(weights, self.state_dict, self.meta)
             else:
                 torch.save(dict(meta=self.meta, state_dict=self.state_dict), weights)
-            self.cfg.dump(text)
+            with replacing(config) as text:
+                self.cfg.dump(text)
 
 
 def slim_network(

@@ -24,10 +24,10 @@ from .base import LayerAttention, StageMemory, pool
 class AttnRes(LayerAttention):
     r"""Attention residuals: a block outputs a mixture of what the blocks have added.
 
-    As published for language models (Attention Residuals, Kimi team, 2026), each block
-    has one learned vector :math:`w^t`, its pseudo-query, which starts at 0. Each token
-    :math:`v^s` is what a block of the stage has added: :math:`v^0` is the output of the
-    first block, and :math:`v^t = X^t - Y^{t-1}`.
+    As published for language models (Attention Residuals, arXiv:2603.15031, full
+    form), each block has one learned vector :math:`w^t`, its pseudo-query, which starts
+    at 0. Each token :math:`v^s` is what a block of the stage has added: :math:`v^0` is
+    the output of the first block, and :math:`v^t = X^t - Y^{t-1}`.
 
     .. math::
         a^t = \mathrm{softmax}_{s \le t}(w^t \cdot \mathrm{RMSNorm}(v^s)), \quad

@@ -79,9 +79,13 @@ def decode(value: Tensor) -> Tuple[AttentionState, bool]:
 
 
 def encode_text(text: str) -> Tensor:
-    """Encode text as a tensor of bytes, (N,), in single precision.
+    """Encode text in a tensor that keeps every byte when cast to half precision.
 
-    A cast to half precision keeps every byte.
+    Args:
+        text (str): The text.
+
+    Returns:
+        Tensor: Its bytes, (N,), in single precision.
     """
     return torch.tensor(list(text.encode()), dtype=torch.float32)
 

@@ -149,7 +149,16 @@ def depth_scores(
 
 
 def changes_of(weights: Tensor, contained: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """Weights with which :func:`depth_mixture` adds each value, (t, ...)."""
+    """Weights with which :func:`depth_mixture` adds each value.
+
+    Args:
+        weights (Tensor): New weights of ``t`` tokens, (t, B, G, h, w).
+        contained (Tensor): Weights of the tokens in the map, (t, B, G, h, w).
+        values (Sequence[Tensor]): The values of :func:`depth_mixture`.
+
+    Returns:
+        Tensor: One weight for each value, (t, B, G, h, w) or (t + 1, B, G, h, w).
+    """
     changes = weights - contained
     if len(values) > len(weights):
         changes = torch.cat([changes, contained[-1:] - 1])

@@ -185,8 +185,8 @@ def test_stage_compiled_by_inductor():
     backbone = MODELS.build(
         dict(
             type='mmdet.ELAResNet',
-            depth=50,
-            base_channels=4,
+            depth=34,
+            base_channels=8,
             stem_channels=8,
             layer_attention=dict(type='MRLABase', head_dim=8),
         )

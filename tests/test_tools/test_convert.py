@@ -34,11 +34,12 @@ def network(tmp_path, config_dir):
     name = 'faster_rcnn/faster-rcnn_r50_ela_fpn_1x_coco.py'
     cfg = Config.fromfile(config_dir / name)
     cfg.model.backbone.update(
+        depth=34,
         base_channels=8,
         init_cfg=None,
         layer_attention=dict(type='MRLABase', head_dim=8),
     )
-    cfg.model.neck.update(in_channels=[32, 64, 128, 256])
+    cfg.model.neck.update(in_channels=[8, 16, 32, 64])
     cfg.model.roi_head.bbox_head.fc_out_channels = 16
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)

@@ -94,7 +94,7 @@ def main(argv=None) -> None:
     from mmela.command_line import one_line_errors
     from mmela.convert.networks import build_network, load_fitting, open_network
     from mmela.engine.tables import decision_table
-    from mmela.files import replacing
+    from mmela.files import replacing, write_text
     from mmela.pruning import build_policy
     from mmela.pruning.record import FORMAT
     from mmela.structure import attention_stages, prune
@@ -133,11 +133,11 @@ def main(argv=None) -> None:
     content = dict(format=FORMAT, pruned=decision.pruned, **decision.to_dict())
     with one_line_errors(OSError):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as weights, replacing(report) as text:
+        with replacing(out) as weights:
             torch.save(
                 dict(meta=meta, state_dict=model.to('cpu').state_dict()), weights
             )
-            text.write_text(json.dumps(content, indent=2), 'utf-8')
+            write_text(report, json.dumps(content, indent=2))
     print(
         f'{len(decision.layers)} -> {len(decision.active)} active attentions, '
         f'{policy}\n{out}\n{report}'
