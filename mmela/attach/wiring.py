@@ -796,11 +796,11 @@ def _row(
     names = names or (f'{attended[0]} ... {attended[-1]}' if attended else 'none')
     if absent:
         names = f'none: {first.name} ... {members[-1].name} are frozen'
-    what = first.features.layout
+    features = first.features.layout
     if first.size is not None:
-        what = f'{first.size[0]}x{first.size[1]}, {what}'
+        features = f'{first.size[0]}x{first.size[1]}, {features}'
     if first.features.extra:
-        what += f', {first.features.extra} more'
+        features += f', {first.features.extra} more'
     heads = {seat.attention.head_dim for seat in seats}
     return (
         str(number),
@@ -809,7 +809,7 @@ def _row(
         type(first.module).__name__,
         str(first.channels),
         ', '.join(map(str, sorted(heads))),
-        what,
+        features,
     )
 
 
