@@ -113,6 +113,13 @@ def readme(text, address, version):
             return f'{picture}[{words}]({address}/{kind}/v{version}/{place})'
         return '' if picture else words
 
+    # A page of an index has one theme.
+    text = re.sub(
+        r'<picture>.*?<img [^>]*alt="([^"]*)" src="([^"]*)"></picture>',
+        r'![\1](\2)',
+        text,
+        flags=re.DOTALL,
+    )
     text = re.sub(r'(!?)\[([^]]*)\]\(([^)\s]+)\)', link, text)
     return re.sub(r'<!--.*?-->\n?', '', text, flags=re.DOTALL)
 

@@ -27,6 +27,7 @@ extensions = [
     'myst_nb',
     'sphinx.ext.autodoc',
     'sphinx.ext.napoleon',
+    'sphinx.ext.viewcode',
     'sphinx_copybutton',
 ]
 exclude_patterns = ['_build', 'jupyter_execute']
@@ -106,6 +107,36 @@ def take_in(app, docname, source):
         source[0] = source[0].rstrip()[: -len('```')] + '\n'.join([*new, '```', ''])
 
 
+def link_back(app, pagename, templatename, context, doctree):
+    """Links from a source to the reference lead to the name that the reference has.
+
+    viewcode takes all objects of a module for members of the package that exports the
+    first of them.
+    """
+    if not pagename.startswith('_modules/'):
+        return
+    objects = app.env.domains['py'].objects
+    module = pagename[len('_modules/') :].replace('/', '.')
+
+    def link(match):
+        parts = match[1].split('.')
+        names = [
+            match[1],
+            *(f'{module}.{".".join(parts[i:])}' for i in range(len(parts))),
+        ]
+        for name in names:
+            if name in objects:
+                page = app.builder.get_relative_uri(pagename, objects[name].docname)
+                return f'<a class="viewcode-back" href="{page}#{name}">[docs]</a>'
+        return ''
+
+    context['body'] = re.sub(
+        r'<a class="viewcode-back" href="[^"#]*#([^"]+)">\[docs\]</a>',
+        link,
+        context['body'],
+    )
+
+
 def as_mathml(latex, block):
     """A formula as MathML, which browsers show without a script or a font."""
     if block and (r'\\' in latex or '&' in latex):
@@ -127,4 +158,5 @@ def setup(app):
     app.connect('source-read', show_by_theme)
     app.connect('source-read', take_in)
     app.connect('source-read', without_folders)
+    app.connect('html-page-context', link_back)
     app.add_html_math_renderer('mathml', (visit_math, None), (visit_math_block, None))

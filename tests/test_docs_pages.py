@@ -87,10 +87,9 @@ def test_figures_of_papers(page):
             assert not found, f'{by_page(page)}: {block[:80]!r} needs a mark'
 
 
-@pytest.mark.parametrize('name', ['README.md', 'docs/detection.md'])
-def test_table_of_detectors(name):
+def test_table_of_detectors():
     """Each cell is the figure of its detector, not just of any."""
-    text = (ROOT / name).read_text('utf-8')
+    text = (ROOT / 'docs' / 'detection.md').read_text('utf-8')
     (table,) = [block for keys, block in MARKED.findall(text) if keys == 'coco']
     head, _, *rows = [
         [cell.strip() for cell in line.strip('|').split('|')]
@@ -145,5 +144,36 @@ def test_measured_results_of_the_readme():
             assert any(close), f'{page}: {number}'
 
 
+def group(text, name):
+    """Rows of a table from the one named so to the next name, by their second cells."""
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text]
+    (start,) = [i for i, row in enumerate(rows) if row and row[0] == name]
+    found = {}
+    for row in rows[start:]:
+        if not row or found and row[0]:
+            return found
+        found[row[1]] = row
+    return found
+
+
+def test_costs_of_the_readme():
+    """Time and memory of a ResNet-50 beside plain, from docs/performance.md."""
+    page = (ROOT / 'docs' / 'performance.md').read_text('utf-8')
+    training = group(page.splitlines(), 'ResNet-50, 224 px, batch 8')
+    inference = group(page.split('## Inference')[1].splitlines(), 'default')
+    expected = [
+        [float(training[name][4]) for name in ('plain', 'mrla-base', 'ela')],
+        [
+            round(float(training[name][5]) / float(training['plain'][5]), 2)
+            for name in ('plain', 'mrla-base', 'ela')
+        ],
+        [float(inference[name][3]) for name in ('plain', 'mrla-base', 'ela')],
+    ]
+    text = (ROOT / 'README.md').read_text('utf-8')
+    rows = re.findall(r'^\| (?:training|peak|inference).*$', text, re.M)
+    found = [[float(cell) for cell in row.split('|')[2:5]] for row in rows]
+    assert found == expected
+
+
 def test_readme_is_short():
-    assert len((ROOT / 'README.md').read_text('utf-8').splitlines()) < 120
+    assert len((ROOT / 'README.md').read_text('utf-8').splitlines()) < 100

@@ -111,6 +111,32 @@ def test_formulas_and_pictures(pages):
     assert sum('_dark' in source for source in pictures) == 2
 
 
+def test_reference_links_to_its_sources(pages):
+    """Every page of the reference does, and its index has a line for each."""
+    names = [n for n in pages if n.startswith('api/') and n != 'api/index.html']
+    assert len(names) >= 10
+    index = pages['api/index.html'].links
+    for name in names:
+        assert any('_modules/mmela' in link for link in pages[name].links), name
+        assert index.count(name[len('api/') :]) >= 2  # in its table and at the side
+
+
+def test_lines_of_diffs_are_coloured(site):
+    text = (site / 'step_by_step.html').read_text('utf-8')
+    assert 'highlight-diff' in text and '<span class="gi">' in text
+    style = (site / '_static' / 'mmela.css').read_text('utf-8')
+    for theme in ('light', 'dark'):
+        for token in ('gi', 'gd'):
+            rule = rf'data-theme="{theme}"\] div.highlight-diff \.{token} {{ color'
+            assert re.search(rule, style), (theme, token)
+
+
+def test_threads_of_the_faq_are_links(pages):
+    threads = [x for x in pages['faq.html'].links if x.startswith('https://github')]
+    assert len(threads) > 30
+    assert all(re.search(r'/issues/\d+$', thread) for thread in threads)
+
+
 def test_search_works_without_a_server(site):
     """Its index is a script, not something to be fetched."""
     text = (site / 'searchindex.js').read_text('utf-8')

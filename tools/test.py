@@ -1,11 +1,11 @@
-"""Test a detector or a classifier with the toolbox's own tools/test.py.
+"""Test a detector or a classifier with the toolbox's tools/test.py.
 
-usage: mmela test CONFIG CHECKPOINT [--force] [arguments of its test.py]
+usage: mmela test CONFIG CHECKPOINT [--force] [arguments of the toolbox's test.py]
 
-CHECKPOINT is a file, of torch or of safetensors, or hf://USER/REPO[/FILE]. A pruned
-one needs no further option: its structure is part of it. One that lacks most keys of
-the network is an error, but with --force. --channels-last runs the backbone in
-channels_last, which is faster on a CPU.
+CHECKPOINT is a file of torch or safetensors, or hf://USER/REPO[/FILE]. A pruned
+checkpoint includes its structure and needs no further option. A checkpoint that
+lacks most keys of the network is rejected unless you pass --force.
+--channels-last runs the backbone in channels_last, which is faster on a CPU.
 
 Example:
   mmela test \\
@@ -21,16 +21,21 @@ from mmela_light.arguments import add_cfg_options, show_usage
 
 
 def check(arguments, force: bool) -> None:
-    """Refuse a checkpoint that cannot be read, or that is of another network.
+    """Reject a checkpoint that cannot be read, or comes from a different network.
 
-    What else is wrong is left to the toolbox's tool.
+    The toolbox's tool reports all other errors.
     """
     from mmengine.config import Config
-    from mmengine.registry import MODELS, init_default_scope
+    from mmengine.registry import init_default_scope
 
     from mmela.command_line import find_config, one_line_errors
     from mmela.compat.loaders import is_on_hub
-    from mmela.convert.networks import NETWORK_ERRORS, check_fit, read_state_dict
+    from mmela.convert.networks import (
+        NETWORK_ERRORS,
+        build_network,
+        check_fit,
+        read_state_dict,
+    )
     from mmela.convert.published import strip_module
 
     checkpoint = arguments[1] if len(arguments) > 1 else ''
@@ -45,7 +50,7 @@ def check(arguments, force: bool) -> None:
         add_cfg_options(parser)
         cfg.merge_from_dict(parser.parse_known_args(arguments[2:])[0].cfg_options)
         init_default_scope(cfg.get('default_scope', 'mmengine'))
-        model = MODELS.build(cfg.model)
+        model = build_network(cfg.model, arguments[0])
         check_fit(model, strip_module(state_dict), arguments[0], checkpoint)
 
 

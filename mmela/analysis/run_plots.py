@@ -18,12 +18,12 @@ from .work_dir import Run
 
 
 def metric_groups(run: Run) -> Dict[str, List[str]]:
-    """Metrics that share an axis.
+    """Group metrics that share an axis.
 
     Returns:
-        dict[str, list[str]]: Names of metrics by the label of their axis. Of
-        COCO metrics, those by object size are left out, and so are metrics
-        that are -1 throughout, which means that there is nothing to measure.
+        dict[str, list[str]]: Names of metrics by the label of their axis. COCO metrics
+        by object size are left out, and so are those that are always -1, which means
+        that there are no such objects.
     """
     groups: Dict[str, List[str]] = {}
     for name in run.metric_names:
@@ -41,7 +41,7 @@ def metric_groups(run: Run) -> Dict[str, List[str]]:
 
 
 def metrics_plot(run: Run) -> Plot:
-    """Validation metrics over epochs, an axis for each kind of metric.
+    """Validation metrics over epochs, with one axis for each kind of metric.
 
     Args:
         run (Run): A run with metrics.
@@ -77,7 +77,7 @@ def metrics_plot(run: Run) -> Plot:
 
 
 def loss_plot(run: Run) -> Plot:
-    """Training loss over iterations, with the prunings marked.
+    """Training loss over iterations, with prunings marked.
 
     Args:
         run (Run): A run with training losses.
@@ -111,7 +111,9 @@ def loss_plot(run: Run) -> Plot:
 
 
 def timeline_plot(run: Run) -> Plot:
-    """Active attentions over epochs, with the measuring windows shaded.
+    """Active attentions over time, with measuring windows shaded and decisions marked.
+
+    A window that was put off is shaded where it was measured last.
 
     Args:
         run (Run): A run with prunings.
@@ -121,6 +123,9 @@ def timeline_plot(run: Run) -> Plot:
     """
     ends = [decision.window[1] for decision in run.decisions]
     counts = [run.total_attentions] + [len(d.active) for d in run.decisions]
+    windows = [decision.window for decision in run.decisions]
+    # Those to come; earlier ones without a decision were given up or missed.
+    windows += [window for window in run.hook['windows'] if window[0] > max(ends)]
     unit = 'epoch' if run.hook['by_epoch'] else 'iteration'
     planned = run.planned if unit == run.unit else None
     end = max([planned or 0, run.done or 0, *ends])
@@ -130,7 +135,7 @@ def timeline_plot(run: Run) -> Plot:
     def plot(figure: Figure, theme: Theme) -> None:
         figure.set_size_inches(WIDTH, 2.6)
         axes = figure.subplots()
-        for index, (first, last) in enumerate(run.hook['windows']):
+        for index, (first, last) in enumerate(windows):
             axes.axvspan(
                 first - 1,
                 last,
@@ -154,6 +159,24 @@ def timeline_plot(run: Run) -> Plot:
                 textcoords='offset points',
                 color=theme.ink,
                 fontsize=9,
+            )
+        for index, position in enumerate(ends):
+            axes.axvline(
+                position,
+                color=theme.pruned,
+                ls='--',
+                lw=1.2,
+                label='decision' if index == 0 else None,
+            )
+            axes.annotate(
+                f'after {unit} {position}',
+                (position, 0),
+                xytext=(-3 if position > end / 2 else 3, 3),
+                textcoords='offset points',
+                rotation=90,
+                ha='right' if position > end / 2 else 'left',
+                color=theme.ink,
+                fontsize=8,
             )
         axes.set(xlabel=f'{unit}s done', ylabel='active attentions')
         axes.set(xlim=(0, end or 1), ylim=(0, counts[0] * 1.15 or 1))

@@ -1,7 +1,7 @@
-"""What pruning asks of a runner, and a runner for data elsewhere."""
+"""Pruning support for mmengine's runners, and a runner with a movable data root."""
 
 from .data_root import DataRootRunner, set_data_root
-from .distributed import check_wrapper, rewrap, rewrap_after_loading
+from .distributed import check_wrapper, resumed_from, rewrap, rewrap_after_loading
 from .pruned_run import averaged_copies, followed, prune_run, trained_parameters
 from .step_times import StepTimes
 
@@ -12,6 +12,7 @@ __all__ = [
     'check_wrapper',
     'followed',
     'prune_run',
+    'resumed_from',
     'rewrap',
     'rewrap_after_loading',
     'set_data_root',

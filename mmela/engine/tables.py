@@ -1,7 +1,7 @@
 """Tables for a terminal."""
 
 import io
-from typing import Sequence, Tuple
+from typing import Sequence
 
 from rich import box
 from rich.console import Console
@@ -16,12 +16,11 @@ def decision_table(layers: Sequence[LayerDecision]) -> str:
     """Format a decision.
 
     Args:
-        layers (Sequence[LayerDecision]): Decision on each attention; its
-            divergence, the two parts of that, and what it is in uniform
-            attention.
+        layers (Sequence[LayerDecision]): The decision on each attention. The table
+            shows its divergence, the two parts, and the value of uniform attention.
 
     Returns:
-        str: A table of 120 columns at most.
+        str: A table of at most 120 columns.
     """
     rows = []
     for layer in layers:
@@ -38,29 +37,19 @@ def decision_table(layers: Sequence[LayerDecision]) -> str:
         rows.append([name, *numbers, layer.reason])
     columns = ['layer attention', '>KL', '>shape', '>own', '>uniform']
     columns += ['>normalised', '>mapped', 'decision']
-    return _table(columns, rows)
+    return text_table(columns, rows)
 
 
-def step_time_table(speeds: Sequence[Tuple[int, float, int]]) -> str:
-    """Format step times.
+def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a table.
 
     Args:
-        speeds (Sequence[tuple[int, float, int]]): Active attentions, median
-            step time in seconds and number of steps, in order.
+        columns (Sequence[str]): Headings; a leading ``>`` aligns a column to the right.
+        rows (Sequence[Sequence[str]]): The cells.
 
     Returns:
-        str: A table of 120 columns at most.
+        str: A table of at most 120 columns.
     """
-    rows = []
-    for active, seconds, count in speeds:
-        change = 100 * (seconds / speeds[0][1] - 1) if speeds[0][1] else 0
-        rows.append([str(active), f'{seconds:.4g}', f'{change:+.1f} %', str(count)])
-    columns = ['>active attentions', '>median step time (s)', '>change', '>steps']
-    return _table(columns, rows)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format cells; columns marked by ``>`` are justified to the right."""
     table = Table(box=box.MARKDOWN)
     for index, column in enumerate(columns):
         justify = 'right' if column.startswith('>') else 'left'
@@ -68,7 +57,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     buffer = io.StringIO()
-    # Jupyter and others ask rich for colours in the environment.
+    # Jupyter and others request colours by environment variables
     Console(file=buffer, width=120, force_terminal=False, color_system=None).print(
         table
     )

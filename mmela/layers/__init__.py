@@ -1,5 +1,6 @@
-"""Layer attentions, and the stages that run them."""
+"""Layer attentions and the stages that run them."""
 
+from .attn_res import AttnRes
 from .base import LayerAttention, QKVLayerAttention, StageMemory
 from .dla import DLABase, DLALight
 from .kcla import KCLA
@@ -13,6 +14,7 @@ __all__ = [
     'KCLA',
     'MLA',
     'AttentionState',
+    'AttnRes',
     'DLABase',
     'DLALight',
     'LayerAttention',

@@ -1,4 +1,4 @@
-"""Small backbones of every kind, and the attentions that each can have."""
+"""Small backbones of every kind, with the attentions that fit each one."""
 
 import copy
 import itertools
@@ -56,9 +56,9 @@ OTHERS = {
     ('mmpretrain', 'CeiT'): TRANSFORMER,
 }
 BACKBONES = {**RESNETS, **OTHERS}
-# What works within the blocks of ResNets and yet fits another network.
+# Attentions for ResNet blocks that also fit another network
 ALSO_FITTING = [('EfficientNet', 'DIA'), ('EfficientNet', 'Plugin')]
-# Whose 3x3 convolutions are in groups, which AA cannot take the place of
+# AA cannot replace their grouped 3x3 convolutions
 GROUPED = ('ResNeXt', 'SEResNeXt', 'Res2Net', 'RegNet')
 FITTING = [
     pytest.param(*key, name, id=f'{key[0]}-{key[1]}-{name}')
@@ -70,7 +70,7 @@ FITTING = [
 
 
 def build_in(scope, cfg):
-    """Build a config in the registry of a toolbox, always with the same weights."""
+    """Build a config in a toolbox's registry, always with the same weights."""
     if scope != 'mmpretrain':
         pytest.importorskip('mmcv.ops', exc_type=ImportError)
     pytest.importorskip(f'{scope}.models')
@@ -80,13 +80,13 @@ def build_in(scope, cfg):
 
 
 def build_plain(scope, name, **kwargs):
-    """A backbone of the table without attention."""
+    """Build a backbone of the table without attention."""
     cfg = dict(BACKBONES[scope, name], type=name, **kwargs)
     cfg.pop('layers_per_stage', None)
     return build_in(scope, cfg)
 
 
 def build(scope, name, attention, **kwargs):
-    """``ELA<X>`` of a backbone of the table."""
+    """Build ``ELA<X>`` of a backbone of the table."""
     cfg = dict(BACKBONES[scope, name], type=f'ELA{name}', layer_attention=attention)
     return build_in(scope, dict(cfg, **kwargs))

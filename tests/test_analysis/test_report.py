@@ -21,6 +21,7 @@ from scipy.stats import beta
 
 from mmela.analysis import make_report, summarize
 from mmela.analysis.before_after_plots import read_before_after
+from mmela.analysis.run_plots import timeline_plot
 from mmela.analysis.work_dir import Run
 from mmela.layers import AttentionState
 from mmela.layers.state import encode, encode_text
@@ -89,9 +90,12 @@ def test_numbers(synthetic):
     assert ('coco/bbox_mAP_l', '-1', '', '') in rows
     counts = [16] + [len(decision.active) for decision in decisions]
     # Per epoch: 0.5 / 1; 0.5 / 2 and 0.5 / 3; 0.5 / 4
-    assert ('1 to 20', str(counts[0]), '0.5', '0.01', '4') in rows
-    assert ('21 to 60', str(counts[1]), '0.2083', '0.01', '8') in rows
-    assert ('61 to 80', str(counts[2]), '0.125', '0.01', '4') in rows
+    assert ('1 to 20', str(counts[0]), '0.5', '0.5 to 0.5', '0.01', '4') in rows
+    # Four times 0.25 and four times 0.1667
+    half = '0.1667 to 0.25'
+    assert ('21 to 60', str(counts[1]), '0.2083', half, '0.01', '8') in rows
+    half = '0.125 to 0.125'
+    assert ('61 to 80', str(counts[2]), '0.125', half, '0.01', '4') in rows
     assert ('layer attentions', '176', str(11 * counts[2])) in rows
     assert ('whole network', '211', str(35 + 11 * counts[2])) in rows
     text = ' '.join(page.text.split())
@@ -99,9 +103,9 @@ def test_numbers(synthetic):
         'Started 2026-01-02 03:04:05',
         'Trained 4 of 4 epochs',
         'Checkpoint epoch_4.pth',
-        '0.2083 s after (8 logged',
+        '0.2083 s (middle half 0.1667 to 0.25, 8 logged values) after; no',
         "gamma=0.5, alpha=2, beta=5, mu=0.2, mapping='beta')",
-        'Reduction: mean_kl; eps 1e-08; a pruned attention is removed whole',
+        'Reduction: mean_kl; eps 1e-08; a pruned attention is removed',
         'Windows: 1 to 1, 3 to 3 (epochs)',
         CONFIG.split()[-1],
     ):
@@ -169,13 +173,13 @@ def test_without_pruning_metrics_config_and_checkpoint(tmp_path):
     write_log(tmp_path, '20260102_030405', [1], metrics=False)
     page = Page(make_report(tmp_path))
     check_offline(page)
-    assert 'Nothing was pruned' in page.text
+    assert 'nothing was pruned' in page.text
     assert 'no validation metrics' in page.text
     assert 'no dumped config' in page.text
     assert 'no checkpoint' in page.text
     assert check_pictures(tmp_path) == {'loss.png', 'loss_dark.png'}
     text = summarize(tmp_path)
-    assert 'No attention was pruned' in text
+    assert 'no pruning decision' in text
     assert 'no validation metrics' in text
     assert 'pruning.json' not in text and 'None' not in text
 
@@ -219,7 +223,7 @@ def test_iteration_based_and_hierarchical_log(tmp_path):
     run = Run(tmp_path)
     assert run.unit == 'iteration' and run.losses == {10: 3.0}
     assert run.metrics == {10: {'accuracy/top1': 55.5}}
-    assert run.step_times()[0].seconds == 0.5
+    assert run.step_times()[0].times.median == 0.5
     assert 'Iteration 10: accuracy/top1 55.5' in summarize(tmp_path)
     check_offline(Page(make_report(tmp_path)))
 
@@ -328,6 +332,26 @@ def test_spread():
     assert _spread([0.2, 0.8], 0.1, 0, 1) == [0.2, 0.8]
 
 
+def test_timeline_shows_where_it_was_decided(tmp_path):
+    """A window that was put off is shaded where it was measured, not as planned."""
+    first, second = make_work_dir(tmp_path)
+    put_off = replace(first, window=(2, 2), put_off=1)
+    write_decisions(tmp_path, [put_off, second])
+    path = tmp_path / 'pruning.json'
+    content = json.loads(path.read_text())
+    content['hook']['windows'] = [[1, 1], [3, 3], [4, 4]]
+    path.write_text(json.dumps(content))
+    figure = Figure()
+    timeline_plot(Run(tmp_path))(figure, LIGHT)
+    (axes,) = figure.axes
+    shaded = [(p.get_x(), p.get_x() + p.get_width()) for p in axes.patches]
+    assert shaded == [(1, 2), (2, 3), (3, 4)]  # the last one is still to come
+    dashed = [x.get_xdata()[0] for x in axes.lines if x.get_linestyle() == '--']
+    assert dashed == [2, 3]
+    texts = [text.get_text() for text in axes.texts]
+    assert {'after epoch 2', 'after epoch 3'} <= set(texts)
+
+
 def test_text_is_escaped(tmp_path):
     evil, short = '<img src=http://example.org/x.png>\x1b[31m', '<b>$a$\x1b[31m'
     names = [f'backbone.{s}.{i}.layer_attn' for s in 'ab' for i in range(4)]
@@ -357,11 +381,11 @@ def test_names_are_names(tmp_path, name):
     report = tmp_path / 'run' / 'pruning.json'
     sound = report.read_text()
     report.write_text(sound.replace('backbone.layer1', json.dumps(name)[1:-1]))
-    with pytest.raises(ValueError, match=f'{report} .*no name of a module'):
+    with pytest.raises(ValueError, match=f'{report} .*not a module name'):
         make_report(tmp_path / 'run')
     report.write_text(sound)
     path = write_measurement(tmp_path / 'run', 2, {name: stage(['active'] * 3)})
-    with pytest.raises(ValueError, match=f'{path} .*no name of a module'):
+    with pytest.raises(ValueError, match=f'{path} .*not a module name'):
         make_report(tmp_path / 'run')
 
 
@@ -404,7 +428,7 @@ def test_unreadable_checkpoint_and_foreign_decisions(tmp_path):
     (tmp_path / 'my_config.py').write_text('no python (')
     text = Page(make_report(tmp_path)).text
     assert 'epoch_4.pth cannot be read' in text
-    assert 'may be of an earlier run' in text
+    assert 'may come from an earlier run' in text
     (tmp_path / 'pruning.json').write_text('[]')
     with pytest.raises(ValueError, match=str(tmp_path / 'pruning.json')):
         make_report(tmp_path)
@@ -705,6 +729,6 @@ def test_damaged_comparison_is_one_line(tmp_path, old, new):
     assert read_before_after(tmp_path)['sides']['after']['active'] == 1
     assert old in text
     path.write_text(text.replace(old, new, 1))
-    with pytest.raises(ValueError, match='is not of') as error:
+    with pytest.raises(ValueError, match='was not written by') as error:
         make_report(tmp_path)
     assert str(path) in str(error.value) and '\n' not in str(error.value)

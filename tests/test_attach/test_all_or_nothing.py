@@ -1,6 +1,7 @@
 """Attach does all or nothing, and a forward pass that ends early leaves nothing."""
 
 import copy
+import functools
 import gc
 
 import pytest
@@ -87,6 +88,7 @@ def test_a_constructor_that_fails(monkeypatch, attention, number, error):
     built = []
     original = kind.__init__
 
+    @functools.wraps(original)  # with its arguments, of which wiring gives some
     def failing(self, *args, **kwargs):
         built.append(self)
         if len(built) == number:

@@ -96,7 +96,8 @@ def test_attentions_alone(name, order, attention):
     # Each attention takes part; single weights of it may have no gradient
     for key, module in layer_attentions(network).items():
         assert module.training, key
-        assert any(name.startswith(key) for name in moved), key
+        if any(True for _ in module.parameters()):
+            assert any(name.startswith(key) for name in moved), key
 
 
 @pytest.mark.parametrize('name', ['torchvision.resnet18', 'timm.resnet'])

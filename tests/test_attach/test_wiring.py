@@ -14,6 +14,7 @@ from mmela.layers import AttentionState, LayerAttention
 from mmela.pruning import FixedCount
 from mmela.structure import attention_stages, layer_attentions, prune
 from tests.helpers.attachable import Nested, Patches, Trunk, TwoBranches
+from tests.helpers.toy import ToyNetwork
 from tests.helpers.zoo import ATTENTIONS, PAPERS
 
 NETWORKS = {
@@ -63,10 +64,9 @@ def test_zero_init_changes_nothing_and_learns(name, attention):
         optimizer.zero_grad()
         sum(out.square().mean() for out in outputs(network)).backward()
         optimizer.step()
-    for attention in attentions.values():
-        for key, param in attention.named_parameters():
-            assert param.grad is not None, key
-    assert sum(a.value.weight.grad.abs().sum() for a in attentions.values()) > 0
+    params = [p for a in attentions.values() for p in a.parameters()]
+    assert all(param.grad is not None for param in params)
+    assert sum(param.grad.abs().sum() for param in params) > 0
     # They have an effect now
     active = outputs(network.eval())
     prune(network, list(attentions))
@@ -164,10 +164,10 @@ def test_blocks_by_name(blocks, expected):
         ([1], 'is not'),
         (['layers.0', ['layers.1']], 'is not'),
         (['layers.0', 'layers.0'], "'layers.0' more than once"),
-        (['blocks.*'], r"no module 'blocks.\*' runs in the backbone; there are proj"),
-        ([['layers.0', 'proj']], r'blocks\[0\]: .* have one width and resolution'),
+        (['blocks.*'], r"no module 'blocks.\*' runs in the backbone; choose from proj"),
+        ([['layers.0', 'proj']], r'blocks\[0\]: .* have the same width and resolution'),
         (['layers.0.norm'], 'layers.0.norm runs more than once'),
-        ([[], []], 'is for 2 stages, but the backbone has 1'),
+        ([[], []], 'lists 2 stages, but the backbone has 1'),
     ],
 )
 def test_bad_blocks(blocks, message):
@@ -178,12 +178,13 @@ def test_bad_blocks(blocks, message):
 def test_where_nothing_fits():
     network = Trunk(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3))
     with pytest.raises(
-        ValueError, match='no blocks .* Conv2d, Seq.* Name the blocks: blocks='
+        ValueError,
+        match='has no blocks .* Conv2d, Seq.* Name the blocks yourself: blocks=',
     ):
         attach(network)
-    with pytest.raises(ValueError, match='runs with images of none of the sizes'):
+    with pytest.raises(ValueError, match='runs at none of the sizes'):
         attach(nn.Linear(7, 7))
-    with pytest.raises(ValueError, match='has layer attentions already'):
+    with pytest.raises(ValueError, match='already has layer attentions'):
         attach(attach(Patches(8)))
 
 
@@ -232,7 +233,7 @@ def test_identity_of_a_block_with_a_downsample():
     (stage,) = attention_stages(light).values()
     assert list(stage.blocks) == ['body.0', 'body.1.0', 'body.1.1']
     assert len(layer_attentions(light)) == 2
-    with pytest.raises(ValueError, match='body.0 takes an input of another'):
+    with pytest.raises(ValueError, match='the input of body.0 does not have the shape'):
         attach(network, 'MRLALight', blocks=['body.0', 'body.1.*'])
 
 
@@ -389,3 +390,24 @@ def test_torchvision(name, kinds):
     blocks = [block for stage in stages for block in stage.blocks.values()]
     assert {type(block).__name__ for block in blocks} == kinds
     assert all(isinstance(a, LayerAttention) for s in stages for a in s.attentions)
+
+
+def test_names_of_the_table_can_be_pruned():
+    """By block, with or without the network before and layer_attn behind."""
+    model = nn.ModuleDict(dict(student=ToyNetwork(dict(type='MRLABase', head_dim=4))))
+    names = ['layer1.1', 'student.layer1.2', 'layer2.1.layer_attn']
+    prune(model, [*names, 'student.layer2.3.layer_attn'])
+    gone = [name for name, a in layer_attentions(model).items() if not a.active]
+    assert gone == [
+        f'student.{name}.layer_attn'
+        for name in ('layer1.1', 'layer1.2', 'layer2.1', 'layer2.3')
+    ]
+    with pytest.raises(TypeError, match=r"names='layer2.2' is a string; .*\['layer2.2"):
+        prune(model, 'layer2.2')
+    with pytest.raises(KeyError, match="'layer2.9'.*with one: student.layer2.0, "):
+        prune(model, ['layer2.2', 'layer2.9'])
+    assert layer_attentions(model)['student.layer2.2.layer_attn'].active
+    model['teacher'] = ToyNetwork(dict(type='MRLABase', head_dim=4))
+    both = 'student.layer2.2.layer_attn, teacher.layer2.2.layer_attn'
+    with pytest.raises(KeyError, match=f"'layer2.2' may be any of {both}"):
+        prune(model, ['layer2.2'])

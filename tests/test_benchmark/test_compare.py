@@ -194,7 +194,7 @@ def test_wrong_options_are_one_line(tmp_path, capsys):
         (['--batch', '0'], '--batch=0'),
         (['--prune', path], 'pruning.json'),
         (['--prune', path, 'layer1.0'], 'one pruning.json'),
-        (['--prune', 'layer9.0'], "'layer9.0' has no layer attention"),
+        (['--prune', 'layer9.0'], "no layer attention 'layer9.0'"),
         (['--device', 'cpuu'], '--device=cpuu'),
         (['--net', 'r51'], '51'),
         (['--net', nothing], 'nothing.py'),
@@ -266,11 +266,11 @@ def test_hook_overhead(tmp_path, capsys):
     assert list(results['steps']) == ['no hook', 'outside', 'inside']
     assert len(results['imports']) == 2
     assert results['measuring'] > 0
-    assert 'measuring by itself' in capsys.readouterr().out
+    assert 'measuring alone' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    'variants, text', [(['plain'], 'plain'), (['ela', 'mrla-base'], 'give one')]
+    'variants, text', [(['plain'], 'plain'), (['ela', 'mrla-base'], 'give exactly one')]
 )
 def test_hook_overhead_needs_what_can_be_pruned(variants, text):
     with pytest.raises(SystemExit, match=f'^error: .*{text}'):

@@ -153,6 +153,31 @@ def test_hook_in_a_config_of_the_new_style(tmp_path, registry):
     ]
 
 
+def test_backbone_in_a_list(tmp_path, registry):
+    """As in retrievers of MMPretrain, whose encoder is a list of modules."""
+    config = tmp_path / 'config.py'
+    config.write_text(
+        "default_scope = 'mmpretrain'\n"
+        "model = dict(type='ImageToImageRetriever', prototype='none', image_encoder=[\n"
+        "    dict(type='mmela.WithLayerAttention',\n"
+        "        backbone=dict(type='mmpretrain.ResNet', depth=18),\n"
+        "        layer_attention=dict(type='MRLABase')),\n"
+        "    dict(type='GlobalAveragePooling')])\n"
+        "custom_imports = dict(imports=['mmela'])\n"
+    )
+    model = registry.build(Config.fromfile(config).model)
+    prune(model, ['image_encoder.0.layer3.1'])
+    torch.save(model.state_dict(), tmp_path / 'x.pth')
+    tool(config, tmp_path / 'x.pth', tmp_path / 'slim.pth', '--size', 64)
+    slim_cfg = Config.fromfile(tmp_path / 'slim.py')
+    slim = registry.build(slim_cfg.model)
+    slim.load_state_dict(torch.load(tmp_path / 'slim.pth')['state_dict'])
+    gone = {'image_encoder.0.layer3.1.layer_attn'}
+    assert set(layer_attentions(model)) - set(layer_attentions(slim)) == gone
+
+
 def test_config_without_the_backbone():
-    with pytest.raises(ValueError, match='backbone student.backbone, but its config'):
+    with pytest.raises(
+        ValueError, match="backbone at 'student.backbone', but its config"
+    ):
         slim_config(Config(dict(model=dict(x=1))), {'student.backbone': [[0]]})

@@ -1,16 +1,11 @@
 from mmela.command_line import printable
-from mmela.engine.tables import decision_table, step_time_table
+from mmela.engine.tables import decision_table, text_table
 from mmela.pruning import LayerDecision
 
 
 def cells(text):
     lines = text.splitlines()
     return [[c.strip() for c in line.split('|')[1:-1]] for line in lines][2:]
-
-
-def test_step_times():
-    found = cells(step_time_table([(8, 0.5, 100), (6, 0.4, 50)]))
-    assert found == [['8', '0.5', '+0.0 %', '100'], ['6', '0.4', '-20.0 %', '50']]
 
 
 def test_text_is_shown_as_it_is():
@@ -25,7 +20,7 @@ def test_text_is_shown_as_it_is():
 def test_no_colours_that_the_environment_asks_for(monkeypatch):
     """Jupyter does; the text also goes to a file."""
     monkeypatch.setenv('FORCE_COLOR', '1')
-    assert '\x1b' not in step_time_table([(8, 0.5, 100)])
+    assert '\x1b' not in text_table(['a'], [['b']])
 
 
 def test_printable():

@@ -8,6 +8,7 @@ import torch
 
 import mmela  # noqa: F401
 from tests.helpers.fresh import run
+from tests.helpers.kills import campaign
 from tests.helpers.toy import toy_config
 
 POLICY = dict(type='EBQM', gamma=0.5, alpha=2, beta=5, mu=0.9)
@@ -98,3 +99,10 @@ def test_killed_and_resumed(tmp_path, uninterrupted, place):
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
     assert any(v for k, v in found.items() if k.endswith('layer_attn.state'))
+
+
+def test_killed_at_random():
+    """A few; tests/helpers/kills.py does hundreds, of all kinds of runs."""
+    names = ['plain', 'iterations', 'two ranks', 'study']
+    found = campaign(0, 4, names)
+    assert sum(kills for kills, _ in found.values()) >= 4

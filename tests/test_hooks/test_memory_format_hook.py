@@ -47,7 +47,9 @@ def test_a_part_by_name_without_training(when):
 
 def test_an_unknown_part_is_named_with_what_there_is():
     hook = MemoryFormatHook('backbon')
-    with pytest.raises(ValueError, match="'backbon' is not in ModuleDict.*'backbone'"):
+    with pytest.raises(
+        ValueError, match="ModuleDict has no module 'backbon'.*'backbone'"
+    ):
         hook.before_train(runner(backbone=nn.Identity()))
 
 

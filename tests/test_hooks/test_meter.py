@@ -9,7 +9,7 @@ from mmela.pruning import EBQM
 from mmela.structure import attention_stages
 from tests.helpers.runs import padded_kl
 from tests.helpers.stages import BlockStage
-from tests.helpers.toy import CHANNELS, ResidualBlock
+from tests.helpers.toy import CHANNELS, ResidualBlock, ToyNetwork
 
 
 def make_stage(states=(0, 0, 0), head_dim=4):
@@ -202,3 +202,18 @@ def test_sums_of_other_attentions_are_refused(other, match):
     meter = NetworkKLMeter(named(make_stage()))
     with pytest.raises(ValueError, match=match):
         other().load_state_dict(meter.state_dict())
+
+
+def test_over_nothing():
+    """A meter that cannot measure, or has not, says so."""
+    with pytest.raises(
+        ValueError, match='nothing to measure: none of the 0 .*no attention'
+    ):
+        NetworkKLMeter({})
+    network = ToyNetwork(dict(type='MRLALight', head_dim=4))
+    with pytest.raises(ValueError, match='none of the 2 stages .* they have MRLALight'):
+        NetworkKLMeter(attention_stages(network))
+    network = ToyNetwork(dict(type='MRLABase', head_dim=4))
+    meter = NetworkKLMeter(attention_stages(network))
+    with pytest.warns(UserWarning, match='layer1, layer2 did not run between'):
+        assert not meter.decide(EBQM()).pruned

@@ -4,14 +4,22 @@ With a learning rate of 0 the divergences depend on the data alone: those of a
 resumed run are those of a whole one only if each batch was measured once.
 """
 
+import copy
+import re
+
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from mmela.hooks.saved_pruning import SavedPruning
+from mmela.layers import AttentionState
+from mmela.layers.state import encode
+from mmela.structure import layer_attentions
 from tests.helpers.runs import HOOK, POLICY, decisions, divergences, log_of, states
-from tests.helpers.toy import toy_config, train
+from tests.helpers.toy import ToyNetwork, toy_config, train
 
 LONG = dict(windows=[(1, 3)], policy=POLICY)
 STEPS = dict(windows=[(2, 5)], policy=POLICY, by_epoch=False)
@@ -96,8 +104,8 @@ def test_users_checkpoint_in_an_iteration_window(steps, tmp_path, name):
 def test_sums_of_another_point_are_dropped(steps, tmp_path):
     """As where a user gives the checkpoint a count of their own."""
     runner = resume(still(tmp_path, STEPS, iterations=True), steps / 'count.pth')
-    assert 'stand after iteration 4 and the run after 2, or are of' in log_of(runner)
-    assert 'measured from 3 on' in log_of(runner)
+    assert 'they cover 4 iterations and the run has done 2' in log_of(runner)
+    assert 'measured only from iteration 3 on' in log_of(runner)
 
 
 @pytest.fixture(scope='module')
@@ -166,7 +174,7 @@ def test_another_policy_after_a_resume(tmp_path):
 def test_only_checkpoint_warns(tmp_path):
     hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1))
     runner = train(toy_config(tmp_path, HOOK, default_hooks=hooks))
-    assert 'max_keep_ckpts=1: mmengine removes' in log_of(runner)
+    assert 'max_keep_ckpts=1: mmengine deletes' in log_of(runner)
 
 
 @pytest.mark.parametrize('windows, rest', [([(1, 1)], True), ([(1, 1), (4, 4)], False)])
@@ -176,5 +184,119 @@ def test_past_windows_warn(tmp_path, windows, rest):
     runner = resume(
         toy_config(tmp_path / 'resumed', hook), tmp_path / 'plain' / 'epoch_2.pth'
     )
-    assert 'Windows [(1, 1)] are past without a decision' in log_of(runner)
+    assert 'windows [(1, 1)] have passed without a decision' in log_of(runner)
     assert ('no window is left' in log_of(runner)) == rest
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    """A checkpoint amid a window, after a decision."""
+    hook = dict(windows=[(1, 1), (2, 4)], policy=POLICY)
+    work_dir = tmp_path_factory.mktemp('saved')
+    train(toy_config(work_dir, hook))
+    assert decisions(work_dir)[0].pruned
+    return hook, torch.load(work_dir / 'epoch_2.pth')
+
+
+def resumed_from(saved, tmp_path, change):
+    """What resuming from a changed checkpoint says, without the file's name."""
+    hook, checkpoint = saved
+    checkpoint = copy.deepcopy(checkpoint)
+    change(checkpoint['layer_attention_pruning'], checkpoint['state_dict'])
+    path = tmp_path / 'changed.pth'
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError) as error:
+        resume(toy_config(tmp_path / 'resumed', hook), path)
+    start = f'{path}, layer_attention_pruning: '
+    assert str(error.value).startswith(start) and '\n' not in str(error.value)
+    return str(error.value)[len(start) :]
+
+
+def set_state(state_dict, name, state):
+    state_dict[f'{name}.state'].fill_(encode(state))
+
+
+def test_decisions_that_contradict_the_network(saved, tmp_path):
+    (first,) = saved[1]['layer_attention_pruning']['history']
+    pruned = [layer['name'] for layer in first['layers'] if layer['pruned']]
+    kept = [layer['name'] for layer in first['layers'] if not layer['pruned']]
+
+    def revive(record, state_dict):
+        for name in pruned[:2]:
+            set_state(state_dict, name, AttentionState.ACTIVE)
+
+    says = resumed_from(saved, tmp_path, revive)
+    assert f'{", ".join(pruned[:2])} are active, but a decision has pruned them' in says
+    assert 'Resume from another checkpoint' in says
+
+    def prune_another(record, state_dict):
+        set_state(state_dict, kept[-1], AttentionState.PRUNED)
+
+    says = resumed_from(saved, tmp_path, prune_another)
+    assert f': {kept[-1]} are pruned, but the last decision has kept them.' in says
+
+    def rename(record, state_dict):
+        record['history'][0]['layers'][0]['name'] = 'layer9.0.layer_attn'
+
+    says = resumed_from(saved, tmp_path, rename)
+    assert 'layer9.0.layer_attn are not in the network' in says
+
+
+# Where in the record, what is put there, and what the message says after the field
+NAN = float('nan')
+WRONG_RECORDS = [
+    ('history', None, 'history=None is not of type list'),
+    ('history', [3], r'history\[0\]: a decision=3 is not of type dict'),
+    ('history.0.layers.1.divergence', '0.1', r'history\[0\]: layers\[1\]: divergence='),
+    ('history.0.layers.1.divergence', NAN, r'layers\[1\]: divergence=nan is not fin'),
+    ('history.0.layers.1.pruned', 1, r'layers\[1\]: pruned=1 is not of type bool'),
+    (
+        'history.0.layers.2.name',
+        'layer1.0.layer_attn',
+        r'layers\[2\]: .* appears twice',
+    ),
+    ('history.0.window', [3, 1], r'history\[0\]: window=\[3, 1\] must'),
+    ('history.0.window', None, r'history\[0\]: a decision has no window'),
+    ('history.0.eps', 2.0, r'history\[0\]: eps=2.0 is not a number in \(0, 1\)'),
+    ('history.0.iteration', -1, r'history\[0\]: iteration=-1 is not a number in \[0'),
+    ('history.0.deviation', NAN, r'history\[0\]: deviation=nan is not a number in'),
+    ('history.0.policy', {}, r'history\[0\]: the type of policy=None is not of type'),
+    ('random_start', [], r'random_start=\[\] is not of type dict'),
+    ('random_start.layer1\\.1\\.layer_attn', 'a', 'random_start: layer1.1.layer_attn='),
+    ('random_start.layer1\\.1\\.layer_attn', torch.ones(3), r'shape \(3,\)'),
+    ('window', 'open', "window: the window='open' is not of type dict"),
+    ('window.window', [2], r'window: window=\[2\] is not a pair of integers'),
+    ('window.done', 1.5, 'window: done=1.5 is not of type int'),
+    ('window.put_off', -1, 'window: put_off=-1 is negative'),
+    ('window.sums', None, 'window: sums=None is not of type dict'),
+    ('window.sums.eps', None, 'window: sums: eps=None is not of type float'),
+    ('window.sums.attentions.layer1', 4, 'window: sums: attentions: layer1=4 is not'),
+    ('window.sums.sums.layer1', [1.0], 'window: sums: sums: layer1=.* of type Tensor'),
+    (
+        'window.sums.sums.layer1',
+        -torch.ones(7).double(),
+        'sums of layer1 are not float64',
+    ),
+]
+
+
+@pytest.mark.parametrize('where, value, match', WRONG_RECORDS)
+def test_damaged_records(saved, where, value, match):
+    hook, checkpoint = saved
+    record = copy.deepcopy(checkpoint['layer_attention_pruning'])
+    *path, last = re.split(r'(?<!\\)\.', where)
+    place = record
+    for key in path:
+        place = place[int(key) if key.isdigit() else key]
+    place[last.replace('\\', '')] = value
+    network = ToyNetwork(dict(type='MRLABase', head_dim=4))
+    with pytest.raises(ValueError, match=match):
+        SavedPruning.read(record, hook).restore_starts(layer_attentions(network))
+
+
+def test_the_damaged_file_is_named(saved, tmp_path):
+    def damage(record, state_dict):
+        record['history'][0]['layers'][1]['divergence'] = '0.1'
+
+    says = resumed_from(saved, tmp_path, damage)
+    assert says.startswith("history[0]: layers[1]: divergence='0.1' is not of type")

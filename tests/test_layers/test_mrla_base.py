@@ -159,7 +159,7 @@ def test_gradients_reach_all_parameters():
     'kwargs, words',
     [
         (dict(small_init=0.2, zero_init=True), 'small_init=0.2 .* zero_init=True'),
-        (dict(small_init=0), r'small_init=0 is not in \(0, 1\]'),
+        (dict(small_init=0), r'small_init=0 is not a number in \(0, 1\]'),
         (dict(small_init=1.5), 'small_init=1.5 is not'),
     ],
 )

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmela.layers import (
     MLA,
     AttentionState,
+    AttnRes,
     DLABase,
     LinearizedMLA,
     MRLABase,
@@ -41,6 +42,8 @@ KINDS = {
     'MLA': (MLA, {}),
     'DLABase': (DLABase, dict(reduction=2)),
     'linear': (LinearizedMLA, dict(kind='linear')),
+    'AttnRes': (AttnRes, dict(heads=2, total='sum')),
+    'AttnRes-groups': (AttnRes, dict(per='image', every=2, norm_weight=True)),
 }
 
 
@@ -79,10 +82,12 @@ def make(backend, kind='MRLABase', depth=3):
     for i in range(depth):
         if cls is DLABase and i:
             kwargs = dict(kwargs, owns_shared=False)
-        attention = cls(C, head_dim=D, backend=backend, **kwargs)
+        own = dict(block=i) if cls is AttnRes else dict(head_dim=D)
+        attention = cls(C, backend=backend, **own, **kwargs)
         stage.attach(i, attention)
-        if hasattr(attention.query, 'reset_parameters'):
-            nn.init.normal_(attention.query.weight, std=3)
+        query = getattr(attention.query, 'weight', attention.query)
+        if query is not None:
+            nn.init.normal_(query, std=3)
     return stage.double()
 
 
@@ -209,7 +214,7 @@ def test_without_a_compiler(fault, monkeypatch, log):
         same(*map(step, stages))
     lines = [r.getMessage() for r in log.records if 'compile' in r.getMessage()]
     assert len(lines) == 1 and '\n' not in lines[0]
-    assert lines[0].startswith("backend='compile' cannot compile for 'cpu'")
+    assert lines[0].startswith("backend='compile' fails on 'cpu'")
     assert len(lines[0]) < 300
 
 
@@ -224,7 +229,7 @@ def test_errors_of_a_run_are_errors():
 
 
 def test_an_old_config(graphs):
-    with pytest.warns(UserWarning, match="'triton' is no more; 'compile'"):
+    with pytest.warns(UserWarning, match="'triton' no longer exists; using 'compile'"):
         attention = MRLABase(C, head_dim=D, backend='triton')
     assert attention.backend == 'compile'
     attention(torch.randn(1, C, 3, 3), attention.Memory())

@@ -133,10 +133,17 @@ def test_torch_agrees_with_numpy(dtype):
     np.testing.assert_allclose(found, attention_kl(p.numpy(), q.numpy()), rtol=1e-4)
 
 
-@pytest.mark.parametrize('tokens', [1, 2])
-def test_later_block_must_see_more(tokens):
-    with pytest.raises(ValueError, match=f'over {tokens} tokens .* over 2'):
-        attention_kl(np.zeros(2), np.zeros(tokens))
+def test_later_block_must_not_see_fewer():
+    with pytest.raises(ValueError, match='over 1 tokens .* over 2'):
+        attention_kl(np.zeros(2), np.zeros(1))
+
+
+def test_the_same_tokens():
+    """All is shape: 1/4 ln(1/2) + 3/4 ln(3/2)."""
+    shape, own = split_kl(np.log([0.25, 0.75]), np.log([0.5, 0.5]))
+    assert shape == pytest.approx(0.130812, abs=1e-6)
+    assert own == pytest.approx(0, abs=1e-12)
+    assert Divergence(0.1, 0.0, 2, 0).baseline == 0
 
 
 @pytest.mark.parametrize('eps', [0, -1e-8, 1, math.nan])

@@ -356,7 +356,7 @@ def test_error_names_the_layer():
 @pytest.mark.parametrize(
     'cfg, match',
     [
-        (dict(type='EBQM', scope='block'), "scope='block'.*'network' and 'stage'"),
+        (dict(type='EBQM', scope='block'), "scope='block'.*'network', 'stage'"),
         (dict(type='EBQM', mapping='tanh'), "mapping='tanh'.*'sigmoid'"),
         (dict(type='EBQM', min_active_per_stage=0), 'min_active_per_stage=0'),
         (dict(type='EBQM', max_pruned=-1), 'max_pruned=-1'),

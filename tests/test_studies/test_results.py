@@ -181,10 +181,10 @@ def test_no_validation_at_the_end(made, tmp_path, keep):
     log.write_text(''.join(json.dumps(line) + '\n' for line in kept))
     runs, rows = collect(study, jobs)
     assert runs[0]['final'] is None and runs[0].get('coco/bbox_mAP') is None
-    assert runs[0]['status'] == 'no last validation' and runs[0]['best'] > 0
+    assert runs[0]['status'] == 'no final validation' and runs[0]['best'] > 0
     write_page(study, jobs, runs, rows, [], tmp_path / 'tiny.md', 'a')
     text = (tmp_path / 'tiny.md').read_text()
-    assert 'ela seed 0 (no last validation)' in text
+    assert 'ela seed 0 (no final validation)' in text
 
 
 def test_metrics_do_not_take_the_place_of_columns(made, tmp_path):
@@ -269,6 +269,21 @@ def test_page(made, tmp_path):
     assert 'run 2001-09-09' in text and 'Conclusion' not in text
     for word in ('nan', 'None', str(tmp_path)):
         assert word not in text
+
+
+def test_step_times_have_a_range(made, tmp_path):
+    """Of the seeds: of one there is none."""
+    study, jobs, _ = made
+    runs, rows = collect(study, jobs)
+    second = dict(runs[0], seed=1, final=0.5, step_time=2 * runs[0]['step_time'])
+    texts = []
+    for some in (runs, [*runs, second]):
+        path = tmp_path / 'tiny.md'
+        write_page(study, jobs, some, rows, [], path, 'a')
+        texts.append(path.read_text())
+    one = runs[0]['step_time']
+    assert f'| {one:.3f} |' in texts[0]
+    assert f'| {1.5 * one:.3f} ({one:.3f} to {2 * one:.3f}) |' in texts[1]
 
 
 def test_conclusion(made, tmp_path):

@@ -1,17 +1,16 @@
-"""Count parameters and FLOPs of every config beside the papers' figures.
+"""Count parameters and FLOPs of every config and compare them with the papers.
 
-Reads configs/papers.yml, writes the configs of rows that have none (a network
-with an attention of configs/_base_), builds each model and writes what it counts to
-metafile.yml and README.md of each folder of configs, and to docs/model_zoo.md.
-FLOPs are those of mmengine.analysis for one image, a multiplication with its
-addition counted once: of convolutions and matrix products, and of normalizations,
-poolings and upsamplings, but not of activations, sums and products of maps. All is
-counted before pruning.
+Reads configs/papers.yml, and writes missing configs of its rows (a network with an
+attention of configs/_base_). Builds each model and writes its counts to metafile.yml
+and README.md of each folder of configs, and to docs/model_zoo.md. mmengine.analysis
+counts the FLOPs for one image, with a multiplication and its addition as one. They
+include convolutions, matrix products, normalizations, poolings and upsamplings, but not
+activations and not sums and products of maps. All counts are before pruning.
 
 Example:
   mmela model-zoo
-  mmela model-zoo cifar imagenet   # only these, and print
-  mmela model-zoo --reuse          # count new rows alone
+  mmela model-zoo cifar imagenet   # only these folders, printed
+  mmela model-zoo --reuse          # only count new rows
 """
 
 import logging
@@ -33,68 +32,67 @@ PAGE = ROOT / 'docs' / 'model_zoo.md'
 DETECTORS = ('faster_rcnn', 'mask_rcnn', 'retinanet')
 HEAD = """# Model zoo
 
-Written by `python tools/analysis/model_zoo.py`. **Here** is what that tool
-counts in the networks of this repository, before pruning; **paper** is what
-the paper prints for its own. No weights have been published, and accuracies are
-the papers' alone: what was trained here is in [results](results/index.md).
+`python tools/analysis/model_zoo.py` writes this page. **Here** is what this tool
+counts in the networks of this repository, before pruning. **Paper** is what the paper
+prints for its own networks. There are no released weights, and all accuracies are the
+papers'. [Results](results/index.md) has what we trained.
 
-- Parameters are in millions. Those of detectors are the trainable ones, with
-  the stem and stage 1 frozen, as the papers count them.
-- FLOPs are billions of multiply-adds for one image of the given size, by
-  `mmengine.analysis.FlopAnalyzer`. It counts normalizations (also BN, which an
-  inference engine folds into a convolution), poolings and upsamplings too, so the
+- Parameters are in millions. For detectors they are the trainable ones, with the stem
+  and stage 1 frozen, as in the papers.
+- FLOPs are billions of multiply-adds for one image of the given size, counted by
+  `mmengine.analysis.FlopAnalyzer`. It also counts normalizations (including BN, which
+  an inference engine folds into a convolution), poolings and upsamplings, so the
   figures are 1 to 5 % above those of convolutions and matrix products alone. It counts
-  no activation, no sum or product of maps, and not the fused self-attention of DeiT
-  and CeiT: 2 L^2 C for L tokens in each layer, in all 0.18 in CeiT-T at 224 pixels and
-  1.53 at 384. The papers do not name their counters.
-- Detectors start from a plain ResNet (`zero_init`), whose frozen stage 1 then
-  has no MRLA; the FLOPs are without it. Those with ECA, RLA_g, BA and DLA-L start
-  from the classifier with the same attention, trained here first; SE has
+  no activations and no sums or products of maps. It also omits the fused self-attention
+  of DeiT and CeiT: 2 L^2 C for L tokens in each layer, which is 0.18 in total in CeiT-T
+  at 224 pixels and 1.53 at 384. The papers do not name their counters.
+- Detectors start from a plain ResNet (`zero_init`). Their frozen stage 1 then has no
+  MRLA, and the FLOPs do not include it. Detectors with ECA, RLA_g, BA and DLA-L start
+  from a classifier with the same attention, which you train first; SE uses
   MMPretrain's checkpoint.
-- Networks to compare with train with the schedule of those with layer attention,
-  which is not always that of their own papers.
-- Where the recipes deviate from the papers on purpose, or the papers from their
-  authors' code:
-  - ResNets on ImageNet have the warm-up of MRLA's code, of which its text has none,
-    and for KCLA the steps at epochs 40, 70 and 90 of its code.
-  - Mixup for MRLA's table 12, b is as strong as in MMPretrain's ResNet-50, as the
+- Networks for comparison use the schedule of those with layer attention, which is not
+  always the schedule of their own papers.
+- In these cases the recipes deviate from the papers on purpose, or the papers deviate
+  from their authors' code:
+  - ResNets on ImageNet have the warm-up of MRLA's code, which its text does not
+    mention, and for KCLA the steps at epochs 40, 70 and 90 of its code.
+  - Mixup for MRLA's table 12, b is as strong as in MMPretrain's ResNet-50, because the
     paper does not say.
   - MRLA's published command for EfficientNet has RandAugment, random erasing and
-    weight decay 1e-5; here are the text's AutoAugment and 4e-5, and EfficientNet's
+    weight decay 1e-5. We use AutoAugment and 4e-5 as in the text, and EfficientNet's
     warm-up of 5 epochs.
-  - MRLA's code for DeiT gives its attention no stochastic depth, and with MRLA-base
-    each block 0.1 instead of rates that rise to 0.1. That for CeiT normalizes what the
-    blocks add to, has a normalization in the value and heads of 32 channels. Here DeiT,
-    CeiT and PVTv2 are as in the text and in algorithms 2 and 4. The fine-tuning of
-    CeiT-T at 384 pixels is DeiT's, as MRLA does not describe its own.
+  - In MRLA's code for DeiT, attention has no stochastic depth, and with MRLA-base each
+    block has 0.1 instead of rates that rise to 0.1. Its code for CeiT normalizes the
+    features that blocks add to, has a normalization in the value, and has heads of 32
+    channels. Our DeiT, CeiT and PVTv2 follow the text and algorithms 2 and 4. CeiT-T at
+    384 pixels is fine-tuned as in DeiT, because MRLA does not describe its own recipe.
   - KCLA's detectors train with the learning rate that its linear scaling gives, 0.01
     and 0.005; its text prints ten times that.
   - The U-Nets: [segmentation](segmentation.md#recipe-and-what-is-different).
-- A note follows where the parameters deviate by more than 0.01 M, or 0.1 M
+- A note follows where the parameters deviate by more than 0.01 M, or by more than 0.1 M
   where the paper prints one decimal.
 """
 
 
 ROWS = """## Every row of the papers
 
-Counted over all tables of the three papers. What runs each row is in
-[configs/tables.yml](../configs/tables.yml): a config below, or two where a table has
-CIFAR-10 and CIFAR-100 side by side; MMDetection's own config of a network without
-attention, for `tools/train.py mmdet::...`; or a variant of a study of
-[configs/studies](../configs/studies), for the ablations of ELA and KCLA. Times and
-memory (ELA's table 3, MRLA's table 7) are measured by
-`mmela compare`. What is without has been quoted by the papers
-from other work.
+These counts cover all tables of the three papers.
+[configs/tables.yml](../configs/tables.yml) lists what runs each row: a config below, or
+two where a table has CIFAR-10 and CIFAR-100 side by side; MMDetection's own config for
+a network without attention, with `tools/train.py mmdet::...`; or, for the ablations of
+ELA and KCLA, a variant of a study in [configs/studies](../configs/studies). `mmela
+compare` measures times and memory (ELA's table 3, MRLA's table 7). Rows without a
+config were quoted by the papers from other work.
 
 """
 NONE = 'none: '
 
 
 def load_papers() -> dict:
-    """The papers' figures by folder of ``configs``, notes written out."""
+    """Load the papers' figures by folder of ``configs``, with the texts of notes."""
     papers = yaml.safe_load(PAPERS.read_text('utf-8'))
     notes = papers.pop('notes')
-    papers.pop('quoted')  # of the pages
+    papers.pop('quoted')  # only for the pages
     for section in papers.values():
         for row in section['rows']:
             if 'note' in row:
@@ -103,25 +101,27 @@ def load_papers() -> dict:
 
 
 def bases_of(folder: str, name: str) -> List[str]:
-    """Configs that the config of a row is put together from.
+    """Find the two base configs of a row's config.
 
-    They are a network and an attention of ``configs/_base_/attentions``. In the
-    folders of MMPretrain ``NETWORK-ATTENTION_RECIPE`` is ``NETWORK_RECIPE`` with
-    ``ATTENTION_cifar`` or ``ATTENTION_in1k``, or ``ATTENTION_deit`` for
-    ``deit-tiny`` and the like; in ``unet`` ``NETWORK_DEPTH_ATTENTION_DATA`` is
-    ``NETWORK_DEPTH_plain_DATA`` with ``ATTENTION_unet``; and
-    ``DETECTOR_DEPTH_ATTENTION_REST`` is MMDetection's ``DETECTOR_DEPTH_REST`` with
-    ``ATTENTION_DEPTH_coco`` or ``ATTENTION_coco``.
+    These are a network and an attention of ``configs/_base_/attentions``:
+
+    - For MMPretrain, ``NETWORK-ATTENTION_RECIPE`` is ``NETWORK_RECIPE`` with
+      ``ATTENTION_cifar`` or ``ATTENTION_in1k``, or with ``ATTENTION_deit`` for networks
+      such as ``deit-tiny``.
+    - In ``unet``, ``NETWORK_DEPTH_ATTENTION_DATA`` is ``NETWORK_DEPTH_plain_DATA`` with
+      ``ATTENTION_unet``.
+    - ``DETECTOR_DEPTH_ATTENTION_REST`` is MMDetection's ``DETECTOR_DEPTH_REST`` with
+      ``ATTENTION_DEPTH_coco`` or ``ATTENTION_coco``.
 
     Args:
         folder (str): Folder in ``configs``.
         name (str): Name of the config without suffix.
 
     Returns:
-        list[str]: What ``_base_`` says.
+        list[str]: Value of ``_base_``.
 
     Raises:
-        SystemExit: If there are no two such configs.
+        SystemExit: If no such pair of configs exists.
     """
     candidates = []
     if folder in ('cifar', 'imagenet'):
@@ -147,8 +147,8 @@ def bases_of(folder: str, name: str) -> List[str]:
         if all(file.is_file() for file in files):
             return bases
     raise SystemExit(
-        f'error: configs/{folder}/{name}.py is not there, nor are a network and an '
-        'attention that its name could stand for: '
+        f'error: configs/{folder}/{name}.py does not exist, and neither do a network '
+        'and an attention that match its name: '
         + '; '.join(f'{base} with {attention}.py' for base, attention in candidates)
     )
 
@@ -161,7 +161,7 @@ def write_config(folder: str, name: str) -> None:
         name (str): Name of the config without suffix.
 
     Raises:
-        SystemExit: As :func:`bases_of` does.
+        SystemExit: If its base configs do not exist.
     """
     path = ROOT / 'configs' / folder / f'{name}.py'
     if path.is_file():
@@ -176,7 +176,7 @@ def write_config(folder: str, name: str) -> None:
 
 
 def build(folder: str, name: str) -> 'nn.Module':
-    """Build the model of a config, without its pre-trained weights.
+    """Build the model of a config without pre-trained weights.
 
     Args:
         folder (str): Folder in ``configs``.
@@ -191,7 +191,7 @@ def build(folder: str, name: str) -> 'nn.Module':
     import mmela  # noqa: F401
 
     cfg = Config.fromfile(ROOT / 'configs' / folder / f'{name}.py')
-    # Configs are of different toolboxes; a scope is used once by its name.
+    # Configs belong to different toolboxes, and a scope name can only be used once
     DefaultScope._instance_dict.clear()
     init_default_scope(cfg.default_scope)
     if cfg.default_scope == 'mmdet':
@@ -202,8 +202,8 @@ def build(folder: str, name: str) -> 'nn.Module':
 
 
 def count_parameters(folder: str, model: 'nn.Module') -> float:
-    """Millions of parameters; of a detector, of trainable ones."""
-    model.train()  # freezes what is frozen
+    """Count millions of parameters; only trainable ones for a detector."""
+    model.train()  # freezes stages
     trainable = folder in DETECTORS
     count = sum(
         p.numel() for p in model.parameters() if p.requires_grad or not trainable
@@ -213,16 +213,16 @@ def count_parameters(folder: str, model: 'nn.Module') -> float:
 
 
 def count_macs(model: 'nn.Module', size: Sequence[int]) -> float:
-    """Billions of multiply-adds for one image of (height, width)."""
+    """Count billions of multiply-adds for one image of (height, width)."""
     from mmela.analysis.complexity import ForImages, count_flops
 
     return count_flops(ForImages(model), size) / 1e9
 
 
 def parameters_agree(row: dict, count: float) -> bool:
-    """Whether a count in M agrees with the paper's figure, if there is one.
+    """Whether a count in M agrees with the paper's figure; True if there is none.
 
-    Within 0.01 M, or 0.1 M where the paper prints one decimal.
+    The tolerance is 0.01 M, or 0.1 M if the paper prints one decimal.
     """
     if 'params' not in row:
         return True
@@ -235,8 +235,8 @@ def count_section(folder: str, section: dict, reuse: bool = False) -> List[dict]
 
     Args:
         folder (str): Folder in ``configs``.
-        section (dict): Its part of configs/papers.yml.
-        reuse (bool): Take over what the metafile says. Defaults to False.
+        section (dict): The folder's part of configs/papers.yml.
+        reuse (bool): Use existing counts of the metafile. Defaults to False.
 
     Returns:
         list[dict]: The rows with ``size``, ``count`` and ``macs``.
@@ -262,12 +262,12 @@ def count_section(folder: str, section: dict, reuse: bool = False) -> List[dict]
 
 
 def parameters_key(folder: str) -> str:
-    """What a metafile calls the parameters."""
+    """Name of the parameters in a metafile."""
     return 'Trainable Parameters (M)' if folder in DETECTORS else 'Parameters (M)'
 
 
 def read_metafile(folder: str) -> Dict[str, dict]:
-    """``Metadata`` of the models in a metafile by name, if there is one."""
+    """Read the ``Metadata`` of the models in a metafile by name; empty without one."""
     path = ROOT / 'configs' / folder / 'metafile.yml'
     if not path.is_file():
         return {}
@@ -276,7 +276,7 @@ def read_metafile(folder: str) -> Dict[str, dict]:
 
 
 def metafile(folder: str, section: dict, rows: List[dict]) -> str:
-    """Content of ``configs/<folder>/metafile.yml``."""
+    """Create the content of ``configs/<folder>/metafile.yml``."""
     name = section['collection']['Name']
     kind = parameters_key(folder)
     models = []
@@ -308,18 +308,18 @@ def metafile(folder: str, section: dict, rows: List[dict]) -> str:
         width=79,
     )
     return (
-        '# Written by tools/analysis/model_zoo.py. All is counted before '
+        '# Written by tools/analysis/model_zoo.py. All counts are before '
         'pruning.\n' + text
     )
 
 
 def table(section: dict, rows: List[dict], link: str = '') -> str:
-    """Table of a folder's rows, and its notes.
+    """Create the table of a folder's rows, with notes.
 
     Args:
         section (dict): The folder's part of configs/papers.yml.
-        rows (list[dict]): What :func:`count_section` returns.
-        link (str): The way from the page to the folder. Defaults to ''.
+        rows (list[dict]): Result of :func:`count_section`.
+        link (str): Relative link from the page to the folder. Defaults to ''.
 
     Returns:
         str: Markdown.
@@ -360,20 +360,20 @@ def table(section: dict, rows: List[dict], link: str = '') -> str:
 
 
 def page_section(folder: str, section: dict, rows: List[dict]) -> str:
-    """Section of docs/model_zoo.md."""
+    """Create the section of a folder in docs/model_zoo.md."""
     return f'## {section["title"]}\n\n{table(section, rows, f"../configs/{folder}/")}'
 
 
 def load_tables() -> Dict[str, Dict[str, List[str]]]:
-    """What runs each row of the papers' tables, by paper and table."""
+    """Load the config or study of each row of the papers' tables."""
     return yaml.safe_load(TABLES.read_text('utf-8'))
 
 
 def tables_section(tables: Dict[str, Dict[str, List[str]]]) -> str:
-    """Section of docs/model_zoo.md that counts the rows of the papers' tables.
+    """Create the section of docs/model_zoo.md that counts the rows of papers' tables.
 
     Args:
-        tables (dict[str, dict[str, list[str]]]): What :func:`load_tables` returns.
+        tables (dict[str, dict[str, list[str]]]): Result of :func:`load_tables`.
 
     Returns:
         str: Markdown.
@@ -407,22 +407,22 @@ def tables_section(tables: Dict[str, Dict[str, List[str]]]) -> str:
 
 
 def page(sections: Sequence[str]) -> str:
-    """Content of docs/model_zoo.md."""
+    """Create the content of docs/model_zoo.md."""
     parts = [HEAD, tables_section(load_tables()), *sections]
     return '\n'.join(parts).rstrip('\n') + '\n'
 
 
 def readme(section: dict, rows: List[dict]) -> str:
-    """Content of ``configs/<folder>/README.md``."""
+    """Create the content of ``configs/<folder>/README.md``."""
     others = ''.join(
         f'- `{pattern}`: {text}\n'
         for pattern, text in section.get('others', {}).items()
     )
     return (
         f'# {section["title"]}\n\n{section["text"]}\n\n'
-        'Parameters in millions, FLOPs in billions of multiply-adds, before pruning; '
-        'how they are counted is in [the model zoo](../../docs/model_zoo.md), how a '
-        'config is put together in [configs](../README.md).\n\n'
+        'Parameters are in millions and FLOPs in billions of multiply-adds, before '
+        'pruning. [The model zoo](../../docs/model_zoo.md) explains the counts, and '
+        '[configs](../README.md) how a config is put together.\n\n'
         f'{table(section, rows)}'
         + (f'\nFurther configs:\n\n{others}' if others else '')
     ).rstrip('\n') + '\n'
@@ -432,16 +432,19 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser = tool_parser('model-zoo', __doc__)
     papers = load_papers()
     parser.add_argument(
-        'folders', nargs='*', help=f'count only these of {", ".join(papers)} and print'
+        'folders',
+        nargs='*',
+        help=f'only count these folders, and print the result: {", ".join(papers)}',
     )
     parser.add_argument(
-        '--reuse', action='store_true', help='count only what the metafiles do not have'
+        '--reuse', action='store_true', help='only count rows missing in the metafiles'
     )
     args = parser.parse_args(argv)
     unknown = set(args.folders) - set(papers)
     if unknown:
         raise SystemExit(
-            f'error: no folder {sorted(unknown)[0]}; there are {", ".join(papers)}'
+            f'error: there is no folder {sorted(unknown)[0]}; allowed are '
+            f'{", ".join(papers)}'
         )
     from mmengine.logging import MMLogger
 

@@ -1,4 +1,4 @@
-"""Draw the pictures of the README from a run."""
+"""Draw pictures of a run for a talk or a README."""
 
 from mmela.tools.pictures import main
 

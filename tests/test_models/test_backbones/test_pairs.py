@@ -8,7 +8,7 @@ import torch
 from mmela.layers import AttentionState, LayerAttention
 from mmela.structure import attention_stages, layer_attentions
 from tests.helpers.backbones import FITTING, OTHERS, build, build_in
-from tests.helpers.zoo import ATTENTIONS, PAPERS
+from tests.helpers.zoo import ATTENTIONS, PAPERS, stir
 
 HEADS_OF_16 = dict(type='MRLABase', head_dim=16)
 # Those of the papers everywhere, and the others where blocks differ most
@@ -26,7 +26,7 @@ PAIRS = [
 @pytest.mark.parametrize('scope, name, attention', PAIRS)
 def test_pair(scope, name, attention):
     """Forward, backward, features, state dict, copies, half precision, pruning."""
-    model = build(scope, name, ATTENTIONS[attention])
+    model = stir(build(scope, name, ATTENTIONS[attention]))
     attentions = [m for m in model.modules() if isinstance(m, LayerAttention)]
     assert len(attentions) >= 6
     model.train()
