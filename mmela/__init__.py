@@ -3,7 +3,7 @@
 from .compat.versions import check_versions
 from .version import __version__
 
-check_versions()  # before anything imports what may be missing
+check_versions()  # before any import that may fail
 
 from mmela_light.operators import provide_operators  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""Checks of arguments that come from a config, before anything is built."""
+"""Check the arguments of a config before anything is built."""
 
 import inspect
 import math
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from difflib import SequenceMatcher, get_close_matches
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence, Tuple, Union
 
-# What a simple annotation takes, and how a message calls it
+# Check and description of each simple annotation
 KINDS = {
     bool: (lambda v: isinstance(v, bool), 'True or False'),
     int: (lambda v: _is_number(v, numbers.Integral), 'an integer'),
@@ -22,10 +22,9 @@ KINDS = {
 
 
 class CheckedArguments(ABCMeta):
-    """Metaclass of what configs name: arguments are checked before a constructor runs.
+    """Metaclass that checks arguments before the constructor runs.
 
-    Names and types are those of the constructor's signature, see
-    :func:`check_arguments`.
+    The constructor's signature gives names and types, see :func:`check_arguments`.
     """
 
     def __call__(cls, *args, **kwargs):
@@ -34,7 +33,7 @@ class CheckedArguments(ABCMeta):
 
     @property
     def __signature__(cls) -> inspect.Signature:
-        """That of the constructor: help and the reference would show __call__'s."""
+        """Signature of the constructor, which help() and the docs show."""
         signature = inspect.signature(cls.__init__)
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
@@ -48,20 +47,20 @@ def check_arguments(
     """Check names and types of the arguments of a class or function.
 
     Args:
-        target (callable): The class or function. Where a constructor passes
-            ``**kwargs`` on, the arguments of its base class are allowed too.
+        target (callable): The class or function. If a constructor passes ``**kwargs``
+            on, the arguments of its base class are allowed too.
         arguments (dict): The keyword arguments.
-        positional (Sequence): The positional ones. Defaults to none.
-        name (str): What the message calls the target. Defaults to its name.
+        positional (Sequence): The positional arguments. Defaults to none.
+        name (str): Name for the message. Defaults to the name of the target.
 
     Raises:
-        TypeError: If one is unknown or given twice, or its value is of another
-            type than its annotation says. The message names the target, the value
-            and what is allowed.
+        TypeError: If an argument is unknown or given twice, or if its value does not
+            have the annotated type. The message names the target, the value and what
+            is allowed.
     """
     name = name or target.__name__
     if any(map(_is_opaque, _signatures(target))):
-        return  # wrapped by somebody: the constructor itself knows
+        return  # a decorator hides the signature; let the constructor check
     allowed = arguments_of(target)
     by_position = dict(zip(allowed, positional))
     for key in arguments:
@@ -71,40 +70,40 @@ def check_arguments(
                 f'arguments are {", ".join(allowed)}'
             )
         if key in by_position:
-            raise TypeError(f'{name}: {key} is given by its position and by its name')
+            raise TypeError(f'{name}: {key} is given twice, by position and by name')
     for key, value in {**by_position, **arguments}.items():
         if not _fits(value, allowed[key]):
             part, annotation = _misfit(value, allowed[key])
             where = '' if part is value else f': {part!r:.200}'
             raise TypeError(
-                f'{name}: {key}={value!r:.200}{where} is of type '
-                f'{type(part).__name__}; allowed is {_described(annotation)}'
+                f'{name}: {key}={value!r:.200}{where} has type '
+                f'{type(part).__name__}, but must be {_described(annotation)}'
             )
 
 
 def arguments_of(target: Callable) -> Dict[str, Any]:
-    """Arguments of a function or of the constructor of a class.
+    """List the arguments of a function or of a class's constructor.
 
     Args:
         target (callable): The class or function.
 
     Returns:
         dict[str, Any]: Annotations by name, in order; ``inspect.Parameter.empty``
-        without one.
+        for an argument without one.
     """
-    found: Dict[str, Any] = {}
+    annotations: Dict[str, Any] = {}
     for parameters in _signatures(target):
         for parameter in parameters:
             if parameter.kind in (
                 parameter.POSITIONAL_OR_KEYWORD,
                 parameter.KEYWORD_ONLY,
             ):
-                found.setdefault(parameter.name, parameter.annotation)
-    return found
+                annotations.setdefault(parameter.name, parameter.annotation)
+    return annotations
 
 
 def _signatures(target: Callable) -> Iterator[List[inspect.Parameter]]:
-    """Parameters of a function, or of the constructors that a class goes through."""
+    """Parameters of a function, or of each constructor that a class calls."""
     functions = [target]
     if inspect.isclass(target):
         constructors = [vars(base).get('__init__') for base in target.__mro__]
@@ -113,7 +112,7 @@ def _signatures(target: Callable) -> Iterator[List[inspect.Parameter]]:
         parameters = list(inspect.signature(function).parameters.values())
         try:  # annotations may be strings
             hints = typing.get_type_hints(function)
-        except Exception:  # names that are known to a type checker alone
+        except Exception:  # some names may only exist for type checkers
             hints = {}
         yield [
             p.replace(annotation=hints.get(p.name, p.annotation))
@@ -124,7 +123,7 @@ def _signatures(target: Callable) -> Iterator[List[inspect.Parameter]]:
 
 
 def _is_opaque(parameters: Iterable[inspect.Parameter]) -> bool:
-    """Whether a function takes whatever arguments there are."""
+    """Whether a function is declared with ``*args, **kwargs`` only."""
     kinds = {parameter.kind for parameter in parameters}
     return kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
@@ -133,7 +132,7 @@ def _is_opaque(parameters: Iterable[inspect.Parameter]) -> bool:
 
 
 def did_you_mean(name: Any, known: Iterable[str]) -> str:
-    """The known name that is nearest to an unknown one, as part of a message.
+    """Suggest the known name that is closest to an unknown one.
 
     Args:
         name (Any): The unknown name.
@@ -148,14 +147,15 @@ def did_you_mean(name: Any, known: Iterable[str]) -> str:
 
 
 def nearest_first(name: Any, known: Iterable[str]) -> List[str]:
-    """Known names, those first that hold an unknown one or resemble it most.
+    """Sort known names by their similarity to an unknown one.
 
     Args:
         name (Any): The unknown name.
         known (Iterable[str]): Known names.
 
     Returns:
-        list[str]: All of them.
+        list[str]: All names: first those that contain the unknown one, then the
+        others, the most similar first.
     """
     wanted = str(name).lower()
     matcher = SequenceMatcher(b=wanted)
@@ -168,15 +168,15 @@ def nearest_first(name: Any, known: Iterable[str]) -> List[str]:
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    """Check an argument that is one of a few words.
+    """Check that an argument is one of the allowed strings.
 
     Args:
         name (str): Name of the argument.
         value (Any): Its value.
-        allowed (Sequence[str]): What it may be.
+        allowed (Sequence[str]): The allowed strings.
 
     Raises:
-        ValueError: If it is something else; the message lists what is allowed.
+        ValueError: If it is not; the message lists the allowed strings.
     """
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(
@@ -187,14 +187,14 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
 
 @contextmanager
 def building(name: str, cfg: Any) -> Iterator[None]:
-    """Have an error in building from a config name the argument that it is of.
+    """Add the name and value of an argument to errors of building from it.
 
     Args:
         name (str): Name of the argument.
         cfg (Any): Its value.
 
     Raises:
-        ValueError: For a KeyError, TypeError or ValueError of what is built.
+        ValueError: If building raises a KeyError, TypeError or ValueError.
     """
     try:
         yield
@@ -219,16 +219,16 @@ def check_number(
     Args:
         name (str): Name of the argument.
         value (Any): Its value.
-        low (float): The least that is allowed.
-        high (float): The most. Defaults to infinity, which is not allowed itself.
-        open_low (bool): Whether ``low`` itself is not allowed. Defaults to False.
-        open_high (bool): Whether ``high`` itself is not allowed. Defaults to False.
+        low (float): Minimum.
+        high (float): Maximum. Defaults to infinity, which itself is not allowed.
+        open_low (bool): Exclude ``low`` itself. Defaults to False.
+        open_high (bool): Exclude ``high`` itself. Defaults to False.
 
     Returns:
         float: The value.
 
     Raises:
-        ValueError: If it is no number from ``low`` to ``high``.
+        ValueError: If it is not a number from ``low`` to ``high``.
     """
     open_high = open_high or high == math.inf
     # NaN fails every comparison.
@@ -250,13 +250,13 @@ def check_count(name: str, value: Any, low: int) -> int:
     Args:
         name (str): Name of the argument.
         value (Any): Its value.
-        low (int): The least that is allowed.
+        low (int): Minimum.
 
     Returns:
         int: The value.
 
     Raises:
-        ValueError: If it is no integer from ``low`` on.
+        ValueError: If it is not an integer, or less than ``low``.
     """
     if not _is_number(value, numbers.Integral) or value < low:
         raise ValueError(f'{name}={value!r:.200} is not an integer >= {low}')
@@ -271,19 +271,19 @@ def _is_number(value: Any, kind: type) -> bool:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value is what an annotation says; True where that is not known."""
+    """Whether a value has the annotated type; True if the annotation is not simple."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation in KINDS:
         return KINDS[annotation][0](value)
     if origin is Union:
         return any(_fits(value, option) for option in inner)
     if not inner:
-        return True  # no simple type: the class looks itself
+        return True  # not a simple type; the class checks it itself
     if origin is dict:
         return isinstance(value, dict) and all(
             _fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items()
         )
-    if origin in (tuple, list, abc.Sequence):  # a config has lists for tuples
+    if origin in (tuple, list, abc.Sequence):  # configs may use lists for tuples
         if not isinstance(value, (list, tuple)):
             return False
         if origin is tuple and Ellipsis not in inner:
@@ -293,7 +293,7 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 def _misfit(value: Any, annotation: Any) -> Tuple[Any, Any]:
-    """The entry of a list that does not fit, and its annotation; or all of a value."""
+    """The first wrong entry of a list with its annotation, or else the whole value."""
     inner = typing.get_args(annotation)
     is_list = typing.get_origin(annotation) in (list, abc.Sequence) or Ellipsis in inner
     if is_list and isinstance(value, (list, tuple)):
@@ -302,7 +302,7 @@ def _misfit(value: Any, annotation: Any) -> Tuple[Any, Any]:
 
 
 def _described(annotation: Any) -> str:
-    """What an annotation allows, in words."""
+    """Describe the allowed values in words."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation in KINDS:
         return KINDS[annotation][1]
@@ -313,5 +313,5 @@ def _described(annotation: Any) -> str:
     if origin is tuple and Ellipsis not in inner:
         return f'({", ".join(map(_described, inner))})'
     if origin in (tuple, list, abc.Sequence) and inner:
-        return f'a list, each entry {_described(inner[0])}'
+        return f'a list with each entry {_described(inner[0])}'
     return getattr(annotation, '__name__', str(annotation))

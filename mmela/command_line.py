@@ -12,12 +12,12 @@ from .compat.versions import is_installed
 
 
 def _shipped_with(scope: str) -> Path:
-    """Folder of the configs and tools in a toolbox's installation."""
+    """Folder of the configs and tools that a toolbox installs."""
     return Path(find_spec(scope).origin).parent / '.mim'
 
 
 def find_config(config: str) -> Path:
-    """Find a config, which may be one that a toolbox ships.
+    """Find a config file, or one that a toolbox ships.
 
     Args:
         config (str): Its path, or ``SCOPE::PATH`` as in ``_base_``, such as
@@ -27,45 +27,44 @@ def find_config(config: str) -> Path:
         Path: The file.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If ``SCOPE`` is no installed toolbox.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If ``SCOPE`` is not an installed toolbox.
     """
     scope, shipped, name = config.partition('::')
     path = Path(config)
     if shipped:
         if not is_installed(scope):
             raise ValueError(
-                f'{config}: {scope!r} is no installed toolbox: mmdet, mmpretrain or '
-                'mmseg'
+                f'{config}: {scope!r} is not an installed toolbox; allowed are mmdet, '
+                'mmpretrain and mmseg'
             )
         path = _shipped_with(scope) / 'configs' / name
     if not path.is_file():
-        raise FileNotFoundError(f'no config at {path}')
+        raise FileNotFoundError(f'there is no config {path}')
     return path
 
 
 def find_tool(config: str, name: str) -> Path:
-    """Find a tool of the toolbox that a config is written for.
+    """Find a tool of the toolbox that a config belongs to.
 
     Args:
-        config (str): The config, as :func:`find_config` takes it. Its
-            ``default_scope`` names the toolbox: ``mmdet``, ``mmpretrain`` or
-            ``mmseg``.
+        config (str): The config, see :func:`find_config`. Its ``default_scope``
+            names the toolbox: ``mmdet``, ``mmpretrain`` or ``mmseg``.
         name (str): File name of the tool, e.g. ``train.py``.
 
     Returns:
-        Path: The tool in the toolbox's installation.
+        Path: The tool that the toolbox installs.
 
     Raises:
-        FileNotFoundError: If there is no such config, or the toolbox ships no
-            such tool.
-        ValueError: If the config names no toolbox that is installed.
+        FileNotFoundError: If the config does not exist, or the toolbox does not ship
+            that tool.
+        ValueError: If the config does not name an installed toolbox.
     """
     scope = Config.fromfile(find_config(config)).get('default_scope')
     if not scope or not is_installed(scope):
         raise ValueError(
-            f'{config} has default_scope={scope!r}, which is no '
-            'installed toolbox: mmdet, mmpretrain or mmseg'
+            f'{config} has default_scope={scope!r}, which is not an installed '
+            'toolbox; allowed are mmdet, mmpretrain and mmseg'
         )
     tool = _shipped_with(scope) / 'tools' / name
     if not tool.is_file():
@@ -74,18 +73,18 @@ def find_tool(config: str, name: str) -> Path:
 
 
 def run_tool(name: str, argv: List[str], files: Tuple[str, ...] = ()) -> None:
-    """Run a toolbox's tool in this process, for a config of that toolbox.
+    """Run a toolbox's tool in this process.
 
     Args:
         name (str): File name of the tool, e.g. ``train.py``.
-        argv (list[str]): Its command-line arguments; the config comes first, as
-            :func:`find_config` takes it. ``--channels-last`` is not the
-            toolbox's: it adds a :class:`mmela.hooks.MemoryFormatHook`.
-        files (tuple[str]): What the arguments after the config are, each a
-            file or an address. Defaults to none.
+        argv (list[str]): Its command-line arguments, with the config first, see
+            :func:`find_config`. mmela adds ``--channels-last``, which turns on a
+            :class:`mmela.hooks.MemoryFormatHook`.
+        files (tuple[str]): Descriptions of the arguments after the config that are
+            files or URLs, for errors. Defaults to none.
 
     Raises:
-        SystemExit: With one clear line if the config, the tool or a file is
+        SystemExit: With a one-line error if the config, the tool or a file is
             missing.
     """
     try:
@@ -96,7 +95,7 @@ def run_tool(name: str, argv: List[str], files: Tuple[str, ...] = ()) -> None:
         if path.startswith('-'):
             break
         if '://' not in path and not Path(path).is_file():
-            raise SystemExit(f'error: no {label} at {path}')
+            raise SystemExit(f'error: there is no {label} {path}')
     sys.argv = [str(tool), str(find_config(argv[0])), *channels_last(argv[1:])]
     with _configs_kept(tests=name == 'test.py'):
         runpy.run_path(str(tool), run_name='__main__')
@@ -104,12 +103,11 @@ def run_tool(name: str, argv: List[str], files: Tuple[str, ...] = ()) -> None:
 
 @contextmanager
 def _configs_kept(tests: bool) -> Iterator[None]:
-    """Keep configs in work directories from being overwritten.
+    """Protect configs in work directories from being overwritten.
 
-    A runner dumps its config, changes of the command line included, into its
-    work directory under the name that it was loaded from. So the config of a
-    run that is given to a tool would be replaced, and that of a training by
-    whatever tests it.
+    A runner dumps its config, with changes from the command line, into the work
+    directory under its file name. Without this, a tool would overwrite the config of a
+    run that it is given, and a test would overwrite the config of the training.
     """
     dump = Runner.dump_config
 
@@ -129,20 +127,20 @@ def _configs_kept(tests: bool) -> Iterator[None]:
 
 
 def channels_last(argv: List[str]) -> List[str]:
-    """Put a config's setting in the place of ``--channels-last``.
+    """Translate ``--channels-last`` to a ``--cfg-options`` setting.
 
     Args:
         argv (list[str]): Arguments of a tool that takes ``--cfg-options``.
 
     Returns:
-        list[str]: The arguments without it.
+        list[str]: The arguments without ``--channels-last``.
     """
     if '--channels-last' not in argv:
         return argv
     rest = [argument for argument in argv if argument != '--channels-last']
     if '--cfg-options' not in rest:
         rest.append('--cfg-options')
-    # A second --cfg-options would replace the first
+    # A second --cfg-options would override the first
     rest.insert(
         rest.index('--cfg-options') + 1,
         'default_hooks.memory_format.type=MemoryFormatHook',
@@ -151,24 +149,21 @@ def channels_last(argv: List[str]) -> List[str]:
 
 
 def one_line(error: Union[Exception, str]) -> str:
-    """What an exception or a text says, for one line of a command-line tool.
-
-    It is :func:`printable`.
-    """
+    """Put the message of an exception, or a text, in one :func:`printable` line."""
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     return printable(' '.join(str(text).split()))
 
 
 @contextmanager
 def one_line_errors(*kinds: Type[Exception]) -> Iterator[None]:
-    """End a command-line tool with one clear line where its user erred.
+    """End a command-line tool with a one-line error for mistakes of its user.
 
     Args:
-        *kinds (type[Exception]): Errors that say what is wrong; others
-            show their traceback.
+        *kinds (type[Exception]): Exceptions whose message is enough; others show
+            their traceback.
 
     Raises:
-        SystemExit: With what such an error says.
+        SystemExit: With the message of such an exception.
     """
     try:
         yield
@@ -177,9 +172,8 @@ def one_line_errors(*kinds: Type[Exception]) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """A text of any source for a terminal.
+    """Make untrusted text safe for a terminal.
 
-    Control characters, which a name in a file may bring along and a terminal
-    would obey, are shown as escapes.
+    Control characters, for example in file names, become visible escapes.
     """
     return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

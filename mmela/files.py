@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Write files completely or not at all."""
 
 import os
 import shutil
@@ -14,34 +14,34 @@ class NotWritten(OSError):
 
 @contextmanager
 def replacing(path: Union[str, Path]) -> Iterator[Path]:
-    """Write beside a file, and rename once all of it is there.
+    """Write to a temporary file, and rename it when it is complete.
 
-    What was there before stays as it is until then, and for good after an
-    error or a kill. Two files that belong together are written under both
-    contexts, so that neither appears without the other::
+    Until then, and after an error or a kill, an existing file stays unchanged. To
+    write two files that belong together, write the second within the context of the
+    first, so that neither appears without the other::
 
-        with replacing('slim.pth') as weights, replacing('slim.py') as config:
+        with replacing('slim.pth') as weights:
             torch.save(checkpoint, weights)
-            config.write_text(text, 'utf-8')
+            with replacing('slim.py') as config:
+                config.write_text(text, 'utf-8')
 
     Args:
-        path (str | Path): The file, in a folder that is there. A link leads to
-            what it points to; a device such as ``/dev/null`` is written
-            directly.
+        path (str | Path): The file, in an existing folder. A link is followed; a
+            device such as ``/dev/null`` is written directly.
 
     Yields:
-        Path: Where to write: a file of the same name in a hidden folder beside
-        it. What else is written there is renamed too.
+        Path: The path to write to: a file of the same name in a hidden folder beside
+        it. Other files written there are renamed too.
 
     Raises:
-        NotWritten: If the folder is not there, or an OSError or a RuntimeError,
-            which is torch's for a full disk, ends what writes.
+        NotWritten: If the folder does not exist, or if writing raises an OSError or
+            a RuntimeError, which torch raises when the disk is full.
     """
     path = Path(os.path.realpath(path))
     folder = None
     try:
         if path.is_dir():
-            raise IsADirectoryError('it is a folder')
+            raise IsADirectoryError('it is a folder, not a file')
         if path.exists() and not path.is_file():
             yield path
             return
@@ -56,7 +56,7 @@ def replacing(path: Union[str, Path]) -> Iterator[Path]:
             if other != temporary:
                 os.replace(other, path.with_name(other.name))
         os.replace(temporary, path)
-    except NotWritten:  # of another file that belongs to this one
+    except NotWritten:  # from a nested context
         raise
     except (OSError, RuntimeError) as error:
         reason = ' '.join(str(error).split())
@@ -67,11 +67,11 @@ def replacing(path: Union[str, Path]) -> Iterator[Path]:
 
 
 def write_text(path: Union[str, Path], text: str) -> None:
-    """Write a text file, whole or not at all.
+    """Write a text file completely or not at all.
 
     Args:
-        path (str | Path): The file, in a folder that is there.
-        text (str): What it will hold, in UTF-8.
+        path (str | Path): The file, in an existing folder.
+        text (str): Its content, written in UTF-8.
 
     Raises:
         NotWritten: If it cannot be written.

@@ -1,7 +1,7 @@
-"""Pictures and COCO-format JSON from a trained network, by mmdet and mmpretrain.
+"""Run a trained network of mmdet or mmpretrain; write pictures and COCO-format JSON.
 
-Their inferencers read, batch, predict and draw; what is here checks that a
-checkpoint fits, finds the inputs, shares them out over devices and writes files.
+The toolboxes' inferencers preprocess, predict and draw. This module checks that a
+checkpoint fits, finds the inputs, distributes them over devices and writes files.
 """
 
 import json
@@ -47,7 +47,7 @@ VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wm
 CAMERA = 'camera:'
 PREDICTIONS = 'predictions.json'
 _TOP = 5  # classes of an image
-_SMALL = 224  # pixels; a smaller image has no room for the names of classes
+_SMALL = 224  # pixels; smaller images have no room for class names
 
 
 # -- networks ------------------------------------------------------------------
@@ -59,39 +59,40 @@ def open_inferencer(
     device: Optional[str] = None,
     force: bool = False,
 ) -> Any:
-    """The inferencer of a toolbox for a network and its checkpoint.
+    """Open a toolbox's inferencer for a config and a checkpoint.
 
     Args:
-        config (str | Path): Config of a detector or a classifier, as
-            :func:`~mmela.command_line.find_config` takes it.
-        checkpoint (str | Path): Its checkpoint, pruned or not, or of
-            safetensors.
-        device (str, optional): Defaults to None: an accelerator if there is
-            one, or else the CPU.
-        force (bool): Take a checkpoint that does not fit. Defaults to False.
+        config (str | Path): Config of a detector or a classifier, see
+            :func:`~mmela.command_line.find_config`.
+        checkpoint (str | Path): Its checkpoint, pruned or not, in the format of torch
+            or safetensors.
+        device (str, optional): Device to run on. Defaults to None: an accelerator if
+            there is one, or else the CPU.
+        force (bool): Load a checkpoint that does not fit. Defaults to False.
 
     Returns:
-        mmdet.apis.DetInferencer | mmpretrain.ImageClassificationInferencer: By
-        the ``default_scope`` of the config.
+        mmdet.apis.DetInferencer | mmpretrain.ImageClassificationInferencer: The
+        inferencer, according to the ``default_scope`` of the config.
 
     Raises:
-        FileNotFoundError: If there is no such config.
+        FileNotFoundError: If the config does not exist.
         SystemExit: If the config or the checkpoint cannot be read.
-        ValueError: If the checkpoint is of another network, or the config of
-            neither toolbox.
+        ValueError: If the checkpoint is from a different network, or the config is
+            for neither toolbox.
     """
     path = find_config(str(config))
     cfg, meta, state_dict = open_network(path, checkpoint)
     scope = cfg.get('default_scope')
     if scope not in ('mmdet', 'mmpretrain') or not is_installed(scope):
         raise ValueError(
-            f'{config} has default_scope={scope!r}; allowed are mmdet and mmpretrain, '
-            'where installed'
+            f'{config} has default_scope={scope!r}; it must be mmdet or mmpretrain, '
+            'and that toolbox must be installed'
         )
     dataset = (cfg.get('test_dataloader') or {}).get('dataset')
     if not dataset:
         raise ValueError(
-            f'{config} has no test_dataloader, which says how to prepare an image'
+            f'{config} has no test_dataloader, whose dataset has the pipeline for '
+            'images'
         )
     device = device or get_device()
     classes = _lower(meta.get('dataset_meta')).get('classes') or _classes(dataset)
@@ -105,7 +106,7 @@ def open_inferencer(
         return ImageClassificationInferencer(model, device=device)
     from mmdet.apis import DetInferencer
 
-    with warnings.catch_warnings():  # that nothing is loaded: it is right after
+    with warnings.catch_warnings():  # of missing weights, which are loaded below
         warnings.simplefilter('ignore')
         inferencer = DetInferencer(cfg, device=device, show_progress=False)
     load_mostly_fitting(inferencer.model, state_dict, config, checkpoint, force)
@@ -114,14 +115,14 @@ def open_inferencer(
 
 
 def _lower(meta: Any) -> dict:
-    """Meta information of data with the keys of today."""
+    """Meta information of a data set with lower-case keys, as versions now use."""
     return (
         {str(k).lower(): v for k, v in meta.items()} if isinstance(meta, dict) else {}
     )
 
 
 def _classes(dataset: dict) -> Tuple[str, ...]:
-    """Classes of the data that a config names, which need not be there."""
+    """Classes of a config's data set, without opening its files."""
     while 'dataset' in dataset:
         dataset = dataset['dataset']
     known = _lower(dataset.get('metainfo')).get('classes')
@@ -133,7 +134,8 @@ def _classes(dataset: dict) -> Tuple[str, ...]:
         known = _lower(getattr(kind, 'METAINFO', None)).get('classes')
     if not known:
         raise ValueError(
-            'neither the checkpoint nor the config tells the names of the classes'
+            'neither the checkpoint nor the config has class names; set metainfo in '
+            'the dataset of test_dataloader'
         )
     return tuple(known)
 
@@ -143,11 +145,11 @@ def _classes(dataset: dict) -> Tuple[str, ...]:
 
 @dataclass
 class Source:
-    """Where images come from.
+    """An input: an image, a video or a camera.
 
     Attributes:
-        name (str): As the user gave it, or found it.
-        path (Path | None): An image or a video; None for a camera.
+        name (str): Its name as given by the user, or as found in a folder.
+        path (Path | None): Path of an image or a video; None for a camera.
         camera (int | None): Number of a camera.
     """
 
@@ -157,7 +159,7 @@ class Source:
 
     @property
     def is_stream(self) -> bool:
-        """Whether it has frames."""
+        """Whether it is a video or a camera."""
         return self.path is None or self.path.suffix.lower() in VIDEOS
 
     def open(self) -> cv2.VideoCapture:
@@ -167,22 +169,22 @@ class Source:
             cv2.VideoCapture: The open video.
 
         Raises:
-            ValueError: If it has no frames that can be read.
+            ValueError: If it cannot be opened.
         """
         source: Any = self.camera if self.path is None else str(self.path)
         capture = cv2.VideoCapture(source)
         if not capture.isOpened():
-            raise ValueError('it cannot be opened as a video')
+            raise ValueError('cannot be opened as a video')
         return capture
 
     def count(self, frames: Optional[int]) -> Optional[int]:
-        """How many images it has, as far as its file tells.
+        """Number of images to expect.
 
         Args:
-            frames (int | None): Most frames to take; None for all.
+            frames (int | None): Maximum number of frames; None for all.
 
         Returns:
-            int | None: None where nothing tells, as of a camera.
+            int | None: The number; None if unknown, as for a camera.
         """
         if not self.is_stream:
             return 1
@@ -192,62 +194,66 @@ class Source:
             capture = self.open()
         except ValueError:
             return 0
-        told = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         capture.release()
-        if told <= 0:
+        if count <= 0:
             return None
-        return told if frames is None else min(told, frames)
+        return count if frames is None else min(count, frames)
 
 
 def find_sources(inputs: Sequence[Union[str, Path]]) -> List[Source]:
-    """Images, videos and cameras.
+    """Find images, videos and cameras.
 
     Args:
-        inputs (Sequence[str | Path]): Images, folders of images (not searched
-            deeper), patterns such as ``'photos/**/*.jpg'``, videos and
+        inputs (Sequence[str | Path]): Images, folders of images (subfolders are not
+            searched), patterns such as ``'photos/**/*.jpg'``, videos and
             ``'camera:N'``.
 
     Returns:
-        list[Source]: In this order; those of a folder or pattern by name.
+        list[Source]: The sources in this order; those of a folder or pattern are
+        sorted by name.
 
     Raises:
-        FileNotFoundError: If something does not exist, or is empty.
-        ValueError: If it is nothing of that kind.
+        FileNotFoundError: If an input does not exist, a folder has no images or a
+            pattern matches nothing.
+        ValueError: If an input is no image, video or camera.
     """
     sources: List[Source] = []
     for name in map(str, inputs):
         if name.startswith(CAMERA):
             number = name[len(CAMERA) :]
             if not number.isdecimal():
-                raise ValueError(f'{name}: a camera is {CAMERA}N, such as {CAMERA}0')
+                raise ValueError(
+                    f'{name} is not a camera; write {CAMERA}N, such as {CAMERA}0'
+                )
             sources.append(Source(name, camera=int(number)))
             continue
         names = [name]
         if has_magic(name) and not Path(name).exists():
             names = sorted(glob(name, recursive=True))
             if not names:
-                raise FileNotFoundError(f'nothing fits {name}')
+                raise FileNotFoundError(f'no file matches {name}')
         sources += [Source(str(path), path) for path in find_images(names)]
     for source in sources:
         if source.path and source.path.suffix.lower() not in (*SUFFIXES, *VIDEOS):
             raise ValueError(
-                f'{source.name} is no image ({", ".join(SUFFIXES)}) and no video '
-                f'({", ".join(VIDEOS)})'
+                f'{source.name} is neither an image ({", ".join(SUFFIXES)}) nor a '
+                f'video ({", ".join(VIDEOS)})'
             )
     return sources
 
 
 @dataclass
 class Picture:
-    """An image on its way to the predictions.
+    """An image or a frame to run.
 
     Attributes:
-        source (Source): Where it is from.
+        source (Source): Its source.
         frame (int | None): Number of the frame, from 0; None for an image.
-        image (np.ndarray): (H, W, C) as the config loads it, BGR where that are
-            colours; (H, W) of one channel.
-        place (int): Number of the frame by its time.
-        rate (float): Frames a second; 0 where nothing tells.
+        image (np.ndarray): Pixels as the config loads them: (H, W, C), BGR for
+            colours, or (H, W) for a single channel.
+        place (int): Number of the frame computed from its time.
+        rate (float): Frames per second; 0 if unknown.
     """
 
     source: Source
@@ -258,11 +264,11 @@ class Picture:
 
 
 class Failures:
-    """Inputs that fail, each told at once in a line.
+    """Inputs that failed. Each one is printed at once, in one line.
 
     Attributes:
-        lines (list[str]): What was told.
-        damaged (set[str]): Names of videos that lack frames.
+        lines (list[str]): The printed lines.
+        damaged (set[str]): Names of videos with missing frames.
     """
 
     def __init__(self) -> None:
@@ -270,11 +276,11 @@ class Failures:
         self.damaged: Set[str] = set()
 
     def add(self, source: Source, reason: Any) -> None:
-        """Tell of one.
+        """Record and print a failure.
 
         Args:
             source (Source): The input.
-            reason (Any): Why, a text or an exception.
+            reason (Any): The reason, a text or an exception.
         """
         self.lines.append(f'{source.name}: {one_line(reason)[:300]}')
         print(self.lines[-1], file=sys.stderr)
@@ -287,7 +293,7 @@ class Reading:
     Attributes:
         color (str): ``color_type`` of ``LoadImageFromFile``.
         backend (str | None): Its ``imdecode_backend``.
-        gray (bool): Whether frames of videos, which have colours, become gray.
+        gray (bool): Whether to convert frames of videos to gray.
     """
 
     color: str
@@ -296,14 +302,15 @@ class Reading:
 
 
 def _reading(inferencer: Any, sources: Sequence[Source]) -> Reading:
-    """How the network of an inferencer takes images.
+    """How the config of an inferencer loads images.
 
     Raises:
-        ValueError: If there are videos, and no frame of one fits.
+        ValueError: If there are videos, but the network takes images with neither 1
+            nor 3 channels.
     """
-    # mmpretrain's name of it is another
+    # mmpretrain calls it config
     cfg = inferencer.cfg if hasattr(inferencer, 'cfg') else inferencer.config
-    # mmdet's inferencer has put its own loader, with the same arguments, there
+    # mmdet's inferencer has replaced the loader with its own, with the same arguments
     loaders = 'LoadImageFromFile', 'InferencerLoader'
     step = next(
         (
@@ -322,7 +329,7 @@ def _reading(inferencer: Any, sources: Sequence[Source]) -> Reading:
         if streams and channels not in (1, 3):
             raise ValueError(
                 f'{streams[0]} has frames of 3 channels, and the network takes '
-                f'{channels}; images alone can have them'
+                f'{channels}; use images instead of videos'
             )
     return Reading(color, step.get('imdecode_backend', 'cv2'), gray)
 
@@ -333,7 +340,7 @@ def _pictures(
     reading: Reading,
     failures: Failures,
 ) -> Iterator[Picture]:
-    """All images and frames that can be read."""
+    """Iterate over all readable images and frames."""
     for source in sources:
         try:
             if source.is_stream:
@@ -344,7 +351,7 @@ def _pictures(
             else:
                 image = mmcv.imread(source.path, reading.color, backend=reading.backend)
                 if image is None:
-                    raise ValueError('it cannot be read as an image')
+                    raise ValueError('cannot be read as an image')
                 yield Picture(source, None, image)
         except (ImportError, OSError, ValueError, cv2.error) as error:
             failures.add(source, error)
@@ -358,10 +365,10 @@ def _frames(
     places: List[int] = []
     try:
         while most is None or len(places) < most:
-            there, image = capture.read()
-            if not there:
+            success, image = capture.read()
+            if not success:
                 break
-            # Of a damaged video, frames in between are left out
+            # OpenCV skips damaged frames, so the count alone may be too low
             by_time = round(capture.get(cv2.CAP_PROP_POS_MSEC) * rate / 1000)
             places.append(max(by_time, places[-1] + 1 if places else 0))
             yield Picture(source, len(places) - 1, image, places[-1], rate)
@@ -369,25 +376,25 @@ def _frames(
         capture.release()
     count = source.count(most)
     if not places:
-        raise ValueError('it has no frame that can be read')
+        raise ValueError('has no readable frame')
     missing = _missing(source, count, places, rate)
     if missing:
         failures.damaged.add(source.name)
         reason = f'{missing} of its {count} frames are missing'
         if source.path.suffix.lower() == '.avi' and places[-1] < (count or 0) - 1:
-            reason += '; if not at its end, later frames have too low numbers'
+            reason += '; unless they are at the end, later frame numbers are too low'
         raise ValueError(reason)
 
 
 def _missing(
     source: Source, count: Optional[int], places: Sequence[int], rate: float
 ) -> int:
-    """How many frames of a video could not be read."""
+    """Number of frames of a video that could not be read."""
     if source.path is None or count is None or count <= len(places):
         return 0
     if source.path.suffix.lower() in ('.mkv', '.webm'):
-        # Their count is the length, maybe that of the sound, times the rate,
-        # and the rate may vary: frames that lie at even distances tell.
+        # Their count is the duration, perhaps of the sound track, times the rate,
+        # which may vary. Only gaps between otherwise evenly spaced frames count.
         skips = np.diff(places) > 1
         even = not len(skips) or skips.mean() <= 1 / 3
         if count - places[-1] <= rate and not (even and skips.any()):
@@ -399,19 +406,19 @@ def _missing(
 
 
 def _predict(inferencer: Any, pictures: Sequence[Picture]) -> List[Any]:
-    """Data samples of a batch, by the steps of an inferencer's call.
+    """Predict data samples for a batch, with the steps of an inferencer's call.
 
-    Where the batch fails, each picture is run alone, and has what is raised in
-    place of its sample.
+    If the batch fails, each picture runs alone, and one that fails yields its
+    exception instead of a sample.
     """
     images = [picture.image for picture in pictures]
     samples: List[Any] = []
     try:
         for batch in inferencer.preprocess(images, batch_size=len(images)):
-            # mmdet hands the images through
+            # mmdet yields a tuple with the images first
             batch = batch if isinstance(batch, dict) else batch[1]
             samples += inferencer.forward(batch)
-    except Exception as error:  # whatever a pipeline or a network may raise
+    except Exception as error:  # a pipeline or a network may raise anything
         if len(pictures) == 1:
             return [error]
         return [_predict(inferencer, [picture])[0] for picture in pictures]
@@ -421,7 +428,7 @@ def _predict(inferencer: Any, pictures: Sequence[Picture]) -> List[Any]:
 def _in_order(
     inferencers: Sequence[Any], pictures: Iterator[Picture], batch_size: int
 ) -> Iterator[Tuple[Picture, Any]]:
-    """Images with their predictions; each device takes the next batch."""
+    """Iterate over images with predictions; a free device takes the next batch."""
     free: Queue = Queue()
     for inferencer in inferencers:
         free.put(inferencer)
@@ -433,21 +440,21 @@ def _in_order(
         finally:
             free.put(inferencer)
 
-    waiting: Deque[Tuple[List[Picture], Future]] = deque()
+    pending: Deque[Tuple[List[Picture], Future]] = deque()
     with ThreadPoolExecutor(len(inferencers)) as pool:
         while True:
             batch = list(islice(pictures, batch_size))
             if batch:
-                waiting.append((batch, pool.submit(run, batch)))
-            if waiting and (not batch or len(waiting) > len(inferencers)):
-                done, future = waiting.popleft()
+                pending.append((batch, pool.submit(run, batch)))
+            if pending and (not batch or len(pending) > len(inferencers)):
+                done, future = pending.popleft()
                 yield from zip(done, future.result())
             elif not batch:
                 return
 
 
 def _drawn(inferencer: Any, picture: Picture, sample: Any, score_thr: float):
-    """A picture with its predictions, by the toolbox's own visualizer, BGR."""
+    """Draw predictions into a picture, with the toolbox's visualizer; BGR."""
     image = as_colours(picture.image)[..., ::-1]
     if 'pred_score' not in sample:
         drawn = inferencer.visualize(
@@ -469,13 +476,13 @@ def _drawn(inferencer: Any, picture: Picture, sample: Any, score_thr: float):
 
 
 class _Writer:
-    """Files of the predictions.
+    """Writes predictions to files.
 
     Args:
-        out (Path): Folder for them.
+        out (Path): Folder of the files.
         classes (Sequence[str]): Names of the classes.
-        annotations (Path | None): Annotation file in COCO layout, whose ids to
-            take.
+        annotations (Path | None): Annotation file in COCO format that provides the
+            ids.
     """
 
     def __init__(
@@ -492,8 +499,8 @@ class _Writer:
             dict(id=i, name=str(name)) for i, name in zip(self.category_ids, classes)
         ]
         self._names: Set[str] = set()
-        self._places: List[Tuple[dict, int]] = []  # of frames by their time
-        self._source: Optional[Source] = None  # of the video that is written
+        self._places: List[Tuple[dict, int]] = []  # frame numbers by time
+        self._source: Optional[Source] = None  # source of the open video
         self._video: Optional[cv2.VideoWriter] = None
         self._open = ExitStack()
 
@@ -506,36 +513,39 @@ class _Writer:
             }
         except (KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(
-                f'{path} is no annotation file of COCO: {error!r}'
+                f'{path} is not a COCO annotation file: {error!r}'
             ) from error
-        lacking = [name for name in classes if name not in ids]
-        if lacking:
-            raise ValueError(f'{path} has no category {lacking[0]!r} of the network')
+        missing = [name for name in classes if name not in ids]
+        if missing:
+            raise ValueError(f'{path} lacks category {missing[0]!r} of the network')
         self.category_ids = [ids[name] for name in classes]
 
     def check(self, sources: Sequence[Source]) -> None:
-        """Check that the annotation file knows all inputs.
+        """Check that the annotation file has all inputs.
 
         Raises:
-            ValueError: If it does not.
+            ValueError: If an input is missing there, or two inputs share a name.
         """
         if self.known is None:
             return
         names = [s.path.name if s.path else s.name for s in sources]
         for name in names:
             if name not in self.known:
-                raise ValueError(f'the annotations have no image {name}')
+                raise ValueError(f'the annotation file has no image {name}')
         if len(set(names)) < len(names):
-            raise ValueError('two images have the same name, but one id')
+            name = next(name for name in names if names.count(name) > 1)
+            raise ValueError(
+                f'two inputs are named {name}, which has one id in the annotation file'
+            )
 
     def add(
         self, picture: Picture, predictions: List[dict], drawn: Optional[np.ndarray]
     ) -> None:
-        """Take up the predictions of an image, and write it.
+        """Add the predictions of an image, and write the drawn image.
 
         Args:
             picture (Picture): The image.
-            predictions (list[dict]): What :func:`_plain` returns.
+            predictions (list[dict]): Result of :func:`_plain`.
             drawn (np.ndarray | None): The image to write, BGR; None for none.
         """
         source, frame = picture.source, picture.frame
@@ -562,18 +572,18 @@ class _Writer:
         if frame is not None:
             self._places.append((entry, picture.place))
         self.images.append(entry)
-        for found in predictions:
+        for prediction in predictions:
             self.annotations.append(
                 dict(
                     id=len(self.annotations) + 1,
                     image_id=entry['id'],
-                    category_id=self.category_ids[found.pop('label')],
-                    **found,
+                    category_id=self.category_ids[prediction.pop('label')],
+                    **prediction,
                 )
             )
 
     def _free(self, name: str) -> str:
-        """A file name that no other input of the run has taken."""
+        """A file name that this run has not used yet."""
         stem, suffix, number = Path(name).stem, Path(name).suffix, 1
         while name.lower() in self._names:
             number += 1
@@ -583,7 +593,7 @@ class _Writer:
 
     def _add_frame(self, picture: Picture, name: str, drawn: np.ndarray) -> None:
         if self._source is not picture.source:
-            self.close_video()  # frames come video by video
+            self.close_video()  # the frames of one video arrive together
             path = self.out / self._free(f'{Path(name).stem}.mp4')
             temporary = self._open.enter_context(replacing(path))
             code = cv2.VideoWriter.fourcc(*'mp4v')
@@ -594,7 +604,7 @@ class _Writer:
         self._video.write(np.ascontiguousarray(drawn))
 
     def close_video(self) -> None:
-        """Finish the video that is being written."""
+        """Finish the open video."""
         if self._video is not None:
             self._video.release()
         self._open.close()
@@ -605,8 +615,8 @@ class _Writer:
 
         Args:
             info (dict): Its ``info``.
-            damaged (set[str]): Names of videos that lack frames: those that are
-                there have the numbers of their times.
+            damaged (set[str]): Names of videos with missing frames; their frames are
+                numbered by time.
 
         Returns:
             Path: The file.
@@ -628,7 +638,7 @@ class _Writer:
 
 
 def _plain(inferencer: Any, sample: Any, classes: Sequence[str]) -> List[dict]:
-    """Predictions of an image as annotations of COCO, without their ids."""
+    """Convert the predictions of an image to COCO annotations without ids."""
     if 'pred_score' in sample:
         scores = sample.pred_score.cpu().numpy()
         _check_labels(len(scores) - 1, classes)
@@ -636,24 +646,24 @@ def _plain(inferencer: Any, sample: Any, classes: Sequence[str]) -> List[dict]:
         return [dict(label=int(i), score=float(scores[i])) for i in top]
     from pycocotools import mask
 
-    found = inferencer.pred2dict(sample)
-    if 'labels' not in found:
-        raise ValueError('the network finds no boxes: it is no object detector')
-    _check_labels(max(found['labels'], default=0), classes)
+    result = inferencer.pred2dict(sample)
+    if 'labels' not in result:
+        raise ValueError('the network returns no boxes; it must be an object detector')
+    _check_labels(max(result['labels'], default=0), classes)
     annotations = []
-    for index, label in enumerate(found['labels']):
-        left, top, right, bottom = found['bboxes'][index]
+    for index, label in enumerate(result['labels']):
+        left, top, right, bottom = result['bboxes'][index]
         width, height = right - left, bottom - top
         entry = dict(
             label=label,
             bbox=[left, top, width, height],
             area=width * height,
             iscrowd=0,
-            score=found['scores'][index],
+            score=result['scores'][index],
         )
-        if 'masks' in found:
-            entry['segmentation'] = found['masks'][index]
-            entry['area'] = float(mask.area(found['masks'][index]))
+        if 'masks' in result:
+            entry['segmentation'] = result['masks'][index]
+            entry['area'] = float(mask.area(result['masks'][index]))
         annotations.append(entry)
     return annotations
 
@@ -661,8 +671,9 @@ def _plain(inferencer: Any, sample: Any, classes: Sequence[str]) -> List[dict]:
 def _check_labels(label: int, classes: Sequence[str]) -> None:
     if label >= len(classes):
         raise ValueError(
-            f'the network has class {label}, but there are names for {len(classes)} '
-            'alone: dataset_meta of the checkpoint, or metainfo of test_dataloader'
+            f'the network predicts class {label}, but there are only {len(classes)} '
+            'class names; check dataset_meta of the checkpoint and metainfo of '
+            'test_dataloader'
         )
 
 
@@ -683,25 +694,25 @@ def infer(
 
     Args:
         config (str | Path): Config of a detector or a classifier.
-        checkpoint (str | Path): Its checkpoint, pruned, slim or neither.
+        checkpoint (str | Path): Its checkpoint; it may be pruned or slim.
         inputs (Sequence[str | Path]): See :func:`find_sources`.
-        out (str | Path): New or empty folder: for each image one with the
-            predictions, for each video one, and ``predictions.json``, a data
-            set of COCO whose annotations have a score. An image of a classifier
-            has the five best classes there, without a box.
-        batch_size (int): Images that a network takes at once. Defaults to 1.
-        devices (Sequence[str], optional): Each gets a copy of the network and
-            takes the next batch. Defaults to None: one, an accelerator if there
-            is one.
-        score_thr (float): Score from which a box is drawn; the JSON file has
-            all. Defaults to 0.3.
+        out (str | Path): New or empty folder. It gets every image and video with its
+            predictions, and ``predictions.json``, a COCO data set whose annotations
+            have a score. For a classifier these are the five best classes of each
+            image, without a box.
+        batch_size (int): Images per batch. Defaults to 1.
+        devices (Sequence[str], optional): Devices; each runs a copy of the network
+            and takes the next batch. Defaults to None: an accelerator if there is
+            one, or else the CPU.
+        score_thr (float): Minimum score of the boxes to draw; the JSON file has all
+            boxes. Defaults to 0.3.
         pictures (bool): Write annotated images and videos. Defaults to True.
-        annotations (str | Path, optional): Annotation file in COCO layout, from
-            which the JSON file takes the ids of images, by the file name, and
-            of categories. Defaults to None, which counts from 1.
-        frames (int, optional): Most frames of each video or camera. Defaults to
-            None: all, and of a camera until interrupted.
-        force (bool): Take a checkpoint that does not fit. Defaults to False.
+        annotations (str | Path, optional): Annotation file in COCO format. The JSON
+            file takes the ids of images, by file name, and of categories from it.
+            Defaults to None, which counts from 1.
+        frames (int, optional): Maximum number of frames of each video or camera.
+            Defaults to None: all frames; a camera runs until interrupted.
+        force (bool): Load a checkpoint that does not fit. Defaults to False.
 
     Returns:
         Path: ``predictions.json``.
@@ -709,21 +720,21 @@ def infer(
     Raises:
         OSError: If an input is missing.
         SystemExit: If the config or the checkpoint cannot be read.
-        ValueError: If an argument is out of range, the folder is not empty, the
-            checkpoint is of another network; or, with all else written, if an
-            input could not be read whole or run.
+        ValueError: If an argument is out of range, the folder is not empty or the
+            checkpoint is from a different network. After everything else is written,
+            also if an input failed or was incomplete.
     """
     for name, number in (('batch_size', batch_size), ('frames', frames)):
         if number is not None and number < 1:
-            raise ValueError(f'{name}={number} is below 1')
+            raise ValueError(f'{name}={number} is less than 1')
     if not 0 <= score_thr <= 1:
-        raise ValueError(f'score_thr={score_thr} is not in 0 to 1')
+        raise ValueError(f'score_thr={score_thr} is not in [0, 1]')
     sources = find_sources(inputs)
     if not sources:
         raise ValueError('there are no inputs')
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f'{folder} is no empty folder')
+        raise ValueError(f'{folder} is not an empty folder')
     counts = [source.count(frames) for source in sources]
     total = None if None in counts else sum(counts)
     inferencers = [
@@ -759,12 +770,12 @@ def infer(
                     drawn = None
                     if pictures:
                         drawn = _drawn(main, picture, sample, score_thr)
-                except Exception as error:  # of this picture; the others go on
+                except Exception as error:  # only this picture fails
                     failures.add(picture.source, error)
                     continue
                 writer.add(picture, predictions, drawn)
     except KeyboardInterrupt:
-        print('interrupted: what was found so far is written', file=sys.stderr)
+        print('interrupted: writing the predictions so far', file=sys.stderr)
     finally:
         info = dict(config=str(config), checkpoint=str(checkpoint))
         path = writer.close(info, failures.damaged)

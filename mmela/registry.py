@@ -1,4 +1,4 @@
-"""Registries of mmela, and how the toolboxes get its backbones."""
+"""Registry of layer attentions, and registration of backbones in the toolboxes."""
 
 from importlib import import_module
 from inspect import isclass
@@ -15,7 +15,7 @@ LAYER_ATTENTIONS = Registry('layer attention', parent=MODELS, scope='mmela')
 
 
 def find_layer_attention(type: Union[str, type]) -> type:
-    """Class of a layer attention.
+    """Look up the class of a layer attention.
 
     Args:
         type (str | type): Its registered name, or the class itself.
@@ -24,34 +24,34 @@ def find_layer_attention(type: Union[str, type]) -> type:
         type: The class.
 
     Raises:
-        KeyError: If there is none of that name.
+        KeyError: If no class is registered under that name.
     """
-    found = LAYER_ATTENTIONS.get(type) if isinstance(type, str) else type
-    if not isclass(found):  # a function, which builds backbones
+    cls = LAYER_ATTENTIONS.get(type) if isinstance(type, str) else type
+    if not isclass(cls):  # None, or a function that builds backbones
         classes = LAYER_ATTENTIONS.module_dict.items()
         names = sorted(name for name, kind in classes if isclass(kind))
         raise KeyError(
             f'there is no layer attention {type!r}{did_you_mean(type, names)}; allowed '
             f'are {", ".join(names)}'
         )
-    return found
+    return cls
 
 
 TOOLBOXES = ('mmdet', 'mmpretrain', 'mmseg')
 
 
 def register_backbones() -> None:
-    """Give the backbones to the toolboxes that are imported, or will be.
+    """Register the backbones in the toolboxes that are or will be imported.
 
-    ``import mmela`` calls this. A toolbox that is imported later gets them as
-    well, as soon as its registry is asked for a model.
+    ``import mmela`` calls this. A toolbox imported later gets the backbones when its
+    registry first looks up a model.
     """
     for toolbox in TOOLBOXES:
         # A toolbox's registry announces itself to the root registry.
         if toolbox in MODELS.children:
             _add_backbones(MODELS.children[toolbox])
     if '_add_child' in vars(MODELS):
-        return  # announced already
+        return  # already set up
 
     def add_child(registry: Registry) -> None:
         type(MODELS)._add_child(MODELS, registry)
@@ -62,10 +62,10 @@ def register_backbones() -> None:
 
 
 def _add_backbones(registry: Registry) -> None:
-    """Have a toolbox's registry import what belongs to its scope."""
+    """Let a toolbox's registry import the backbones of its scope."""
     location = f'mmela.models.backbones.{registry.scope}_backbones'
     if registry._imported:
         import_module(location)
     elif location not in registry._locations:
-        # They inherit from the toolbox's models, and so join their import.
+        # They inherit from the toolbox's models, so they are imported with them.
         registry._locations.append(location)

@@ -1,4 +1,4 @@
-"""The layer attentions of a model: where they are, and pruning them."""
+"""Find, name and prune the layer attentions of a model."""
 
 import re
 from dataclasses import dataclass, field
@@ -14,17 +14,17 @@ from .layers.stage import Stage
 
 @dataclass
 class AttentionStage:
-    """The layer attentions of a stage, as they are in a model.
+    """The layer attentions of one stage of a model.
 
     Attributes:
         name (str): Name of the stage in the model, such as ``backbone.layer1``.
-        network (str): Name of the network in the model that was given its
-            attentions, such as ``backbone``; empty for the model itself.
-        place (Stage): What its attentions have in common.
+        network (str): Name, in the model, of the network that the attentions were
+            attached to, such as ``backbone``; empty for the model itself.
+        place (Stage): The state that its attentions share.
         named (dict[str, LayerAttention]): Its attentions by their names in the
-            model, in the order of the forward pass, pruned ones too.
+            model, in the order of the forward pass, including pruned ones.
         blocks (dict[str, nn.Module]): All blocks of the stage by their names in
-            the model, those without an attention too.
+            the model, including those without an attention.
     """
 
     name: str
@@ -51,18 +51,18 @@ class AttentionStage:
 
 
 def attention_stages(model: nn.Module) -> Dict[str, AttentionStage]:
-    """Stages of a model that have layer attentions.
+    """Find the stages of a model that have layer attentions.
 
     Args:
         model (nn.Module): A model, wrapped for distributed training or not.
 
     Returns:
-        dict[str, AttentionStage]: By name, in the order of the forward pass,
-        e.g. ``backbone.layer1``.
+        dict[str, AttentionStage]: The stages by name, such as ``backbone.layer1``,
+        in the order of the forward pass.
     """
     if is_model_wrapper(model):
         model = model.module
-    found: Dict[int, AttentionStage] = {}
+    by_stage: Dict[int, AttentionStage] = {}
     modules = dict(model.named_modules())
     for block_name, block in modules.items():
         attention = getattr(block, 'layer_attn', None)
@@ -72,14 +72,14 @@ def attention_stages(model: nn.Module) -> Dict[str, AttentionStage]:
         name = f'{block_name}.layer_attn' if block_name else 'layer_attn'
         network = block_name[: -len(place.block)].rstrip('.')
         if not block_name.endswith(place.block):
-            network = ''  # a part of the network, in another
-        stage = found.setdefault(
+            network = ''  # a part of the network was moved into this model
+        stage = by_stage.setdefault(
             id(place.stage), AttentionStage('', network, place.stage)
         )
         stage.named[name] = attention
-    networks = list(dict.fromkeys(stage.network for stage in found.values()))
+    networks = list(dict.fromkeys(stage.network for stage in by_stage.values()))
     stages = sorted(
-        found.values(), key=lambda s: (networks.index(s.network), s.place.number)
+        by_stage.values(), key=lambda s: (networks.index(s.network), s.place.number)
     )
     for stage in stages:
         order = sorted(stage.named, key=lambda name: stage.named[name].place.index)
@@ -93,9 +93,9 @@ def attention_stages(model: nn.Module) -> Dict[str, AttentionStage]:
 
 
 def _named(stages: Sequence[AttentionStage]) -> Dict[str, AttentionStage]:
-    """Stages by the names that their blocks have in common, such as ``layer1``.
+    """Name each stage by the common part of its block names, such as ``layer1``.
 
-    Where several have the same, the numbers of their blocks tell them apart:
+    Stages with the same common part get the range of their blocks:
     ``layers.0-3``.
     """
     parts = [[name.split('.')[:-1] for name in stage.named] for stage in stages]
@@ -120,14 +120,14 @@ def _named(stages: Sequence[AttentionStage]) -> Dict[str, AttentionStage]:
 
 
 def layer_attentions(model: nn.Module) -> Dict[str, LayerAttention]:
-    """Layer attentions of a model, pruned ones too.
+    """Find the layer attentions of a model, including pruned ones.
 
     Args:
         model (nn.Module): A model, wrapped for distributed training or not.
 
     Returns:
-        dict[str, LayerAttention]: By name, in the order of the forward pass,
-        e.g. ``backbone.layer1.0.layer_attn``.
+        dict[str, LayerAttention]: The attentions by name, such as
+        ``backbone.layer1.0.layer_attn``, in the order of the forward pass.
     """
     return {
         name: attention
@@ -137,17 +137,16 @@ def layer_attentions(model: nn.Module) -> Dict[str, LayerAttention]:
 
 
 def unreached(model: nn.Module) -> List[str]:
-    """Active layer attentions that no forward pass has come to.
+    """List active layer attentions that have not run yet.
 
-    After the first training pass there should be none: an attention may be in a
-    part of the network that does not run, or its block may be called by another
-    method than its forward.
+    After the first training pass the list should be empty. Otherwise the block does
+    not run, or the network does not call its ``forward``.
 
     Args:
         model (nn.Module): A model, wrapped for distributed training or not.
 
     Returns:
-        list[str]: Their names.
+        list[str]: The names of the attentions.
     """
     return [
         name
@@ -159,18 +158,19 @@ def unreached(model: nn.Module) -> List[str]:
 def trained_stages(
     model: nn.Module, parameters: Iterable[nn.Parameter]
 ) -> Dict[str, AttentionStage]:
-    """Stages of the networks in a model that are being trained.
+    """Find the stages of the networks in a model that are being trained.
 
-    A network, such as a backbone, is judged as a whole: a frozen stage of one
-    that is trained counts, a frozen teacher does not.
+    A network, such as a backbone, counts as a whole: a frozen stage of a trained
+    network is included, a frozen teacher is not.
 
     Args:
         model (nn.Module): A model, wrapped for distributed training or not.
-        parameters (Iterable[nn.Parameter]): What the optimizer updates, where
-            it has a gradient.
+        parameters (Iterable[nn.Parameter]): Parameters of the optimizer; those
+            without ``requires_grad`` are ignored.
 
     Returns:
-        dict[str, AttentionStage]: By name, as of :func:`attention_stages`.
+        dict[str, AttentionStage]: The stages by name, as in
+        :func:`attention_stages`.
     """
     if is_model_wrapper(model):
         model = model.module
@@ -186,21 +186,20 @@ def trained_stages(
 
 
 def prune(model: nn.Module, names: Sequence[str], keep_value: bool = False) -> None:
-    """Prune layer attentions of a model. What is gone stays gone.
+    """Prune layer attentions of a model. An attention is never restored.
 
     Args:
         model (nn.Module): A model, wrapped for distributed training or not.
-        names (Sequence[str]): Names as of :func:`layer_attentions`, or of the
-            blocks, as in the table that attaching them prints, see
-            :func:`find_attention`.
-        keep_value (bool): Let later attentions still see the key and value.
-            What no later attention of the stage would see goes all the same:
-            its parameters would get no gradient, which distributed training
-            waits for. Defaults to False.
+        names (Sequence[str]): Names from :func:`layer_attentions`, or names of the
+            blocks from the table that attaching logs, see :func:`find_attention`.
+        keep_value (bool): Let later attentions still see the key and value. If no
+            later attention of the stage is active, key and value are pruned too:
+            their parameters would get no gradient, which distributed training waits
+            for. Defaults to False.
 
     Raises:
-        KeyError: If there is no layer attention of a name; nothing is pruned then.
-        TypeError: If ``names`` is one string.
+        KeyError: If a name matches no layer attention; nothing is pruned then.
+        TypeError: If ``names`` is a string.
     """
     if isinstance(names, str):
         raise TypeError(f'names={names!r} is a string; give a list: [{names!r}]')
@@ -216,34 +215,35 @@ def prune(model: nn.Module, names: Sequence[str], keep_value: bool = False) -> N
 
 
 def find_attention(attentions: Dict[str, LayerAttention], name: str) -> LayerAttention:
-    """A layer attention by its name or by that of its block.
+    """Look up a layer attention by its name or the name of its block.
 
     Args:
-        attentions (dict[str, LayerAttention]): Of :func:`layer_attentions`.
-        name (str): The name, with or without ``.layer_attn``, in the model or, as in
-            the table that attaching prints, in the network that was given attentions.
+        attentions (dict[str, LayerAttention]): Result of :func:`layer_attentions`.
+        name (str): Name in the model, with or without ``.layer_attn``, or name of the
+            block in the network that layer attention was attached to, as in the table
+            that attaching logs.
 
     Returns:
         LayerAttention: The attention.
 
     Raises:
-        KeyError: If there is none, or several networks have one; the message lists
-            those that there are, the most alike first.
+        KeyError: If the name is unknown or belongs to several networks. The message
+            lists the known names, the most similar first.
     """
     if name in attentions:
         return attentions[name]
     block = re.sub(r'\.layer_attn$', '', str(name))
     if f'{block}.layer_attn' in attentions:
         return attentions[f'{block}.layer_attn']
-    found = [n for n, a in attentions.items() if a.place and a.place.block == block]
-    if len(found) == 1:
-        return attentions[found[0]]
-    if found:
+    matches = [n for n, a in attentions.items() if a.place and a.place.block == block]
+    if len(matches) == 1:
+        return attentions[matches[0]]
+    if matches:
         raise KeyError(
-            f'layer attention {name!r} is one of {", ".join(found)}: say which'
+            f'{name!r} may be any of {", ".join(matches)}; use one of these names'
         )
     known = [re.sub(r'\.layer_attn$', '', other) for other in attentions]
     raise KeyError(
-        f'there is no layer attention {name!r}{did_you_mean(block, known)}; there are '
-        f'those of {", ".join(nearest_first(block, known)) or "no block"}'
+        f'there is no layer attention {name!r}{did_you_mean(block, known)}; blocks '
+        f'with one: {", ".join(nearest_first(block, known)) or "none"}'
     )

@@ -1,4 +1,4 @@
-"""Version of mmela and the versions of its companions that it works with."""
+"""The version of mmela, and the versions of other packages that it supports."""
 
 __version__ = '0.2.0'
 
@@ -12,9 +12,8 @@ SUPPORTED = {
     'mmseg': ('1.0.0', '2.0.0'),
 }
 
-# Import name: the distributions that provide it, OpenMMLab's that is a wheel
-# first, the community's fork last. Two of them in one environment have
-# overwritten each other's files.
+# Import name: distributions that provide it. OpenMMLab's wheel comes first, the
+# community's fork last. Two of them in one environment overwrite each other's files.
 DISTRIBUTIONS = {
     'mmengine': ('mmengine', 'onedl-mmengine'),
     'mmcv': ('mmcv-lite', 'mmcv', 'onedl-mmcv'),

@@ -1,6 +1,6 @@
-"""What has to run without torch: the command line, and a finder that torch calls.
+"""Code that must run without torch: the command line, and a finder that torch calls.
 
-``import mmela`` registers backbones, hooks and more, and imports torch and mmengine
-for that. Nothing in this package imports mmela, torch or mmengine before a command has
-its arguments.
+``import mmela`` is slow, because it imports torch and mmengine to register backbones,
+hooks and more. Nothing in this package imports mmela, torch or mmengine before the
+arguments of a command are parsed.
 """

@@ -1,4 +1,4 @@
-"""Arguments that several tools take."""
+"""Arguments shared by several tools."""
 
 import argparse
 from typing import Any, List
@@ -9,7 +9,7 @@ def tool_parser(name: str, text: str) -> argparse.ArgumentParser:
 
     Args:
         name (str): The command of ``mmela`` that runs the tool.
-        text (str): What the tool does, with examples; shown as it stands.
+        text (str): Description with examples, shown without reformatting.
 
     Returns:
         argparse.ArgumentParser: A parser without arguments.
@@ -22,9 +22,9 @@ def tool_parser(name: str, text: str) -> argparse.ArgumentParser:
 
 
 class Settings(argparse.Action):
-    """``KEY=VALUE ...`` as a dict, by mmengine's ``DictAction``.
+    """``KEY=VALUE ...`` as a dict, parsed by mmengine's ``DictAction``.
 
-    Which is imported for values only, as it brings torch.
+    ``DictAction`` is only imported if there are values, because it imports torch.
     """
 
     def __call__(
@@ -43,11 +43,11 @@ class Settings(argparse.Action):
 def add_cfg_options(
     parser: argparse.ArgumentParser, text: str = 'change settings of the config'
 ) -> None:
-    """Add the option ``--cfg-options``, as the toolboxes' tools have it.
+    """Add the option ``--cfg-options`` of the toolboxes' tools.
 
     Args:
         parser (argparse.ArgumentParser): Parser of a tool.
-        text (str): Its help. Defaults to ``'change settings of the config'``.
+        text (str): Help text. Defaults to ``'change settings of the config'``.
     """
     parser.add_argument(
         '--cfg-options',
@@ -60,14 +60,14 @@ def add_cfg_options(
 
 
 def show_usage(argv: List[str], text: str) -> None:
-    """End with the usage of a tool that hands its arguments on, if that is asked for.
+    """Print the usage of a tool that passes its arguments on, if requested, and exit.
 
     Args:
-        argv (list[str]): Arguments of the tool. None at all asks for it, too.
+        argv (list[str]): Arguments of the tool. An empty list also prints the usage.
         text (str): The usage.
 
     Raises:
-        SystemExit: With code 0, or 2 where there are no arguments.
+        SystemExit: With code 0, or code 2 if there are no arguments.
     """
     if not argv or argv[0] in ('-h', '--help'):
         print(text.strip())

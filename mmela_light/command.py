@@ -1,6 +1,6 @@
-"""The command ``mmela``, also ``python -m mmela``: the tools by short names.
+"""The command ``mmela``, also ``python -m mmela``, which runs the tools by short names.
 
-Each command hands its arguments to the tool that it stands for.
+Each command passes its arguments to its tool.
 """
 
 import ast
@@ -15,7 +15,7 @@ from click.shell_completion import get_completion_class
 
 PACKAGE = Path(__file__).resolve().parents[1] / 'mmela'
 VERSION = runpy.run_path(str(PACKAGE / 'version.py'))
-# By name, the file that has the command's main(): of the package, or a script
+# File of each command: a module of the package with main(), or a script
 TOOLS = {
     'demo': 'tools/demo.py',
     'train': 'tools/train.py',
@@ -47,22 +47,24 @@ def find(tool: str) -> Path:
     """Find one of mmela's tools.
 
     Args:
-        tool (str): Its path in a checkout, such as ``'tools/train.py'``.
+        tool (str): Path in a checkout, such as ``'tools/train.py'``.
 
     Returns:
-        Path: The tool in what is installed, or in the checkout.
+        Path: Path in the installed package or in the checkout.
 
     Raises:
-        click.ClickException: If it is in neither.
+        click.ClickException: If the tool is in neither.
     """
     for folder in (PACKAGE / '.mim', PACKAGE.parent):
         if (folder / tool).is_file():
             return folder / tool
-    raise click.ClickException(f'no {tool} beside or in {PACKAGE}')
+    raise click.ClickException(
+        f'{tool} is neither in {PACKAGE} nor beside it; install mmela again'
+    )
 
 
 class Commands(click.Group):
-    """The commands. What mmela needs and does not find, they say in one line."""
+    """Group of the commands, with a one-line error if a dependency is missing."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -72,11 +74,11 @@ class Commands(click.Group):
                 import mmela  # noqa: F401
             except ImportError as error:
                 raise SystemExit(f'error: {error}') from None
-            raise  # mmela has what it needs: something else is wrong
+            raise  # mmela itself imports, so the error is in the command
 
 
 class Tool(click.Command):
-    """A command that is a tool, arguments and help included.
+    """A command that runs a tool, which parses the arguments and prints the help.
 
     Args:
         name (str): Name of the command.
@@ -98,21 +100,21 @@ class Tool(click.Command):
         return (text or '').partition('\n')[0]
 
     def parse_args(self, ctx: click.Context, args: List[str]) -> List[str]:
-        ctx.params['arguments'] = args  # as they are, `--` included
+        ctx.params['arguments'] = args  # unchanged, including `--`
         return []
 
     def invoke(self, ctx: click.Context) -> None:
         path = find(self.tool)
         sys.argv = [ctx.command_path, *ctx.params['arguments']]
         if self.tool.startswith('mmela/'):
-            # Not imported by its name, as that would import mmela and so torch first
+            # Importing it by name would first import mmela and so torch
             name = self.tool[: -len('.py')].replace('/', '.')
             spec = spec_from_file_location(name, path)
             module = module_from_spec(spec)
             spec.loader.exec_module(module)
             module.main()
             return
-        sys.path.insert(0, str(path.parent))  # as `python tools/...` has it
+        sys.path.insert(0, str(path.parent))  # as `python tools/...` does
         runpy.run_path(str(path), run_name='__main__')
 
 
@@ -121,7 +123,7 @@ class Tool(click.Command):
 def main() -> None:
     """Layer attention with pruning, for OpenMMLab's toolboxes.
 
-    `mmela COMMAND --help` tells the arguments of a command.
+    `mmela COMMAND --help` shows the arguments of a command.
     """
 
 
@@ -132,9 +134,9 @@ for _name, _tool in TOOLS.items():
 @main.command()
 @click.argument('shell', type=click.Choice(SHELLS))
 def completion(shell: str) -> None:
-    """Print what has a shell complete the commands.
+    """Print a script for tab completion in a shell.
 
-    For bash, add this line to ~/.bashrc; zsh and fish likewise:
+    For bash, add this line to ~/.bashrc; for zsh and fish it is similar:
 
     eval "$(mmela completion bash)"
     """
@@ -144,15 +146,15 @@ def completion(shell: str) -> None:
 
 @main.command()
 def env() -> None:
-    """Versions, operators in use, GPU: for a bug report."""
+    """Print versions, operators and GPUs for a bug report."""
     from mmengine.utils.dl_utils import collect_env
 
     from mmela.compat.forks import distributions
 
     rows = {'mmela': f'{VERSION["__version__"]}, {PACKAGE}', **collect_env()}
     for name in VERSION['DISTRIBUTIONS']:
-        found = ', '.join(f'{d} {v}' for d, v in distributions(name).items())
-        rows[name] = found or 'no distribution'
+        versions = ', '.join(f'{d} {v}' for d, v in distributions(name).items())
+        rows[name] = versions or 'not installed'
     rows['operators of mmcv'] = _operators()
     for name, value in rows.items():
         click.echo(f'{name}: {value}')

@@ -1,4 +1,4 @@
-"""Options of the tools that measure."""
+"""Options of the benchmark tools."""
 
 import argparse
 from typing import Dict, List, Optional
@@ -17,13 +17,13 @@ VARIANTS: Dict[str, Optional[dict]] = {
 }
 WITH_BACKEND = ('mla', 'mrla-base', 'ela', 'attn-res', 'attn-res-image')
 CLOCKS = ('wall', 'cpu')
-# Names of torch's types
+# Names of torch's data types
 DTYPES = dict(fp32='float32', bf16='bfloat16', fp16='float16')
 WHOLE = 'whole'
 
 
 def add_network_options(parser: argparse.ArgumentParser, variants: List[str]) -> None:
-    """Add the options that say what to measure.
+    """Add the options that choose the networks to measure.
 
     Args:
         parser (argparse.ArgumentParser): Parser of a tool.
@@ -33,50 +33,50 @@ def add_network_options(parser: argparse.ArgumentParser, variants: List[str]) ->
         '--net',
         default='r50',
         metavar='NAME|CONFIG',
-        help='rN and cifarN, the ResNets of N layers for ImageNet and CIFAR, or the '
-        'config of a classifier or detector, one that is shipped as mmdet::... '
-        '(default: %(default)s)',
+        help='rN or cifarN for a ResNet with N layers for ImageNet or CIFAR, or the '
+        'config of a classifier or detector, such as mmdet::... for a config of '
+        'MMDetection (default: %(default)s)',
     )
     parser.add_argument(
         '--variants',
         nargs='+',
         default=variants,
         metavar='NAME',
-        help=f'what to compare: {", ".join(VARIANTS)}. Ratios are to the first. '
-        f'{", ".join(WITH_BACKEND)} take a backend as in ela:compile; '
-        f':{WHOLE} has torch.compile take the whole backbone '
+        help=f'variants to compare: {", ".join(VARIANTS)}. Ratios are relative to the '
+        f'first one. {", ".join(WITH_BACKEND)} can have a backend, such as '
+        f'ela:compile; :{WHOLE} compiles the whole backbone with torch.compile '
         f'(default: {" ".join(variants)})',
     )
     parser.add_argument(
         '--size',
         type=parse_size,
         metavar='N|HxW',
-        help='image size in pixels (default: 224, CIFAR 32, that of a config)',
+        help='image size in pixels (default: 224; CIFAR: 32; config: its own)',
     )
     parser.add_argument(
         '--batch',
         type=int,
         metavar='N',
-        help='images (default: 8, CIFAR 128, detectors 2)',
+        help='batch size (default: 8; CIFAR: 128; detectors: 2)',
     )
     parser.add_argument(
         '--prune',
         nargs='+',
         metavar='BLOCK',
-        help='blocks that ela has no attention in, such as layer3.1, or pruning.json '
-        'of a run (default: the second, fourth, ... of each stage)',
+        help='blocks without attention in ela, such as layer3.1, or the pruning.json '
+        'of a run (default: every second block of each stage)',
     )
     parser.add_argument(
         '--head-dim',
         type=int,
         metavar='N',
-        help="channels of a head (default: the config's, CIFAR 16, else 32)",
+        help='channels per head (default: 32; CIFAR: 16; config: its own)',
     )
     parser.add_argument(
         '--dtype',
         choices=DTYPES,
         default='fp32',
-        help='what autocast computes in; fp32 is without (default: fp32)',
+        help='data type of autocast; fp32 means no autocast (default: fp32)',
     )
     parser.add_argument(
         '--channels-last',
@@ -90,7 +90,7 @@ def parse_size(text: str) -> tuple:
     parts = text.lower().split('x')
     if len(parts) > 2 or not all(p.isdigit() and int(p) for p in parts):
         raise argparse.ArgumentTypeError(
-            f'{text!r} is no size; give N or HxW in pixels'
+            f'{text!r} is not a size; give N or HxW in pixels'
         )
     return int(parts[0]), int(parts[-1])
 
@@ -104,31 +104,34 @@ def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
     """
     parser.add_argument(
         '--device',
-        help='cpu, cuda, cuda:1, ... (default: a GPU of CUDA, if any)',
+        help='cpu, cuda, cuda:1, ... (default: cuda if available, else cpu)',
     )
     parser.add_argument(
         '--rounds',
         type=positive,
         default=rounds,
         metavar='N',
-        help='measurements of each variant (default: %(default)s)',
+        help='number of measurements of each variant (default: %(default)s)',
     )
     parser.add_argument(
         '--steps',
         type=positive,
         metavar='N',
-        help='steps that one measurement is the mean of (default: 1 on a CPU; '
-        '5 on a GPU, where steps in a row overlap with their launches)',
+        help='number of steps to average in one measurement (default: 1 on a CPU; 5 on '
+        'a GPU, where a step overlaps with the launches of the next)',
     )
     parser.add_argument(
-        '--threads', type=positive, metavar='N', help='CPU threads (default: as torch)'
+        '--threads',
+        type=positive,
+        metavar='N',
+        help="number of CPU threads (default: torch's)",
     )
     parser.add_argument(
         '--clock',
         choices=CLOCKS,
         default='wall',
-        help='what times are of: the clock on the wall, or the work of this process '
-        'on all CPUs, for a machine that is busy with other work (default: wall)',
+        help='wall: elapsed time; cpu: time that this process uses on all CPUs, for a '
+        'machine that is busy with other work (default: wall)',
     )
     parser.add_argument('--out', metavar='FILE', help='JSON file for the results')
 

@@ -1,4 +1,4 @@
-"""What the commands share that draw a data set."""
+"""Code shared by the commands that render a data set."""
 
 import argparse
 import os
@@ -10,31 +10,31 @@ from typing import Dict, Iterator, Optional, Tuple
 import cv2
 import numpy as np
 
-# Name of an option: its default, its limits, and what it is
+# Default, minimum, maximum and help of each option by name
 Options = Dict[str, Tuple[int, int, Optional[int], str]]
 
 
 def options(
     train: int, val: int, size: int, smallest: int, largest: int = 2048
 ) -> Options:
-    """Options of a command that draws.
+    """Define the options of a command that renders.
 
     Args:
         train (int): Default number of training images.
         val (int): Default number of validation images.
         size (int): Default width and height in pixels.
-        smallest (int): The least size.
-        largest (int): The greatest. Defaults to 2048.
+        smallest (int): Minimum size.
+        largest (int): Maximum size. Defaults to 2048.
 
     Returns:
-        dict: By name, default, limits and help.
+        dict: Default, minimum, maximum and help of each option by name.
     """
     pixels = f'width and height in pixels, {smallest} to {largest}'
     return dict(
         train=(train, 1, None, 'number of training images'),
         val=(val, 1, None, 'number of validation images'),
         size=(size, smallest, largest, pixels),
-        seed=(0, 0, None, 'seed of all that is random'),
+        seed=(0, 0, None, 'random seed'),
     )
 
 
@@ -52,11 +52,11 @@ def add_options(parser: argparse.ArgumentParser, options: Options) -> None:
 
 
 def check(options: Options, **values: int) -> None:
-    """Check values of options.
+    """Check the values of options.
 
     Raises:
-        TypeError: If one is not an integer.
-        ValueError: If one is not in its range.
+        TypeError: If a value is not an integer.
+        ValueError: If a value is out of range.
     """
     for name, value in values.items():
         _, low, high, _ = options[name]
@@ -68,17 +68,17 @@ def check(options: Options, **values: int) -> None:
 
 
 def stream(seed: int, split: str, index: int) -> np.random.Generator:
-    """Source of chance of one image.
+    """Create the random generator of one image.
 
-    Each has one of its own: neither their number nor their order matters to what
-    is in it.
+    Each image has its own, so that its content does not depend on the number and order
+    of the images.
     """
     return np.random.default_rng([seed, split == 'val', index])
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:
     """Write an image, (H, W) or (H, W, 3)."""
-    # Through memory: OpenCV itself cannot write to every path
+    # OpenCV itself cannot write to every path
     done, png = cv2.imencode('.png', pixels)
     if not done:
         raise OSError(f'OpenCV cannot encode {path.name}')
@@ -86,27 +86,27 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
 
 
 def is_taken(path: os.PathLike) -> bool:
-    """Whether there is anything at a path but an empty folder."""
+    """Whether a path exists and is not an empty folder."""
     path = Path(path)
     return os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()))
 
 
 @contextmanager
 def new_folder(out_dir: os.PathLike, replace: bool = False) -> Iterator[Path]:
-    """Make a folder that appears complete or not at all.
+    """Create a folder that appears complete or not at all.
 
     Args:
-        out_dir (str | Path): The folder, which must not exist or be empty.
-        replace (bool): What is there gives way, and comes back if something fails.
+        out_dir (str | Path): The folder. It must not exist, or be empty.
+        replace (bool): Replace an existing folder, and restore it if something fails.
             Defaults to False.
 
     Yields:
-        Path: Where to write it meanwhile.
+        Path: Temporary folder to write to.
 
     Raises:
-        FileExistsError: If another process has written there.
+        FileExistsError: If another process has written to ``out_dir``.
     """
-    # Absolute, as a folder such as '.' has no name to build beside
+    # Make it absolute, because '.' has no name for the temporary folder
     out_dir = Path(out_dir).absolute()
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
@@ -126,6 +126,6 @@ def new_folder(out_dir: os.PathLike, replace: bool = False) -> Iterator[Path]:
             if old.exists() and not out_dir.exists():
                 old.rename(out_dir)
             raise FileExistsError(
-                f'{out_dir} has been written to while the data set was made, by '
-                'another process it seems; what was made is not kept'
+                f'another process has written to {out_dir} while the data set was '
+                'rendered, so nothing was kept; give a new folder'
             ) from error

@@ -4,12 +4,12 @@ import pytest
 from hypothesis import settings
 from mmengine.registry import DefaultScope
 
-import mmela  # noqa: F401  (gives mmcv-lite operators, before any test asks for them)
+import mmela  # noqa: F401  (first, so that mmcv-lite has operators)
 from tests.helpers.fresh import hurry
 
 hurry()
 
-# The same examples each time, and none left behind in the checkout
+# The same examples in each run, and no example files in the checkout
 settings.register_profile('mmela', derandomize=True, deadline=None, database=None)
 settings.load_profile('mmela')
 
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def no_default_scope() -> None:
-    """Forget the default scope that an earlier run has left behind."""
+    """Reset the default scope, which an earlier run may have set."""
     DefaultScope._instance_dict.clear()
 
 
@@ -50,7 +50,7 @@ def shapes(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def hub(tmp_path_factory, monkeypatch):
-    """A stand-in for the Hugging Face Hub, which its library talks to."""
+    """A local stand-in for the Hugging Face Hub."""
     constants = pytest.importorskip('huggingface_hub.constants')
     from tests.helpers.hub import StandInHub
 

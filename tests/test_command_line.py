@@ -20,13 +20,13 @@ def test_finds_the_tool_of_the_configs_toolbox(config_dir):
 
 
 def test_errors_name_what_is_wrong(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no config at nowhere.py'):
+    with pytest.raises(FileNotFoundError, match='there is no config nowhere.py'):
         find_tool('nowhere.py', 'train.py')
     config = tmp_path / 'config.py'
     config.write_text("default_scope = 'no_such_toolbox'")
     with pytest.raises(ValueError, match="'no_such_toolbox'"):
         find_tool(str(config), 'train.py')
-    with pytest.raises(SystemExit, match='error: no config at nowhere.py'):
+    with pytest.raises(SystemExit, match='error: there is no config nowhere.py'):
         run_tool('train.py', ['nowhere.py'])
 
 
@@ -36,9 +36,9 @@ def test_config_that_a_toolbox_ships():
     path = find_config(f'mmpretrain::{name}')
     assert path.is_file() and path.match(f'.mim/configs/{name}')
     assert find_tool(f'mmpretrain::{name}', 'train.py').name == 'train.py'
-    with pytest.raises(FileNotFoundError, match='no config at .*/nothing.py'):
+    with pytest.raises(FileNotFoundError, match='there is no config .*/nothing.py'):
         find_config('mmpretrain::nothing.py')
-    with pytest.raises(ValueError, match="'mmnothing' is no installed toolbox"):
+    with pytest.raises(ValueError, match="'mmnothing' is not an installed toolbox"):
         find_config('mmnothing::resnet.py')
 
 
@@ -56,7 +56,9 @@ def test_folder_named_like_a_toolbox(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     config = tmp_path / 'config.py'
     config.write_text("default_scope = 'toolbox'\n")
-    with pytest.raises(ValueError, match="'toolbox', which is no installed toolbox"):
+    with pytest.raises(
+        ValueError, match="'toolbox', which is not an installed toolbox"
+    ):
         find_tool(str(config), 'train.py')
 
 

@@ -147,7 +147,9 @@ def test_sources():
     """Attentions and policies name the paper and where in it they stand."""
     named = [*mmela.LAYER_ATTENTIONS.module_dict.values()]
     named += PRUNING_POLICIES.module_dict.values()
-    place = re.compile(r'\b(?:eq\.|section|sections|table|algorithm|appendix)', re.I)
+    place = re.compile(
+        r'\b(?:eq\.|section|sections|table|algorithm|appendix|arXiv:)', re.I
+    )
     without = [
         cls.__name__
         for cls in named

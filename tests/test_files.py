@@ -251,3 +251,17 @@ def test_all_files_are_written_beside_and_renamed():
             if not names & (beside | {'temporary'}):
                 faults.append(f'{name}:{line}: {call}')
     assert not faults, faults
+
+
+@pytest.mark.parametrize('name', ['slim.pth', 'slim.py'])
+def test_the_file_that_cannot_be_written_is_named(name, tmp_path, monkeypatch):
+    """Of two that belong together the right one, and neither is left."""
+
+    def fail(*args):
+        raise OSError('no space left')
+
+    writer = (torch, 'save') if name == 'slim.pth' else (Config, 'dump')
+    monkeypatch.setattr(*writer, fail)
+    with pytest.raises(NotWritten, match=f'{tmp_path / name} cannot be written: no sp'):
+        slim(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -10,9 +10,10 @@ from torch import nn
 from mmela.hooks import NetworkKLMeter, use_channels_last
 from mmela.ops import layer_weighted_sum
 from mmela.structure import attention_stages, layer_attentions, prune
-from tests.helpers.backbones import ATTENTIONS, build
+from tests.helpers.backbones import BOTTLENECKS, build
 from tests.helpers.runs import HOOK, decisions, divergences, pruned, states
 from tests.helpers.toy import ToyNetwork, toy_config, train
+from tests.helpers.zoo import ATTENTIONS, PAPERS
 
 GPU = torch.cuda.is_available()
 DEVICE = 'cuda' if GPU else 'cpu'
@@ -76,7 +77,8 @@ def single_precision():
 
 
 def small_network(attention):
-    return build('mmpretrain', 'ELAResNet', dict(attention, drop_path=0.0))
+    attention = dict(attention, drop_path=0.0)
+    return build('mmpretrain', 'ResNet', attention, **BOTTLENECKS)
 
 
 def images():
@@ -96,7 +98,7 @@ def outputs(network, x):
 
 @pytest.mark.parametrize('channels_last', [False, True] if GPU else [True])
 @pytest.mark.parametrize('dtype', DTYPES if GPU else [torch.float32])
-@pytest.mark.parametrize('attention', list(ATTENTIONS) if GPU else ['MRLABase'])
+@pytest.mark.parametrize('attention', PAPERS if GPU else ['MRLABase'])
 def test_networks(single_precision, attention, dtype, channels_last):
     network, expected = single_precision(attention)
     network = copy.deepcopy(network)

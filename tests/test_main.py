@@ -177,7 +177,7 @@ main({args.split()!r}, prog_name='mmela')
     assert done.returncode == 1 and done.stdout == ''
     (line,) = done.stderr.splitlines()
     assert line.startswith(f'error: mmela needs {missing} >= ')
-    assert 'which is not installed: pip install ' in line
+    assert 'which is not installed; install it with: pip install ' in line
 
 
 def test_completion(run, monkeypatch):

@@ -4,16 +4,15 @@
 #
 #   wheel=$(bash tools/compile_mmcv.sh PYTHON)   # progress on stderr
 #
-# It is compiled once per torch, Python and CPU/CUDA, in some 10 minutes on 2
-# cores for the CPU; the wheel is kept in
-# ${XDG_CACHE_HOME:-$HOME/.cache}/mmela/wheels. PYTHON needs what is in
-# requirements/build.txt.
+# Compiling takes about 10 minutes on 2 cores for the CPU. The wheel is kept in
+# ${XDG_CACHE_HOME:-$HOME/.cache}/mmela/wheels, one for each torch, Python and
+# CPU or CUDA. PYTHON needs the packages of requirements/build.txt.
 set -euo pipefail
 exec 3>&1 1>&2
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/mmela/wheels
-scratch=''  # where mmcv is being compiled
+scratch=''  # folder for compiling mmcv
 
 say() { printf 'mmela setup: %s\n' "$*"; }
 die() { say "error: $*"; exit 1; }
@@ -21,7 +20,7 @@ trap '[ -z "$scratch" ] || rm -rf "$scratch"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# Say what to compile mmcv for: sets variant, and for CUDA the environment.
+# Choose the target: set variant, and for CUDA the environment.
 choose_variant() {
   local torch_cuda=$1 release='' home why='' include
   variant=cpu
@@ -45,27 +44,27 @@ choose_variant() {
     why="nvcc is CUDA $release, torch is CUDA $torch_cuda"
   fi
   if [ -n "$why" ]; then
-    say "WARNING: a GPU is here but $why: mmcv's own operators (RoIAlign and" \
-      "others) will run on the CPU only; without MMELA_MMCV=compiled those of" \
-      "torchvision run on the GPU"
+    say "WARNING: this machine has a GPU, but $why. The compiled operators of" \
+      "mmcv, such as RoIAlign, will only run on the CPU. Without" \
+      "MMELA_MMCV=compiled, torchvision's operators run on the GPU"
     return 0
   fi
   if [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then
     TORCH_CUDA_ARCH_LIST=$(nvidia-smi --query-gpu=compute_cap \
       --format=csv,noheader | sort -u | paste -sd';' -) ||
-      TORCH_CUDA_ARCH_LIST=''  # an old driver: torch asks the GPU itself
+      TORCH_CUDA_ARCH_LIST=''  # an old driver; torch queries the GPU itself
   fi
   export CUDA_HOME=$home TORCH_CUDA_ARCH_LIST
   variant=cuda${torch_cuda}-sm${TORCH_CUDA_ARCH_LIST//[^0-9a-zA-Z.+]/_}
   if [ ! -e "$home/include/cusparse.h" ]; then
-    # A toolkit without the library headers: torch's own packages have them.
+    # If the toolkit lacks the library headers, use those in torch's packages.
     for include in "$site"/nvidia/*/include; do
       [ ! -d "$include" ] || export CPATH=$include${CPATH:+:$CPATH}
     done
   fi
 }
 
-# Set wheel_dir, where the mmcv wheel for this torch and Python belongs.
+# Set wheel_dir, the folder of the mmcv wheel for this torch and Python.
 locate_wheel() {
   local seen tag torch_cuda
   seen=$("$python" - <<'PY'
@@ -77,7 +76,7 @@ print('torch' + torch['__version__'] + '-' + sysconfig.get_config_var('SOABI'))
 print(torch['cuda'] or '')
 print('end')
 PY
-) || die "$python has no torch to compile mmcv for"
+) || die "$python has no torch, which mmcv is compiled for; install torch first"
   { IFS= read -r site; IFS= read -r tag; IFS= read -r torch_cuda; } <<<"$seen"
   choose_variant "$torch_cuda"
   wheel_dir=$cache/$tag-$variant
@@ -95,13 +94,13 @@ build() {
   local header memory jobs cxx
   read -r cxx _ <<<"${CXX:-c++}"
   command -v "$cxx" >/dev/null ||
-    die "no C++ compiler ($cxx) to build mmcv with (Debian: g++)"
+    die "there is no C++ compiler ($cxx) for mmcv; install one (Debian: g++)"
   header=$("$python" -c \
     'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
   [ -e "$header" ] ||
-    die "no $header to build mmcv with (Debian: python3-dev)"
+    die "there is no $header for mmcv; install it (Debian: python3-dev)"
 
-  # A job of this compilation takes up to 2.5 GB.
+  # Each job takes up to 2.5 GB.
   if [ -z "${MAX_JOBS:-}" ] && [ -r /proc/meminfo ]; then
     memory=$(awk '/^MemAvailable/ {print int($2 / 2500000)}' /proc/meminfo)
     jobs=$(getconf _NPROCESSORS_ONLN)
@@ -110,31 +109,32 @@ build() {
     export MAX_JOBS=$jobs
   fi
   mkdir -p "$cache"
-  if command -v flock >/dev/null; then  # another checkout may be at it
+  if command -v flock >/dev/null; then  # another checkout may be compiling
     exec 9>"$cache/lock"
-    flock 9 || say "no locks on this file system; going on without"
+    flock 9 || say "this file system has no locks; continuing without"
     find_wheel
     [ -z "$wheel" ] || return 0
   fi
-  say "mmcv $mmcv is compiled now for $variant, once, by ${MAX_JOBS:-all} jobs"
-  rm -rf "$cache"/.build.*  # of runs that were killed
+  say "compiling mmcv $mmcv for $variant with ${MAX_JOBS:-all} jobs; this is only" \
+    "needed once"
+  rm -rf "$cache"/.build.*  # left by killed runs
   scratch=$(mktemp -d "$cache/.build.XXXXXX")
   (
     export MMCV_WITH_OPS=1 TMPDIR=$scratch PATH=${python%/*}:$PATH
     if [ "$variant" = cpu ]; then
-      # Without nvcc, a GPU in sight would make mmcv's setup.py fail.
+      # mmcv's setup.py fails if it sees a GPU without nvcc.
       export FORCE_CUDA=0 CUDA_VISIBLE_DEVICES=''
     else
       export FORCE_CUDA=1
     fi
-    # No pip cache: its key knows nothing of torch. Not quiet: pip says once
-    # a minute that it is still at it.
+    # No pip cache, because its key does not include torch. Not quiet, so that
+    # pip reports every minute that it is still running.
     PIP_QUIET=0 "$python" -m pip wheel \
       --no-deps --no-build-isolation --no-cache-dir \
       --no-binary mmcv -w "$scratch/out" "mmcv==$mmcv"
   ) || die "mmcv did not compile; the reason is above." \
-    "Without MMELA_MMCV=compiled none is needed"
-  # A move within one file system: the cache never holds half a wheel.
+    "Without MMELA_MMCV=compiled it is not needed"
+  # Move within one file system, so that the cache never has half a wheel.
   mkdir -p "$wheel_dir"
   mv -f "$scratch"/out/mmcv-*.whl "$wheel_dir/"
   find_wheel

@@ -1,10 +1,10 @@
-"""Main job: train, prune and evaluate a small detector from nothing.
+"""Train, prune and evaluate a small detector, starting from nothing.
 
-Renders a small data set in COCO format, trains the demo Faster R-CNN with a
-narrow ELA-ResNet-50 on it, prunes redundant layer attentions once they have
-learned and again after epoch 7, evaluates with COCO metrics, measures the
-attention maps before the last pruning and at the end, detects on validation
-images before the first and at the end, and writes a report with pictures.
+It renders a small data set in COCO format and trains a Faster R-CNN with a
+narrow ELA-ResNet-50 on it. It prunes redundant layer attentions when they have
+learned, and again after epoch 7, and evaluates with COCO metrics. Then it measures
+attention maps before the last pruning and after training, runs both networks on
+validation images, and writes a report with pictures.
 
 Examples:
   mmela demo
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mmela.analysis.work_dir import Run
 
 ROOT = Path(__file__).resolve().parents[1]
-# An installed one must not write beside itself
+# An installed copy must not write beside itself
 FOLDER = Path() if ROOT.name == '.mim' else ROOT
 CONFIG = ROOT / 'configs' / 'demo' / 'faster-rcnn_r50-narrow_ela_fpn_shapes.py'
 
@@ -33,55 +33,54 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         '--work-dir',
         default=FOLDER / 'work_dirs' / 'demo',
-        help='where logs, checkpoints and the report go (default: work_dirs/demo, '
-        'in a checkout that of the checkout)',
+        help='folder for logs, checkpoints and the report (default: work_dirs/demo '
+        'in the checkout, or else in the current folder)',
     )
     parser.add_argument(
         '--resume',
         action='store_true',
-        help='go on from the last checkpoint in the work directory',
+        help='resume from the last checkpoint in the work directory',
     )
     add_cfg_options(
         parser,
-        'change settings of the config; data_root=DIR alone trains on '
-        'another data set in COCO layout',
+        'change settings of the config; set only data_root=DIR to train on '
+        'another data set in COCO format',
     )
     return parser.parse_args(argv)
 
 
 def checkpoints_to_measure(run: 'Run') -> List[Path]:
-    """Checkpoints whose attention maps show what pruning changed.
+    """Choose checkpoints whose attention maps show the effect of pruning.
 
     Args:
-        run (Run): A run that is done.
+        run (Run): A finished run.
 
     Returns:
-        list[Path]: The last checkpoint before the last pruning, if the run
-        kept one, and the final one.
+        list[Path]: The last checkpoint before the last pruning, if it exists, and the
+        final one.
     """
     final = run.checkpoint
     if final is None:
         return []
-    found = [final]
+    checkpoints = [final]
     if run.decisions:
         last = run.decisions[-1]
         numbered = run.numbered_checkpoints()
-        # The hook prunes before the checkpoint of its epoch is written.
+        # The hook prunes before mmengine writes the checkpoint of that epoch
         before = [n for n in numbered if n < last.window[1]]
         if before:
-            found.insert(0, numbered[max(before)])
-    return found
+            checkpoints.insert(0, numbered[max(before)])
+    return checkpoints
 
 
 def measure(work_dir: str, images: int = 100) -> None:
-    """Measure attention maps and more for the report.
+    """Measure the layer attentions for the report.
 
-    As mmela layer-attention does, but for its pictures: the report
-    draws those that it shows.
+    This is like mmela layer-attention, but without pictures, which the report draws.
 
     Args:
         work_dir (str): Work directory of the run.
-        images (int): Most validation images. Defaults to 100.
+        images (int): Maximum number of validation images. Defaults to 100.
     """
     from mmela.analysis.attention import (
         hook_settings,
@@ -130,8 +129,8 @@ def main(argv=None) -> None:
     annotations = Path(cfg.data_root) / 'annotations/instances_train2017.json'
     if not annotations.is_file():
         raise SystemExit(
-            f'error: data_root={cfg.data_root} is no data set in '
-            f'COCO layout: no file {annotations}'
+            f'error: data_root={cfg.data_root} is not a data set in COCO format: there '
+            f'is no file {annotations}'
         )
     cfg.work_dir = str(args.work_dir)
     cfg.resume = args.resume
@@ -146,7 +145,7 @@ def main(argv=None) -> None:
         try:
             step(cfg.work_dir)
         except (OSError, ValueError, SystemExit) as error:
-            # What was trained has a report all the same.
+            # The report is useful without these measurements
             print(f'{what} are not measured: {error}')
     make_report(cfg.work_dir)
     print(summarize(cfg.work_dir))

@@ -1,8 +1,8 @@
-"""Detect or classify images, videos and a camera's frames.
+"""Detect objects in images, videos and camera frames, or classify them.
 
-Writes each with its predictions into a new folder, and predictions.json: a data
-set of COCO whose annotations have a score. The inferencers are mmdet's and
-mmpretrain's. A pruned checkpoint needs no further option.
+It writes every input with its predictions to a new folder, and
+predictions.json, a COCO data set whose annotations have a score. It uses the
+inferencers of mmdet and mmpretrain. A pruned checkpoint needs no further option.
 
 Examples:
   mmela infer work_dirs/ela/my_config.py work_dirs/ela/epoch_12.pth \\
@@ -34,36 +34,36 @@ def parse_args(argv=None) -> argparse.Namespace:
         '--device',
         nargs='+',
         metavar='NAME',
-        help='such as cpu or cuda:0 cuda:1, which share the images (default: an '
-        'accelerator if there is one)',
+        help='devices that share the images, such as cpu, or cuda:0 cuda:1 (default: '
+        'an accelerator if there is one)',
     )
     parser.add_argument(
         '--score-thr',
         type=float,
         default=0.3,
         metavar='SCORE',
-        help='draw boxes from this score on; predictions.json has all (default: '
+        help='minimum score of boxes to draw; predictions.json has all boxes (default: '
         '%(default)s)',
     )
     parser.add_argument(
-        '--no-pictures', action='store_true', help='write predictions.json alone'
+        '--no-pictures', action='store_true', help='write only predictions.json'
     )
     parser.add_argument(
         '--annotations',
         metavar='FILE',
-        help='annotation file in COCO layout whose ids of images and categories '
-        'predictions.json takes, to be evaluated with it',
+        help='COCO annotation file; predictions.json takes the ids of images and '
+        'categories from it, so that you can evaluate with it',
     )
     parser.add_argument(
         '--frames',
         type=int,
         metavar='N',
-        help='most frames of each video or camera (default: all)',
+        help='maximum number of frames of each video or camera (default: all)',
     )
     parser.add_argument(
         '--force',
         action='store_true',
-        help='take a checkpoint that lacks most keys of the network',
+        help='load a checkpoint even if it lacks most keys of the network',
     )
     return parser.parse_args(argv)
 

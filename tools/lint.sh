@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Style and types: set up if needed, then ruff and mypy as CI runs them.
+# Set up mmela if needed, then check style and types with ruff and mypy, as in CI.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 python=$(bash "$root/tools/setup.sh")

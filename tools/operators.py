@@ -1,4 +1,4 @@
-"""Put operators into the folder of an mmcv that has none, or take them out."""
+"""Write operators into the folder of an mmcv without them, or remove them."""
 
 from mmela.tools.operators import main
 

@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# Set up what mmela needs, and print the Python interpreter to use.
+# Set up mmela's environment, and print the Python interpreter to use.
 #
 #   python=$(bash tools/setup.sh)    # progress on stderr, the path on stdout
-#   bash tools/setup.sh --force      # every step again, e.g. with a new GPU
+#   bash tools/setup.sh --force      # repeat every step, e.g. for a new GPU
 #
 # The environment is the first of these that applies:
-#   1. MMELA_PYTHON=/path/to/python, used as it is;
-#   2. the activated venv or conda environment, if torch, mmengine and mmcv
-#      are in it, used as it is;
-#   3. .venv in this checkout, made or reused, with requirements/setup.txt.
-# In 1 and 2 nothing is installed but mmela itself, and that only if missing.
+#   1. MMELA_PYTHON=/path/to/python;
+#   2. the active venv or conda environment, if it has torch, mmengine and
+#      mmcv;
+#   3. .venv in this checkout, created or reused, with requirements/setup.txt.
+# 1 and 2 are used unchanged, except that mmela is installed if it is missing.
 #
-# .venv is made of wheels alone, by uv where there is a wheel of it and by pip
-# where not (MMELA_INSTALLER=pip: by pip in any case). MMELA_MMCV=compiled
-# gives it mmcv with operators of its own, see tools/compile_mmcv.sh;
-# MMELA_MMCV=lite takes them out again; unset, they stay as they are.
+# .venv only gets wheels. uv installs them if this machine has a wheel of uv, or
+# else pip; MMELA_INSTALLER=pip always uses pip. MMELA_MMCV=compiled installs mmcv
+# with compiled operators, see tools/compile_mmcv.sh, and MMELA_MMCV=lite removes
+# them. If it is unset, mmcv does not change.
 #
 # shellcheck disable=SC2329  # step calls functions by name
 set -euo pipefail
-exec 3>&1 1>&2  # stdout carries the result and nothing else
+exec 3>&1 1>&2  # stdout only gets the result
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
 stamp=$venv/.mmela-setup
 log=$venv/setup.log
-current=''  # the step that is running
+current=''  # the current step
 told=no     # whether an error has been explained
 
 say() { printf 'mmela setup: %s\n' "$*"; }
@@ -34,7 +34,7 @@ on_exit() {
   local status=$?
   if [ "$status" -ne 0 ] && [ "$told" = no ]; then
     say "error: stopped at: ${current:-the checks before any step};" \
-      "run the same command again to go on from there"
+      "run the same command again to continue from there"
   fi
 }
 trap on_exit EXIT
@@ -51,11 +51,11 @@ step() {  # step TEXT COMMAND...
   current=''
 }
 
-# Print lines about an interpreter: a fingerprint of all that decides what
-# .venv holds, which of the modules named are missing, where mmela is, and
-# whether mmcv was compiled for the pinned torch. It imports nothing, so it takes
-# no time; run from / so that the checkout is not found merely for being the
-# current directory.
+# Print four lines about an interpreter: a fingerprint of everything that
+# determines the content of .venv, the missing ones of the given modules, the
+# folder of mmela, and whether mmcv was compiled for the pinned torch. It is
+# fast, because it imports nothing. It runs in /, because otherwise Python would
+# find mmela in the current directory.
 look() {  # look PYTHON MODULE...
   (cd / && "$1" - "$root" "${@:2}") <<'PY'
 import hashlib, importlib.util, os, pathlib, sys
@@ -78,7 +78,7 @@ print('compiled' if any(x.startswith('mmcv==') for x in found) and
 PY
 }
 
-survey() {  # survey PYTHON MODULE...: look, into variables
+survey() {  # survey PYTHON MODULE...: store the lines of look in variables
   local seen
   seen=$(look "$@") || die "$1 does not run"
   { IFS= read -r fingerprint; IFS= read -r missing; IFS= read -r where
@@ -94,10 +94,10 @@ finish() {
   exit 0
 }
 
-# --- 1 and 2: an environment that the user already has ---------------------
+# --- 1 and 2: an existing environment ---------------------------------------
 
 install_mmela() {
-  # With the build tools at hand pip need not fetch them: works offline.
+  # If the build tools are installed, pip need not download them.
   set -- install --no-deps
   if "$python" -c 'import setuptools, wheel' 2>/dev/null; then
     set -- "$@" --no-build-isolation
@@ -106,13 +106,13 @@ install_mmela() {
 }
 
 use_as_is() {  # use_as_is REASON
-  say "using $python as it is ($1)"
+  say "using $python unchanged ($1)"
   survey "$python" torch mmengine mmcv numpy scipy click
   [ -z "$missing" ] || die "$python lacks: $missing"
   if [ -z "$where" ]; then
     step "installing mmela into it (pip install --no-deps -e .)" install_mmela
   elif [ "$where" != "$root/mmela" ]; then
-    die "$python has another mmela, $where; for this one run:" \
+    die "$python has a different mmela, $where; to install this one, run:" \
       "$python -m pip install --no-deps -e $root"
   fi
   finish
@@ -122,7 +122,7 @@ use_as_is() {  # use_as_is REASON
 
 free_mb() { df -Pk "$1" | awk 'NR == 2 {print int($4 / 1000)}'; }
 
-find_base() {  # the interpreter that .venv is made with
+find_base() {  # find the interpreter for creating .venv
   local name seen=''
   # The pinned torch has wheels for 3.10 to 3.14.
   for name in python3 python python3.{13,12,11,10,14}; do
@@ -133,8 +133,8 @@ find_base() {  # the interpreter that .venv is made with
     fi
     seen+=" $name is $("$name" -V 2>&1 | head -n 1);"
   done
-  die "no Python 3.10 to 3.14 found, which the pinned torch needs;${seen:-}" \
-    "an environment of your own may have Python 3.8 or newer: MMELA_PYTHON"
+  die "there is no Python 3.10 to 3.14, which the pinned torch needs;${seen:-}" \
+    "install one, or set MMELA_PYTHON to an environment with Python 3.8 or newer"
 }
 
 make_venv() {
@@ -143,19 +143,19 @@ make_venv() {
     say "reusing $venv"
     return
   fi
-  # Never empty a folder that is something else.
+  # Never empty a folder that is not an environment.
   if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
-    die "$venv is there but is no virtual environment; move it away"
+    die "$venv is not a virtual environment; move it away"
   fi
   [ "$(free_mb "$root")" -ge 6000 ] ||
-    die "6000 MB are needed in $root, $(free_mb "$root") MB are free there"
+    die "$root needs 6000 MB, but only $(free_mb "$root") MB are free; free some space"
   find_base
   "$base" -c 'import ensurepip, venv' 2>/dev/null ||
     die "$base has no venv module; install it (Debian: python3-venv)"
   "$base" -m venv --clear "$venv"
 }
 
-# What uv is to know of pip's settings, which it does not read.
+# Pass pip's settings to uv, which does not read them.
 uv_settings() {
   local settings name of_pip value
   settings=$("$python" -m pip config list)
@@ -175,7 +175,7 @@ UV_INSECURE_HOST trusted-host
 SSL_CERT_FILE cert
 HTTPS_PROXY proxy
 END
-  # As pip does: the best version of all indexes.
+  # Like pip, use the best version of all indexes.
   export UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match}
 }
 
@@ -185,47 +185,47 @@ find_uv() {
   uv=$(command -v uv) && return
   "$python" -m pip install 'uv>=0.5' >>"$log" 2>&1 || true
   uv=$venv/bin/uv
-  [ -x "$uv" ] || { uv=''; say "no uv for this machine: pip is used"; }
+  [ -x "$uv" ] || { uv=''; say "uv is not available for this machine; using pip"; }
 }
 
-logged() {  # run with the output in the log, and seen where a person looks on
+logged() {  # log the output, and also show it on a terminal
   if [ -t 2 ]; then "$@" 2>&1 | tee -a "$log"; else "$@" >>"$log" 2>&1; fi
 }
 
-install() {  # install ARGUMENT...: as of `pip install`
+install() {  # install ARGUMENT...: arguments of `pip install`
   if [ -n "$uv" ]; then
     if logged "$uv" pip install --python "$python" "$@"; then return; fi
     [ "$(free_mb "$venv")" -ge 200 ] || explain
-    say "uv did not succeed: trying pip"
+    say "uv has failed; trying pip"
   fi
   logged "$python" -m pip install --no-compile "$@" || explain
 }
 
-explain() {  # say in one line what the log shows
+explain() {  # explain the error in the log in one line
   local seen what
   seen=$(tail -n 60 "$log")
   case $seen in
     *'No space left'* | *'os error 28'*) what="the disk is full" ;;
     *'407 '* | *ProxyError* | *tunnel*)
-      what="no way through the proxy ${HTTPS_PROXY:-${https_proxy:-}}" ;;
+      what="cannot connect through the proxy ${HTTPS_PROXY:-${https_proxy:-}}" ;;
     *CERTIFICATE_VERIFY* | *SSLError*)
-      what="the registry's certificate is not trusted (PIP_CERT)" ;;
+      what="the registry's certificate is not trusted; set PIP_CERT" ;;
     *IncompleteRead* | *ConnectionReset* | *' is invalid.'* | *BadZipFile* | \
     *'DO NOT MATCH THE HASHES'* | *'Read timed out'*)
-      what="a download broke off" ;;
+      what="a download was interrupted" ;;
     *NewConnectionError* | *NameResolutionError* | *ConnectTimeout*)
-      what="no connection to the package registry (a proxy: HTTPS_PROXY)" ;;
+      what="no connection to the package registry; for a proxy, set HTTPS_PROXY" ;;
     *) what=$(grep -i error <<<"$seen" | tail -n 1) || true ;;
   esac
   [ "$(free_mb "$venv")" -ge 200 ] || what="the disk is full"
-  die "${current%% (*}: ${what:-it failed}; details in $log." \
-    "The same command again goes on from there"
+  die "${current%% (*}: ${what:-it failed}; details are in $log." \
+    "Run the same command again to continue from there"
 }
 
 install_all() {
   local requirements=$root/requirements
   if [ "$operators" = compiled ]; then
-    # Both have the files of mmcv: there is only ever one of them.
+    # Both install the files of mmcv, so only one can be there.
     grep -v '^mmcv-lite' "$requirements/setup.txt" >"$venv/setup.txt"
   else
     cp "$requirements/setup.txt" "$venv/setup.txt"
@@ -239,15 +239,15 @@ install_all() {
 compile_mmcv() {
   local wheel
   wheel=$(bash "$root/tools/compile_mmcv.sh" "$python") ||
-    { told=yes; exit 1; }  # it has said why
+    { told=yes; exit 1; }  # it has explained the error
   logged "$python" -m pip uninstall -y mmcv-lite mmcv
-  # By force, as another build of the same version counts as installed.
+  # Force it, because pip takes another build of this version as installed.
   install --no-deps --force-reinstall "$wheel"
 }
 
-# Bytecode is written here, for what is in use, whatever the user's settings:
-# pip would compile 13,000 files in half a minute, and none would make every
-# start of a training 4 s slower.
+# This writes bytecode for the modules in use, whatever the user's settings. pip
+# would compile 13,000 files in half a minute, and without bytecode every start
+# of training would take 4 s longer.
 try_imports() {
   (
     cd /
@@ -258,8 +258,8 @@ import matplotlib.pyplot, mmcv.ops, mmdet.apis, mmdet.utils, mmengine.runner
 import mmpretrain.apis, pytest, scipy.stats, torch, torchvision
 mmdet.utils.register_all_modules(init_default_scope=False)
 PY
-  ) || die "the packages do not load: $(tail -n 1 "$log"); details in $log." \
-    "If they were damaged, remove $venv and run the same command again"
+  ) || die "the packages do not load: $(tail -n 1 "$log"); details are in $log." \
+    "If they are damaged, remove $venv and run the same command again"
 }
 
 is_set_up() {
@@ -274,55 +274,55 @@ take_lock() {
   command -v flock >/dev/null || return 0
   exec 9>"$root/.venv.lock"
   flock -n 9 && return 0
-  say "waiting for another set-up to end"
-  flock 9 || say "no locks on this file system; going on without"
+  say "waiting until another setup ends"
+  flock 9 || say "this file system has no locks; continuing without"
 }
 
 set_up_venv() {
   local all=$SECONDS
-  say "setting up $venv; the first time takes one or two minutes and 6 GB"
-  # Another place to install to, set for something else
+  say "setting up $venv; the first time this takes one or two minutes and 6 GB"
+  # Settings that would change where packages are installed
   unset PYTHONHOME PIP_TARGET PIP_PREFIX PIP_USER
   export PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
   export PIP_ROOT_USER_ACTION=ignore
-  step "virtual environment" make_venv
+  step "creating the virtual environment" make_venv
   rm -f "$stamp"
   : >"$log"
   survey "$python"
   operators=${MMELA_MMCV:-$operators}
   [ "${MMELA_INSTALLER:-uv}" = pip ] || { uv_settings; find_uv; }
-  step "torch, mmdet, mmpretrain and the rest (the first time a download of 2.6 GB)" install_all
-  [ "$operators" = lite ] || step "mmcv with its operators" compile_mmcv
-  step "mmela, editable" install --no-deps --no-build-isolation -e "$root"
-  step "trying the imports" try_imports
+  step "installing torch, mmdet, mmpretrain and others (first time: 2.6 GB)" install_all
+  [ "$operators" = lite ] || step "compiling mmcv with its operators" compile_mmcv
+  step "installing mmela" install --no-deps --no-build-isolation -e "$root"
+  step "checking the imports" try_imports
 
   survey "$python" torch
-  [ "$where" = "$root/mmela" ] || die "mmela is found in '$where'"
-  printf '%s\n' "$fingerprint" >"$stamp"  # last: no stamp, not finished
-  say "set up in $((SECONDS - all)) s"
+  [ "$where" = "$root/mmela" ] || die "Python finds mmela in '$where', not in $root"
+  printf '%s\n' "$fingerprint" >"$stamp"  # last, because it means finished
+  say "setup took $((SECONDS - all)) s"
 }
 
-# --- which one --------------------------------------------------------------
+# --- choose the environment -------------------------------------------------
 
 force=no
 uv=''
 case ${1:-} in
   '') ;;
   --force) force=yes ;;
-  *) die "unknown argument '$1' (there is only --force)" ;;
+  *) die "unknown argument '$1'; the only one is --force" ;;
 esac
 case ${MMELA_MMCV:-lite} in
   lite | compiled) ;;
-  *) die "MMELA_MMCV is '$MMELA_MMCV'; it can be lite or compiled" ;;
+  *) die "MMELA_MMCV='$MMELA_MMCV' is unknown; allowed are lite and compiled" ;;
 esac
 
 if [ -n "${MMELA_PYTHON:-}" ]; then
   python=$(command -v -- "$MMELA_PYTHON") ||
-    die "MMELA_PYTHON: no Python interpreter at $MMELA_PYTHON"
-  # Absolute, but with links kept: a venv's python is one.
+    die "MMELA_PYTHON=$MMELA_PYTHON is not a Python interpreter"
+  # Make it absolute, but keep links, because a venv's python is one.
   python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
   version_ok "$python" 8 ||
-    die "MMELA_PYTHON: $MMELA_PYTHON is not Python 3.8 or newer"
+    die "MMELA_PYTHON=$MMELA_PYTHON is not Python 3.8 or newer"
   use_as_is MMELA_PYTHON
 fi
 
@@ -334,7 +334,7 @@ if [ -n "$active" ] && [ ! "$active" -ef "$venv" ] &&
     python=$active/bin/python
     use_as_is 'the active environment'
   fi
-  say "the active environment lacks $missing: left alone, $venv is used"
+  say "the active environment lacks $missing; using $venv instead"
 fi
 
 python=$venv/bin/python

@@ -1,8 +1,8 @@
-"""Run a study: several configs with several seeds, compared.
+"""Run a study: compare several configs with several seeds.
 
-Runs side by side on the cores or GPUs of this machine, or on a Ray cluster,
-goes on where it was interrupted, and writes tables and a page. A study file
-is described in docs/studies.md.
+It runs them in parallel on the cores or GPUs of this machine, or on a Ray
+cluster, continues where it was interrupted, and writes tables and a page.
+docs/studies.md describes study files.
 
 Examples:
   mmela study configs/studies/shapes.yml --dry-run
@@ -21,12 +21,12 @@ PAGES = Path(__file__).resolve().parents[1] / 'docs' / 'results'
 
 
 def between(kind: type, low: float, high: float = float('inf')):
-    """A type of arguments: a number from ``low`` to ``high``."""
+    """Make an argument type for numbers from ``low`` to ``high``."""
 
     def number(text: str):
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f'{value} is not {low} to {high}')
+            raise argparse.ArgumentTypeError(f'{value} is not in {low} to {high}')
         return value
 
     return number
@@ -42,86 +42,85 @@ def parse_args(argv=None) -> argparse.Namespace:
         metavar='OUT',
         help='runs go to OUT/NAME/VARIANT/seed_S (default: %(default)s)',
     )
-    parser.add_argument('--dry-run', action='store_true', help='print the plan and end')
+    parser.add_argument('--dry-run', action='store_true', help='only print the plan')
     parser.add_argument(
         '--page',
         nargs='?',
         type=Path,
         const=PAGES,
         metavar='DIR',
-        help='write the page NAME.md with picture and tables to DIR at the end '
-        '(default: docs/results in the checkout); without, tables go beside the '
-        'runs and no page is written',
+        help='at the end, write the page NAME.md with a picture and tables to DIR '
+        '(default: docs/results in the checkout). Without this option, only tables '
+        'are written, beside the runs',
     )
     parser.add_argument(
         '--report',
         action='store_true',
-        help='run nothing, write the page of what there is',
+        help='run nothing; write the page for the existing runs',
     )
     parser.add_argument(
         '--jobs',
         type=between(int, 1),
         metavar='N',
-        help='runs side by side (default: one for each GPU, or else as many as '
-        'the cores allow)',
+        help='number of parallel runs (default: one per GPU, or else as many as the '
+        'cores allow)',
     )
     parser.add_argument(
         '--threads',
         type=between(int, 1),
         default=1,
-        help='threads of a run (default: 1)',
+        help='threads per run (default: 1)',
     )
     parser.add_argument(
         '--only',
         nargs='+',
         metavar='VARIANT',
-        help='run these variants, and those that they start from',
+        help='run only these variants, and those that they start from',
     )
-    parser.add_argument('--seeds', nargs='+', type=int, help='run these seeds')
+    parser.add_argument('--seeds', nargs='+', type=int, help='run only these seeds')
     add_cfg_options(parser, 'change settings of all configs')
     parser.add_argument(
         '--retries',
         type=between(int, 0),
         default=2,
-        help='how often a run that died is started again (default: 2)',
+        help='maximum number of restarts of a run that died (default: 2)',
     )
     parser.add_argument(
         '--time-limit',
         type=between(float, 0.001),
         default=168,
         metavar='HOURS',
-        help='end a run that takes longer, as one that hangs does, and start it again '
-        'as one that died (default: 168)',
+        help='kill and restart a run that takes longer, for example because it hangs '
+        '(default: 168)',
     )
     parser.add_argument(
         '--accept-changed',
         action='store_true',
-        help='take runs as they are that were made with other settings than the '
-        'study has now',
+        help='use existing runs even if their settings differ from the study',
     )
     parser.add_argument(
         '--address',
         help="run on the Ray cluster at this address ('auto', HOST:PORT, or 'local' "
-        'to start one here). Checkout, data and OUT have to be on a file system '
-        'that all nodes have in the same place',
+        'to start one here). All nodes must see the checkout, the data and OUT under '
+        'the same paths',
     )
     parser.add_argument(
         '--gpus-per-run',
         type=between(float, 0, 1),
         metavar='N',
-        help='on a cluster: GPUs of a run, up to 1, which several may share '
-        '(default: 1 if the cluster has any)',
+        help='GPUs per run on a cluster, up to 1; several runs may share one '
+        '(default: 1 if the cluster has GPUs)',
     )
     args = parser.parse_args(argv)
     if args.address and args.jobs:
-        parser.error('--jobs is for this machine; the cluster runs what fits on it')
+        parser.error('--jobs is only for this machine; remove it or --address')
     if args.gpus_per_run is not None and not args.address:
-        parser.error('--gpus-per-run is for a cluster: give its --address')
+        parser.error('--gpus-per-run is only for a cluster; give its --address')
     return args
 
 
 def check_changes(jobs, accept: bool) -> None:
-    """Refuse runs that were made with other settings."""
+    """Reject existing runs with other settings."""
     text = ''
     for job in jobs:
         lines = job.changes()
@@ -131,15 +130,15 @@ def check_changes(jobs, accept: bool) -> None:
             text += ''.join(f'\n  {line}' for line in [*lines[:8], *more])
     if text and not accept:
         raise ValueError(
-            f'these runs were made with other settings than the study has now:{text}\n'
-            'Move them away, or take them as they are by --accept-changed'
+            f'the settings of these runs differ from the study:{text}\n'
+            'Move the runs away, or pass --accept-changed to use them anyway'
         )
     if text:
-        print(f'Made with other settings, and taken as they are:{text}')
+        print(f'Using runs whose settings differ from the study:{text}')
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what is asked for; the exit code."""
+    """Run the tool; returns the exit code."""
     from mmela.studies.driver import (
         LocalExecutor,
         RayExecutor,
@@ -158,12 +157,15 @@ def run(args: argparse.Namespace) -> int:
     for name in args.only or []:
         if name not in study.variants:
             raise ValueError(
-                f'--only names {name!r}, which is none of the variants '
+                f'--only names {name!r}, which is not a variant; allowed are '
                 f'{", ".join(study.variants)}'
             )
     for seed in args.seeds or []:
         if seed not in study.seeds:
-            raise ValueError(f'--seeds names {seed}; the study has {study.seeds}')
+            raise ValueError(
+                f'--seeds names {seed}, which is not in the study; allowed are '
+                f'{study.seeds}'
+            )
     seeds = [seed for seed in study.seeds if not args.seeds or seed in args.seeds]
     every = make_jobs(study, args.work_dir, study.seeds)
     jobs = select([job for job in every if job.seed in seeds], args.only)
@@ -201,7 +203,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def final_metric(metric: str, job) -> str:
-    """The result of a run, for a line."""
+    """Describe the result of a run in one line."""
     from mmela.command_line import one_line
 
     try:
@@ -209,14 +211,14 @@ def final_metric(metric: str, job) -> str:
     except ValueError as error:
         return one_line(error)
     if not values:
-        return 'its last validation is missing'
+        return 'the final validation is missing'
     if metric in values:
         return f'{metric} {values[metric]:.4g}'
-    return f'it has no {metric!r}, but {", ".join(values)}'
+    return f'there is no metric {metric!r}, only {", ".join(values)}'
 
 
 def given_options(options: dict) -> list:
-    """The options of all configs, as they were given."""
+    """The options for all configs, as given on the command line."""
     from mmela.studies.study import option_texts
 
     if not options:

@@ -1,11 +1,11 @@
-"""Test a detector or a classifier with the toolbox's own tools/test.py.
+"""Test a detector or a classifier with the toolbox's tools/test.py.
 
-usage: mmela test CONFIG CHECKPOINT [--force] [arguments of its test.py]
+usage: mmela test CONFIG CHECKPOINT [--force] [arguments of the toolbox's test.py]
 
-CHECKPOINT is a file, of torch or of safetensors, or hf://USER/REPO[/FILE]. A pruned
-one needs no further option: its structure is part of it. One that lacks most keys of
-the network is an error, but with --force. --channels-last runs the backbone in
-channels_last, which is faster on a CPU.
+CHECKPOINT is a file of torch or safetensors, or hf://USER/REPO[/FILE]. A pruned
+checkpoint includes its structure and needs no further option. A checkpoint that
+lacks most keys of the network is rejected unless you pass --force.
+--channels-last runs the backbone in channels_last, which is faster on a CPU.
 
 Example:
   mmela test \\
@@ -21,9 +21,9 @@ from mmela_light.arguments import add_cfg_options, show_usage
 
 
 def check(arguments, force: bool) -> None:
-    """Refuse a checkpoint that cannot be read, or that is of another network.
+    """Reject a checkpoint that cannot be read, or comes from a different network.
 
-    What else is wrong is left to the toolbox's tool.
+    The toolbox's tool reports all other errors.
     """
     from mmengine.config import Config
     from mmengine.registry import init_default_scope

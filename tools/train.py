@@ -1,10 +1,10 @@
-"""Train a detector or a classifier with the toolbox's own tools/train.py.
+"""Train a detector or a classifier with the toolbox's tools/train.py.
 
 usage: mmela train CONFIG [arguments of the toolbox's train.py]
 
-CONFIG is a file, or one that a toolbox ships such as
+CONFIG is a file, or a config that a toolbox ships, such as
 mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py.
-Most used: --work-dir DIR, --resume [CHECKPOINT], --amp, --auto-scale-lr,
+Common arguments: --work-dir DIR, --resume [CHECKPOINT], --amp, --auto-scale-lr,
 --cfg-options KEY=VALUE ...
 --channels-last runs the backbone in channels_last, which is faster on a CPU.
 

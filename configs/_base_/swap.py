@@ -1,6 +1,6 @@
-# For a network that starts from the weights of a plain ResNet: attention that
-# takes part from the first iteration on, and learns. What it gained, and where it
-# did not, is in docs/choosing.md. A config takes the parts that it needs:
+# For a network that starts from the weights of a plain ResNet. The attention
+# contributes and learns from the first iteration on. docs/choosing.md shows where it
+# helps, and where it does not. A config uses the parts that it needs:
 #
 #   model = dict(backbone=_base_.backbone)
 #   optim_wrapper = dict(paramwise_cfg=_base_.paramwise_cfg)
@@ -8,16 +8,16 @@ custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 
 backbone = dict(
     type='ELAResNet',
-    # What the attention adds shifts the features: norms have to follow. Where
-    # batches are too small for that, synchronize them (norm_cfg of the backbone),
-    # or keep norm_eval=True and give the attention a norm that normalizes then:
+    # The attention shifts the features, so the norms must adapt. If batches are too
+    # small for that, synchronize the norms (norm_cfg of the backbone), or keep
+    # norm_eval=True and give the attention a norm without running statistics:
     # norm_cfg=dict(type='GN', num_groups=32).
     norm_eval=False,
     layer_attention=dict(type='MRLABase', head_dim=32, small_init=0.2),
 )
 
-# At the learning rate of a fine-tuning, query and key stay what they were
-# drawn as, and so does what pruning would decide.
+# At the learning rate of fine-tuning, query and key stay at their random start, and
+# pruning would be arbitrary.
 paramwise_cfg = dict(
     custom_keys={
         'layer_attn.query': dict(lr_mult=10, decay_mult=0),
@@ -25,7 +25,7 @@ paramwise_cfg = dict(
     }
 )
 
-# Windows after query and key have learned
+# Windows start after query and key have learned
 custom_hooks = [
     dict(
         type='LayerAttentionPruningHook',

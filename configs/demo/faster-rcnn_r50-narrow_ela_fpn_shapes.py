@@ -1,12 +1,12 @@
-# A Faster R-CNN that trains from nothing on a laptop's CPU in minutes: all
-# layers are a quarter as wide as usual, images and proposals are few.
+# A Faster R-CNN that trains from scratch on a laptop's CPU in minutes: all layers are
+# a quarter as wide as usual, with few images and few proposals.
 #
-# The data come from `mmela shapes data/shapes`. They
-# carry COCO's categories, so the config runs on COCO, or on any data in its
-# layout and categories, by `--cfg-options data_root=DIR` alone.
+# The data come from `mmela shapes data/shapes`. They have COCO's categories, so the
+# config also runs on COCO, or on any data with its layout and categories: just set
+# `--cfg-options data_root=DIR`.
 _base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../_base_/ela_coco.py']
 custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
-# Has an overridden data_root reach the data sets and evaluators.
+# Passes a changed data_root on to the data sets and evaluators
 runner_type = 'DataRootRunner'
 
 model = dict(
@@ -14,7 +14,7 @@ model = dict(
         type='ELAResNet',
         base_channels=16,
         layer_attention=dict(type='MRLABase', head_dim=16),
-        # From scratch: everything learns, norms included.
+        # Everything trains from scratch, including norms
         frozen_stages=-1,
         norm_eval=False,
         init_cfg=None,
@@ -23,7 +23,7 @@ model = dict(
     rpn_head=dict(
         in_channels=64,
         feat_channels=64,
-        # Half as large as usual, as the objects are.
+        # Half as large as usual, like the objects
         anchor_generator=dict(scales=[4]),
     ),
     roi_head=dict(
@@ -64,7 +64,7 @@ train_dataloader = dict(
     num_workers=1,
     dataset=dict(
         data_root=data_root,
-        # Images without objects teach what is none.
+        # Images without objects are useful negatives
         filter_cfg=dict(filter_empty_gt=False, min_size=32),
         pipeline=train_pipeline,
     ),
@@ -81,8 +81,8 @@ test_evaluator = val_evaluator
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=10),
-    # In so few steps query and key else stay near their random start (1 % in
-    # the first epoch), which would decide what is pruned.
+    # Otherwise query and key stay near their random start in so few steps (1 % in
+    # the first epoch), and pruning would be arbitrary.
     paramwise_cfg=dict(
         custom_keys={
             'layer_attn.query': dict(lr_mult=30, decay_mult=0),
@@ -105,13 +105,13 @@ param_scheduler = [
 train_cfg = dict(max_epochs=12, val_interval=2)
 default_hooks = dict(
     logger=dict(interval=10),
-    # Back to epoch 6, before the last pruning: see tools/demo.py
+    # Keep epoch 6, before the last pruning, for tools/demo.py
     checkpoint=dict(max_keep_ckpts=7),
     # The whole model in channels_last: 8 % faster on a CPU
     memory_format=dict(type='MemoryFormatHook', module=''),
 )
 custom_hooks = [
-    # One epoch is hardly enough to learn: then decide after the second or third.
+    # If one epoch is not enough to learn, decide after the second or third one.
     dict(_base_.custom_hooks[0], put_off_until=3),
 ]
 randomness = dict(seed=0)

@@ -1,4 +1,4 @@
-# DeiT's recipe, as for MRLA (appendix B.1).
+# DeiT's recipe, as in MRLA (appendix B.1).
 _base_ = './deit-tiny_8xb128_in1k.py'
 custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 

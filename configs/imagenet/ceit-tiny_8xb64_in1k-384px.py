@@ -1,6 +1,6 @@
-# The network of 224 pixels, whose checkpoint `load_from` gives, at 384. MRLA does
-# not say how; this is how DeiT is fine-tuned: 30 epochs at lr 5e-6 for a batch of
-# 512 and weight decay 1e-8.
+# Fine-tuning at 384 pixels; set `load_from` to the checkpoint of the network for 224.
+# MRLA gives no recipe, so this is DeiT's: 30 epochs with lr 5e-6 for a batch of 512 and
+# weight decay 1e-8.
 _base_ = './ceit-tiny_8xb128_in1k.py'
 
 model = dict(backbone=dict(img_size=384))

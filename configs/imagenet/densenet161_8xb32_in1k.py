@@ -1,4 +1,4 @@
-# A DenseNet, for comparison under the same schedule.
+# A DenseNet for comparison, with the same schedule.
 _base_ = [
     'mmpretrain::_base_/models/densenet/densenet161.py',
     'mmpretrain::_base_/datasets/imagenet_bs32.py',

@@ -1,4 +1,4 @@
-# DenseNet's own table 1; MMPretrain has none of this depth.
+# From table 1 of DenseNet; MMPretrain has no DenseNet of this depth.
 _base_ = './densenet161_8xb32_in1k.py'
 
 model = dict(

@@ -1,6 +1,5 @@
-# Schedule, AutoAugment, stochastic depth, dropout before the classifier and
-# momentum of the batch norm (0.99 in TensorFlow's terms) as for MRLA (appendix
-# B.1).
+# Schedule, AutoAugment, stochastic depth, dropout before the classifier and momentum of
+# the batch norm (0.99 in TensorFlow's convention) are as in MRLA (appendix B.1).
 _base_ = [
     'mmpretrain::_base_/models/efficientnet_b0.py',
     'mmpretrain::_base_/datasets/imagenet_bs32.py',

@@ -1,6 +1,5 @@
-# MMDetection's PVTv2 as a classifier, with DeiT's recipe. Plain: no block has
-# an attention. mmela's class is used here too because its output is the tuple
-# that MMPretrain's necks ask for.
+# MMDetection's PVTv2 as a plain classifier with DeiT's recipe. It uses mmela's class
+# without attention, because that outputs a tuple, which MMPretrain's necks need.
 _base_ = './deit-tiny_8xb128_in1k.py'
 custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 

@@ -1,4 +1,4 @@
-# A plain ResNet, for comparison under the same schedule.
+# A plain ResNet for comparison, with the same schedule.
 _base_ = [
     'mmpretrain::_base_/models/resnet101.py',
     'mmpretrain::_base_/datasets/imagenet_bs32.py',

@@ -1,4 +1,4 @@
-# In place of stochastic depth (MRLA, table 12, b).
+# Instead of stochastic depth (MRLA, table 12, b).
 _base_ = [
     './resnet50_8xb32-mixup-lbs_in1k.py',
     '../_base_/attentions/mrla-light_in1k.py',

@@ -1,5 +1,5 @@
-# Mixup and label smoothing (MRLA, table 12, b). MRLA does not say how strong: the
-# smoothing is that of its other networks, the mixup that of MMPretrain's ResNet-50.
+# Mixup and label smoothing (MRLA, table 12, b). MRLA does not give their strength, so
+# the smoothing is as in its other networks, and mixup as in MMPretrain's ResNet-50.
 _base_ = './resnet50_8xb32_in1k.py'
 
 model = dict(

@@ -1,4 +1,4 @@
-# SE in every block, for comparison under the same schedule.
+# SE in every block for comparison, with the same schedule.
 _base_ = [
     'mmpretrain::_base_/models/seresnet50.py',
     'mmpretrain::_base_/datasets/imagenet_bs32.py',

@@ -1,5 +1,5 @@
-# Trains on a laptop's CPU in about a minute, on the images that
-# `mmela lesions render data/lesions` makes.
+# Trains on a laptop's CPU in about a minute, on the images of
+# `mmela lesions render data/lesions`.
 _base_ = ['unet_r18_kcla_kvasir-256x256.py']
 data_root = 'data/lesions'
 # The images are rendered at this size.

@@ -1,4 +1,4 @@
-"""What happened in a run, and what its layer attentions do."""
+"""Report on a run, and measure what its layer attentions do."""
 
 from .attention import measure_attention
 from .before_after import measure_before_after

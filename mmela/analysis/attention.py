@@ -1,4 +1,4 @@
-"""What the layer attentions of a network do on images."""
+"""Measure the layer attentions of a network on images."""
 
 import json
 from dataclasses import replace
@@ -22,27 +22,25 @@ BINS = 20
 
 
 class StageRecorder:
-    """Statistics of one stage over the forward passes inside a ``with``.
+    """Statistics of one stage over the forward passes inside a ``with`` block.
 
     Args:
         stage (AttentionStage): The stage.
-        meter (callable, optional): Gets the scores too, as an observer of the
-            stage does. Defaults to None.
+        meter (callable, optional): Further observer that gets the scores. Defaults
+            to None.
 
     Attributes:
         maps (list[RunningMean]): Attention weights of each active attention,
             (G, t).
-        features (dict[int, RunningMean]): Cosine similarity of a block's
-            output, its attention included, with that of the block before, by
-            index of the block.
-        queries (dict[tuple[int, int], RunningMean]): Absolute cosine
-            similarity per head, averaged over the heads, of the queries of two
-            consecutive active attentions, by the indices of their blocks.
-        histogram (Tensor | None): Counts of those absolute cosine
-            similarities in :data:`BINS` equal bins from 0 to 1, (BINS,). The
-            query of the first active attention, which attends to itself
-            alone, is left out (MRLA, figure 2b).
-        keys (KeyRecorder): Of the keys.
+        features (dict[int, RunningMean]): Cosine similarity between the outputs of
+            a block and of the previous one, with attention, by index of the block.
+        queries (dict[tuple[int, int], RunningMean]): Absolute cosine similarity
+            between the queries of two consecutive active attentions, averaged over
+            heads, by the indices of their blocks.
+        histogram (Tensor | None): Counts of these similarities in :data:`BINS` equal
+            bins from 0 to 1, (BINS,). It leaves out the first active attention,
+            which only attends to itself (MRLA, figure 2b).
+        keys (KeyRecorder): Statistics of the keys.
     """
 
     def __init__(self, stage: AttentionStage, meter=None) -> None:
@@ -66,7 +64,7 @@ class StageRecorder:
         ]
         self._first = min(active, default=-1)
         for index, (block, attention) in enumerate(stage_blocks(self.stage)):
-            # Its attention runs before all other hooks of the block.
+            # The attention of a block runs before its other hooks
             record = partial(self._record_feature, index)
             self._handles.append(block.register_forward_hook(record))
             query = getattr(attention, 'query', None)
@@ -105,7 +103,7 @@ class StageRecorder:
         attention = getattr(module, 'layer_attn', None) or self.stage.attentions[0]
         feature = attention.place.features.get(output).detach()
         (last, before), self._feature = self._feature, (index, feature)
-        # Otherwise it is of another forward pass.
+        # Otherwise it belongs to another forward pass
         if last == index - 1 >= 0 and before.shape == feature.shape:
             cosine = F.cosine_similarity(
                 before.flatten(1).float(), feature.flatten(1).float()
@@ -143,13 +141,13 @@ class StageRecorder:
 def stage_blocks(
     stage: AttentionStage,
 ) -> List[Tuple[nn.Module, Optional[LayerAttention]]]:
-    """Blocks of a stage and their attentions.
+    """List the blocks of a stage with their attentions.
 
     Args:
         stage (AttentionStage): A stage.
 
     Returns:
-        list[tuple[nn.Module, LayerAttention | None]]: In order.
+        list[tuple[nn.Module, LayerAttention | None]]: The blocks in order.
     """
     return [
         (block, getattr(block, 'layer_attn', None)) for block in stage.blocks.values()
@@ -157,11 +155,11 @@ def stage_blocks(
 
 
 def effective_contributions(lambdas: Sequence[Tensor]) -> Tensor:
-    r"""Weights that a recurrence leaves to the earlier of its terms.
+    r"""Compute the final weights of the terms of a recurrence.
 
-    Unrolling :math:`O^t = \lambda^t \odot O^{t-1} + V^t`, the term of layer
-    ``s`` enters the last output with :math:`\prod_{i > s} \lambda^i`, whose
-    absolute value this gives (KCLA, section III-B and figure 4).
+    If :math:`O^t = \lambda^t \odot O^{t-1} + V^t` is unrolled, the term of layer ``s``
+    enters the last output with the weight :math:`\prod_{i > s} \lambda^i`. This
+    function returns its absolute value (KCLA, section III-B and figure 4).
 
     Args:
         lambdas (Sequence[Tensor]): :math:`\lambda^t` of ``T`` layers in order,
@@ -177,13 +175,13 @@ def effective_contributions(lambdas: Sequence[Tensor]) -> Tensor:
 
 
 def run_backbone(model: nn.Module, batch: dict) -> None:
-    """Have a batch of data pass the layer attentions of a model.
+    """Run a batch through the layer attentions of a model.
 
-    Necks and heads are left out where the model allows it.
+    Necks and heads are skipped if possible.
 
     Args:
         model (nn.Module): A model of an mmengine project.
-        batch (dict): What its data loader yields.
+        batch (dict): A batch from its data loader.
     """
     if hasattr(model, 'backbone') and all(
         name.startswith('backbone.') for name in attention_stages(model)
@@ -196,20 +194,20 @@ def run_backbone(model: nn.Module, batch: dict) -> None:
 
 
 def hook_settings(cfg: dict) -> dict:
-    """What a config tells the pruning hook about measuring and deciding.
+    """Read the settings of the pruning hook from a config.
 
     Args:
         cfg (dict): Config of a run, with or without the hook.
 
     Returns:
-        dict: ``policy``, ``reduction`` and ``eps``, with the hook's defaults
-        where the config has none; ``source`` says which of both it is.
+        dict: ``policy``, ``reduction`` and ``eps``, with the hook's defaults for
+        missing ones, and ``source``, a description of where they come from.
     """
     settings = dict(
         policy=dict(type='EBQM'),
         reduction='mean_kl',
         eps=1e-8,
-        source='the default of the hook',
+        source='the defaults of the hook',
     )
     for hook in cfg.get('custom_hooks') or []:
         if str(hook.get('type')).endswith('LayerAttentionPruningHook'):
@@ -229,42 +227,40 @@ def measure_attention(
     reduction: str = 'mean_kl',
     eps: float = 1e-8,
 ) -> dict:
-    """Measure what the layer attentions of a model do on images.
+    """Measure the layer attentions of a model on images.
 
-    Nothing but means is kept, so the number of images does not matter. The
-    model is put into evaluation mode and nothing else in it is changed.
+    It keeps only means, so memory does not depend on the number of images. It sets the
+    model to eval mode and changes nothing else.
 
     Args:
         model (nn.Module): A model with layer attentions, pruned or not.
-        batches (Iterable[dict]): Batches as its data loader yields them, on
-            any device.
-        policy (dict, optional): Config of the pruning policy that shall judge
-            the divergences. Defaults to None, which means
-            ``dict(type='EBQM')``.
-        reduction (str): How divergences are averaged, see
+        batches (Iterable[dict]): Batches from its data loader, on any device.
+        policy (dict, optional): Config of the pruning policy for the divergences.
+            Defaults to None, which means ``dict(type='EBQM')``.
+        reduction (str): How to average divergences, see
             :class:`~mmela.hooks.KLMeter`. Defaults to ``'mean_kl'``.
         eps (float): See :class:`~mmela.hooks.KLMeter`. Defaults to 1e-8.
 
     Returns:
-        dict: Plain values, which JSON can hold:
+        dict: Plain values for JSON:
 
-        - ``images`` (int): Images measured.
-        - ``stages`` (dict[str, dict]): Per stage the ``attention`` (name of
-          the class), ``states`` of the blocks (``'active'``, ``'value_only'``,
-          ``'pruned'``, ``'none'`` for a block without attention), ``maps``,
+        - ``images`` (int): Number of images.
+        - ``stages`` (dict[str, dict]): For each stage, the ``attention`` (name of
+          the class), the ``states`` of its blocks (``'active'``, ``'value_only'``,
+          ``'pruned'``, or ``'none'`` for a block without attention), ``maps``,
           ``features``, ``queries``, ``contributions``, ``keys`` and ``scores``
-          (see :class:`~mmela.analysis.keys.KeyRecorder`), each None where it
-          does not apply.
-        - ``histogram`` (list[int] | None): See
-          :attr:`StageRecorder.histogram`, over all stages.
-        - ``decision`` (dict | None): What the policy would decide now, as of
-          :meth:`~mmela.pruning.PruningDecision.to_dict`; what is pruned
-          already is among its layers, without a divergence.
-        - ``left_out`` (list[str]): What does not apply and why.
+          (see :class:`~mmela.analysis.keys.KeyRecorder`); None where not
+          applicable.
+        - ``histogram`` (list[int] | None): :attr:`StageRecorder.histogram` over all
+          stages.
+        - ``decision`` (dict | None): What the policy would decide now, see
+          :meth:`~mmela.pruning.PruningDecision.to_dict`. Its layers include
+          attentions that are already pruned, without a divergence.
+        - ``left_out`` (list[str]): What is not applicable, and why.
 
     Raises:
-        ValueError: If the model has no layer attention, there is no image, or
-            the policy, the reduction or ``eps`` is unknown or out of range.
+        ValueError: If the model has no layer attention, if there is no image, or
+            if the policy, ``reduction`` or ``eps`` is unknown or out of range.
     """
     stages = attention_stages(model)
     if not stages:
@@ -293,7 +289,7 @@ def measure_attention(
         for recorder in recorders.values():
             recorder.__exit__()
     if not images:
-        raise ValueError('there is no image to measure on')
+        raise ValueError('there are no images to measure on')
 
     counts = [r.histogram.cpu() for r in recorders.values() if r.histogram is not None]
     result = dict(
@@ -316,17 +312,17 @@ def save_measurement(
     data: str,
     result: dict,
 ) -> dict:
-    """Write what was measured where the report looks for it.
+    """Write a measurement to ``layer_attention.json``, which the report reads.
 
     Args:
-        folder (Path): Folder for ``layer_attention.json``, which is made.
+        folder (Path): Folder of the file, which is created if needed.
         config (str | Path): Config of the network.
         checkpoint (str | Path): Its checkpoint.
-        data (str): What the images are, in words.
-        result (dict): Of :func:`measure_attention`.
+        data (str): Description of the images.
+        result (dict): Result of :func:`measure_attention`.
 
     Returns:
-        dict: What was written.
+        dict: The content of the file.
     """
     content = dict(
         format=2,
@@ -374,11 +370,11 @@ def _describe(recorder: StageRecorder) -> dict:
 
 
 def _maps(means: List[RunningMean], states: List[str]) -> Optional[dict]:
-    """Attention weights placed at the blocks that they are of.
+    """Arrange attention weights by block.
 
     Returns:
-        dict | None: ``mean``, T lists of T weights, and ``heads``, G such
-        maps; None stands where there is no weight.
+        dict | None: ``mean``, T lists of T weights, and ``heads``, G such maps, with
+        None for a missing weight.
     """
     active = [i for i, state in enumerate(states) if state == 'active']
     if not means or len(means) != len(active):
@@ -398,31 +394,31 @@ def _maps(means: List[RunningMean], states: List[str]) -> Optional[dict]:
 
 
 def _contributions(stage: AttentionStage) -> Optional[dict]:
-    """Of a recurrence with ``lambda_o``, see effective_contributions."""
-    found = [
+    """Contributions in a recurrence with ``lambda_o``, see effective_contributions."""
+    recurrent = [
         (index, attention)
         for index, (_, attention) in enumerate(stage_blocks(stage))
         if attention is not None
         and attention.active
         and isinstance(getattr(attention, 'lambda_o', None), Tensor)
     ]
-    if not found:
+    if not recurrent:
         return None
     weights = effective_contributions(
-        [a.lambda_o.detach().double().cpu() for _, a in found]
+        [a.lambda_o.detach().double().cpu() for _, a in recurrent]
     )
     return dict(
-        blocks=[index for index, _ in found],
+        blocks=[index for index, _ in recurrent],
         mean=weights.mean(1).tolist(),
         std=weights.std(1, unbiased=False).tolist(),
-        previous=getattr(found[0][1], 'previous', None),
+        previous=getattr(recurrent[0][1], 'previous', None),
     )
 
 
 def _judge(
     meter: NetworkKLMeter, policy: PruningPolicy, left_out: List[str]
 ) -> Optional[dict]:
-    """What the policy makes of the divergences, and what is pruned already."""
+    """Decide by the policy, and add attentions that are already pruned."""
     try:
         decision = meter.decide(policy)
     except ValueError as error:
@@ -430,14 +426,13 @@ def _judge(
         return None
     if all(layer.mapped is None for layer in decision.layers):
         left_out.append(
-            'curve of the policy: it maps no divergence, which '
-            'takes at least two different ones up to the quantile '
-            'and a policy with a mapping'
+            'curve of the policy: no divergence is mapped; that needs a policy with a '
+            'mapping and at least two different divergences up to the quantile'
         )
     known = {layer.name: layer for layer in decision.layers}
     reasons = {
-        AttentionState.VALUE_ONLY: '✕ pruned before, key and value stay',
-        AttentionState.PRUNED: '✕ pruned before',
+        AttentionState.VALUE_ONLY: '✕ already pruned, key and value stay',
+        AttentionState.PRUNED: '✕ already pruned',
     }
     layers = []
     for stage_name, stage in meter.stages.items():
@@ -450,47 +445,47 @@ def _judge(
 
 
 def _left_out(stages: Dict[str, dict]) -> List[str]:
-    """Say what does not apply to a network and why."""
+    """Explain what is not applicable to a network."""
     notes = []
     for name, stage in stages.items():
         kind = stage['attention']
         if not stage['prunable'] and stage['scores'] is None:
             notes.append(
                 f'attention maps, KL divergence and policy of {name}: {kind} '
-                'weighs no layers against each other by a distribution'
+                'computes no distribution over layers'
             )
         elif stage['scores'] is not None:
             notes.append(
-                f'KL divergence and policy of {name}: {kind} weighs by the norms of '
-                'the keys alone, and the pruning hook does not measure that'
+                f'KL divergence and policy of {name}: {kind} weighs layers only by the '
+                'norms of their keys, which the pruning hook does not measure'
             )
         elif stage['maps'] is None:
             notes.append(f'attention maps of {name}: no attention is active')
         if stage['queries'] is None:
             notes.append(
-                f'similarity of queries of {name}: there are no two active '
-                'attentions with a query of one vector per head'
+                f'similarity of queries of {name}: this needs two active attentions '
+                'with one query vector per head'
             )
         if stage['keys'] is None:
             notes.append(
-                f'similarity of keys of {name}: there are no two blocks with a key '
-                'of one vector per head'
+                f'similarity of keys of {name}: this needs two blocks with one key '
+                'vector per head'
             )
         if stage['features'] is None:
             notes.append(
-                f'similarity of features of {name}: there are no two '
-                'blocks with outputs of one shape'
+                f'similarity of features of {name}: this needs two blocks whose '
+                'outputs have the same shape'
             )
         if stage['contributions'] is None:
             notes.append(
-                f'effective contributions of {name}: {kind} has no active '
-                'recurrence with lambda_o, as MRLALight has'
+                f'effective contributions of {name}: this needs an active recurrence '
+                f'with lambda_o, such as MRLALight, but the attention is {kind}'
             )
     return _merge_stages(notes, stages)
 
 
 def _merge_stages(notes: List[str], stages: Dict[str, dict]) -> List[str]:
-    """Say once what holds for all stages."""
+    """Merge notes that apply to all stages."""
     merged: Dict[str, int] = {}
     plain = {}
     for note in notes:

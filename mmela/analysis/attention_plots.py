@@ -1,4 +1,4 @@
-"""Pictures of what :func:`mmela.analysis.measure_attention` measures."""
+"""Pictures of the measurements of :func:`mmela.analysis.measure_attention`."""
 
 import math
 import re
@@ -33,25 +33,24 @@ from ..visualization.drawing import (
     short_name,
 )
 
-# Blue to yellow, of evenly growing lightness: also without colour vision
+# Blue to yellow with even steps of lightness, readable without colour vision
 COLOURS = 'cividis'
 NOW = ('active', 'would be pruned')
 GONE = ('pruned', 'value_only')
 
 
 class Picture(NamedTuple):
-    """A picture and what to say about it.
+    """A picture with its title and caption.
 
     Attributes:
         name (str): File name without suffix.
         title (str): What it shows.
-        caption (str): How to read it, one or two sentences.
-        plot (Callable[[Figure, Theme], None]): For
+        caption (str): How to read it, in one or two sentences.
+        plot (Callable[[Figure, Theme], None]): Plot for
             :func:`mmela.visualization.drawing.draw`.
-        detail (bool): Whether it is one for a closer look, which a report
-            leaves out. Defaults to False.
-        stage (str): Name of the stage of which it is the map; empty for other
-            pictures, which is the default.
+        detail (bool): Whether it is a detail, which reports leave out. Defaults to
+            False.
+        stage (str): For an attention map, the name of its stage. Defaults to ''.
     """
 
     name: str
@@ -63,13 +62,13 @@ class Picture(NamedTuple):
 
 
 def attention_pictures(result: dict) -> Iterator[Picture]:
-    """All pictures that a measurement allows.
+    """Iterate over all pictures of a measurement.
 
     Args:
         result (dict): See :func:`mmela.analysis.measure_attention`.
 
     Yields:
-        Picture: One after the other, maps first.
+        Picture: The pictures, maps first.
     """
     stages = result['stages']
     for name, stage in stages.items():
@@ -78,9 +77,9 @@ def attention_pictures(result: dict) -> Iterator[Picture]:
             yield Picture(
                 f'maps_{file}',
                 f'Attention weights of {label}',
-                'Mean over images and heads. A row is the block that asks, a '
-                'column the block that it attends to; ✕ and hatching mark what '
-                'is pruned. Rows that look alike are redundant.',
+                'Mean over images and heads. Each row is the querying block, each '
+                'column the block it attends to; ✕ and hatching mark pruned '
+                'attentions. Rows that look alike are redundant.',
                 map_plot(stage),
                 stage=name,
             )
@@ -88,8 +87,8 @@ def attention_pictures(result: dict) -> Iterator[Picture]:
             yield Picture(
                 f'heads_{file}',
                 f'Attention weights of {label} by head',
-                'Mean over images, one map for each head, laid out as the map '
-                'of the mean; grey marks what is pruned.',
+                'Mean over images, one map per head, with rows and columns as in the '
+                'mean map; grey marks pruned attentions.',
                 heads_plot(stage),
                 True,
             )
@@ -97,11 +96,11 @@ def attention_pictures(result: dict) -> Iterator[Picture]:
             yield Picture(
                 f'scores_{file}',
                 f'Attention scores of {label} by head',
-                'Share of each block in what a block retrieves, mean over images, '
-                'for the first, the middle and the last head: a larger s '
-                'concentrates it on keys of large norm. "Before" is what was taken '
-                'over from the stage before. "At the limit" are weights of which '
-                'the exponent is cut to 10: such blocks weigh the same.',
+                'Share of each block in the retrieved features, averaged over images, '
+                'for the first, the middle and the last head. A larger s favours keys '
+                'with a large norm. "Before" is the memory of the previous stage. "At '
+                'the limit" are weights whose exponent is cut to 10, so that these '
+                'blocks weigh the same.',
                 scores_plot(stage),
             )
     if result['decision'] and any('active' in s['states'] for s in stages.values()):
@@ -109,52 +108,52 @@ def attention_pictures(result: dict) -> Iterator[Picture]:
         yield Picture(
             'kl',
             'KL divergence of adjacent active attentions',
-            'How much the weights of an attention differ from those of the '
-            'active one before it in its stage. Hatched: what the policy '
-            'would prune now; ✕ alone: what is pruned already.',
+            'How much the weights of an attention differ from those of the previous '
+            'active one in its stage. Hatched: the policy would prune it now. Only '
+            '✕: it is already pruned.',
             kl_plot(decision, NOW),
         )
         if any(layer.mapped is not None for layer in decision.layers):
             yield Picture(
                 'policy',
-                'What the policy makes of the divergences',
-                'Below the threshold is redundant. What is above the quantile '
-                'is not mapped and not shown.',
+                'Divergences mapped by the policy',
+                'Attentions below the threshold are redundant. Values above the '
+                'quantile are not mapped and not shown.',
                 mapping_plot(decision, NOW),
             )
     if any(stage['features'] for stage in stages.values()):
         yield Picture(
             'features',
             'Similarity of the features of adjacent blocks',
-            'Cosine similarity of the outputs of a block and the one before, '
-            'attention included: mean and standard deviation over images.',
+            'Cosine similarity between the outputs of a block and the previous one, '
+            'with attention: mean and standard deviation over images.',
             similarity_plot(stages, 'features'),
         )
     if any(stage['queries'] for stage in stages.values()):
         yield Picture(
             'queries',
             'Similarity of the queries of adjacent attentions',
-            'Absolute cosine similarity of the queries of an active attention '
-            'and the active one before, averaged over heads: mean and '
-            'standard deviation over images. Below, how often each value '
-            'occurs, without the first attention of a stage.',
+            'Absolute cosine similarity between the queries of an active attention '
+            'and the previous active one, averaged over heads: mean and standard '
+            'deviation over images. Below, the distribution of the values, without '
+            'the first attention of each stage.',
             similarity_plot(stages, 'queries', result['histogram']),
         )
     if any(stage.get('keys') for stage in stages.values()):
         yield Picture(
             'keys',
             'Similarity of the keys of the blocks',
-            'Cosine similarity of the keys of each two blocks of a stage, mean over '
-            'heads and images; above each map the mean over all pairs. 1 means '
-            'that they differ in length alone, 0 that one of them is all zeros.',
+            'Cosine similarity between the keys of every two blocks of a stage, '
+            'averaged over heads and images; above each map, the mean over all pairs. '
+            'Keys with similarity 1 differ only in length; a zero key gives 0.',
             keys_plot(stages),
         )
     if any(stage['contributions'] for stage in stages.values()):
         yield Picture(
             'contributions',
-            "What of a layer reaches its stage's last output",
+            'Contribution of each layer to the last output of its stage',
             'Product of |lambda_o| of the later layers: mean and standard '
-            'deviation over channels. 1 is undiminished.',
+            'deviation over channels. 1 means the full contribution.',
             contributions_plot(stages),
         )
 
@@ -167,7 +166,7 @@ def _file_name(name: str) -> str:
 
 
 def _array(rows: Sequence[Sequence[float]]) -> np.ma.MaskedArray:
-    """Weights with None where there is none, as a masked array."""
+    """Convert weights, with None for missing ones, to a masked array."""
     return np.ma.masked_invalid(np.array(rows, dtype=float))
 
 
@@ -192,7 +191,7 @@ def _hatch(
 
 
 def _hatch_pruned(axes: Axes, states: Sequence[str], theme: Theme) -> None:
-    """Hatch rows that ask nothing and columns that nobody can attend to."""
+    """Hatch rows without attention and columns that cannot be attended to."""
     for i, state in enumerate(states):
         if state == 'active':
             continue
@@ -226,7 +225,7 @@ def map_plot(stage: dict) -> Plot:
 
     def plot(figure: Figure, theme: Theme) -> None:
         figure.set_size_inches(WIDTH, min(1.6 + 0.45 * count, 4.1))
-        # The other layouts push the labels of a map as wide as this out.
+        # Other layouts push the labels of such a wide map out of the picture
         figure.set_layout_engine('compressed')
         axes = figure.subplots()
         _colourbar(figure, _draw_map(axes, stage, theme), axes, theme)
@@ -270,9 +269,9 @@ def _draw_weights(
     theme: Theme,
     before: Optional[Sequence[float]] = None,
 ) -> AxesImage:
-    """Draw weights of a stage, a column for each block.
+    """Draw the weights of a stage, with one column per block.
 
-    ``before`` are weights of something before the first block, if any.
+    ``before`` adds a column for the memory of the previous stage.
     """
     weights = _array(rows)
     count = len(states)
@@ -307,7 +306,7 @@ def _number_cells(
     left: int,
     dark: Callable[[float], bool],
 ) -> None:
-    """Write the values of a map into its cells, which begin at ``left``."""
+    """Write the values of a map into its cells; ``left`` is the first column."""
     for row, column in zip(*np.nonzero(~np.ma.getmaskarray(values))):
         value = values[row, column]
         axes.text(
@@ -369,7 +368,7 @@ def keys_plot(stages: dict) -> Plot:
         :func:`mmela.visualization.drawing.draw`.
     """
     shown = {name: stage['keys'] for name, stage in stages.items() if stage.get('keys')}
-    # From 0 on where nothing is below, so that pictures compare
+    # Start at 0 if possible, so that pictures are comparable
     low = 0 if min(np.min(keys['mean']) for keys in shown.values()) >= 0 else -1
     middle = (low + 1) / 2
     columns = len(shown) if len(shown) < 4 else math.ceil(len(shown) / 2)
@@ -401,7 +400,7 @@ def keys_plot(stages: dict) -> Plot:
 
 
 def heads_plot(stage: dict) -> Plot:
-    """Attention weights of each head of a stage, all in one picture.
+    """Attention weights of all heads of a stage in one picture.
 
     Args:
         stage (dict): One of ``stages`` of a measurement, with maps.
@@ -414,7 +413,7 @@ def heads_plot(stage: dict) -> Plot:
     count = len(stage['states'])
     columns = math.ceil(math.sqrt(len(heads)))
     rows = math.ceil(len(heads) / columns)
-    # One image of all maps: as many axes would take a minute to lay out.
+    # A single image, because one axes per map would take a minute to lay out
     gap = max(1, round(count / 8))
     pitch = count + gap
     canvas, gone = np.full((2, rows * pitch - gap, columns * pitch - gap), np.nan)
@@ -431,7 +430,7 @@ def heads_plot(stage: dict) -> Plot:
         axes.imshow(gone, cmap=ListedColormap([theme.faint]))
         for index in range(len(heads)):
             y, x = (pitch * i for i in divmod(index, columns))
-            # The corner of what is not computed yet
+            # In the empty corner above the diagonal
             axes.text(
                 x + count - 0.6,
                 y - 0.4,
@@ -453,7 +452,7 @@ def heads_plot(stage: dict) -> Plot:
 
 
 def _series(axes: Axes, stages: dict, key: str, theme: Theme) -> None:
-    """A line with deviations for each stage, pruned blocks marked."""
+    """Draw a line with error bars for each stage, and mark pruned blocks."""
     shown = {name: s for name, s in stages.items() if s[key]}
     for index, (name, stage) in enumerate(shown.items()):
         values = stage[key]
@@ -463,7 +462,7 @@ def _series(axes: Axes, stages: dict, key: str, theme: Theme) -> None:
             x = [v['blocks'][-1] for v in values]
             y, std = ([v[k] for v in values] for k in ('mean', 'std'))
         colour = theme.lines[index % len(theme.lines)]
-        # Beside each other where stages have blocks of the same index
+        # Offset stages, since their blocks have the same indices
         shift = 0.08 * (index - (len(shown) - 1) / 2)
         axes.errorbar(
             np.array(x) + shift,
@@ -513,7 +512,7 @@ def similarity_plot(stages: dict, key: str, histogram: Sequence[int] = None) -> 
         axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
         _series(axes[0], stages, key, theme)
         axes[0].set(
-            xlabel='block (✕ pruned), compared with the one before',
+            xlabel='block (✕ pruned), compared with the previous one',
             ylabel=f'{absolute}cosine similarity',
         )
         low = min(v['mean'] - v['std'] for s in stages.values() for v in s[key] or [])

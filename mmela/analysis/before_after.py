@@ -1,4 +1,4 @@
-"""What a network finds on validation images, before its first pruning and last."""
+"""Compare predictions on validation images before the first pruning and at the end."""
 
 import io
 import json
@@ -25,9 +25,9 @@ from .work_dir import Run
 
 FOLDER = 'before_after'
 FORMAT = 1
-# Areas in pixels where COCO has objects begin to be medium and large
+# Areas in pixels from which COCO counts objects as medium and as large
 _SIZES = (32**2, 96**2)
-THRESHOLD = 0.5  # score from which all boxes are drawn
+THRESHOLD = 0.5  # minimum score of boxes that are always drawn
 COLORS = dict(truth=LIGHT.lines[2], right=LIGHT.kept, wrong=LIGHT.pruned)
 _EDGE = 512  # pixels of a picture's longer side
 _SHOWN = dict(detections=4, classes=6)
@@ -39,9 +39,9 @@ class Pair:
     """Checkpoints to compare.
 
     Attributes:
-        before (Path | None): From before the first pruning; None without one.
+        before (Path | None): The one from before the first pruning, if any.
         after (Path): The last one.
-        note (str): What is missing, or else; empty if nothing is.
+        note (str): Remark on a missing checkpoint; empty if none is missing.
     """
 
     before: Optional[Path]
@@ -50,14 +50,14 @@ class Pair:
 
 
 def find_pair(run: Run) -> Optional[Pair]:
-    """The last checkpoint before the first pruning of a run, and the final one.
+    """Find the last checkpoint before the first pruning, and the final one.
 
     Args:
         run (Run): The run.
 
     Returns:
-        Pair | None: Where none is left from before the first pruning, the
-        earliest from before a later one takes its place. None without any
+        Pair | None: The pair; if no checkpoint from before the first pruning is left,
+        the earliest one from before the last pruning replaces it. None without any
         checkpoint.
     """
     if run.checkpoint is None:
@@ -66,26 +66,26 @@ def find_pair(run: Run) -> Optional[Pair]:
     if not prunings:
         return Pair(None, run.checkpoint, 'Nothing was pruned in this run.')
     first, last = prunings[0], prunings[-1]
-    assert first.window is not None and last.window is not None  # of a run
+    assert first.window is not None and last.window is not None  # set in runs
     kept = run.work_dir / UNPRUNED
     if kept.is_file() and read_state_dict(kept)[0].get('iter') == first.iteration:
         return Pair(kept, run.checkpoint)
-    # The hook prunes before the checkpoint of its epoch is written.
+    # The hook prunes before mmengine writes the checkpoint of that epoch
     numbered = run.numbered_checkpoints()
     earlier = [n for n in numbered if n < first.window[1]]
     if earlier:
         return Pair(numbered[max(earlier)], run.checkpoint)
     note = (
-        f'No checkpoint is left from before the first pruning, after {first.unit} '
-        f'{first.window[1]}. LayerAttentionPruningHook keeps one, {UNPRUNED}, unless '
-        'keep_unpruned=False; so does a larger max_keep_ckpts of the CheckpointHook, '
-        'if one was saved that early.'
+        f'There is no checkpoint from before the first pruning, after {first.unit} '
+        f'{first.window[1]}. LayerAttentionPruningHook saves one, {UNPRUNED}, unless '
+        'keep_unpruned=False. A larger max_keep_ckpts of the CheckpointHook can keep '
+        'one, too.'
     )
     later = [n for n in numbered if n < last.window[1]]
     if not later:
         return Pair(None, run.checkpoint, note)
     before = numbered[min(later)]
-    note += f' The earliest that is less pruned than the last is {before.name}.'
+    note += f' This page uses {before.name}, the earliest from before the last pruning.'
     return Pair(before, run.checkpoint, note)
 
 
@@ -94,15 +94,15 @@ def measure_before_after(
 ) -> Path:
     """Detect or classify validation images with both networks of a run.
 
-    What it finds lies in ``before_after/`` in the work directory:
-    ``before_after.json`` and the pictures, for :func:`mmela.analysis.make_report`.
-    If they are there already, of the same checkpoints and as many images, nothing
-    is done.
+    It writes ``before_after.json`` and pictures to ``before_after/`` in the work
+    directory, for :func:`mmela.analysis.make_report`. If they exist for the same
+    checkpoints and number of images, it does nothing.
 
     Args:
         work_dir (str | Path): Work directory of a run.
-        images (int): Most images, evenly spaced. Defaults to 100.
-        device (str, optional): Defaults to None: an accelerator if there is one.
+        images (int): Maximum number of images, evenly spaced. Defaults to 100.
+        device (str, optional): Device to run on. Defaults to None: an accelerator if
+            there is one, or else the CPU.
 
     Returns:
         Path: ``before_after.json``.
@@ -110,8 +110,8 @@ def measure_before_after(
     Raises:
         OSError: If the data are missing.
         SystemExit: If the config cannot be read.
-        ValueError: If there is no checkpoint, it does not fit the config, or it
-            is of neither a detector nor a classifier.
+        ValueError: If there is no checkpoint, if it does not fit the config, or if
+            the network is neither a detector nor a classifier.
     """
     run = Run(work_dir)
     pair = find_pair(run)
@@ -128,7 +128,7 @@ def measure_before_after(
             if record['stamp'] == stamp:
                 return out
         except ValueError:
-            pass  # damaged: measure anew
+            pass  # damaged; measure again
     config = run.config_path
     if config is None:
         raise ValueError(f'{run.work_dir} has no config')
@@ -151,10 +151,10 @@ def measure_before_after(
         sides={},
     )
     judge = _judge_detections if kind == 'detections' else _judge_classes
-    for side, found in sides.items():
-        judged = judge(infos, found['predictions'], result['classes'])
-        found['right'] = judged.pop('right')
-        result['sides'][side] = dict(found['about'], **judged)
+    for side, predicted in sides.items():
+        judged = judge(infos, predicted['predictions'], result['classes'])
+        predicted['right'] = judged.pop('right')
+        result['sides'][side] = dict(predicted['about'], **judged)
     show = _show_detections if kind == 'detections' else _show_classes
     result['shown'] = show(infos, sides, result['classes'], out.parent)
     text = json.dumps(result, default=float)
@@ -166,10 +166,10 @@ def measure_before_after(
 def _predict(
     config: Path, checkpoint: Path, images: int, device: Optional[str]
 ) -> Dict[str, Any]:
-    """Predictions of a checkpoint for validation images, as plain arrays."""
+    """Predict validation images with a checkpoint; return plain arrays."""
     cfg, network = load_network(config, checkpoint, device=device)
     if cfg.model.type.rpartition('.')[2] == 'RPN':
-        raise ValueError(f'{config.name} is of proposals, which have no class')
+        raise ValueError(f'{config.name} only has region proposals, without classes')
     model: Any = network
     attentions = layer_attentions(model)
     meta = read_state_dict(checkpoint)[0]
@@ -179,18 +179,20 @@ def _predict(
     for batch in track(loader, description=checkpoint.name):
         for sample in model.val_step(batch):
             if 'pred_instances' in sample:
-                found = sample.pred_instances.cpu().numpy()
+                instances = sample.pred_instances.cpu().numpy()
                 predictions.append(
                     dict(
-                        bboxes=np.asarray(found.bboxes, dtype=float),
-                        scores=np.asarray(found.scores, dtype=float),
-                        labels=found.labels,
+                        bboxes=np.asarray(instances.bboxes, dtype=float),
+                        scores=np.asarray(instances.scores, dtype=float),
+                        labels=instances.labels,
                     )
                 )
             elif 'pred_score' in sample:
                 predictions.append(sample.pred_score.cpu().numpy())
             else:
-                raise ValueError(f'{config.name} is of no detector and no classifier')
+                raise ValueError(
+                    f'{config.name} is neither a detector nor a classifier'
+                )
     return dict(
         kind='detections' if isinstance(predictions[0], dict) else 'classes',
         predictions=predictions,
@@ -210,40 +212,40 @@ def _predict(
 
 
 def _objects(info: dict) -> List[dict]:
-    """Annotated objects of an image, crowds not."""
+    """Annotated objects of an image, without crowds."""
     return [x for x in info['instances'] if not x.get('ignore_flag')]
 
 
 def coco_evaluation(
     infos: Sequence[dict], predictions: Sequence[dict], classes: Sequence[str]
 ) -> Any:
-    """Evaluate boxes by pycocotools.
+    """Evaluate boxes with pycocotools.
 
     Args:
         infos (Sequence[dict]): ``width``, ``height`` and ``instances`` of each
-            image, as mmdet's data sets give them.
-        predictions (Sequence[dict]): ``bboxes`` (n, 4) by their corners,
+            image, as in mmdet's data sets.
+        predictions (Sequence[dict]): ``bboxes`` (n, 4) as corners,
             ``scores`` (n, ) and ``labels`` (n, ) for each image.
         classes (Sequence[str]): Names of the classes.
 
     Returns:
-        COCOeval: With ``eval['precision']``, (10, 101, classes, 4, 3), and
-        ``eval['recall']``.
+        COCOeval: The evaluation, with ``eval['precision']``,
+        (10, 101, classes, 4, 3), and ``eval['recall']``.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    truth, found = [], []
+    truth, detected = [], []
     for image, (info, prediction) in enumerate(zip(infos, predictions), 1):
         for x in info['instances']:
             truth.append(_annotation(image, x['bbox'], x['bbox_label']))
             truth[-1].update(id=len(truth), iscrowd=int(x.get('ignore_flag', 0)))
         for box, score, label in zip(*(prediction[k] for k in _KEYS)):
-            found.append(dict(_annotation(image, box, label), score=float(score)))
-            found[-1].update(id=len(found), iscrowd=0)
-    with redirect_stdout(io.StringIO()):  # pycocotools tells what it does
+            detected.append(dict(_annotation(image, box, label), score=float(score)))
+            detected[-1].update(id=len(detected), iscrowd=0)
+    with redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         apis = [COCO(), COCO()]
-        for api, annotations in zip(apis, (truth, found)):
+        for api, annotations in zip(apis, (truth, detected)):
             api.dataset = dict(
                 images=[dict(id=image) for image in range(1, len(infos) + 1)],
                 categories=[dict(id=i, name=name) for i, name in enumerate(classes)],
@@ -274,7 +276,7 @@ def _judge_detections(
     infos: Sequence[dict], predictions: Sequence[dict], classes: Sequence[str]
 ) -> dict:
     evaluation = coco_evaluation(infos, predictions, classes)
-    # IoU, recall, class; of objects of all sizes, at most 100 detections
+    # (IoU, recall, class) for objects of all sizes and at most 100 detections
     precision = evaluation.eval['precision'][:, :, :, 0, -1]
     valid = np.where(precision > -1, precision, np.nan)
     known = ~np.isnan(valid[0, 0])
@@ -313,16 +315,16 @@ def _judge_detections(
 
 
 def choose_images(infos: Sequence[dict], number: int) -> List[int]:
-    """Choose images to show: with objects of all sizes, and not too many.
+    """Choose images to show, with objects of all sizes but not too many.
 
     Args:
         infos (Sequence[dict]): See :func:`coco_evaluation`.
-        number (int): How many.
+        number (int): Number of images.
 
     Returns:
-        list[int]: Indices in their order: of the images that have most of
-        COCO's sizes small, medium and large, and of those the ones with the
-            nearest to five objects, evenly spaced ones.
+        list[int]: Indices in ascending order. Images rank by how many of COCO's sizes
+        (small, medium, large) they have, then by how close they are to five objects;
+        the result is evenly spaced among the best three times ``number``.
     """
 
     def rank(info: dict) -> Tuple[int, int]:
@@ -345,9 +347,8 @@ def choose_boxes(scores: np.ndarray, objects: int) -> np.ndarray:
         objects (int): Number of annotated objects.
 
     Returns:
-        np.ndarray: Indices of those with a score of 0.5 or more; of a network
-        that is less sure, of as many of the best as there are objects. The best
-        comes last, to be drawn on top.
+        np.ndarray: Indices of the boxes with a score of at least 0.5, but at least as
+        many as there are objects. The best box comes last, to be drawn on top.
     """
     number = max(objects, int((scores >= THRESHOLD).sum()))
     return np.argsort(-scores, kind='stable')[:number][::-1]
@@ -369,10 +370,10 @@ def _show_detections(
         texts = [classes[x['bbox_label']] for x in objects]
         drawn = dict(truth=(boxes, texts, [COLORS['truth']] * len(boxes)))
         counts = {}
-        for side, found in sides.items():
-            prediction = found['predictions'][index]
+        for side, predicted in sides.items():
+            prediction = predicted['predictions'][index]
             keep = choose_boxes(prediction['scores'], len(objects))
-            right = found['right'][index][keep]
+            right = predicted['right'][index][keep]
             labels = prediction['labels'][keep]
             scores = np.floor(100 * prediction['scores'][keep]).astype(int)
             texts = [f'{classes[i]} {score}' for i, score in zip(labels, scores)]
@@ -405,7 +406,7 @@ def _with_boxes(
     texts: Sequence[str],
     colors: Sequence[str],
 ) -> np.ndarray:
-    """An image with boxes and their names."""
+    """Draw labelled boxes into an image."""
     visualizer.set_image(image)
     for box, text, color in zip(boxes, texts, colors):
         visualizer.draw_bboxes(torch.tensor(box), edge_colors=color, line_widths=3)
@@ -424,7 +425,7 @@ def _with_boxes(
 
 
 def _label(info: dict) -> Optional[int]:
-    """The class of an image, if it is one."""
+    """The class of an image; None unless it has exactly one."""
     label = np.asarray(info['gt_label']).reshape(-1)
     return int(label[0]) if len(label) == 1 else None
 
@@ -463,8 +464,8 @@ def _show_classes(
         entry: Dict[str, Any] = dict(
             image=Path(info['img_path']).name, picture=name, truth=labels.tolist()
         )
-        for side, found in sides.items():
-            scores = found['predictions'][index]
+        for side, predicted in sides.items():
+            scores = predicted['predictions'][index]
             top = np.argsort(-scores, kind='stable')[:_TOP]
             entry[side] = [[int(i), float(scores[i])] for i in top]
         shown.append(entry)

@@ -1,4 +1,4 @@
-"""Pictures of what a network finds before its first pruning and at the end."""
+"""Pictures of predictions before the first pruning and at the end."""
 
 from pathlib import Path
 from typing import List, Sequence, Union
@@ -12,21 +12,22 @@ from .before_after import FOLDER
 from .records import BeforeAfter, read_record
 
 SIDES = ('before', 'after')
-# Classes with a curve of their own: more would be too small to read
+# Maximum number of classes with a curve each; more would be too small to read
 CURVES = 7
 
 
 def read_before_after(work_dir: Union[str, Path]) -> Union[BeforeAfter, dict]:
-    """What :func:`~mmela.analysis.before_after.measure_before_after` has found.
+    """Read the result of :func:`~mmela.analysis.before_after.measure_before_after`.
 
     Args:
         work_dir (str | Path): Work directory of a run.
 
     Returns:
-        BeforeAfter | dict: What ``before_after.json`` holds; empty if there is none.
+        BeforeAfter | dict: Content of ``before_after.json``; empty if it does not
+        exist.
 
     Raises:
-        ValueError: If it cannot be read.
+        ValueError: If the file is invalid.
     """
     path = Path(work_dir) / FOLDER / f'{FOLDER}.json'
     if not path.is_file():
@@ -35,7 +36,7 @@ def read_before_after(work_dir: Union[str, Path]) -> Union[BeforeAfter, dict]:
 
 
 def stands_for(side: dict) -> str:
-    """Which network a side of the comparison is, in words."""
+    """Describe the network on one side of the comparison."""
     when = 'epoch', side['epoch']
     if not side['epoch']:
         when = 'iteration', side['iteration']
@@ -43,7 +44,7 @@ def stands_for(side: dict) -> str:
 
 
 def curves_plot(result: dict) -> Plot:
-    """Precision over recall at IoU 0.5: of all classes, and of each.
+    """Precision over recall at IoU 0.5, for all classes together and for each one.
 
     Args:
         result (dict): See :func:`read_before_after`.
@@ -109,8 +110,8 @@ def detections_plot(
 
     Args:
         work_dir (str | Path): Work directory of the run.
-        result (dict): See :func:`read_before_after`; of a detector.
-        rows (Sequence[int]): Which of the images shown.
+        result (dict): See :func:`read_before_after`; it must be for a detector.
+        rows (Sequence[int]): Indices of the shown images to draw.
 
     Returns:
         Callable[[Figure, Theme], None]: Plot, 12 inches wide.

@@ -1,4 +1,4 @@
-"""Score-CAM of residual blocks: where in an image a block's features count."""
+"""Score-CAM of residual blocks: which parts of an image a block's features use."""
 
 import copy
 from contextlib import ExitStack
@@ -21,8 +21,8 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        'Score-CAM needs pytorch-grad-cam, which is not installed whole '
-        f'({error}): pip install grad-cam==1.5.5'
+        f'Score-CAM needs pytorch-grad-cam ({error}); install it with: pip install '
+        'grad-cam==1.5.5'
     ) from error
 
 IOU_THRESHOLD = 0.5
@@ -31,20 +31,20 @@ IOU_THRESHOLD = 0.5
 class StreamedScoreCAM(ScoreCAM):
     """Score-CAM (Wang et al., 2020) of one image, a few channels at a time.
 
-    The library's own masks the image with all channels at once: 26 GB for the
-    2048 channels of a ResNet-50's last block at 800x1333 pixels.
+    The class in the library masks the image with all channels at once, which takes
+    26 GB for the 2048 channels of a ResNet-50's last block at 800x1333 pixels.
 
     Args:
-        model (nn.Module): From images, (B, 3, H, W), to ``B`` outputs.
+        model (nn.Module): Model from images, (B, 3, H, W), to ``B`` outputs.
         layer (nn.Module): Layer whose output to explain.
-        batch_size (int): Masked images run at a time. Defaults to 16.
-        max_channels (int, optional): Use only so many channels, those that
-            vary most over the image; the others get no weight. Defaults to
-            None, all of them, which is Score-CAM as published.
-        progress (Callable[[int], None], optional): Called after each batch
-            with the number of its images. Defaults to None.
-        reshape_transform (Callable[[Tensor], Tensor], optional): Makes the
-            output (B, C, h, w) where it is not. Defaults to None.
+        batch_size (int): Number of masked images per batch. Defaults to 16.
+        max_channels (int, optional): Number of channels to use, those that vary most
+            over the image; the others get no weight. Defaults to None: all channels,
+            as published.
+        progress (Callable[[int], None], optional): Called after each batch with its
+            number of images. Defaults to None.
+        reshape_transform (Callable[[Tensor], Tensor], optional): Converts the output
+            to (B, C, h, w) if needed. Defaults to None.
     """
 
     def __init__(
@@ -70,20 +70,20 @@ class StreamedScoreCAM(ScoreCAM):
         activations: np.ndarray,
         grads: Optional[np.ndarray],
     ) -> np.ndarray:
-        """Weight of each channel: softmax of the score that its mask gets.
+        """Compute the weight of each channel: the softmax over scores of its mask.
 
         Args:
             input_tensor (Tensor): The image, (1, 3, H, W).
             target_layer (nn.Module): The layer.
-            targets (Sequence[Callable[[Any], Tensor]]): The score of an
-                output; one entry.
+            targets (Sequence[Callable[[Any], Tensor]]): One function that scores an
+                output.
             activations (ndarray): Output of the layer, (1, C, h, w).
             grads (ndarray | None): Not used.
 
         Returns:
-            ndarray: (1, C).
+            ndarray: The weights, (1, C).
         """
-        # Or the hooks would keep the activations of all masked images.
+        # Otherwise the hooks keep the activations of all masked images
         self.activations_and_grads.release()
         maps = torch.from_numpy(activations[0]).float()
         channels = select_channels(maps, self.max_channels)
@@ -107,11 +107,11 @@ class StreamedScoreCAM(ScoreCAM):
 
 
 def select_channels(maps: Tensor, number: Optional[int]) -> Tensor:
-    """Indices of the channels that vary most.
+    """Select the channels that vary most.
 
     Args:
         maps (Tensor): Activations, (C, h, w).
-        number (int | None): How many; None for all.
+        number (int | None): Number of channels; None for all.
 
     Returns:
         Tensor: Indices in ascending order.
@@ -123,13 +123,13 @@ def select_channels(maps: Tensor, number: Optional[int]) -> Tensor:
 
 
 class DetectorOutputs(nn.Module):
-    """A detector of mmdet as pytorch-grad-cam expects detectors.
+    """A detector of mmdet with the interface that pytorch-grad-cam expects.
 
     Args:
-        model (nn.Module): The detector. It loses its mask head: what only
-            costs time here.
-        data_sample (DetDataSample): What belongs to the image, which all
-            images of a batch are variants of.
+        model (nn.Module): The detector. Its mask head is removed, because it would
+            only cost time.
+        data_sample (DetDataSample): Sample of the image; all images of a batch are
+            variants of it.
     """
 
     def __init__(self, model: nn.Module, data_sample) -> None:
@@ -141,7 +141,7 @@ class DetectorOutputs(nn.Module):
             roi_head.mask_head = None
 
     def forward(self, inputs: Tensor) -> List[Dict[str, Tensor]]:
-        """Detect.
+        """Detect objects.
 
         Args:
             inputs (Tensor): Normalised images, (B, 3, H, W).
@@ -155,7 +155,7 @@ class DetectorOutputs(nn.Module):
             sample.pred_instances
             for sample in self.model(inputs, samples, mode='predict')
         ]
-        # The library's target puts its boxes on the GPU if there is one.
+        # The library's target puts its boxes on the GPU if there is one
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
         return [
             dict(
@@ -179,26 +179,25 @@ def is_detector(model: nn.Module) -> bool:
     if 'BaseClassifier' in names:
         return False
     raise ValueError(
-        f'{type(model).__name__} is neither a detector of mmdet '
-        'nor a classifier of mmpretrain'
+        f'{type(model).__name__} is neither a detector of mmdet nor a classifier of '
+        'mmpretrain'
     )
 
 
 def target_layers(model: nn.Module) -> Dict[str, Any]:
-    """The modules that put out what each block hands to the next one.
+    """Find the blocks of a backbone, whose outputs include layer attention.
 
     Args:
-        model (nn.Module): A model whose backbone is a ResNet, with or without
-            layer attention, another network of (B, C, H, W) features with
-            layer attention, or a vision transformer of MMPretrain such as DeiT.
+        model (nn.Module): A model whose backbone is a ResNet, with or without layer
+            attention; another network with (B, C, H, W) features and layer attention;
+            or a vision transformer of MMPretrain such as DeiT.
 
     Returns:
-        dict[str, nn.Module]: By the name of the block
-        in the backbone, such as ``layer1.2``, in order: what a forward hook sees
-        the output of the block with that of its layer attention at.
+        dict[str, nn.Module]: The blocks in order, by their names in the backbone,
+        such as ``layer1.2``.
 
     Raises:
-        ValueError: If the backbone is another one.
+        ValueError: If the backbone is of another kind.
     """
     backbone = getattr(model, 'backbone', nn.Module())
     layers: Dict[str, Any] = {}
@@ -214,32 +213,31 @@ def target_layers(model: nn.Module) -> Dict[str, Any]:
             layers.update(stage.blocks)
     if not layers:
         raise ValueError(
-            f'the backbone of {type(model).__name__} has no '
-            'residual blocks with features of (B, C, H, W), and is no vision '
-            'transformer of MMPretrain'
+            f'the backbone of {type(model).__name__} has no residual blocks with '
+            '(B, C, H, W) features and is not a vision transformer of MMPretrain'
         )
     return layers
 
 
 def target_layer(model: nn.Module, name: str) -> nn.Module:
-    """One of :func:`target_layers`.
+    """Look up one of the :func:`target_layers`.
 
     Args:
         model (nn.Module): A model.
         name (str): Name of the block, such as ``layer1.2``.
 
     Returns:
-        nn.Module: The module.
+        nn.Module: The block.
 
     Raises:
-        ValueError: If there is no such block.
+        ValueError: If the name is unknown.
     """
     layers = target_layers(model)
     if name.startswith('backbone.'):
         name = name[len('backbone.') :]
     if name not in layers:
         raise ValueError(
-            f'{name} is no block of the backbone; allowed are {", ".join(layers)}'
+            f'the backbone has no block {name}; allowed are {", ".join(layers)}'
         )
     return layers[name]
 
@@ -253,29 +251,27 @@ def last_blocks(model: nn.Module) -> List[str]:
 class ImageCAM:
     """Score-CAMs of blocks of one or two networks for one image.
 
-    All networks are asked about the same target, so that their maps can be
-    compared: what the first of them predicts, unless a class is given.
+    All networks use the same target, so that their maps are comparable: the prediction
+    of the first network, unless a class is given.
 
-    A classifier is scored by the logit of the class. A detector is scored
-    over the detections of the unmasked image by the first network: of each,
-    the IoU with its best match plus the score of that match if their IoU is
-    above 0.5 and their labels agree, else 0; the sum of it is the
-    ``FasterRCNNBoxScoreTarget`` of pytorch-grad-cam.
+    The score of a classifier is the logit of the class. The score of a detector is a
+    sum over the detections of the first network in the unmasked image. Each detection
+    adds the IoU with its best match plus the score of that match, if the IoU exceeds
+    0.5 and the labels agree, or else 0. This is ``FasterRCNNBoxScoreTarget`` of
+    pytorch-grad-cam.
 
     Args:
-        models (Sequence[nn.Module]): The networks, of one toolbox and with
-            the same classes.
-        batch (dict): The image as a batch of one, of the test pipeline.
-        target (int, optional): Class of a classifier. Defaults to None, the
-            predicted one.
-        score_thr (float): Least score of a detection that counts. Defaults to
-            0.3.
+        models (Sequence[nn.Module]): Networks of one toolbox with the same classes.
+        batch (dict): The image as a batch of one, from the test pipeline.
+        target (int, optional): Class for a classifier. Defaults to None: the
+            predicted class.
+        score_thr (float): Minimum score of a detection. Defaults to 0.3.
 
     Attributes:
-        target (str): What the networks are asked about, in words.
+        target (str): Description of the target.
 
     Raises:
-        ValueError: If there is no such class, or nothing is detected.
+        ValueError: If ``target`` is out of range, or nothing is detected.
     """
 
     def __init__(
@@ -301,7 +297,8 @@ class ImageCAM:
         if is_detector(self.models[0]):
             if target is not None:
                 raise ValueError(
-                    f'target={target} is for classifiers; the network is a detector'
+                    f'target={target} is only for classifiers, but the network is a '
+                    'detector'
                 )
             self._target = self._detections(output, score_thr)
         else:
@@ -310,7 +307,7 @@ class ImageCAM:
     def _class(self, logits: Tensor, target: Optional[int]) -> Callable:
         if target is not None and not 0 <= target < len(logits):
             raise ValueError(
-                f'target={target} is no class; allowed are 0 to {len(logits) - 1}'
+                f'target={target} is not a class; allowed are 0 to {len(logits) - 1}'
             )
         category = int(logits.argmax()) if target is None else target
         kind = 'predicted class' if target is None else 'class'
@@ -323,12 +320,12 @@ class ImageCAM:
         if not count:
             best = output['scores'].max().item() if len(output['scores']) else 0
             raise ValueError(
-                f'nothing is detected with a score of {score_thr:g} or more; '
-                f'the best score is {best:.3g}'
+                f'nothing is detected with a score of at least {score_thr:g}; the best '
+                f'score is {best:.3g}. Lower score_thr'
             )
         self.target = (
             f'{count} detection{"s" if count > 1 else ""} with a '
-            f'score of {score_thr:g} or more'
+            f'score of at least {score_thr:g}'
         )
         return FasterRCNNBoxScoreTarget(
             output['labels'][chosen].cpu().numpy(),
@@ -337,16 +334,15 @@ class ImageCAM:
         )
 
     def compute(self, index: int, block: str, **kwargs) -> np.ndarray:
-        """Score-CAM of a block.
+        """Compute the Score-CAM of a block.
 
         Args:
-            index (int): Which of the networks.
+            index (int): Index of the network.
             block (str): Name of the block, such as ``layer1.2``.
-            **kwargs: Of :class:`StreamedScoreCAM`.
+            **kwargs: Arguments of :class:`StreamedScoreCAM`.
 
         Returns:
-            ndarray: (h, w), from 0 to 1, without the padding of the network's
-            input.
+            ndarray: The map, (h, w), from 0 to 1, without the padding of the input.
         """
         model = self.models[index]
         layer = target_layer(model, block)
@@ -363,14 +359,14 @@ class ImageCAM:
         return np.clip(result[:height, :width], 0, 1)
 
     def notes(self, index: int) -> Dict[str, str]:
-        """What to say about each block, from this image alone.
+        """Describe each block, measured on this image alone.
 
         Args:
-            index (int): Which of the networks.
+            index (int): Index of the network.
 
         Returns:
-            dict[str, str]: By block: its KL divergence from the active
-            attention before, or that it is pruned.
+            dict[str, str]: For each block, its KL divergence from the previous active
+            attention, or that its attention is pruned.
         """
         model = self.models[index]
         stages = attention_stages(model)
@@ -398,14 +394,14 @@ class ImageCAM:
 
 
 def channel_count(model: nn.Module, block: str) -> int:
-    """Channels of a block's output, for a progress bar.
+    """Number of channels of a block's output, for a progress bar.
 
     Args:
         model (nn.Module): A model with a backbone of residual blocks.
         block (str): Name of the block.
 
     Returns:
-        int: The number.
+        int: The number of channels.
     """
     target_layer(model, block)
     name = block[len('backbone.') :] if block.startswith('backbone.') else block

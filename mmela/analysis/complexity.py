@@ -1,4 +1,4 @@
-"""What networks cost, and what pruning saves: FLOPs, parameters, memory."""
+"""Cost of networks and savings by pruning: FLOPs, parameters, memory."""
 
 import math
 from dataclasses import dataclass
@@ -25,12 +25,11 @@ class Complexity:
     """Cost of a backbone between two prunings.
 
     Attributes:
-        label (str): From when on, such as ``'after epoch 1'``.
-        active (int): Active attentions.
-        flops (float): Of one image, a multiplication with its addition
-            counted once. Elementwise operations, the weighted sum of the
-            values among them, are not counted.
-        parameters (int): Parameters in use.
+        label (str): Start of the period, such as ``'after epoch 1'``.
+        active (int): Number of active attentions.
+        flops (float): Multiply-adds for one image. Elementwise operations, such as
+            the weighted sum of the values, are not counted.
+        parameters (int): Number of parameters in use.
     """
 
     label: str
@@ -40,15 +39,14 @@ class Complexity:
 
 
 def input_size(cfg: Config) -> Tuple[int, int]:
-    """Image size that a config tests with.
+    """Image size of a config's test pipeline.
 
     Args:
         cfg (Config): Config of an mmdet or mmpretrain project.
 
     Returns:
-        tuple[int, int]: Height and width in pixels: of the last crop or resize
-        to a fixed size in the test pipeline, 32 x 32 for CIFAR, or else
-        224 x 224.
+        tuple[int, int]: Height and width in pixels after the last crop or resize to a
+        fixed size; or else 32 x 32 for CIFAR and 224 x 224 for other data.
     """
     size = None
     dataset = (cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}).get(
@@ -57,32 +55,32 @@ def input_size(cfg: Config) -> Tuple[int, int]:
     while dataset.get('dataset'):
         dataset = dataset['dataset']
     for step in dataset.get('pipeline') or cfg.get('test_pipeline') or []:
-        found = None
+        target = None
         if str(step.get('type')).endswith('Crop'):
-            found = step.get('crop_size')
+            target = step.get('crop_size')
         elif str(step.get('type')).endswith('Resize'):
-            found = step.get('scale')
-            if isinstance(found, (tuple, list)):
-                found = tuple(found)[::-1]  # width first there
-        if isinstance(found, int):
-            found = (found, found)
+            target = step.get('scale')
+            if isinstance(target, (tuple, list)):
+                target = tuple(target)[::-1]  # given as (width, height)
+        if isinstance(target, int):
+            target = (target, target)
         if (
-            isinstance(found, (tuple, list))
-            and len(found) == 2
-            and all(isinstance(x, int) for x in found)
+            isinstance(target, (tuple, list))
+            and len(target) == 2
+            and all(isinstance(x, int) for x in target)
         ):
-            size = tuple(found)
+            size = tuple(target)
     if size is None:
         size = (32, 32) if 'CIFAR' in str(dataset.get('type')) else (224, 224)
     return size
 
 
 class ForImages(nn.Module):
-    """A model as a function of images alone.
+    """A model that takes only images.
 
     Args:
-        model (nn.Module): A backbone, or a model of a toolbox. A detector gets
-            the data samples that its proposals need.
+        model (nn.Module): A backbone, or a model of a toolbox. For a detector, this
+            class adds the data samples that its proposals need.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -110,18 +108,18 @@ class ForImages(nn.Module):
 def count_flops(
     network: nn.Module, size: Sequence[int], products: bool = False
 ) -> float:
-    """FLOPs of a network for one image, as mmengine counts them.
+    """Count the FLOPs of a network for one image with mmengine.
 
     Args:
-        network (nn.Module): A backbone, or a model that takes images alone; in
-            evaluation mode.
+        network (nn.Module): A backbone, or a model that takes only images, in eval
+            mode.
         size (Sequence[int]): Height and width of the image in pixels.
-        products (bool): Count what mmengine leaves out, too: elementwise
-            products, the weighted sum of the values among them, and fused
-            self-attention. Defaults to False.
+        products (bool): Also count what mmengine leaves out: elementwise products,
+            such as those in the weighted sum of the values, and fused self-attention.
+            Defaults to False.
 
     Returns:
-        float: The number; a multiplication with its addition counts once.
+        float: Number of multiply-adds.
     """
     counter = FlopAnalyzer(network, (zeros(1, input_channels(network), *size),))
     if products:
@@ -132,48 +130,48 @@ def count_flops(
     counter.unsupported_ops_warnings(False)
     counter.uncalled_modules_warnings(False)
     counter.tracer_warnings('none')
-    with no_grad():  # a third of the memory
+    with no_grad():  # takes a third of the memory
         return float(counter.total())
 
 
 def _product_flops(inputs: list, outputs: list) -> int:
-    """Of an elementwise product: one for each element of the result."""
+    """FLOPs of an elementwise product: one for each element of the result."""
     shape = get_shape(outputs[0])
     return math.prod(shape) if shape else 0
 
 
 def _self_attention_flops(inputs: list, outputs: list) -> int:
-    """Of queries (..., L, d) with keys (..., S, d), and of the sum of values."""
+    """FLOPs of queries (..., L, d) times keys (..., S, d), and of the sum of values."""
     query, key = map(get_shape, inputs[:2])
     return 2 * math.prod(query) * key[-2]
 
 
 def kept_memory(network: nn.Module, size: Sequence[int]) -> float:
-    """Memory that a training step keeps for its backward pass, for one image.
+    """Memory for one image that a training step keeps for its backward pass.
 
-    That is what grows with the batch: features and the like, without weights,
-    gradients and the state of the optimizer. It is counted, by the tensors that
-    autograd saves, and so is the same on all machines.
+    This is the part that grows with the batch: features, but not weights, gradients or
+    optimizer state. It counts the tensors that autograd saves, so it is the same on all
+    machines.
 
     Args:
-        network (nn.Module): As of :func:`count_flops`. Its norms see two
-            images, and their statistics change.
+        network (nn.Module): See :func:`count_flops`. It runs two images, which changes
+            the statistics of its norms.
         size (Sequence[int]): Height and width of the image in pixels.
 
     Returns:
-        float: Bytes.
+        float: Number of bytes.
     """
     inputs = rand(2, input_channels(network), *size)
-    own = {
+    permanent = {
         tensor.untyped_storage().data_ptr()
         for tensor in (inputs, *network.parameters(), *network.buffers())
     }
-    # The storages themselves, so that none is freed and its address used again
+    # Keep the storages alive, so that no address is reused
     kept = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in permanent:
             kept[storage.data_ptr()] = storage
         return tensor
 
@@ -185,7 +183,7 @@ def kept_memory(network: nn.Module, size: Sequence[int]) -> float:
 
 
 def used_parameters(backbone: nn.Module) -> int:
-    """Parameters of a network without those of attentions pruned whole."""
+    """Number of parameters of a network without those of pruned attentions."""
     unused = sum(
         param.numel()
         for attention in layer_attentions(backbone).values()
@@ -198,15 +196,15 @@ def used_parameters(backbone: nn.Module) -> int:
 def backbone_complexity(
     run: Run,
 ) -> Tuple[List[Complexity], Optional[Tuple[int, int]], str]:
-    """Count what the backbone of a run costs before and after each pruning.
+    """Count the cost of a run's backbone before and after each pruning.
 
     Args:
-        run (Run): A run with a dumped config, which is executed.
+        run (Run): A run with a dumped config. The config is executed.
 
     Returns:
-        tuple: The costs in order (list[Complexity], empty where they cannot be
-        counted), the image size in pixels (tuple[int, int] | None), and why
-        they cannot be counted (str).
+        tuple: The costs in order (list[Complexity], empty if they cannot be counted),
+        the image size in pixels (tuple[int, int] | None), and the reason if they
+        cannot be counted (str).
     """
     if not run.config:
         return [], None, 'there is no dumped config'
@@ -216,13 +214,13 @@ def backbone_complexity(
             return [], None, 'the config has no model.backbone'
         with MODELS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
             backbone = registry.build(cfg.model.backbone)
-        backbone.eval()  # the toolboxes' ResNet returns nothing here
+        backbone.eval()  # on its own line: the toolboxes' ResNet returns None
         size = input_size(cfg)
         return _phases(run, backbone, size), size, ''
-    # Somebody else's code may raise anything, and the page is of use without.
+    # A user's code may raise anything, and the page is useful without the costs
     except Exception as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
-        return [], None, f'the backbone cannot be run ({reason[:300]})'
+        return [], None, f'the backbone does not run ({reason[:300]})'
 
 
 def _phases(run: Run, backbone: nn.Module, size: Tuple[int, int]) -> List[Complexity]:
@@ -240,7 +238,7 @@ def _phases(run: Run, backbone: nn.Module, size: Tuple[int, int]) -> List[Comple
     if not run.decisions:
         return [cost('as configured')]
     measured = {layer.name for layer in run.decisions[0].layers}
-    # A run may start with a pruned network.
+    # A run may start from a pruned network
     prune(backbone, [n for n in attentions if prefix + n not in measured])
     costs = [cost('before pruning')]
     for decision in run.decisions:

@@ -1,4 +1,4 @@
-"""Pictures of what networks cost, and of what that brings."""
+"""Pictures of the cost of networks, and of cost against accuracy."""
 
 from typing import Dict, Sequence, Tuple
 
@@ -14,7 +14,7 @@ from ..visualization.drawing import (
     plain_text,
 )
 
-# Columns of a table: what an axis calls them, and their units by size
+# Columns of a table: label of the axis, and units from large to small
 QUANTITIES = dict(
     parameters=('parameters', ((1e6, 'M'), (1e3, 'k'))),
     flops=('multiply-adds', ((1e9, 'G'), (1e6, 'M'))),
@@ -23,15 +23,14 @@ QUANTITIES = dict(
 
 
 def scale(quantity: str, values: Sequence[float]) -> Tuple[float, str, str]:
-    """The unit that suits values best.
+    """Choose the best unit for values.
 
     Args:
         quantity (str): A key of :data:`QUANTITIES`.
         values (Sequence[float]): The values.
 
     Returns:
-        tuple[float, str, str]: Size of the unit, its name, and the label of an
-        axis.
+        tuple[float, str, str]: Size of the unit, its name, and the label of the axis.
     """
     name, units = QUANTITIES[quantity]
     largest = max(map(abs, values))
@@ -42,16 +41,15 @@ def scale(quantity: str, values: Sequence[float]) -> Tuple[float, str, str]:
 def growth_plot(
     rows: Sequence[dict], quantity: str, label: str, less: str = ''
 ) -> Plot:
-    """What networks cost at each of several values (MRLA, figure 5; KCLA, figure 6).
+    """Cost of networks over a varying quantity (MRLA, figure 5; KCLA, figure 6).
 
     Args:
-        rows (Sequence[dict]): Of each network at each value: ``network``,
-            ``value`` (number on the axis), ``tick`` (what stands there) and the
-            quantity.
+        rows (Sequence[dict]): For each network and value: ``network``, ``value``
+            (position on the axis), ``tick`` (label there) and the quantity.
         quantity (str): A key of :data:`QUANTITIES`.
-        label (str): What the values are.
+        label (str): Label of the axis of the values.
         less (str): Name of the network whose cost has been subtracted. Defaults
-            to none.
+            to '', which means none.
 
     Returns:
         Callable[[Figure, Theme], None]: Plot for
@@ -92,12 +90,12 @@ def growth_plot(
 
 
 def trade_off_plot(networks: Dict[str, dict], metric: str) -> Plot:
-    """What networks reach and what they cost (KCLA, figure 3).
+    """Accuracy of networks against their cost (KCLA, figure 3).
 
     Args:
-        networks (dict[str, dict]): By name, ``flops``, ``memory``, the
-            ``scores`` of its runs.
-        metric (str): What the scores are.
+        networks (dict[str, dict]): ``flops``, ``memory`` and the ``scores`` of the
+            runs of each network, by its name.
+        metric (str): Name of the scores.
 
     Returns:
         Callable[[Figure, Theme], None]: Plot for
@@ -115,7 +113,7 @@ def trade_off_plot(networks: Dict[str, dict], metric: str) -> Plot:
             flops = network['flops'] / unit
             memory = network['memory']
             line = _line(index, theme)
-            # Spread of the runs, where there is more than one
+            # Spread of the runs
             axes.vlines(
                 flops, scores.min(), scores.max(), color=line['color'], linewidth=1.2
             )
@@ -143,7 +141,7 @@ def trade_off_plot(networks: Dict[str, dict], metric: str) -> Plot:
 
 
 def _line(index: int, theme: Theme) -> dict:
-    """Colour and marker, which differ both."""
+    """Colour and marker of a network; both vary."""
     return dict(
         color=theme.lines[index % len(theme.lines)],
         marker=MARKERS[index % len(MARKERS)],

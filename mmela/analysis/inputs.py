@@ -1,4 +1,4 @@
-"""A network and its images, as the tools of tools/analysis take them."""
+"""Load networks and images for the tools in tools/analysis."""
 
 import copy
 import warnings
@@ -28,21 +28,21 @@ def load_network(
 ) -> Tuple[Config, nn.Module]:
     """Build a network and load its checkpoint.
 
-    The default scope becomes that of the config.
+    This sets the default scope to that of the config.
 
     Args:
         config (str | Path): Path of the config.
         checkpoint (str | Path): Path of the checkpoint or bare state dict.
-        cfg_options (dict, optional): Changes of the config. Defaults to None.
-        device (str, optional): Defaults to None: an accelerator if there is
-            one, or else the CPU.
+        cfg_options (dict, optional): Changes to the config. Defaults to None.
+        device (str, optional): Device to run on. Defaults to None: an accelerator if
+            there is one, or else the CPU.
 
     Returns:
-        tuple[Config, nn.Module]: The config and the model, in evaluation mode.
+        tuple[Config, nn.Module]: The config and the model, in eval mode.
 
     Raises:
-        SystemExit: If a file is missing or is not what it should be.
-        ValueError: If the checkpoint is of another network.
+        SystemExit: If a file is missing or invalid.
+        ValueError: If the checkpoint does not fit the network.
     """
     cfg, _, state_dict = open_network(
         str(config), str(checkpoint), cfg_options=cfg_options
@@ -55,14 +55,13 @@ def load_network(
 
 
 def find_images(paths: Sequence[Union[str, Path]]) -> List[Path]:
-    """Images in folders, and images given one by one.
+    """Find images in folders and among files.
 
     Args:
-        paths (Sequence[str | Path]): Folders, which are not searched deeper,
-            and files.
+        paths (Sequence[str | Path]): Files and folders. Subfolders are not searched.
 
     Returns:
-        list[Path]: The images; those of a folder by name.
+        list[Path]: The images; those of a folder are sorted by name.
 
     Raises:
         FileNotFoundError: If a path does not exist, or a folder has no image.
@@ -70,38 +69,38 @@ def find_images(paths: Sequence[Union[str, Path]]) -> List[Path]:
     images = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-            if not found:
+            members = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            if not members:
                 raise FileNotFoundError(
                     f'there is no image in {path}; allowed are {", ".join(SUFFIXES)}'
                 )
-            images += found
+            images += members
         elif path.is_file():
             images.append(path)
         else:
-            raise FileNotFoundError(f'no image or folder {path}')
+            raise FileNotFoundError(f'there is no image or folder {path}')
     return images
 
 
 def evenly(count: int, number: int) -> List[int]:
-    """Indices of ``number`` of ``count`` things, evenly spaced.
+    """Choose ``number`` evenly spaced indices out of ``count``.
 
-    A data set that is sorted by class, such as ImageNet, would otherwise show
-    its first classes alone.
+    The first images of a data set that is sorted by class, such as ImageNet, would only
+    show the first classes.
     """
     number = min(count, number)
     return [int(x) for x in np.arange(number) * count // max(number, 1)]
 
 
 def image_pipeline(cfg: Config) -> Compose:
-    """The test pipeline of a config, for images without annotations.
+    """Build the test pipeline of a config for images without annotations.
 
     Args:
         cfg (Config): Config of an mmdet or mmpretrain project.
 
     Returns:
-        Compose: From ``dict(img_path=..., img_id=...)`` to what the data
-        preprocessor of the model takes.
+        Compose: Pipeline from ``dict(img_path=..., img_id=...)`` to the input of the
+        model's data preprocessor.
 
     Raises:
         ValueError: If the config has no test pipeline.
@@ -116,21 +115,21 @@ def image_pipeline(cfg: Config) -> Compose:
             break
     if not steps:
         raise ValueError(
-            f'{cfg.filename} has no test pipeline: neither test_dataloader '
-            'nor val_dataloader nor test_pipeline'
+            f'{cfg.filename} has no test pipeline; it needs test_dataloader, '
+            'val_dataloader or test_pipeline'
         )
     return Compose([step for step in steps if 'Annotations' not in str(step['type'])])
 
 
 def image_batches(pipeline: Compose, images: Sequence[Path]) -> Iterator[dict]:
-    """Each image as a batch of its own.
+    """Load each image as a batch of one.
 
     Args:
         pipeline (Compose): See :func:`image_pipeline`.
         images (Sequence[Path]): The images.
 
     Yields:
-        dict: What the data preprocessor of the model takes.
+        dict: Input of the model's data preprocessor.
 
     Raises:
         ValueError: If an image cannot be read.
@@ -144,7 +143,7 @@ def image_batches(pipeline: Compose, images: Sequence[Path]) -> Iterator[dict]:
             TypeError,
             ValueError,
             OSError,
-        ) as error:  # whatever a file holds
+        ) as error:  # depends on the content of the file
             raise ValueError(f'{image} cannot be read: {error}') from error
         if data is None:
             raise ValueError(f'{image} cannot be read')
@@ -152,15 +151,15 @@ def image_batches(pipeline: Compose, images: Sequence[Path]) -> Iterator[dict]:
 
 
 def as_colours(image: np.ndarray) -> np.ndarray:
-    """What is drawn of an image of any number of channels.
+    """Convert an image with any number of channels to three channels for drawing.
 
     Args:
-        image (ndarray): (H, W) or (H, W, C); values beyond 255, such as of 16 bits,
-            are scaled.
+        image (ndarray): (H, W) or (H, W, C). Values above 255, as in 16-bit images,
+            are scaled down.
 
     Returns:
-        ndarray: (H, W, 3), uint8: the first three channels, or the first one, as
-        gray, where there are fewer. A warning says so where channels are left out.
+        ndarray: (H, W, 3), uint8: the first three channels, or the first one as gray
+        if there are fewer than three. It warns if it drops channels.
     """
     image = _three(image)
     if image.dtype != np.uint8:
@@ -174,22 +173,22 @@ def _three(image: np.ndarray) -> np.ndarray:
     channels = image.shape[2]
     shown = 3 if channels >= 3 else 1
     if channels > shown:
-        text = f'of {channels} channels, a picture shows the first {shown}'
+        text = f'a picture shows only the first {shown} of {channels} channels'
         warnings.warn(text, stacklevel=3)
     return image[..., :shown].repeat(3 // shown, axis=2)
 
 
 def input_picture(batch: dict) -> np.ndarray:
-    """The first image of a batch as the network sees it, before normalization.
+    """Picture of a batch's first image, as the network sees it before normalization.
 
     Args:
-        batch (dict): What a data loader yields.
+        batch (dict): A batch from a data loader.
 
     Returns:
         ndarray: (h, w, 3), RGB from 0 to 1; see :func:`as_colours`.
     """
     image = batch['inputs'][0].float().numpy().transpose(1, 2, 0)
-    # The pipelines of the toolboxes read images as BGR.
+    # The toolboxes' pipelines read images as BGR
     image = _three(image)[..., ::-1]
     if batch['inputs'][0].dtype == torch.uint8:
         image = image / 255
@@ -199,14 +198,14 @@ def input_picture(batch: dict) -> np.ndarray:
 
 
 def validation_loader(cfg: Config, number: int) -> DataLoader:
-    """Loader of evenly spaced images of a config's validation data.
+    """Build a loader of evenly spaced images from a config's validation data.
 
     Args:
         cfg (Config): Config of a run.
-        number (int): Most images.
+        number (int): Maximum number of images.
 
     Returns:
-        DataLoader: Batches of at most the config's batch size.
+        DataLoader: The loader, with the config's batch size.
 
     Raises:
         ValueError: If the config has no validation data.
@@ -215,14 +214,14 @@ def validation_loader(cfg: Config, number: int) -> DataLoader:
     loader = copy.deepcopy(cfg.get('val_dataloader') or {})
     if not loader.get('dataset'):
         raise ValueError(
-            f'{cfg.filename} has no val_dataloader; name images '
-            'or a folder of images by --data'
+            f'{cfg.filename} has no val_dataloader; give images or a folder of images '
+            'with --data'
         )
     dataset = DATASETS.build(loader.dataset)
     if hasattr(dataset, 'full_init'):
         dataset.full_init()
     if not len(dataset):
-        raise ValueError(f'the validation data of {cfg.filename} are empty')
+        raise ValueError(f'the validation data of {cfg.filename} have no image')
     indices = evenly(len(dataset), number)
     loader.update(
         dataset=Subset(dataset, indices),
@@ -230,7 +229,7 @@ def validation_loader(cfg: Config, number: int) -> DataLoader:
         drop_last=False,
     )
     loader.pop('batch_sampler', None)
-    if len(indices) <= 16:  # workers would take longer to start
+    if len(indices) <= 16:  # starting workers would take longer
         loader.update(num_workers=0, persistent_workers=False)
         loader.pop('prefetch_factor', None)
     return Runner.build_dataloader(loader, seed=0)
@@ -246,7 +245,7 @@ def check_device(name: Optional[str]) -> Optional[str]:
         str | None: The name.
 
     Raises:
-        ValueError: If there is no such device.
+        ValueError: If the device does not exist.
     """
     if name is not None:
         try:

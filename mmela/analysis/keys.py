@@ -1,4 +1,4 @@
-"""What the keys of a stage's layer attentions are like (KCLA, section IV)."""
+"""Statistics of the keys of a stage's layer attentions (KCLA, section IV)."""
 
 from functools import partial
 from typing import Dict, List, Optional, Tuple
@@ -12,30 +12,29 @@ from .statistics import RunningMean
 
 
 class KeyRecorder:
-    r"""Similarity of the keys of a stage, and what KCLA makes of their norms.
+    r"""Similarity of the keys of a stage, and the weights that KCLA computes from them.
 
-    Keys are those that one attention compares its query with: of attentions
-    that keep the keys of earlier blocks, such as MRLA-base, the last has them
-    all; where each attention computes them anew, as in MLA, they are those of
-    the last active one.
+    The keys are those that the last active attention compares its query with. If
+    attentions keep the keys of earlier blocks, as in MRLA-base, these are all keys of
+    the stage; if each attention computes all keys, as in MLA, they are its own.
 
     KCLA weighs the blocks of head ``g`` by :math:`w^s = \exp(\min(\lVert k^s
-    \rVert s_g, 10))`, so the share of block ``s`` in what block ``t`` retrieves
-    is :math:`w^s / z^t` (KCLA, eq. 12). What was taken over from the stage
-    before has a share, too.
+    \rVert s_g, 10))`, so the share of block ``s`` in the features retrieved by block
+    ``t`` is :math:`w^s / z^t` (KCLA, eq. 12). The memory of the previous stage has a
+    share, too.
 
     Args:
         blocks (list[LayerAttention | None]): The attention of each block.
 
     Attributes:
-        keys (RunningMean | None): Cosine similarity of the keys of each pair of
-            blocks, mean over the heads, (T', T') for the ``T'`` blocks
+        keys (RunningMean | None): Cosine similarity between the keys of each pair of
+            blocks, averaged over heads, (T', T') for the ``T'`` blocks in
             :attr:`seen`.
         seen (list[int]): Blocks with a key.
-        scores (dict[int, RunningMean]): By the index of a KCLA, the shares of
-            what was taken over and of each block, (G, 1 + T).
-        limited (RunningMean): Share of the weights with an exponent of 10 or
-            more, which are all the same, over images and blocks, (G, ).
+        scores (dict[int, RunningMean]): For each KCLA, by index of its block, the
+            shares of the previous stage and of each block, (G, 1 + T).
+        limited (RunningMean): Share of the weights with an exponent of 10 or more,
+            which are all equal, over images and blocks, (G, ).
     """
 
     def __init__(self, blocks: List[Optional[LayerAttention]]) -> None:
@@ -69,7 +68,7 @@ class KeyRecorder:
         return handles
 
     def reset(self) -> None:
-        """Forget what a forward pass has left that is not over."""
+        """Drop the records of an unfinished forward pass."""
         self._calls, self._shares = {}, None
 
     def _record_key(
@@ -90,25 +89,25 @@ class KeyRecorder:
         if mass is None:
             return
         norm = self._calls[index][-1].norm(dim=-1)
-        own = attention.weigh(norm) / mass  # (B, G)
+        share = attention.weigh(norm) / mass  # (B, G)
         limit = norm * attention.scales >= 10
         self.limited.add(limit & attention.exp_norm)
         if self._shares is None:
-            self._shares = own.new_zeros(*own.shape, 1 + len(self.blocks))
+            self._shares = share.new_zeros(*share.shape, 1 + len(self.blocks))
             self._shares[..., 0] = 1
-        # z^(t-1) / z^t is what the new block leaves to those before it
-        self._shares = self._shares * (1 - own)[..., None]
-        self._shares[..., 1 + index] = own
+        # A new block scales the shares of earlier ones by z^(t-1) / z^t
+        self._shares = self._shares * (1 - share)[..., None]
+        self._shares[..., 1 + index] = share
         self.scores.setdefault(index, RunningMean()).add(self._shares)
 
     def finish(self) -> None:
-        """Take in the keys of a forward pass that is over."""
+        """Add the keys of a finished forward pass."""
         calls = self._calls
         self.reset()
         if not calls:
             return
         last = max(calls)
-        if len(calls[last]) > 1:  # of all the blocks that the last one sees
+        if len(calls[last]) > 1:  # one key for each block that the last one sees
             keys = calls[last]
             seen = [
                 i
@@ -127,12 +126,12 @@ class KeyRecorder:
         self.keys.add((unit @ unit.transpose(-1, -2)).mean(1))
 
     def describe_keys(self) -> Optional[dict]:
-        """Similarity of the keys as plain values.
+        """Convert the similarity of the keys to plain values.
 
         Returns:
-            dict | None: ``blocks``, and for each pair of them ``mean`` and
-            ``std`` over images, with 0 for a key of zeros; ``overall``, the
-            mean over all pairs. None where there are no two keys.
+            dict | None: ``blocks``; ``mean`` and ``std`` over images for each pair,
+            with 0 for a zero key; and ``overall``, the mean over all pairs. None for
+            fewer than two keys.
         """
         if self.keys is None or len(self.seen) < 2:
             return None
@@ -147,15 +146,14 @@ class KeyRecorder:
         )
 
     def describe_scores(self) -> Optional[dict]:
-        """Shares of the blocks in what a KCLA retrieves, as plain values.
+        """Convert the shares of the blocks in KCLA to plain values.
 
         Returns:
-            dict | None: ``temperatures`` of the heads and their weights
-            ``limited``; ``mean`` over the heads,
-            T lists of T shares, and ``heads``, G such maps, rows the block that
-            asks, None where there is no share; ``before``, the share of what
-            was taken over from the stage before, ``mean`` T and ``heads`` G
-            lists of T. None without KCLA.
+            dict | None: ``temperatures`` of the heads and the shares ``limited``;
+            ``mean`` over the heads, T lists of T shares, and ``heads``, G such maps,
+            with querying blocks as rows and None for a missing share; ``before``, the
+            share of the previous stage, with T values in ``mean`` and G lists of T in
+            ``heads``. None without KCLA.
         """
         if not self.scores:
             return None

@@ -1,4 +1,4 @@
-"""Where a patch looks in the self-attention of a vision transformer."""
+"""Self-attention of one patch in a vision transformer."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class PatchSize:
-    """Height and width of the map of patches in the last forward pass.
+    """Records the height and width of the patch map in each forward pass.
 
     Args:
         backbone (nn.Module): A vision transformer of MMPretrain.
@@ -27,21 +27,21 @@ class PatchSize:
         self.size = tuple(map(int, output[1]))
 
     def to_map(self, tokens: Tensor) -> Tensor:
-        """(B, L, C) to (B, C, H, W), without the extra tokens."""
+        """Convert tokens, (B, L, C), to a map, (B, C, H, W), without extra tokens."""
         return tokens[:, self.extra :].transpose(1, 2).unflatten(2, self.size)
 
     def remove(self) -> None:
-        """Leave the backbone as it was."""
+        """Remove the hook."""
         self._handle.remove()
 
 
 class PatchLook(NamedTuple):
-    """Where a patch looks in one layer.
+    """Attention weights of one patch in one layer.
 
     Attributes:
         weights (ndarray): Attention weights of the patches, (G, h, w).
-        extra (ndarray): Weight of the class token and the like, (G, ).
-        patch (tuple[int, int]): Row and column of the patch that asks.
+        extra (ndarray): Total weight of extra tokens such as the class token, (G, ).
+        patch (tuple[int, int]): Row and column of the querying patch.
     """
 
     weights: np.ndarray
@@ -61,12 +61,12 @@ def layer_names(backbone: nn.Module) -> List[str]:
     """Names of the layers of a vision transformer.
 
     Raises:
-        ValueError: If the backbone is none of MMPretrain.
+        ValueError: If the backbone is not a vision transformer of MMPretrain.
     """
     if not is_transformer(backbone):
         raise ValueError(
-            f'{type(backbone).__name__} is no vision transformer of MMPretrain, such '
-            'as DeiT, so that it has no patches that look at each other'
+            f'{type(backbone).__name__} is not a vision transformer of MMPretrain, '
+            'such as DeiT, so it has no self-attention between patches'
         )
     return [f'layers.{i}' for i in range(len(backbone.layers))]
 
@@ -75,39 +75,39 @@ def layer_names(backbone: nn.Module) -> List[str]:
 def patch_attention(
     model: nn.Module, batch: dict, layers: Sequence[str], query: Sequence[float]
 ) -> Dict[str, PatchLook]:
-    """Attention weights of one patch (MRLA, figure 7).
+    """Measure the attention weights of one patch (MRLA, figure 7).
 
     Args:
         model (nn.Module): A model with a vision transformer of MMPretrain.
-        batch (dict): The image as a batch of one, of the test pipeline.
+        batch (dict): The image as a batch of one, from the test pipeline.
         layers (Sequence[str]): Names of layers, such as ``layers.11``.
-        query (Sequence[float]): Where the patch is, from 0 to 1 of the width and
-            of the height of the image.
+        query (Sequence[float]): Position of the patch, as fractions from 0 to 1 of the
+            image's width and height.
 
     Returns:
-        dict[str, PatchLook]: By layer.
+        dict[str, PatchLook]: The weights by layer.
 
     Raises:
-        ValueError: If the backbone is no such transformer, there is no such layer,
-            or ``query`` is out of range.
+        ValueError: If the backbone is not such a transformer, a layer is unknown, or
+            ``query`` is out of range.
     """
     if len(query) != 2 or not all(0 <= x <= 1 for x in query):
         raise ValueError(
-            f'the query {" ".join(map(str, query))} is not in the image; allowed are '
-            'numbers from 0 to 1, of its width and of its height'
+            f'the query {" ".join(map(str, query))} is outside the image; give two '
+            'fractions from 0 to 1, of its width and of its height'
         )
     backbone = getattr(model, 'backbone', model)
     names = layer_names(backbone)
     for name in layers:
         if name not in names:
             raise ValueError(
-                f'{name} is no layer of the backbone; allowed are {", ".join(names)}'
+                f'the backbone has no layer {name}; allowed are {", ".join(names)}'
             )
         attention = getattr(backbone.get_submodule(name), 'attn', None)
         if not (hasattr(attention, 'qkv') and hasattr(attention, 'num_heads')):
             raise ValueError(
-                f'{name} has no self-attention of MMPretrain with query, key and value '
-                'in one linear layer'
+                f'{name} has no self-attention with query, key and value in one linear '
+                'layer, as in MMPretrain'
             )
     outputs: Dict[str, Tensor] = {}
 
@@ -127,18 +127,18 @@ def patch_attention(
             handle.remove()
     rows, columns = size.size
     row, column = (min(int(x * n), n - 1) for x, n in zip(query[::-1], size.size))
-    found = {}
+    looks = {}
     for name in layers:
         heads = backbone.get_submodule(name).attn.num_heads
         queries, keys = (
             outputs[name][0].float().unflatten(-1, (3, heads, -1)).unbind(1)[:2]
         )
-        asking = queries[size.extra + row * columns + column]  # (G, d)
-        scores = torch.einsum('gd,lgd->gl', asking, keys) / math.sqrt(keys.shape[-1])
+        patch = queries[size.extra + row * columns + column]  # (G, d)
+        scores = torch.einsum('gd,lgd->gl', patch, keys) / math.sqrt(keys.shape[-1])
         weights = scores.softmax(-1).cpu()
-        found[name] = PatchLook(
+        looks[name] = PatchLook(
             weights[:, size.extra :].unflatten(1, (rows, columns)).numpy(),
             weights[:, : size.extra].sum(1).numpy(),
             (row, column),
         )
-    return found
+    return looks

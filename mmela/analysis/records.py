@@ -1,4 +1,4 @@
-"""What the tools of tools/analysis measure, as their JSON files hold it."""
+"""Types of the JSON files that the tools in tools/analysis write."""
 
 import json
 from pathlib import Path
@@ -16,11 +16,11 @@ T = TypeVar('T')
 
 
 class Maps(TypedDict):
-    """Attention weights by block that asks and block attended to.
+    """Attention weights by querying block and attended block.
 
     Attributes:
-        mean (list[list[float | None]]): T lists of T weights, mean over heads;
-            None where there is none.
+        mean (list[list[float | None]]): T lists of T weights, averaged over heads;
+            None for a missing weight.
         heads (list[list[list[float | None]]]): The same for each of G heads.
     """
 
@@ -37,7 +37,7 @@ class Similarity(TypedDict):
 
 
 class Keys(TypedDict):
-    """Similarity of the keys of each two of ``blocks``."""
+    """Similarity of the keys of every two of ``blocks``."""
 
     blocks: List[int]
     mean: List[List[float]]
@@ -46,14 +46,14 @@ class Keys(TypedDict):
 
 
 class Before(TypedDict):
-    """Share of what was taken over from the stage before, by block."""
+    """Share of the previous stage's memory, by block."""
 
     mean: Numbers
     heads: List[Numbers]
 
 
 class Scores(Maps):
-    """Shares of the blocks in what a KCLA retrieves."""
+    """Shares of the blocks in the features that KCLA retrieves."""
 
     temperatures: List[float]
     limited: List[float]
@@ -61,7 +61,7 @@ class Scores(Maps):
 
 
 class Contributions(TypedDict):
-    """Weights that a recurrence leaves to its earlier terms, by block."""
+    """Final weights of the terms of a recurrence, by block."""
 
     blocks: List[int]
     mean: List[float]
@@ -70,7 +70,7 @@ class Contributions(TypedDict):
 
 
 class Stage(TypedDict):
-    """What was measured on a stage; None where something does not apply."""
+    """Measurements of a stage; None where not applicable."""
 
     attention: str
     states: List[Literal['active', 'value_only', 'pruned', 'none']]
@@ -83,7 +83,7 @@ class Stage(TypedDict):
 
 
 class Measurement(TypedDict):
-    """``layer_attention.json``, of tools/analysis/layer_attention.py."""
+    """``layer_attention.json``, written by ``mmela layer-attention``."""
 
     format: Literal[1, 2]
     checkpoint: str
@@ -105,7 +105,7 @@ class ClassValue(TypedDict):
 
 
 class Side(TypedDict):
-    """What one of the two networks finds."""
+    """Predictions of one of the two networks."""
 
     checkpoint: str
     epoch: Optional[int]
@@ -118,7 +118,7 @@ class Side(TypedDict):
 
 
 class Shown(TypedDict):
-    """An image that the page shows, of a detector or of a classifier."""
+    """An image on the page, for a detector or a classifier."""
 
     image: str
     objects: NotRequired[int]
@@ -131,7 +131,7 @@ class Shown(TypedDict):
 
 
 class BeforeAfter(TypedDict):
-    """``before_after.json``, of :mod:`mmela.analysis.before_after`."""
+    """``before_after.json``, written by :mod:`mmela.analysis.before_after`."""
 
     format: Literal[1]
     stamp: list
@@ -150,23 +150,25 @@ def read_record(path: Path, kind: Type[T], source: str) -> T:
     Args:
         path (Path): The file.
         kind (type): :class:`Measurement` or :class:`BeforeAfter`.
-        source (str): What writes it, for the message.
+        source (str): The tool that writes it, for the message.
 
     Returns:
-        Measurement | BeforeAfter: What it holds.
+        Measurement | BeforeAfter: The content.
 
     Raises:
-        OSError: If it cannot be read.
-        ValueError: If it holds something else.
+        OSError: If the file cannot be read.
+        ValueError: If its content is invalid.
     """
     try:
         return msgspec.convert(json.loads(path.read_text('utf-8')), kind)
     except (RecursionError, ValueError, msgspec.MsgspecError) as error:
-        raise ValueError(f'{path} is not of {source}: {one_line(error)}') from error
+        raise ValueError(
+            f'{path} was not written by {source}: {one_line(error)}'
+        ) from error
 
 
 def read_measurement(path: Path) -> Measurement:
-    """Read and check ``layer_attention.json``, as :func:`read_record` does."""
+    """Read and check ``layer_attention.json``, see :func:`read_record`."""
     source = 'tools/analysis/layer_attention.py'
     result = read_record(path, Measurement, source)
     try:
@@ -175,5 +177,7 @@ def read_measurement(path: Path) -> Measurement:
         if result['decision']:
             PruningDecision.from_dict(result['decision'])
     except ValueError as error:
-        raise ValueError(f'{path} is not of {source}: {one_line(error)}') from error
+        raise ValueError(
+            f'{path} was not written by {source}: {one_line(error)}'
+        ) from error
     return result

@@ -24,17 +24,16 @@ from .records import Measurement, read_measurement
 from .run_plots import loss_plot, metric_groups, metrics_plot, timeline_plot
 from .work_dir import Run
 
-# What drawing numbers that do not fit each other may raise
+# Exceptions that drawing inconsistent numbers may raise
 _MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) -> Path:
-    """Write a page on a run that needs no other file, and its pictures.
+    """Write a self-contained page on a run, and its pictures.
 
-    It shows too what ``mmela layer-attention`` has measured on
-    checkpoints of the run, if its ``layer_attention.json`` lie in the work
-    directory or up to two folders below, and what
-    :func:`~mmela.analysis.before_after.measure_before_after` has found.
+    It includes the measurements of ``mmela layer-attention`` on checkpoints of the run,
+    if a ``layer_attention.json`` is in the work directory or up to two folders below,
+    and the results of :func:`~mmela.analysis.before_after.measure_before_after`.
 
     Args:
         work_dir (str | Path): Work directory of an mmengine runner, with or
@@ -43,15 +42,14 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
             the work directory.
 
     Returns:
-        Path: The page. The pictures are in ``pictures/`` in the work directory
-        too, each for a light and a dark page (``*_dark.png``).
+        Path: The page. The pictures are also in ``pictures/`` in the work directory,
+        each for a light and a dark page (``*_dark.png``).
 
     Raises:
-        FileNotFoundError: If there is no such directory, or no log of scalars
-            in it.
+        FileNotFoundError: If the directory does not exist or has no log of scalars.
         NotADirectoryError: If it is a file.
         ValueError: If a log, ``pruning.json``, ``layer_attention.json`` or
-            ``before_after.json`` cannot be read.
+            ``before_after.json`` is invalid.
     """
     run = Run(work_dir)
     analyses = read_analyses(run.work_dir)
@@ -81,7 +79,7 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
             except _MALFORMED as error:
                 raise ValueError(f'{path} cannot be drawn: {error!r}') from error
             if len(analyses) > 1 and picture.stage:
-                # Side by side, to be compared
+                # Side by side, for comparison
                 states = result['stages'][picture.stage]['states']
                 maps.setdefault(picture.name, []).append(
                     (name, picture, pair, states.count('active'), len(states))
@@ -98,7 +96,7 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
         ) from error
     complexity, size, no_complexity = backbone_complexity(run)
     last_step = max(run.metrics, default=None)
-    # First, as it may add a note.
+    # Before rendering, because it may add a note
     parameters = run.parameters()
     page = template(
         'report.html',
@@ -142,9 +140,9 @@ def as_call(cfg: dict) -> str:
 
 
 def _detections(work_dir: Path, comparison: dict, inline: Callable) -> dict:
-    """What the page shows of detections or classes, before and after."""
-    found = comparison.get('sides', {})
-    sides = {side: found[side] for side in SIDES if side in found}
+    """Prepare detections or classes before and after for the page."""
+    measured = comparison.get('sides', {})
+    sides = {side: measured[side] for side in SIDES if side in measured}
     for entry in comparison['shown'] if comparison else ():
         if comparison['kind'] == 'detections':
             entry['sources'] = {
@@ -183,33 +181,33 @@ def _detections(work_dir: Path, comparison: dict, inline: Callable) -> dict:
 
 
 def _embedded(path: Path) -> str:
-    """Address of a picture that holds it, for a page that opens offline."""
+    """Encode a picture as a data URL, for a page that opens offline."""
     kind = 'png' if path.suffix == '.png' else 'jpeg'
     return f'data:image/{kind};base64,' + base64.b64encode(path.read_bytes()).decode()
 
 
 def read_analyses(work_dir: Path) -> List[Tuple[Path, str, str, Measurement]]:
-    """Measurements in a work directory.
+    """Read the measurements in a work directory.
 
     Returns:
-        list[tuple[Path, str, str, Measurement]]: Path, name of the checkpoint, start
-        of file names and content of each ``layer_attention.json``, in the
-        order of the epochs in the folders' names.
+        list[tuple[Path, str, str, Measurement]]: Path, name of the checkpoint, prefix
+        for file names and content of each ``layer_attention.json``, in the order of the
+        numbers in the folder names.
 
     Raises:
-        ValueError: If one cannot be read.
+        ValueError: If a file is invalid.
     """
-    found = []
+    paths = []
     for pattern in ('', '*/', '*/*/'):
-        found += work_dir.glob(f'{pattern}layer_attention.json')
-    found.sort(
+        paths += work_dir.glob(f'{pattern}layer_attention.json')
+    paths.sort(
         key=lambda path: [
             int(part) if part.isdigit() else part
             for part in re.split(r'(\d+)', path.parent.as_posix())
         ]
     )
     analyses = []
-    for index, path in enumerate(found):
+    for index, path in enumerate(paths):
         result = read_measurement(path)
         name = Path(result['checkpoint']).stem
         analyses.append((path, name, f'attention_{index}', result))
@@ -221,18 +219,17 @@ def summarize(work_dir: Union[str, Path], report: Union[str, Path, None] = None)
 
     Args:
         work_dir (str | Path): Work directory of an mmengine runner.
-        report (str | Path, optional): The page on it. Defaults to
+        report (str | Path, optional): The report page. Defaults to
             ``report.html`` in the work directory.
 
     Returns:
-        str: The pruning decisions with their KL tables, the metrics of the
-        best and the last epoch, and where checkpoint, report and pictures are.
+        str: The pruning decisions with their KL tables, the metrics of the best and
+        the last epoch, and the paths of checkpoint, report and pictures.
 
     Raises:
-        FileNotFoundError: If there is no such directory, or no log of scalars
-            in it.
+        FileNotFoundError: If the directory does not exist or has no log of scalars.
         NotADirectoryError: If it is a file.
-        ValueError: If a log or ``pruning.json`` cannot be read.
+        ValueError: If a log or ``pruning.json`` is invalid.
     """
     run = Run(work_dir)
     lines: List[str] = []
@@ -246,7 +243,7 @@ def summarize(work_dir: Union[str, Path], report: Union[str, Path, None] = None)
             '',
         ]
     if not run.decisions:
-        lines += ['No attention was pruned in this run.', '']
+        lines += ['This run has no pruning decision.', '']
     lines += _metric_lines(run)
 
     report = run.work_dir / 'report.html' if report is None else Path(report)
@@ -267,12 +264,12 @@ def summarize(work_dir: Union[str, Path], report: Union[str, Path, None] = None)
 
 
 def _metric_lines(run: Run) -> List[str]:
-    """Metrics of the best and of the last epoch, the main ones."""
+    """Format the main metrics of the best and of the last epoch."""
     if not run.metrics:
         return ['There are no validation metrics.']
     names = [name for group in metric_groups(run).values() for name in group]
     last = max(run.metrics)
-    # What the kept best checkpoint is best in, or else the first metric
+    # The metric of the best checkpoint, or else the first metric
     file = run.best_checkpoint.name if run.best_checkpoint else ''
     chosen: Optional[str] = max(
         (n for n in names if file.startswith(f'best_{n.replace("/", "_")}_')),

@@ -18,12 +18,12 @@ from .work_dir import Run
 
 
 def metric_groups(run: Run) -> Dict[str, List[str]]:
-    """Metrics that share an axis.
+    """Group metrics that share an axis.
 
     Returns:
-        dict[str, list[str]]: Names of metrics by the label of their axis. Of
-        COCO metrics, those by object size are left out, and so are metrics
-        that are -1 throughout, which means that there is nothing to measure.
+        dict[str, list[str]]: Names of metrics by the label of their axis. COCO metrics
+        by object size are left out, and so are those that are always -1, which means
+        that there are no such objects.
     """
     groups: Dict[str, List[str]] = {}
     for name in run.metric_names:
@@ -41,7 +41,7 @@ def metric_groups(run: Run) -> Dict[str, List[str]]:
 
 
 def metrics_plot(run: Run) -> Plot:
-    """Validation metrics over epochs, an axis for each kind of metric.
+    """Validation metrics over epochs, with one axis for each kind of metric.
 
     Args:
         run (Run): A run with metrics.
@@ -77,7 +77,7 @@ def metrics_plot(run: Run) -> Plot:
 
 
 def loss_plot(run: Run) -> Plot:
-    """Training loss over iterations, with the prunings marked.
+    """Training loss over iterations, with prunings marked.
 
     Args:
         run (Run): A run with training losses.
@@ -111,7 +111,7 @@ def loss_plot(run: Run) -> Plot:
 
 
 def timeline_plot(run: Run) -> Plot:
-    """Active attentions over epochs, with windows shaded and decisions marked.
+    """Active attentions over time, with measuring windows shaded and decisions marked.
 
     A window that was put off is shaded where it was measured last.
 

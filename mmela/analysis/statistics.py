@@ -1,4 +1,4 @@
-"""Mean and deviation of samples."""
+"""Mean and standard deviation of samples."""
 
 from typing import Optional
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class RunningMean:
-    """Mean and standard deviation over samples that come in batches.
+    """Mean and standard deviation over batches of samples.
 
     The sums stay on the device, in double precision.
     """
@@ -28,6 +28,6 @@ class RunningMean:
         return (self.sums[0] / self.count).cpu()
 
     def std(self) -> Tensor:
-        """Standard deviation of the samples (divided by their number)."""
+        """Population standard deviation of the samples."""
         mean, square = (self.sums / self.count).cpu()
         return (square - mean.square()).clamp(min=0).sqrt()

@@ -1,4 +1,4 @@
-"""What a work directory holds of a run."""
+"""Read a run from its work directory."""
 
 import ast
 import json
@@ -18,9 +18,9 @@ from ..layers import AttentionState
 from ..layers.state import decode
 from ..pruning import PruningDecision, PruningReport
 
-# In a state dict, but nothing that is trained
+# Entries of a state dict that are not trained
 _STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
-# What the report calculates with, and what of it counts
+# Numbers that the report computes with; the counts among them are integers
 _NUMBERS = ('loss', 'time', 'data_time', 'epoch', 'iter')
 _COUNTS = ('epoch', 'iter')
 _NO_METRICS = ('time', 'data_time', 'step', 'epoch', 'iter', 'memory')
@@ -28,15 +28,15 @@ _NO_METRICS = ('time', 'data_time', 'step', 'epoch', 'iter', 'memory')
 
 @dataclass
 class StepTime:
-    """Training speed while the number of active attentions stayed the same.
+    """Training speed between two prunings.
 
     Attributes:
         first (int): First iteration.
         last (int): Last iteration.
-        active (int | None): Active attentions; None if the run has no hook.
-        times (StepTimeSummary | None): Logged step times; None without.
-        data_seconds (float | None): Median of the time spent waiting for data,
-            which the step times contain.
+        active (int | None): Number of active attentions; None if the run has no hook.
+        times (StepTimeSummary | None): Logged step times; None if there are none.
+        data_seconds (float | None): Median of the time spent waiting for data, which
+            is part of the step times.
     """
 
     first: int
@@ -48,17 +48,17 @@ class StepTime:
 
 @dataclass
 class Parameters:
-    """Parameters by what a checkpoint holds.
+    """Numbers of parameters in a checkpoint.
 
     Attributes:
-        total (int): All parameters: the elements of the state dict without
-            the statistics of normalisation layers.
-        attention (int): Those of layer attentions.
-        pruned (int): Those of attentions pruned whole.
+        total (int): All parameters: the elements of the state dict without the
+            statistics of normalisation layers.
+        attention (int): Parameters of layer attentions.
+        pruned (int): Parameters of attentions in the state ``PRUNED``.
         attentions (int): Number of layer attentions.
         active (int): Number of active ones.
-        value_only (int): Number that retrieve nothing, but keep their key and
-            value for later attentions; they are not counted as ``pruned``.
+        value_only (int): Number of attentions in the state ``VALUE_ONLY``, whose
+            parameters do not count as ``pruned``.
     """
 
     total: int
@@ -70,38 +70,35 @@ class Parameters:
 
 
 class Run:
-    """What a work directory holds of a run.
+    """A run, read from its work directory.
 
-    Each start of a run has a folder of its own. A resumed run is put together
-    from all of them: what a later start did again replaces what was there
-    from that point on. So an earlier run in the same directory, which the
-    last one did not resume, is left out.
+    Each start of a run has its own folder. A resumed run combines all of them: a later
+    start replaces the records from the point where it resumed. An earlier run in the
+    same directory that was not resumed is ignored.
 
     Args:
         work_dir (str | Path): Work directory of an mmengine runner.
 
     Attributes:
         starts (list[str]): Names of the folders of the run, oldest first.
-        unit (str): What validation metrics are counted by, ``'epoch'`` or
-            ``'iteration'``.
+        unit (str): Unit of the validation metrics, ``'epoch'`` or ``'iteration'``.
         training (dict[int, dict]): Logged training scalars by iteration.
         metrics (dict[int, dict[str, float]]): Validation metrics by epoch, or
             by iteration in an iteration-based run.
         hook (dict | None): Arguments of the pruning hook, from
             ``pruning.json``; None without one.
         decisions (tuple[PruningDecision]): Decisions of the pruning hook.
-        config_path (Path | None): The config as the last start has dumped it:
-            ``vis_data/config.py`` in its folder, or else the newest config in
-            the directory, where other tools may have written one.
+        config_path (Path | None): The config dumped by the last start:
+            ``vis_data/config.py`` in its folder, or else the newest config in the
+            directory, which another tool may have written.
         config_name (str): Name of the config; empty without one.
-        config (str): The config.
-        notes (list[str]): What a reader should know about the files.
+        config (str): The text of the config.
+        notes (list[str]): Remarks on the files for the reader.
 
     Raises:
-        FileNotFoundError: If there is no such directory, or no log of scalars
-            in it.
+        FileNotFoundError: If the directory does not exist or has no log of scalars.
         NotADirectoryError: If it is a file.
-        ValueError: If a log or ``pruning.json`` cannot be read.
+        ValueError: If a log or ``pruning.json`` is invalid.
     """
 
     def __init__(self, work_dir: Union[str, Path]) -> None:
@@ -109,12 +106,12 @@ class Run:
         if not self.work_dir.exists():
             raise FileNotFoundError(f'{self.work_dir} does not exist')
         if not self.work_dir.is_dir():
-            raise NotADirectoryError(f'{self.work_dir} is no directory')
+            raise NotADirectoryError(f'{self.work_dir} is not a directory')
         logs = sorted(self.work_dir.glob('*/vis_data/scalars.json'))
         if not logs:
             raise FileNotFoundError(
-                f'{self.work_dir} is no work directory of a run: there is no '
-                '*/vis_data/scalars.json in it'
+                f'{self.work_dir} is not the work directory of a run: it has no '
+                '*/vis_data/scalars.json'
             )
         self.starts: List[str] = []
         self.unit = 'epoch'
@@ -124,7 +121,9 @@ class Run:
         for start in _in_order([_read_log(log) for log in logs]):
             self._merge(start)
         if not self.training and not self.metrics:
-            raise FileNotFoundError(f'{logs[-1]} holds no training loss and no metric')
+            raise FileNotFoundError(
+                f'{logs[-1]} has neither a training loss nor a metric'
+            )
         self._read_config()
         self._read_decisions()
 
@@ -133,8 +132,8 @@ class Run:
     def _merge(self, start: 'StartLog') -> None:
         """Add one start of the run."""
         if not start.training:
-            # A validation alone is logged at step 0, a run that was stopped
-            # at once not at all.
+            # Validation without training logs step 0; a run that was stopped at once
+            # logs nothing.
             if not self.training:
                 self.metrics.update(start.metrics)
             return
@@ -168,7 +167,7 @@ class Run:
 
     @property
     def planned(self) -> Optional[int]:
-        """int | None: Epochs or iterations that the config asks for."""
+        """int | None: Epochs or iterations in the config."""
         key = 'max_epochs' if self.unit == 'epoch' else 'max_iters'
         try:
             statements = ast.parse(self.config).body
@@ -188,7 +187,7 @@ class Run:
 
     @property
     def started(self) -> str:
-        """str: When the run was first started."""
+        """str: Time of the first start."""
         if not self.starts:
             return 'unknown'
         try:
@@ -198,15 +197,15 @@ class Run:
         return time.strftime('%Y-%m-%d %H:%M:%S', stamp)
 
     def best(self, name: str) -> Optional[Tuple[int, float]]:
-        """Find the best value of a metric, by mmengine's rule for it.
+        """Find the best value of a metric by mmengine's rule.
 
         Args:
             name (str): Name of the metric.
 
         Returns:
-            tuple[int, float] | None: Epoch or iteration, the first of equal
-            ones, and value. None where no rule says what is better, or where
-            there is no value; -1 stands for none in COCO metrics.
+            tuple[int, float] | None: Epoch or iteration and value; the first one in a
+            tie. None if mmengine has no rule for the metric, or if it has no value; in
+            COCO metrics, -1 means no value.
         """
         points = [
             (step, values[name])
@@ -236,10 +235,10 @@ class Run:
                 texts[dump] = dump.read_text('utf-8', 'replace')
         self.config, self.config_name = '', ''
         if self.config_path is None:
-            self.notes.append('There is no dumped config in the directory.')
+            self.notes.append('The directory has no dumped config.')
             return
         self.config = texts[self.config_path]
-        # The runner dumps it under its own name too
+        # The runner dumps the config under its original name, too
         same = [path.name for path in configs if texts[path] == self.config]
         self.config_name = same[-1] if same else self.config_path.name
 
@@ -253,20 +252,20 @@ class Run:
         self.hook, self.decisions = report.hook, report.decisions
         if self.config and 'LayerAttentionPruningHook' not in self.config:
             self.notes.append(
-                'The config names no LayerAttentionPruningHook: pruning.json '
-                'may be of an earlier run in this directory.'
+                'The config has no LayerAttentionPruningHook, so pruning.json may come '
+                'from an earlier run in this directory.'
             )
 
     @property
     def checkpoint(self) -> Optional[Path]:
-        """Path | None: The last checkpoint, if it is still there."""
+        """Path | None: The last checkpoint, if it still exists."""
         pointer = self.work_dir / 'last_checkpoint'
         if not pointer.exists():
             return None
         path = Path(pointer.read_text(encoding='utf-8', errors='replace').strip())
-        # The directory may have been moved.
-        found = [p for p in (self.work_dir / path.name, path) if p.exists()]
-        return found[0] if found and path.name else None
+        # The directory may have been moved
+        existing = [p for p in (self.work_dir / path.name, path) if p.exists()]
+        return existing[0] if existing and path.name else None
 
     @property
     def best_checkpoint(self) -> Optional[Path]:
@@ -281,8 +280,8 @@ class Run:
         """Checkpoints by what the pruning hook counts.
 
         Returns:
-            dict[int, Path]: By epoch ``epoch_N.pth``, or by iteration
-            ``iter_N.pth`` where the windows of the hook are of iterations.
+            dict[int, Path]: ``epoch_N.pth`` by epoch, or ``iter_N.pth`` by iteration
+            if the windows of the hook count iterations.
         """
         by_epoch = not self.decisions or self.decisions[0].unit == 'epoch'
         start = 'epoch_' if by_epoch else 'iter_'
@@ -292,7 +291,7 @@ class Run:
             if path.stem[len(start) :].isdigit()
         }
 
-    # -- what pruning brings -----------------------------------------------
+    # -- effect of pruning --------------------------------------------------
 
     @property
     def total_attentions(self) -> Optional[int]:
@@ -300,11 +299,11 @@ class Run:
         return len(self.decisions[0].layers) if self.decisions else None
 
     def step_times(self) -> List[StepTime]:
-        """Measure the training speed between the prunings.
+        """Compute the training speed between prunings.
 
         Returns:
-            list[StepTime]: From the start to the first pruning, from there to
-            the next, and so on to the end.
+            list[StepTime]: One entry for each period: from the start to the first
+            pruning, from there to the next one, and so on to the end.
         """
         bounds = [0] + [decision.iteration for decision in self.decisions]
         bounds.append(max([*self.training, *bounds]))
@@ -333,8 +332,8 @@ class Run:
         """Count parameters in the last checkpoint, or else the best one.
 
         Returns:
-            Parameters | None: None where there is no checkpoint that can be
-            read; :attr:`notes` then says why.
+            Parameters | None: The numbers; None if no checkpoint can be read, with
+            the reason in :attr:`notes`.
         """
         path = self.checkpoint or self.best_checkpoint
         if path is None:
@@ -364,10 +363,10 @@ def _count_parameters(state: dict) -> Parameters:
         ):
             continue
         total += value.numel()
-        head, found, _ = key.partition('.layer_attn.')
-        if found:
+        block, separator, _ = key.partition('.layer_attn.')
+        if separator:
             attention += value.numel()
-            if states.get(head + found) == AttentionState.PRUNED:
+            if states.get(block + separator) == AttentionState.PRUNED:
                 pruned += value.numel()
     values = list(states.values())
     return Parameters(
@@ -381,7 +380,7 @@ def _count_parameters(state: dict) -> Parameters:
 
 
 def _plain_key(key: str) -> str:
-    """Undo the prefix that ``log_with_hierarchy`` of mmengine adds."""
+    """Remove the prefix that mmengine's ``log_with_hierarchy`` adds."""
     for mode in ('train/', 'val/'):
         if key.startswith(mode):
             return key[len(mode) :]
@@ -392,7 +391,7 @@ def _read_lines(log: Path) -> List[dict]:
     try:
         lines = log.read_text(encoding='utf-8').splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f'{log} is no text: {error}') from error
+        raise ValueError(f'{log} is not a text file: {error}') from error
     records = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -400,16 +399,17 @@ def _read_lines(log: Path) -> List[dict]:
         try:
             record = json.loads(line)
             if not isinstance(record, dict):
-                raise ValueError('no object')
+                raise ValueError('not an object')
         except (RecursionError, ValueError) as error:
             if number == len(lines):
-                break  # the run was killed while it wrote
-            raise ValueError(f'{log}, line {number}, is no JSON object') from error
+                break  # the run was killed while writing
+            raise ValueError(f'{log}, line {number}, is not a JSON object') from error
         for key, value in record.items():
             name = _plain_key(key)
             if name in _NUMBERS and not _is_number(value, name in _COUNTS):
                 raise ValueError(
-                    f'{log}, line {number}, has {key}={value!r:.99}, which is no number'
+                    f'{log}, line {number}, has {key}={value!r:.99}, which is not a '
+                    'number'
                 )
         records.append(record)
     return records
@@ -417,10 +417,10 @@ def _read_lines(log: Path) -> List[dict]:
 
 @dataclass
 class StartLog:
-    """What one start of a run has logged.
+    """The log of one start of a run.
 
     Attributes:
-        name (str): Name of its folder, its start in local time.
+        name (str): Name of its folder: its start in local time.
         training (dict[int, dict]): Scalars by iteration.
         metrics (dict[int, dict[str, float]]): Validation metrics by epoch, or
             by iteration in an iteration-based run.
@@ -443,11 +443,11 @@ class StartLog:
 
 
 def _in_order(starts: List[StartLog]) -> List[StartLog]:
-    """Put the starts of a run in order.
+    """Sort the starts of a run.
 
-    Folder names are in local time, and clocks are set back: names only tell
-    apart runs that began anew in the same directory. What was resumed comes
-    after its beginning, and the one that got further after the other.
+    Folder names are in local time, and clocks may be set back, so names only separate
+    independent runs in the same directory. Within a run, resumed starts come after the
+    first one, and starts that got further come later.
     """
     first = min((start.begin for start in starts if start.training), default=0)
     runs: List[List[StartLog]] = [[]]
@@ -490,7 +490,7 @@ def _read_log(log: Path) -> StartLog:
 
 
 def _is_number(value: Any, count: bool = False) -> bool:
-    """Whether a value of a log is a number of a size to calculate with."""
+    """Whether a value of a log is a number, and an integer is not too large."""
     if isinstance(value, float):
         return not count
     return type(value) is int and abs(value) < 2**53

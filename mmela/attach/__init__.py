@@ -1,7 +1,7 @@
-"""Where layer attentions go in a network, and giving them to it.
+"""Attach layer attentions to a network.
 
-Families say where they go in backbones that are known, discovery finds it by one
-watched forward pass in all others, and wiring builds and attaches them.
+``families`` names the blocks of known backbones, ``discovery`` finds those of any
+other network by watching one forward pass, ``wiring`` builds and attaches.
 """
 
 from .inputs import input_channels, other_arguments, random_images, sizes_to_try

@@ -1,4 +1,4 @@
-"""A block that an attention can follow: what families say and discovery finds."""
+"""A block that an attention can follow, as families and discovery describe it."""
 
 from dataclasses import dataclass, field
 from typing import Any, Optional, Tuple
@@ -16,27 +16,27 @@ class Block:
         name (str): Its name in the network.
         module (nn.Module): The module.
         channels (int): Channels of its output.
-        features (Features): Where the features are in its output. Defaults to maps
-            (B, C, H, W) that are the output itself.
+        features (Features): Where its output holds the features. Defaults to an
+            output that is a map (B, C, H, W).
         inputs (tuple): Path to the features in its arguments. Defaults to (0,).
-        stride (int): By how much the features are smaller than those of the block
-            before. Defaults to 1.
+        stride (int): Factor by which the features are smaller than those of the
+            previous block. Defaults to 1.
         same_input (bool): Whether its input has the shape of its output. Defaults
             to True.
         shortcut (str, optional): Name, in the block, of the module that brings its
             input to the shape of its output. Defaults to None.
-        follows (bool): Whether its input is computed from the output of the block
-            before. Defaults to True.
+        follows (bool): Whether its input depends on the output of the previous
+            block. Defaults to True.
         changes_input (bool): Whether it writes into its input. Defaults to False.
-        own_drop_path (bool): Whether its attention has the stochastic depth that
-            its config gives, and not that of the block (MRLA, section 5.1 and
-            appendix B.1): so it is in ResNets. Defaults to False.
-        tells_size (nn.Module, optional): The module that tells the size of the map
-            that tokens are of. Defaults to None.
-        shape (tuple[int, ...], optional): Of its output in the trial, batch size
-            first. Defaults to None: there was none.
-        size (tuple[int, int], optional): Height and width of that. Defaults to
-            None.
+        own_drop_path (bool): Whether only the config sets the stochastic depth of
+            its attention, and not the rate of the block. True in ResNets (MRLA,
+            section 5.1 and appendix B.1). Defaults to False.
+        tells_size (nn.Module, optional): The module that returns the size of the
+            map behind the tokens. Defaults to None.
+        shape (tuple[int, ...], optional): Shape of its output in the trial, batch
+            size first. Defaults to None: there was no trial.
+        size (tuple[int, int], optional): Height and width of that output. Defaults
+            to None.
     """
 
     name: str
@@ -56,14 +56,14 @@ class Block:
 
 
 def same_features(one: Block, other: Block) -> bool:
-    """Whether the outputs of two blocks can be attended over together.
+    """Whether two blocks can be in one stage.
 
     Args:
         one (Block): A block.
         other (Block): Another one.
 
     Returns:
-        bool: True if they have one layout, width and resolution.
+        bool: True if their outputs have the same layout, width and resolution.
     """
     return (one.features.layout, one.shape, one.features.extra, one.channels) == (
         other.features.layout,

@@ -1,4 +1,4 @@
-"""Checkpoints of earlier versions, which held some attentions under other names."""
+"""Load checkpoints of earlier versions, which used other keys for some attentions."""
 
 import re
 from typing import Any, Dict, List, Sequence
@@ -7,16 +7,16 @@ OLD_KEY = re.compile(r'layer_attn_stages\.(\d+)\.([^.]+)\.(layer_attn(?:\..*)?)$
 
 
 class OlderCheckpoints:
-    """Pre-hook of a network's ``load_state_dict``: today's keys for earlier ones.
+    """Pre-hook of a network's ``load_state_dict`` that renames older keys.
 
-    Up to version 0.1, and in versions of 0.2 before its release, attentions of
-    networks other than ResNets were in
-    ``layer_attn_stages.<stage>.<block>.layer_attn`` of the network.
+    Up to version 0.1, and in versions of 0.2 before its release, networks other
+    than ResNets held their attentions as
+    ``layer_attn_stages.<stage>.<block>.layer_attn``.
 
     Args:
         stages (Sequence[Sequence[str]]): Names of the blocks of each stage.
-        left_out (Sequence[str]): Blocks without an attention, as the backbone
-            freezes them; earlier versions gave them one that stayed zero.
+        left_out (Sequence[str]): Blocks that have no attention because the backbone
+            freezes them; in earlier versions they had one that stayed zero.
     """
 
     def __init__(
@@ -34,13 +34,13 @@ class OlderCheckpoints:
             self._drop(state_dict, f'{prefix}{block}.layer_attn.')
 
     def rename(self, key: str) -> str:
-        """Today's name for one of an earlier version.
+        """Convert a name of an earlier version.
 
         Args:
             key (str): A key of the network, or the name of an attention.
 
         Returns:
-            str: The new one; the same for a key of today.
+            str: The current name; a current one comes back unchanged.
         """
         match = OLD_KEY.match(key)
         if match is None or int(match[1]) >= len(self.stages):
@@ -60,7 +60,7 @@ class OlderCheckpoints:
                 raise RuntimeError(
                     'the checkpoint has a trained layer attention at '
                     f'{prefix[: -len(".layer_attn.")]}, but the network has none '
-                    'there, as the stage is frozen and zero_init or small_init is '
-                    'set; set neither to use it'
+                    'there, because the stage is frozen and zero_init or small_init '
+                    'is set. Remove zero_init and small_init to load it'
                 )
             del state_dict[key]

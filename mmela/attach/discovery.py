@@ -1,7 +1,7 @@
-"""Which blocks of a network layer attentions can follow, and how to group them.
+"""Find the blocks of a network that layer attentions can follow, and group them.
 
-One forward pass is watched: what each module gets and returns, which tensors
-are computed from which, and where two of one shape are added.
+It watches one forward pass: what each module takes and returns, which tensors
+come from which, and where two tensors of one shape are added.
 """
 
 import re
@@ -28,7 +28,7 @@ from .blocks import Block, same_features
 
 Blocks = Union[str, Sequence[Union[str, Sequence[str]]]]
 
-# What gives a view or a copy: the result is still the same features.
+# Functions that return a view or a copy: the features are still the same.
 _SAME = {
     *('view', 'reshape', 'flatten', 'unflatten', 'permute', 'transpose', 'clone'),
     *('contiguous', 'squeeze', 'unsqueeze', 'to', 'type', 'type_as', 'float', 'half'),
@@ -37,15 +37,15 @@ _SAME = {
 }
 _ADD = {'add', 'add_', '__add__', '__iadd__', '__radd__', 'addcmul', 'sum'}
 _MAX_EXTRA_TOKENS = 16
-# Height and width may be so far from one and the same share of the input.
+# A map may differ this much in aspect ratio from the input.
 _MOST_STRETCH = 0.8
-# Two layouts whose stretch differs by less cannot be told apart.
+# Two layouts whose stretch differs by less than this are ambiguous.
 _TIE = 0.15
 
 
 @dataclass
 class _Call:
-    """What was seen of one call of a module."""
+    """One observed call of a module."""
 
     index: int
     name: str
@@ -57,17 +57,17 @@ class _Call:
     shape_in: Optional[Tuple[int, ...]] = None
     changes_input: bool = False
     path: Path = ()  # to the features in the output
-    alone: bool = True  # there are no other features in it
+    alone: bool = True  # the output has no other features
     args: tuple = ()
     version: int = 0
-    derived_from: int = 0  # bits: the calls that its input was computed from
+    derived_from: int = 0  # bit mask of the calls that its input depends on
     shape: Optional[Tuple[int, ...]] = None
     pairs_in: List[tuple] = field(default_factory=list)
     pairs_out: List[tuple] = field(default_factory=list)
     sizes: List[tuple] = field(default_factory=list)
-    identity: bool = False  # the output is the input with things added
-    sums: set = field(default_factory=set)  # sizes of what it adds by itself
-    adds: bool = False  # it returns a sum of what was computed within it
+    identity: bool = False  # the output is the input plus something
+    sums: set = field(default_factory=set)  # sizes of the sums computed in it
+    adds: bool = False  # it returns a sum of tensors computed within it
     shortcut: Optional[int] = None  # the call that made one of the summands
     ended: int = 0
 
@@ -97,8 +97,8 @@ class _Watch(TorchFunctionMode):
             for name in [n for n in vars(tensor) if n.startswith('_mmela_')]:
                 delattr(tensor, name)
 
-    # What is known of a tensor is kept as its attributes: they stay with it
-    # where it is changed in place, and go with it.
+    # Facts about a tensor are attributes of the tensor: they survive changes in
+    # place, and are freed with it.
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -110,9 +110,9 @@ class _Watch(TorchFunctionMode):
         if not inputs:
             return result
         self._clock += 1
-        seen, same, more = 0, set(), set()
+        sources, same, more = 0, set(), set()
         for tensor in inputs:
-            seen |= getattr(tensor, '_mmela_from', 0)
+            sources |= getattr(tensor, '_mmela_from', 0)
         if name in _ADD:
             same = more = self._note_addition(inputs, result)
         elif name in _SAME or any(result is t for t in inputs):
@@ -121,9 +121,9 @@ class _Watch(TorchFunctionMode):
         for tensor in _tensors(result):
             if isinstance(tensor, nn.Parameter):
                 continue
-            tensor._mmela_from = seen | getattr(tensor, '_mmela_from', 0)
+            tensor._mmela_from = sources | getattr(tensor, '_mmela_from', 0)
             tensor._mmela_same = set(same)
-            tensor._mmela_more = set(more)  # of these, to which was added
+            tensor._mmela_more = set(more)  # those that were added to
             if not any(tensor is t for t in inputs):
                 tensor._mmela_born = self._clock
                 if name in _SAME:
@@ -152,7 +152,7 @@ class _Watch(TorchFunctionMode):
         return same
 
     def _note_shortcut(self, call: _Call, summands: List[Tensor]) -> None:
-        """Note what has made a summand from the input of a block at once."""
+        """Note a child call that computes a summand straight from the block's input."""
         for tensor in summands:
             for made in getattr(tensor, '_mmela_made', ()):
                 source = self.calls[made]
@@ -177,9 +177,9 @@ class _Watch(TorchFunctionMode):
             call.pairs_in = list(pairs(everything))
             for tensor in _tensors(everything):
                 call.derived_from |= getattr(tensor, '_mmela_from', 0)
-            found = _first_argument(everything)
-            if found is not None:
-                call.in_path, x = found
+            first = _first_argument(everything)
+            if first is not None:
+                call.in_path, x = first
                 call.shape_in = tuple(x.shape)
                 call.args = (id(x),)
                 call.version = x._version
@@ -199,9 +199,9 @@ class _Watch(TorchFunctionMode):
             tensor._mmela_made = [*made, call.index]
         x = _first_argument((*args, *kwargs.values()))
         call.changes_input = x is not None and x[1]._version != call.version
-        found = _first(output)
-        if found is not None:
-            call.path, out = found
+        first = _first(output)
+        if first is not None:
+            call.path, out = first
             call.shape = tuple(out.shape)
             call.alone = not call.path or count_alike(output, out) == 1
             call.adds = out.numel() in call.sums
@@ -213,19 +213,19 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 
 
 def _first(value: Any) -> Optional[Tuple[Path, Tensor]]:
-    """The first tensor; None too where a list has several, which are equals."""
-    found = list(tensors(value))
-    if not found or isinstance(value, list) and len(found) > 1:
+    """The first tensor and its path; None for a list of several, all of equal rank."""
+    paths = list(tensors(value))
+    if not paths or isinstance(value, list) and len(paths) > 1:
         return None
-    return found[0]
+    return paths[0]
 
 
 def _first_argument(arguments: tuple) -> Optional[Tuple[Path, Tensor]]:
-    """The first tensor in the first argument that has any."""
+    """The first tensor, and its path, in the first argument that has any."""
     for index, value in enumerate(arguments):
         if any(True for _ in tensors(value)):
-            found = _first(value)
-            return found and ((index, *found[0]), found[1])
+            first = _first(value)
+            return first and ((index, *first[0]), first[1])
     return None
 
 
@@ -235,10 +235,10 @@ def watch(
     """Run a network once, in eval mode and without gradients, and watch it.
 
     Args:
-        network (nn.Module): The network; left as it was.
+        network (nn.Module): The network, which is restored afterwards.
         *inputs (Tensor | None): Its input.
-        outputs (list, optional): Gets the tensors that it returns. Defaults to
-            None.
+        outputs (list, optional): The tensors that it returns are added here.
+            Defaults to None.
 
     Returns:
         list: The calls of its modules, in order.
@@ -277,9 +277,9 @@ class Trial:
         calls (list): What :func:`watch` returned.
         batch (int): Batch size of the input.
         size (tuple[int, int]): Height and width of the input.
-        layouts (dict[str, str]): Layouts of maps that a second size has told, by
-            name of the module. Defaults to none.
-        tied (set[str]): Modules whose layout this size does not tell.
+        layouts (dict[str, str]): Layouts of maps that a second size has settled,
+            by module name. Defaults to none.
+        tied (set[str]): Modules whose layout is ambiguous at this size.
     """
 
     calls: List[_Call]
@@ -289,7 +289,7 @@ class Trial:
     tied: Set[str] = field(default_factory=set)
 
     def settle(self, other: 'Trial') -> None:
-        """Tell layouts by a trial of another size: channels stay as many."""
+        """Settle layouts by a trial of another size: only channels stay constant."""
         shapes = {call.name: call.shape for call in other.calls}
         for call in self.calls:
             one, two = call.shape, shapes.get(call.name)
@@ -301,13 +301,13 @@ class Trial:
 
 
 def find_blocks(trial: Trial) -> List[Block]:
-    """The residual blocks of a network.
+    """Find the residual blocks of a network.
 
     Args:
         trial (Trial): A watched forward pass.
 
     Returns:
-        list[Block]: In the order in which they run.
+        list[Block]: The blocks, in the order in which they run.
     """
     calls = trial.calls
     times = Counter(call.module for call in calls)
@@ -323,8 +323,8 @@ def find_blocks(trial: Trial) -> List[Block]:
     for index in sorted(fitting):
         for parent in calls[index].parents:
             inner.setdefault(parent, []).append(calls[index])
-    # One that only passes on what blocks within it add is a list of blocks,
-    # unless these do not belong together: then it is the block.
+    # A module that adds nothing itself is a list of blocks if the blocks within it
+    # form one stage; otherwise it is the block.
     lists = {
         index
         for index in fitting
@@ -336,7 +336,7 @@ def find_blocks(trial: Trial) -> List[Block]:
         for index in fitting - lists
         if inner.get(index) and not isinstance(calls[index].module, nn.Sequential)
     }
-    # The first of a stage is of their kind, though its input has another shape.
+    # The first block of a stage has the same class, but its input another shape.
     fitting |= {
         index
         for index in inner
@@ -349,16 +349,16 @@ def find_blocks(trial: Trial) -> List[Block]:
 
 
 def find_plain_blocks(trial: Trial) -> List[Block]:
-    """Blocks of a network without residual connections, such as VGG.
+    """Find the blocks of a network without residual connections, such as VGG.
 
-    These are consecutive modules of one kind whose outputs have one width and
-    resolution.
+    These are consecutive modules of one class whose outputs have the same width
+    and resolution.
 
     Args:
         trial (Trial): A watched forward pass.
 
     Returns:
-        list[Block]: In the order in which they run.
+        list[Block]: The blocks, in the order in which they run.
     """
     times = Counter(call.module for call in trial.calls)
     siblings: Dict[Tuple[int, ...], List[_Call]] = {}
@@ -382,7 +382,7 @@ def find_plain_blocks(trial: Trial) -> List[Block]:
 
 
 def _outermost(calls: Iterable[_Call]) -> List[_Call]:
-    """Those of some calls, in order, that are within no other of them."""
+    """Drop calls that run within another one of the given calls; keep the order."""
     chosen: List[_Call] = []
     for call in calls:
         if not any(other.index in call.parents for other in chosen):
@@ -402,7 +402,7 @@ def _described(trial: Trial, chosen: Iterable[_Call]) -> List[Block]:
         if blocks and block.follows and blocks[-1].size is not None:
             sides = zip(blocks[-1].size, block.size)
             ratio = max(1, round(blocks[-1].size[0] / block.size[0]))
-            # No stride where pooling or padding made it another size
+            # 0 means no stride: pooling or padding gave another size
             exact = all(-(-large // ratio) == small for large, small in sides)
             block.stride = ratio if exact else 0
         before = call
@@ -411,14 +411,15 @@ def _described(trial: Trial, chosen: Iterable[_Call]) -> List[Block]:
 
 
 def describe(trial: Trial, call: _Call) -> Optional[Block]:
-    """What a module returns, as features.
+    """Describe a module as a block by the features that it returns.
 
     Args:
         trial (Trial): A watched forward pass.
         call (_Call): A call of the module in it.
 
     Returns:
-        Block | None: None if it is no map and no tokens, or one of several.
+        Block | None: None unless the module returns exactly one map or one tensor
+        of tokens.
     """
     shape = call.shape
     if shape is None or call.shape_in is None or shape[0] != trial.batch:
@@ -434,10 +435,10 @@ def describe(trial: Trial, call: _Call) -> Optional[Block]:
         features = Features(layout, call.path)
         source = None
     elif len(shape) == 3 and shape[1] > 1:
-        found = _find_resolution(trial, call, shape[1])
-        if found is None:
+        of_tokens = _find_resolution(trial, call, shape[1])
+        if of_tokens is None:
             return None
-        resolution, extra, size, source = found
+        resolution, extra, size, source = of_tokens
         channels = shape[2]
         features = Features('BLC', call.path, extra, resolution)
     else:
@@ -453,7 +454,7 @@ def describe(trial: Trial, call: _Call) -> Optional[Block]:
 
 
 def _layout(trial: Trial, call: _Call, shape: Tuple[int, ...]) -> Optional[str]:
-    """Layout of a map; None if it is none. A tie is noted in the trial."""
+    """Layout of a tensor; None if it is no map. Ambiguous ones go to ``trial.tied``."""
     if call.name in trial.layouts:
         return trial.layouts[call.name]
     first = _stretch(shape[2:], trial.size)
@@ -466,7 +467,7 @@ def _layout(trial: Trial, call: _Call, shape: Tuple[int, ...]) -> Optional[str]:
 
 
 def _stretch(shape: Sequence[int], size: Size) -> float:
-    """How far height and width are from one and the same share of the input."""
+    """How far the aspect ratio is from that of the input; 0 if they agree."""
     ratio = shape[0] * size[1] / (shape[1] * size[0])
     return max(ratio, 1 / ratio) - 1
 
@@ -474,7 +475,7 @@ def _stretch(shape: Sequence[int], size: Size) -> float:
 def _find_resolution(
     trial: Trial, call: _Call, length: int
 ) -> Optional[Tuple[Resolution, int, Size, Optional[nn.Module]]]:
-    """Where height and width of the tokens that a layer returns can be read."""
+    """Find where to read the height and width of the tokens that a layer returns."""
     best: Optional[Tuple[Resolution, int, Size, Optional[nn.Module]]] = None
     sources: List[tuple] = [
         ('output', call.pairs_out, None),
@@ -483,8 +484,8 @@ def _find_resolution(
     for before in reversed(trial.calls[: call.index]):
         if before.ended and before.ended < call.began and before.sizes:
             sources.append(('module', before.sizes, before.module))
-    for where, found, module in sources:
-        for index, (height, width) in enumerate(found):
+    for where, candidates, module in sources:
+        for index, (height, width) in enumerate(candidates):
             if min(height, width) < 1:
                 continue
             if _stretch((height, width), trial.size) > _MOST_STRETCH:
@@ -495,7 +496,7 @@ def _find_resolution(
             if best is None or extra < best[1]:
                 best = Resolution(where, index), extra, (height, width), module
     if best is None and trial.size[0] == trial.size[1]:
-        # Nobody tells it: for images of this size alone
+        # No module names the size: only images of this size will work.
         for extra in range(min(_MAX_EXTRA_TOKENS, length // 2)):
             side = round((length - extra) ** 0.5)
             if side > 1 and side * side == length - extra:
@@ -505,7 +506,7 @@ def _find_resolution(
 
 
 def group(blocks: Sequence[Block]) -> List[List[Block]]:
-    """Put consecutive blocks of one width and resolution into stages.
+    """Group consecutive blocks of one width and resolution into stages.
 
     Args:
         blocks (Sequence[Block]): Blocks in the order in which they run.
@@ -523,32 +524,33 @@ def group(blocks: Sequence[Block]) -> List[List[Block]]:
 
 
 def name_matches(pattern: str, name: str) -> bool:
-    """Whether a pattern with ``*`` for any part of one name is that of a module.
+    """Whether a module's name matches a pattern.
 
     Args:
-        pattern (str): Such as ``'layers.*'`` or ``'stages.*.blocks.*'``.
-        name (str): A module's name.
+        pattern (str): A name, or a pattern such as ``'stages.*.blocks.*'``;
+            ``*`` matches any text without a dot.
+        name (str): The name of a module.
 
     Returns:
-        bool: True if it is; ``*`` matches no dot.
+        bool: True if it matches.
     """
     parts = map(re.escape, pattern.split('*'))
     return re.fullmatch('[^.]*'.join(parts), name) is not None
 
 
 def name_blocks(trial: Trial, patterns: Sequence[str]) -> List[Block]:
-    """The blocks of given names, in the order in which they run.
+    """Find blocks by name.
 
     Args:
         trial (Trial): A watched forward pass.
         patterns (Sequence[str]): Names or patterns of names.
 
     Returns:
-        list[Block]: The blocks.
+        list[Block]: The blocks, in the order in which they run.
 
     Raises:
-        ValueError: If a name is of no module that runs once and returns
-            features.
+        ValueError: If a name matches no module, or one that runs more than once
+            or returns no features.
     """
     calls = trial.calls
     times = Counter(call.module for call in calls)
@@ -559,8 +561,8 @@ def name_blocks(trial: Trial, patterns: Sequence[str]) -> List[Block]:
             seen = dict.fromkeys(c.name for c in calls if c.depth in (1, 2))
             raise ValueError(
                 f'blocks: no module {pattern!r} runs in the backbone'
-                f'{did_you_mean(pattern, [c.name for c in calls])}; there are '
-                f'{", ".join(seen)} and what is in them'
+                f'{did_you_mean(pattern, [c.name for c in calls])}; choose from '
+                f'{", ".join(seen)} and their submodules'
             )
         for call in matching:
             if times[call.module] > 1:
@@ -570,7 +572,7 @@ def name_blocks(trial: Trial, patterns: Sequence[str]) -> List[Block]:
             if describe(trial, call) is None:
                 raise ValueError(
                     f'blocks: {call.name} takes {call.shape_in} and returns '
-                    f'{call.shape}, which are no features: one map (B, C, H, W) or '
+                    f'{call.shape}; it must return one map (B, C, H, W) or '
                     '(B, H, W, C), or tokens (B, L, C) of a map of known size'
                 )
             chosen[call.index] = call

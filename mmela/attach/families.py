@@ -1,6 +1,6 @@
-"""Where the attentions of known backbones go, without a forward pass.
+"""The blocks of known backbones, without a forward pass.
 
-One row per family. A class that inherits from a known one is of its family.
+One row per family. A subclass belongs to the family of its base class.
 """
 
 from typing import Any, Callable, Dict, List, Optional
@@ -12,18 +12,18 @@ from .blocks import Block
 
 Stages = List[List[Block]]
 LAYERS_PER_STAGE = 4
-"""int: Layers of a stage of a transformer that has no stages (MRLA, B.1)."""
+"""int: Layers per stage in a transformer that has no stages (MRLA, B.1)."""
 
 
 def known_stages(network: nn.Module, layers_per_stage: int) -> Optional[Stages]:
-    """Stages of a network of a known family.
+    """Look up the stages of a network of a known family.
 
     Args:
         network (nn.Module): The network.
-        layers_per_stage (int): Layers of a stage of a transformer without stages.
+        layers_per_stage (int): Layers per stage in a transformer without stages.
 
     Returns:
-        list[list[Block]] | None: Its stages; None for a network of another kind.
+        list[list[Block]] | None: The stages; None for an unknown family.
     """
     for cls in type(network).__mro__:
         family = FAMILIES.get(f'{cls.__module__}.{cls.__qualname__}')
@@ -35,14 +35,14 @@ def known_stages(network: nn.Module, layers_per_stage: int) -> Optional[Stages]:
 def is_resnet(network: nn.Module) -> bool:
     """Whether a network is a ResNet of a toolbox, of timm or of torchvision.
 
-    The stochastic depth of its attentions is that of their config (MRLA, section
-    5.1; the authors' code has one constant rate, on the attention alone).
+    In ResNets, only the config sets the stochastic depth of attentions (MRLA,
+    section 5.1; the authors' code applies one constant rate to the attention alone).
 
     Args:
         network (nn.Module): The network.
 
     Returns:
-        bool: True if it or a base class is one.
+        bool: True for these classes and their subclasses.
     """
     names = {f'{c.__module__}.{c.__qualname__}' for c in type(network).__mro__}
     return not names.isdisjoint({*RESNETS, *OTHER_RESNETS})
@@ -78,7 +78,7 @@ def _efficientnet(network: Any, layers_per_stage: int) -> Stages:
         for index, module in enumerate(layer):
             residual = getattr(module, 'with_res_shortcut', None)
             if not (module.with_residual if residual is None else residual):
-                # Another width or resolution from here on
+                # The width or resolution changes here.
                 opened, stride = False, stride * _stride(module)
                 continue
             if not opened:
@@ -105,7 +105,7 @@ def _stride(module: nn.Module) -> int:
 
 
 def _vision_transformer(network: Any, layers_per_stage: int) -> Stages:
-    # The patch embedding returns tokens and the size of their map.
+    # The patch embedding returns the tokens and the size of their map.
     resolution = Resolution('module')
     extra = network.num_extra_tokens if network.with_cls_token else 0
     features = Features('BLC', extra=extra, resolution=resolution)
@@ -126,7 +126,7 @@ def _vision_transformer(network: Any, layers_per_stage: int) -> Stages:
 
 
 def _pyramid_vision_transformer(network: Any, layers_per_stage: int) -> Stages:
-    # Layers are called with their tokens and the size of the map.
+    # Layers take the tokens and the size of their map.
     features = Features('BLC', resolution=Resolution('arguments'))
     return [
         [

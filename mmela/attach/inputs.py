@@ -1,4 +1,4 @@
-"""Images that a network takes: their size and channels."""
+"""The size and channels of the images that a network takes."""
 
 import inspect
 from typing import Any, List, Optional, Tuple
@@ -8,20 +8,19 @@ from torch import Tensor, nn
 
 Size = Tuple[int, int]
 
-# Attribute of a network whose ``input_channels`` were given
+# Attribute of a network for which the user set ``input_channels``
 GIVEN_CHANNELS = '_layer_attn_input_channels'
 
 
 def sizes_to_try(network: nn.Module) -> List[Size]:
-    """Sizes of images that a network names, and sizes that many take.
+    """List image sizes to try: those that the network declares, then common ones.
 
     Args:
         network (nn.Module): A network that takes images.
 
     Returns:
-        list[tuple[int, int]]: Heights and widths. One of the network comes first:
-        that of its parts, such as a patch embedding, before that of its
-        pre-training.
+        list[tuple[int, int]]: Heights and widths. Sizes that modules declare, such
+        as a patch embedding, come before the size of the pre-training.
     """
     modules = list(network.modules())
     named = [
@@ -31,13 +30,13 @@ def sizes_to_try(network: nn.Module) -> List[Size]:
     ]
     for name in ('pretrained_cfg', 'default_cfg'):
         cfg = getattr(network, name, None)
-        # timm's; of a network that takes no other size
+        # timm sets it for networks that take no other size
         if isinstance(cfg, dict) and cfg.get('fixed_input_size'):
             named.append(tuple(cfg['input_size'])[-2:])
-    found = [size for size in map(_as_size, named) if size is not None]
-    # Not square, as then height and width tell the axes of a map
-    usual = [(224, 256), (224, 224), (256, 256), (384, 384), (512, 512), (32, 32)]
-    return list(dict.fromkeys(found[:2] + usual))
+    declared = [size for size in map(_as_size, named) if size is not None]
+    # Not square at first, so that height and width identify the axes of a map
+    common = [(224, 256), (224, 224), (256, 256), (384, 384), (512, 512), (32, 32)]
+    return list(dict.fromkeys(declared[:2] + common))
 
 
 def _as_size(value: Any) -> Optional[Size]:
@@ -50,15 +49,16 @@ def _as_size(value: Any) -> Optional[Size]:
 
 
 def channels_to_try(network: nn.Module) -> List[int]:
-    """Numbers of channels that the images of a network may have.
+    """List numbers of image channels to try.
 
     Args:
         network (nn.Module): A network that takes images.
 
     Returns:
-        list[int]: Those of its first convolution, those that it names, and 3.
+        list[int]: The channels of its first convolution, those that it declares,
+        and 3.
     """
-    found = [
+    candidates = [
         module.in_channels
         for module in network.modules()
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))
@@ -66,8 +66,8 @@ def channels_to_try(network: nn.Module) -> List[int]:
     for name in ('in_channels', 'in_chans', 'input_channels', 'num_channels'):
         value = getattr(network, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            found.append(value)
-    return list(dict.fromkeys([*found, 3]))
+            candidates.append(value)
+    return list(dict.fromkeys([*candidates, 3]))
 
 
 def input_channels(network: nn.Module) -> int:
@@ -78,8 +78,9 @@ def input_channels(network: nn.Module) -> int:
             does.
 
     Returns:
-        int: Those that :func:`~mmela.attach_layer_attention` was given, or those of
-        its first convolution, or else what it names, or 3.
+        int: The ``input_channels`` given to
+        :func:`~mmela.attach_layer_attention`, or else the channels of the first
+        convolution, or else what the network declares, or else 3.
     """
     for module in network.modules():
         if GIVEN_CHANNELS in vars(module):
@@ -88,13 +89,13 @@ def input_channels(network: nn.Module) -> int:
 
 
 def other_arguments(network: nn.Module) -> List[None]:
-    """What a network needs besides its image: None for each, such as a mask.
+    """None for every argument that a network needs besides its image, such as a mask.
 
     Args:
         network (nn.Module): A network that takes images.
 
     Returns:
-        list[None]: One for each further argument that has no default.
+        list[None]: One for each further argument without a default.
     """
     parameters = list(inspect.signature(network.forward).parameters.values())
     positional = (inspect.Parameter.POSITIONAL_ONLY,)
@@ -108,7 +109,7 @@ def other_arguments(network: nn.Module) -> List[None]:
 
 
 def random_images(network: nn.Module, batch: int, channels: int, size: Size) -> Tensor:
-    """Images for a trial, in device and data type of a network.
+    """Draw images for a trial, with the device and dtype of a network.
 
     Args:
         network (nn.Module): The network.
@@ -117,7 +118,7 @@ def random_images(network: nn.Module, batch: int, channels: int, size: Size) -> 
         size (tuple[int, int]): Height and width.
 
     Returns:
-        Tensor: (B, C, H, W), the same in each call.
+        Tensor: (B, C, H, W), the same in every call.
     """
     like = next(iter(network.parameters()), torch.empty(0))
     shape = (batch, channels, *size)

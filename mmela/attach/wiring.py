@@ -1,4 +1,7 @@
-"""Give the blocks of a network layer attentions. Nobody else builds them."""
+"""Build layer attentions and attach them to the blocks of a network.
+
+No other module builds them.
+"""
 
 from contextlib import ExitStack
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
@@ -42,7 +45,7 @@ TOKEN_DEFAULTS = dict(
 """dict: Defaults of the attentions of transformer layers."""
 
 NORMS_OF_MAPS = ('BN', 'BN2d', 'SyncBN', 'MMSyncBN', 'GN')
-"""tuple[str]: Normalizations that attentions on maps take over."""
+"""tuple[str]: Backbone norms that attentions on maps copy."""
 
 WRAPPERS = (
     *('DataParallel', 'DistributedDataParallel', 'FullyShardedDataParallel'),
@@ -53,7 +56,7 @@ CHANNELS_LAST_TRIES = ((1.5, 1.5), (2, 2), (1.5, 2))
 
 
 class _Seat(NamedTuple):
-    """An attention that is built, and what attaching it changes."""
+    """A built attention, its block, and the submodules that it replaces."""
 
     block: Block
     attention: LayerAttention
@@ -69,56 +72,56 @@ def attach_layer_attention(
     input_channels: Optional[int] = None,
     layers_per_stage: int = LAYERS_PER_STAGE,
 ) -> nn.Module:
-    """Give the blocks of any network layer attentions, in place.
+    """Attach layer attentions to the blocks of any network, in place.
 
-    The attention of a block becomes its submodule ``layer_attn``; all other keys
-    of the network stay as they are. What was attached is printed as a table. A
-    network of no known family runs once, to see the features of its blocks. After
-    an error the network is as it was.
+    Each attention becomes the submodule ``layer_attn`` of its block; all other
+    keys of the network stay the same. The function logs a table of what it
+    attached. It runs a network of an unknown family once, to see the features of
+    its blocks. If it raises an error, the network is unchanged.
 
     Args:
         backbone (nn.Module): A network that takes images, (B, C, H, W).
         layer_attention (dict, optional): Config of the layer attention, such as
-            ``dict(type='MRLABase')``. What is not given follows the blocks:
-            ``channels``; ``head_dim``, the largest up to 32 that divides them;
-            ``drop_path``, that of the block, but in ResNets the default of the
-            attention; ``norm_cfg``, that of the backbone, for maps (B, C, H, W),
-            and a layer norm before the attention and a GELU for transformers. With
-            ``zero_init`` or ``small_init`` the blocks of stages that the backbone
-            freezes get none: it would stay as it starts.
+            ``dict(type='MRLABase')``. Arguments that it leaves out follow the
+            blocks: ``channels``; ``head_dim``, the largest divisor of the channels
+            up to 32; ``drop_path``, the rate of the block, but in ResNets the
+            default of the attention; ``norm_cfg``, the norm of the backbone for
+            maps (B, C, H, W). Transformers get a layer norm before the attention
+            and a GELU. With ``zero_init`` or ``small_init``, stages that the
+            backbone freezes get no attention, because it could not learn.
             Defaults to ``dict(type='MRLABase')``.
-        blocks (str | Sequence): ``'auto'`` takes the residual blocks, and puts
-            consecutive ones of one width and resolution into stages; a transformer
-            without stages gets stages of ``layers_per_stage``. Or names or
-            patterns such as ``'layers.*'``, of which stages are formed in the
-            same way; or for each stage a list of names, of which one after a
-            ``'!'`` keeps its place without an attention; or for each stage that
-            ``'auto'`` gives a list of the indices, from 0, of the blocks that have
-            one. Defaults to ``'auto'``.
-        reset_pruning (bool): Start with no attention pruned although the
-            checkpoint of the backbone's ``init_cfg`` is of a pruned network. A
-            pruned attention then goes on with the weights that it had when it was
-            pruned. Nothing else is reset: not by ``load_from``, not when a run is
-            resumed and not when it is tested. Defaults to False.
+        blocks (str | Sequence): ``'auto'`` takes the residual blocks and puts
+            consecutive blocks of one width and resolution into a stage; a
+            transformer without stages gets stages of ``layers_per_stage``.
+            A list of names or patterns such as ``'layers.*'`` takes these blocks
+            and groups them the same way. A list of names for each stage sets the
+            stages too; a name with a leading ``'!'`` stays in its stage without an
+            attention. A list of indices for each stage of ``'auto'``, counted from
+            0, picks the blocks that get one. Defaults to ``'auto'``.
+        reset_pruning (bool): Start with every attention active even if the
+            checkpoint of the backbone's ``init_cfg`` comes from a pruned network.
+            A pruned attention then continues with the weights that it had when it
+            was pruned. This does not affect ``load_from``, resuming or testing.
+            Defaults to False.
         input_size (tuple[int, int], optional): Height and width of the input
-            for that run. Defaults to None: the size that the network is made
-            for, or else sizes from 224 on.
+            for that run. Defaults to None: the size that the network declares,
+            or else common sizes, 224 first.
         input_channels (int, optional): Channels of the input, for that run and
-            for all that later runs the network, such as an export.
-            Defaults to None: those of the network's first convolution.
-        layers_per_stage (int): Layers of a stage of a transformer without stages.
+            for everything that runs the network later, such as an export.
+            Defaults to None: the channels of the network's first convolution.
+        layers_per_stage (int): Layers per stage in a transformer without stages.
             Defaults to 4.
 
     Returns:
         nn.Module: The backbone.
 
     Raises:
-        KeyError: If there is no layer attention of that ``type``.
-        TypeError: If ``layer_attention`` is not a dict with a ``type``, or has an
-            argument that is unknown or of another type.
-        ValueError: If the network is a wrapper or has layer attentions already, no
-            block of it fits, ``blocks`` is or names none, or an argument does not
-            fit a block.
+        KeyError: If ``type`` is no registered layer attention.
+        TypeError: If ``layer_attention`` is not a dict with a ``type``, or if an
+            argument in it is unknown or has the wrong type.
+        ValueError: If the network is wrapped or already has layer attentions, if
+            no block fits, if ``blocks`` is malformed or matches nothing, or if an
+            argument does not fit a block.
 
     Example:
         >>> import torch, torchvision
@@ -135,7 +138,7 @@ def attach_layer_attention(
     if input_channels is not None:
         check_count('input_channels', input_channels, 1)
     _check_network(backbone)
-    stages, without = _find_stages(
+    stages, skipped = _find_stages(
         backbone, blocks, input_size, input_channels, layers_per_stage
     )
     frozen = _frozen_by_itself(backbone, stages)
@@ -143,37 +146,40 @@ def attach_layer_attention(
     before: Optional[Tuple[Stage, List[Block]]] = None
     for members in stages:
         stage = Stage([block.name for block in members], len(rows))
-        # Where blocks are named, theirs are wanted.
+        # A user who names blocks wants attentions there, frozen or not.
         absent = blocks == 'auto' and _leaves_out(
             members, attention_class, arguments, frozen
         )
-        mine: List[_Seat] = []
+        stage_seats: List[_Seat] = []
         for index, block in enumerate(members):
-            if absent or block.name in without:
+            if absent or block.name in skipped:
                 continue
-            own = _arguments(backbone, block, attention_class, arguments)
+            options = _arguments(backbone, block, attention_class, arguments)
             if index == 0 and before is not None:
-                own.update(_crossing(before, block, attention_class, own, stage))
+                options.update(
+                    _crossing(before, block, attention_class, options, stage)
+                )
+            is_frozen = block.name in frozen
             seat = _build(
-                block, index, attention_class, own, stage, block.name in frozen, mine
+                block, index, attention_class, options, stage, is_frozen, stage_seats
             )
             if seat is not None:
-                mine.append(seat)
+                stage_seats.append(seat)
             elif blocks != 'auto':
                 raise ValueError(
-                    f'blocks: {block.name} takes an input of another shape than '
-                    f'its output, {block.shape}, so {attention_class.__name__} '
-                    "has no identity there; leave it out, or use previous='output'"
+                    f'blocks: the input of {block.name} does not have the shape of '
+                    f'its output, {block.shape}, so {attention_class.__name__} finds '
+                    "no identity there; leave the block out, or set previous='output'"
                 )
-        stage.set_size(len(mine))
-        seats += mine
+        stage.set_size(len(stage_seats))
+        seats += stage_seats
         if absent:
             left_out += [block.name for block in members]
-        rows.append(_row(len(rows), members, mine, absent))
+        rows.append(_row(len(rows), members, stage_seats, absent))
         if not absent:
             before = stage, members
-    if not seats and not left_out and not without:
-        raise ValueError(f'blocks={blocks} leaves no block with a layer attention')
+    if not seats and not left_out and not skipped:
+        raise ValueError(f'blocks={blocks} gives no block a layer attention')
     containers = any(isinstance(seat.block.module, CONTAINERS) for seat in seats)
     images = (input_size, input_channels)
     before_attaching = _outputs(backbone, *images) if containers else None
@@ -199,33 +205,33 @@ def attach_layer_attention(
 
 @LAYER_ATTENTIONS.register_module(name='WithLayerAttention')
 def with_layer_attention(backbone: Any, **kwargs) -> nn.Module:
-    """A backbone of any toolbox with layer attention, for configs.
+    """Build a backbone of any toolbox with layer attention, for configs.
 
-    ``type='mmela.WithLayerAttention'``. What is built is the backbone itself,
-    with its keys, attributes and methods.
+    Use ``type='mmela.WithLayerAttention'``. The result is the backbone itself,
+    with its own keys, attributes and methods.
 
     Args:
         backbone (dict): Config of the backbone.
-        **kwargs: Those of :func:`attach_layer_attention`; ``attention_blocks``, as
-            versions before 0.2 called ``blocks`` by index; ``init_cfg`` takes the
-            place of that of the backbone.
+        **kwargs: Arguments of :func:`attach_layer_attention`. ``attention_blocks``
+            is the name that versions before 0.2 had for ``blocks`` by index.
+            ``init_cfg`` replaces the one of the backbone.
 
     Returns:
         nn.Module: The backbone.
 
     Raises:
-        KeyError: If there is no such backbone or layer attention.
-        TypeError: If ``backbone`` is no config of a module.
-        ValueError: As :func:`attach_layer_attention` does.
+        KeyError: If the backbone or the layer attention is not registered.
+        TypeError: If ``backbone`` is not a dict with a ``type``.
+        ValueError: As in :func:`attach_layer_attention`.
     """
     from mmengine.registry import MODELS
 
     if not isinstance(backbone, dict) or 'type' not in backbone:
         raise TypeError(
-            'WithLayerAttention needs the config of a backbone such as '
+            'WithLayerAttention needs the config of a backbone, such as '
             f"backbone=dict(type='SwinTransformer'), got {backbone!r}"
         )
-    if 'init_cfg' in kwargs:  # what tools set to None before they load weights
+    if 'init_cfg' in kwargs:  # tools set it to None before they load weights
         backbone = {**backbone, 'init_cfg': kwargs.pop('init_cfg')}
     if kwargs.get('attention_blocks') is not None:
         kwargs['blocks'] = kwargs['attention_blocks']
@@ -235,25 +241,25 @@ def with_layer_attention(backbone: Any, **kwargs) -> nn.Module:
 
 
 def check_layer_attention(layer_attention: Optional[dict]) -> Tuple[dict, type]:
-    """Arguments and class of a layer attention.
+    """Split the config of a layer attention into arguments and class.
 
     Args:
-        layer_attention (dict, optional): Its config; None for ``MRLABase``.
+        layer_attention (dict, optional): The config; None for ``MRLABase``.
 
     Returns:
-        tuple[dict, type]: Its arguments and its class.
+        tuple[dict, type]: The arguments and the class.
 
     Raises:
-        KeyError: If there is no layer attention of that ``type``.
-        TypeError: If it is not a dict with a ``type``, or has an argument that is
-            unknown or of another type.
+        KeyError: If ``type`` is not a registered layer attention.
+        TypeError: If the config is not a dict with a ``type``, or if an argument is
+            unknown or has the wrong type.
     """
     if layer_attention is None:
         layer_attention = dict(type='MRLABase')
     if not isinstance(layer_attention, dict) or 'type' not in layer_attention:
         raise TypeError(
-            'layer_attention must be a dict with a type such '
-            f"as dict(type='MRLABase'), got {layer_attention}"
+            'layer_attention must be a dict with a type, such as '
+            f"dict(type='MRLABase'), got {layer_attention!r}"
         )
     arguments = dict(layer_attention)
     attention_class = find_layer_attention(arguments.pop('type'))
@@ -267,13 +273,15 @@ def _check_network(backbone: nn.Module) -> None:
         kinds = {cls.__name__ for cls in type(module).__mro__}
         if is_model_wrapper(module) or not kinds.isdisjoint(WRAPPERS):
             raise ValueError(
-                f'{type(module).__name__} wraps a network; give that attentions before '
-                'it is wrapped: attach_layer_attention(model.module)'
+                f'{type(module).__name__} wraps a network; attach before wrapping: '
+                'attach_layer_attention(model.module)'
             )
     if isinstance(backbone, torch.jit.ScriptModule) or hasattr(backbone, '_orig_mod'):
-        raise ValueError(f'{name} is compiled; attach before torch.compile or script')
+        raise ValueError(
+            f'{name} is compiled; attach before torch.compile or torch.jit.script'
+        )
     if any(isinstance(module, LayerAttention) for module in backbone.modules()):
-        raise ValueError(f'{name} has layer attentions already')
+        raise ValueError(f'{name} already has layer attentions')
 
 
 # -- which blocks ----------------------------------------------------------------
@@ -286,7 +294,7 @@ def _find_stages(
     input_channels: Optional[int],
     layers_per_stage: int,
 ) -> Tuple[Stages, Set[str]]:
-    """Stages, and names of the blocks in them that get no attention."""
+    """Find the stages, and the names of blocks in them that get no attention."""
     known = known_stages(backbone, layers_per_stage)
     first = channels_to_try(backbone)[0]
     if known and input_channels not in (None, first):
@@ -302,14 +310,14 @@ def _find_stages(
         return stages, _others(stages, blocks) if by_index else set()
     _check_form(blocks)
     flat = [name for entry in blocks for name in _names(entry)]
-    without = {name[1:] for name in flat if name.startswith('!')}
+    skipped = {name[1:] for name in flat if name.startswith('!')}
     patterns = [name.lstrip('!') for name in flat]
-    found = [block for members in known or () for block in members]
+    in_table = [block for members in known or () for block in members]
     for pattern in patterns:
-        if not any(name_matches(pattern, block.name) for block in found):
-            found = []  # not in the table: a forward pass tells
-    if found:
-        named = [b for b in found if any(name_matches(p, b.name) for p in patterns)]
+        if not any(name_matches(pattern, block.name) for block in in_table):
+            in_table = []  # only a forward pass can find this block
+    if in_table:
+        named = [b for b in in_table if any(name_matches(p, b.name) for p in patterns)]
     else:
         named = _settled(
             backbone,
@@ -318,11 +326,11 @@ def _find_stages(
             lambda trial: name_blocks(trial, patterns),
         )
     if all(isinstance(entry, str) for entry in blocks):
-        if found:
+        if in_table:
             chosen = {block.name for block in named}
             kept = [[b for b in m if b.name in chosen] for m in known or ()]
-            return [members for members in kept if members], without
-        return group(named), without
+            return [members for members in kept if members], skipped
+        return group(named), skipped
     stages = []
     for number, entry in enumerate(blocks):
         patterns = [name.lstrip('!') for name in entry]
@@ -335,11 +343,11 @@ def _find_stages(
             if not same_features(members[0], block):
                 raise ValueError(
                     f'blocks[{number}]: {members[0].name} returns '
-                    f'{members[0].shape} and {block.name} {block.shape}, but the '
-                    'blocks of a stage have one width and resolution'
+                    f'{members[0].shape} and {block.name} {block.shape}, but all '
+                    'blocks of a stage must have the same width and resolution'
                 )
         stages.append(members)
-    return stages, without
+    return stages, skipped
 
 
 def _are_indices(blocks: Any) -> bool:
@@ -353,10 +361,10 @@ def _are_indices(blocks: Any) -> bool:
 
 
 def _others(stages: Stages, blocks: Any) -> Set[str]:
-    """Names of the blocks that are not among the indices of their stage."""
+    """Names of the blocks whose index the user did not list."""
     if len(blocks) != len(stages):
         raise ValueError(
-            f'blocks={blocks} is for {len(blocks)} stages, but the backbone has '
+            f'blocks={blocks} lists {len(blocks)} stages, but the backbone has '
             f'{len(stages)}'
         )
     others = set()
@@ -364,8 +372,8 @@ def _others(stages: Stages, blocks: Any) -> Set[str]:
         allowed = set(range(len(members)))
         if list(indices) != sorted(set(indices)) or not set(indices) <= allowed:
             raise ValueError(
-                f'blocks[{number}]={list(indices)} must name blocks of the stage once '
-                f'each and in order; allowed are 0 to {len(members) - 1}'
+                f'blocks[{number}]={list(indices)} must list indices of blocks in '
+                f'ascending order, each once; allowed are 0 to {len(members) - 1}'
             )
         others |= {members[index].name for index in allowed - set(indices)}
     return others
@@ -388,11 +396,11 @@ def _discover(
         calls = trials[-1].calls
         ran = ', '.join(sorted({type(c.module).__name__ for c in calls if c.name}))
         raise ValueError(
-            f'no blocks of {type(backbone).__name__} were found that add to their '
-            'input, or are of one kind and follow each other, and return maps '
-            '(B, C, H, W) or (B, H, W, C) or tokens (B, L, C), '
-            f'among {len(calls)} calls of {ran}. Name the blocks: '
-            "blocks=['layer1.*', 'layer2.*'] or a list of names for each stage"
+            f'{type(backbone).__name__} has no blocks that attention can follow. They '
+            'must be residual, or consecutive modules of one class, and return maps '
+            '(B, C, H, W) or (B, H, W, C) or tokens (B, L, C). The forward pass made '
+            f'{len(calls)} calls, of {ran}. Name the blocks yourself: '
+            "blocks=['layer1.*', 'layer2.*'], or a list of names for each stage"
         )
     own_drop_path = is_resnet(backbone)
     for members in stages:
@@ -406,12 +414,12 @@ def _discover(
 
 
 def _settled(backbone, input_size, input_channels, find) -> List[Block]:
-    """Blocks of a trial, with a second one where the first does not tell layouts."""
+    """Find blocks by a trial; a second one settles layouts that are ambiguous."""
     trial = _try(backbone, input_size, input_channels)
-    found = find(trial)
-    tied = {block.name for block in found} & trial.tied
+    blocks = find(trial)
+    tied = {block.name for block in blocks} & trial.tied
     if not tied:
-        return found
+        return blocks
     height, width = trial.size
     for down, across in CHANNELS_LAST_TRIES:
         other = (int(height * down), int(width * across))
@@ -419,16 +427,15 @@ def _settled(backbone, input_size, input_channels, find) -> List[Block]:
             trial.settle(_try(backbone, other, input_channels))
         except ValueError:  # the network takes no other size
             continue
-        found = find(trial)
-        tied = {block.name for block in found} & trial.tied
+        blocks = find(trial)
+        tied = {block.name for block in blocks} & trial.tied
         if not tied:
-            return found
+            return blocks
     name = sorted(tied)[0]
-    shape = next(block.shape for block in found if block.name == name)
+    shape = next(block.shape for block in blocks if block.name == name)
     raise ValueError(
-        f'{name} returns {shape}, of which it cannot be told whether the channels are '
-        'the second or the last; give another input_size=(height, width), whose '
-        'maps are of another size than the channels'
+        f'{name} returns {shape}, and its channels may be axis 1 or axis 3; set '
+        'input_size=(height, width) so that the maps differ in size from the channels'
     )
 
 
@@ -438,9 +445,9 @@ def _try(
     input_channels: Optional[int],
     outputs: Optional[List[torch.Tensor]] = None,
 ) -> Trial:
-    """A watched forward pass at the first size that a network takes.
+    """Watch a forward pass at the first size that the network takes.
 
-    What the network returns is added to ``outputs``.
+    Adds the tensors that the network returns to ``outputs``.
     """
     sizes = [input_size] if input_size else sizes_to_try(backbone)
     channels = [input_channels] if input_channels else channels_to_try(backbone)
@@ -451,13 +458,13 @@ def _try(
             x = random_images(backbone, batch, count, size)
             try:
                 calls = watch(backbone, x, *other_arguments(backbone), outputs=outputs)
-            except Exception as error:  # of any kind: it is somebody else's code
+            except Exception as error:  # a network may raise anything
                 reason = reason or error
             else:
                 return Trial(calls, batch, size)
     raise ValueError(
-        f'{type(backbone).__name__} runs with images of none of the sizes {sizes} '
-        f'with {" or ".join(map(str, channels))} channels: {reason}; give '
+        f'{type(backbone).__name__} runs at none of the sizes {sizes} with '
+        f'{" or ".join(map(str, channels))} channels: {reason}; set '
         'input_size=(height, width) and input_channels'
     ) from reason
 
@@ -492,17 +499,17 @@ def _check_form(blocks: Any) -> None:
     names = [name for entry in blocks for name in _names(entry)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f'blocks={blocks!r} has {twice[0]!r} more than once')
+        raise ValueError(f'blocks={blocks!r} lists {twice[0]!r} more than once')
 
 
 # -- frozen stages -----------------------------------------------------------------
 
 
 def _frozen_by_itself(backbone: nn.Module, stages: Stages) -> Set[str]:
-    """Names of the blocks that a backbone of a toolbox freezes by itself.
+    """Names of the blocks that a toolbox's backbone freezes by ``frozen_stages``.
 
-    What a user has frozen by ``requires_grad_(False)`` is none of these: its
-    attentions are new and may be trained alone.
+    Blocks that a user froze with ``requires_grad_(False)`` do not count: their
+    attentions are new and can be trained alone.
     """
     freeze = getattr(backbone, '_freeze_stages', None)
     count = getattr(backbone, 'frozen_stages', -1)
@@ -531,7 +538,7 @@ def _frozen_by_itself(backbone: nn.Module, stages: Stages) -> Set[str]:
 def _leaves_out(
     members: Sequence[Block], attention_class: type, arguments: dict, frozen: Set[str]
 ) -> bool:
-    """Whether a stage gets no attention, as it would stay as it starts."""
+    """Whether a stage gets no attention because it could not learn there."""
     return (
         bool(members)
         and all(block.name in frozen for block in members)
@@ -550,30 +557,31 @@ def _starts_from_plain(arguments: dict) -> bool:
 def _arguments(
     backbone: nn.Module, block: Block, attention_class: type, given: dict
 ) -> Dict[str, Any]:
-    """Arguments of the attention of a block, from its block and its config."""
+    """Arguments of a block's attention: its config over defaults from the block."""
     allowed = arguments_of(attention_class)
-    found: Dict[str, Any] = {}
+    defaults: Dict[str, Any] = {}
     if 'head_dim' in allowed:
-        found['head_dim'] = max(d for d in range(1, 33) if block.channels % d == 0)
+        defaults['head_dim'] = max(d for d in range(1, 33) if block.channels % d == 0)
+    # An attention that replaces the output has no branch to drop
     if not block.own_drop_path and attention_class.is_branch(given):
-        found['drop_path'] = _drop_path(block.module)
+        defaults['drop_path'] = _drop_path(block.module)
     if block.features.layout != 'BCHW':
-        found.update({k: v for k, v in TOKEN_DEFAULTS.items() if k in allowed})
+        defaults.update({k: v for k, v in TOKEN_DEFAULTS.items() if k in allowed})
     elif 'norm_cfg' in allowed:
         norm_cfg = getattr(backbone, 'norm_cfg', None)
         known = isinstance(norm_cfg, dict) and norm_cfg.get('type') in NORMS_OF_MAPS
-        # Detectors with a frozen BN have requires_grad=False in norm_cfg. The norm
-        # of the attention comes from no pre-trained network: it learns.
-        found['norm_cfg'] = (
+        # Detectors with a frozen BN set requires_grad=False in norm_cfg. The norm
+        # of the attention is not pre-trained, so it has to learn.
+        defaults['norm_cfg'] = (
             {k: v for k, v in norm_cfg.items() if k != 'requires_grad'}
             if known
             else dict(type='BN')
         )
-    return {**found, **given}
+    return {**defaults, **given}
 
 
 def _drop_path(block: nn.Module) -> float:
-    """Probability of the stochastic depth of a block; 0 if it has none."""
+    """Stochastic depth rate of a block; 0 if it has none."""
     for module in block.modules():
         if type(module).__name__ in ('DropPath', 'StochasticDepth'):
             value = getattr(module, 'drop_prob', getattr(module, 'p', None))
@@ -582,7 +590,7 @@ def _drop_path(block: nn.Module) -> float:
 
 
 def _crosses(attention_class: type, arguments: dict) -> bool:
-    """Whether attentions take over the memory of the stage before."""
+    """Whether attentions start from the memory of the previous stage."""
     return bool(attention_class.crosses_stages and arguments.get('cross_stage', True))
 
 
@@ -593,7 +601,7 @@ def _crossing(
     arguments: dict,
     stage: Stage,
 ) -> dict:
-    """Have a stage start with the memory of the one before, where it can."""
+    """Let a stage start from the memory of the previous one, where it can."""
     earlier, members = before
     if not members or not _crosses(attention_class, arguments):
         return {}
@@ -605,9 +613,9 @@ def _crossing(
         heads = block.channels // arguments['head_dim'] or 1
         if members[-1].channels % heads:
             print_log(
-                f'{attention_class.__name__}: the stage of {block.name} takes over '
-                f'nothing: its {heads} heads cannot share out the '
-                f'{members[-1].channels} channels of the stage before',
+                f'{attention_class.__name__}: the stage of {block.name} starts without '
+                'the memory of the previous stage, because that has '
+                f'{members[-1].channels} channels, which {heads} heads do not divide',
                 'current',
             )
             return {}
@@ -626,21 +634,21 @@ def _build(
     frozen: bool,
     earlier: Sequence[_Seat],
 ) -> Optional[_Seat]:
-    """An attention for a block; None where the block lacks what it needs."""
+    """Build the attention of a block; None if the block lacks what it needs."""
     allowed = arguments_of(attention_class)
     if 'block' in allowed:
         arguments['block'] = index
     if earlier and attention_class.shared:
         arguments['owns_shared'] = False
     if frozen and arguments.get('small_init') is not None:
-        # There for the next stage alone, which goes on with it
+        # It only feeds the memory of the next stage.
         arguments.update(small_init=None, zero_init=True)
     attention = attention_class(block.channels, **arguments)
     from_plain = _starts_from_plain(arguments) and attention.scale is None
     if from_plain and 'norm_cfg' in allowed and block.features.layout != 'BCHW':
         raise ValueError(
-            f'{block.name} returns tokens: zero_init and small_init need '
-            'token_norm_cfg there, or norm_cfg=None'
+            f'{block.name} returns tokens, where zero_init and small_init need '
+            'token_norm_cfg or norm_cfg=None'
         )
     lacks = not block.same_input and block.shortcut is None
     if attention.needs_identity and lacks:
@@ -665,12 +673,12 @@ def _build(
 
 
 def _sit_down(seats: Sequence[_Seat], undo: ExitStack) -> None:
-    """Attach all attentions; ``undo`` takes them away again."""
+    """Attach all attentions; ``undo`` removes them again."""
     watched = set()
     for block, attention, replacements in seats:
         module = block.module
         if hasattr(module, 'layer_attn'):
-            raise ValueError(f'{block.name} has a layer_attn of its own')
+            raise ValueError(f'{block.name} already has an attribute layer_attn')
         for name, other in replacements.items():
             undo.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, other)
@@ -689,7 +697,7 @@ def _sit_down(seats: Sequence[_Seat], undo: ExitStack) -> None:
 
 
 def _outputs(backbone: nn.Module, size: Optional[Size], channels: Optional[int]):
-    """What a network returns for the images of a trial."""
+    """Run a trial and return the outputs of the network."""
     outputs: List[torch.Tensor] = []
     _try(backbone, size, channels, outputs)
     return outputs
@@ -698,10 +706,12 @@ def _outputs(backbone: nn.Module, size: Optional[Size], channels: Optional[int])
 def _check_unchanged(
     backbone: nn.Module, seats: Sequence[_Seat], before: list, images: tuple
 ) -> None:
-    """Check blocks that are containers, which may use their children by number.
+    """Check that a further child changes nothing in blocks that are containers.
+
+    A network may loop over the children of a container or index them.
 
     Raises:
-        ValueError: If the network without its attentions is another one.
+        ValueError: If the output differs although all attentions are pruned.
     """
     for seat in seats:
         seat.attention._state = AttentionState.PRUNED
@@ -716,16 +726,16 @@ def _check_unchanged(
     if len(before) != len(after) or not all(map(torch.equal, before, after)):
         kinds = {type(s.block.module).__name__: s.block.name for s in seats}
         raise ValueError(
-            'the network is another one with a further child in its blocks, of which '
-            f'some are containers of modules: {kinds}. Name other blocks'
+            'the network computes something else once layer_attn is added to these '
+            f'blocks, because it uses their children by position: {kinds}. Choose '
+            'other blocks with blocks=[...]'
         )
 
 
 def _expect(module: nn.Module, attention: LayerAttention) -> list:
-    """Have the first backward pass notice an attention that no pass has reached.
+    """Raise in the first backward pass if a block's attention never ran.
 
-    Some networks call a method of a block other than its forward, of which no hook
-    is told.
+    Some networks call another method of a block than ``forward``; no hook runs then.
     """
     param = next((p for p in module.parameters() if p.requires_grad), None)
     inner = {id(p) for p in attention.parameters()}
@@ -737,9 +747,9 @@ def _expect(module: nn.Module, attention: LayerAttention) -> list:
         handle.remove()
         if not attention.reached:
             raise RuntimeError(
-                f'layer attention: {attention.place.block} is trained, but its '
-                'attention has not run: the network calls another method of the block '
-                'than its forward(). Leave the block out by blocks=[...]'
+                f'layer attention: block {attention.place.block} is being trained, but '
+                'its attention never ran, because the network does not call the '
+                "block's forward(). Leave the block out with blocks=[...]"
             )
 
     handle = param.register_hook(check)
@@ -747,10 +757,10 @@ def _expect(module: nn.Module, attention: LayerAttention) -> list:
 
 
 class _InitWeights:
-    """``init_weights`` of a backbone that leaves its attentions alone.
+    """``init_weights`` of a backbone, followed by that of its attentions.
 
-    Many initialize by type of module, attentions included; others know only
-    their own modules.
+    Many backbones initialize by module type and would overwrite the weights of
+    attentions; others skip modules that they do not know.
     """
 
     def __init__(self, backbone: nn.Module, reset_pruning: bool) -> None:

@@ -1,4 +1,4 @@
-"""What the papers' tables compare layer attention with."""
+"""Modules that the papers' tables compare layer attention with."""
 
 from . import plugins
 from .augmented_conv import AA

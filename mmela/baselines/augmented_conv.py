@@ -19,31 +19,29 @@ from .branch import (
 class AA(BranchAttention):
     r"""Attention-augmented convolution (Bello et al. 2019, section 3).
 
-    Some output channels of a block's 3x3 convolution come from multi-head
-    attention among the positions instead, with relative positions along both
-    axes (eq. 3 to 5):
+    Multi-head attention over positions, with relative positions along both axes,
+    computes some of the output channels of a block's 3x3 convolution (eq. 3 to 5):
 
     .. math::
         \mathrm{AAConv}(X) = [\mathrm{Conv}(X), \mathrm{MHA}(X)], \quad
         l_{i,j} = q_i \cdot (k_j + r^W_{j_x - i_x} + r^H_{j_y - i_y}) /
             \sqrt{d_k^h}
 
-    The attention takes the place of channels of the convolution, which gets
-    narrower. In a ResNet-50 the paper has it in the last three stages:
-    ``blocks`` of the backbone. Where the convolution has a stride,
-    the attention is over the pooled map.
+    The convolution gets narrower by these channels. In a ResNet-50 the paper uses it in
+    the last three stages; set ``blocks`` of the backbone. If the convolution has a
+    stride, the attention works on the pooled map.
 
     Args:
         channels (int): Channels ``C`` of the block's output.
-        keys (float): Channels of query and key, as a part of those of the
+        keys (float): Channels of query and key as a fraction of the channels of the
             convolution. Defaults to 0.2.
-        values (float): Channels of the value, as a part of those of the
+        values (float): Channels of the value as a fraction of the channels of the
             convolution. Defaults to 0.1.
-        heads (int): Heads. Channels of key and value are rounded to a
-            multiple of them. Defaults to 8.
-        min_key (int): Channels of the key of a head at least. Defaults to 20.
-        max_size (int): Positions along an axis that have embeddings of their
-            own; those further apart share the last. Defaults to 28.
+        heads (int): Number of heads. Channels of key and value are rounded to a
+            multiple of it. Defaults to 8.
+        min_key (int): Minimum number of key channels per head. Defaults to 20.
+        max_size (int): Number of positions along an axis with their own embeddings;
+            larger distances share the last one. Defaults to 28.
         **kwargs: ``norm_cfg`` and ``init_cfg``, see :class:`BranchAttention`.
 
     Raises:
@@ -74,16 +72,17 @@ class AA(BranchAttention):
         self.min_key, self.max_size = min_key, max_size
 
     def connect(self, block: nn.Module) -> Tuple[Taps, Replacements]:
-        found = convolutions(block)
+        convs = convolutions(block)
         names = [
-            n for n in found if found[n].kernel_size == (3, 3) and found[n].groups == 1
+            n for n in convs if convs[n].kernel_size == (3, 3) and convs[n].groups == 1
         ]
         if not names:
             raise ValueError(
-                f'a {type(block).__name__} has no 3x3 convolution with one group'
+                f'{type(block).__name__} has no 3x3 convolution with one group, which '
+                'AA needs'
             )
         name = names[-1]
-        conv = found[name]
+        conv = convs[name]
         key = max(round(self.keys * conv.out_channels / self.heads), self.min_key)
         value = max(round(self.values * conv.out_channels / self.heads), 1)
         self.key_dim, self.value_dim = key, value
@@ -99,21 +98,21 @@ class AA(BranchAttention):
 
     @property
     def attention_state(self) -> AttentionState:
-        """AttentionState: Always active: the convolution needs it."""
+        """AttentionState: Always active, because the convolution needs it."""
         return AttentionState.ACTIVE
 
     @attention_state.setter
     def attention_state(self, state: AttentionState) -> None:
         if AttentionState(state) != AttentionState.ACTIVE:
             raise ValueError(
-                'attention_state cannot be other than ACTIVE: the convolution is '
-                'narrower by the channels of the attention'
+                f'attention_state={AttentionState(state).name} is not allowed; AA '
+                'must stay ACTIVE, because it computes channels of a convolution'
             )
 
     def augment(
         self, x: Tensor, output: Tensor, memory: Optional[StageMemory]
     ) -> Tensor:
-        """Put the attention beside the output of the convolution.
+        """Concatenate the attention to the output of the convolution.
 
         Args:
             x (Tensor): Input of the convolution, (B, C_in, H_in, W_in).
@@ -121,7 +120,7 @@ class AA(BranchAttention):
             memory (StageMemory, optional): Memory of the stage.
 
         Returns:
-            Tensor: Both along the channels, (B, C_out + heads * d_v, H, W).
+            Tensor: The concatenation, (B, C_out + heads * d_v, H, W).
         """
         if x.shape[2:] != output.shape[2:]:
             size = (output.shape[2], output.shape[3])
@@ -151,7 +150,7 @@ class AA(BranchAttention):
         return self.out(out.unflatten(2, (height, width)))
 
     def _embeddings(self, table: Tensor, size: int) -> Tensor:
-        """Of the offset from each position to each, (size, size, d)."""
+        """Embeddings of the offsets between all positions, (size, size, d)."""
         positions = torch.arange(size, device=table.device)
         offsets = positions[None] - positions[:, None]
         limit = self.max_size - 1

@@ -13,9 +13,8 @@ from .branch import BranchAttention, Replacements, Taps, convolutions, pooled
 class BA(BranchAttention):
     r"""Bridge attention (BA-Net, Zhao et al. 2022, eq. 3 to 6).
 
-    The channels of a block are scaled by what all of its layers give, not by
-    the last alone as in SE. With :math:`S_i` the pooled output of layer ``i``
-    of ``n``:
+    Channels of a block are scaled by the outputs of all its layers, and not only of
+    the last one as in SE. :math:`S_i` is the pooled output of layer ``i`` of ``n``:
 
     .. math::
         w = \sigma\left(W \mathrm{ReLU}\left(\sum_{i \le n}
@@ -24,22 +23,22 @@ class BA(BranchAttention):
 
     Args:
         channels (int): Channels ``C`` of the block's output.
-        reduction (int): Reduction of the channels in between. Defaults to 16.
+        reduction (int): Reduction factor of the hidden channels. Defaults to 16.
         **kwargs: ``drop_path``, ``norm_cfg`` and ``init_cfg``, see
             :class:`BranchAttention`.
 
     Raises:
-        ValueError: If ``reduction`` leaves no channel, or the block is not of
-            ResNet or a relative.
+        ValueError: If ``reduction`` leaves no channel, or the block is not from a
+            network of the ResNet family.
     """
 
     @dataclass
     class Memory(StageMemory):
-        """What the layers of the running block have given.
+        """Terms of the layers of the running block.
 
         Attributes:
-            bridges (Tensor, optional): Sum of the terms of the layers before
-                the last, (B, C / reduction).
+            bridges (Tensor, optional): Sum of the terms of all layers but the last,
+                (B, C / reduction).
         """
 
         bridges: Optional[Tensor] = None
@@ -48,7 +47,7 @@ class BA(BranchAttention):
         super().__init__(channels, **kwargs)
         if not 1 <= reduction <= channels:
             raise ValueError(
-                f'reduction={reduction} of {channels} channels leaves none; '
+                f'reduction={reduction} leaves none of {channels} channels; '
                 f'allowed are 1 to {channels}'
             )
         self.reduction = reduction
@@ -59,20 +58,20 @@ class BA(BranchAttention):
 
     def _add_layer(self, name: str, channels: int) -> None:
         width = self.channels // self.reduction
-        # Normalized as a vector, whatever normalizes the maps of the backbone
+        # A norm for vectors, independent of the norm for maps in the backbone
         norm = build_norm_layer(dict(type='BN1d'), width)[1]
         self.layers[name] = nn.Sequential(nn.Linear(channels, width, bias=False), norm)
 
     def connect(self, block: nn.Module) -> Tuple[Taps, Replacements]:
         taps, replacements = super().connect(block)
-        # What a convolution takes in is what the layer before has given
+        # The input of a convolution is the output of the previous layer
         inner = {n: conv for n, conv in convolutions(block).items() if n != 'conv1'}
         for name, conv in inner.items():
             self._add_layer(name, conv.in_channels)
         return {**{name: f'bridge_{name}' for name in inner}, **taps}, replacements
 
     def bridge_conv2(self, x: Tensor, output: Tensor, memory: Optional[Memory]) -> None:
-        """Note what the first layer of the block has given.
+        """Add the term of the first layer of the block.
 
         Args:
             x (Tensor): Input of the layer after it, (B, C_in, H_in, W_in).
@@ -82,7 +81,7 @@ class BA(BranchAttention):
         self._bridge('conv2', x, memory)
 
     def bridge_conv3(self, x: Tensor, output: Tensor, memory: Optional[Memory]) -> None:
-        """Note what the second layer of the block has given.
+        """Add the term of the second layer of the block.
 
         Args:
             x (Tensor): Input of the layer after it, (B, C_in, H_in, W_in).

@@ -1,4 +1,4 @@
-"""Attentions over the residual branch of a block, before the sum."""
+"""Attention modules on the residual branch of a block, before the sum."""
 
 from typing import Any, Dict, List, Optional, Tuple, Union
 
@@ -16,21 +16,19 @@ Replacements = Dict[str, nn.Module]
 
 
 class BranchAttention(LayerAttention):
-    """Attention over the residual branch of a block.
+    """Base class of attention on the residual branch of a block.
 
-    What :meth:`attend` returns takes the place of the branch ``F(X)`` in
-    ``X + F(X)``. For blocks of ResNet and of its relatives, and for those of
-    EfficientNet.
+    The result of :meth:`attend` replaces the branch ``F(X)`` in ``X + F(X)``. It works
+    in blocks of the ResNet family and of EfficientNet.
 
     Args:
         channels (int): Channels ``C`` of the block's output.
-        drop_path (float): Probability of leaving the branch of a sample as it
-            is in training; where it is not, its change is scaled up in turn.
-            Defaults to 0.
-        norm_cfg (dict, optional): Normalization, of attentions that have one.
+        drop_path (float): Probability of not changing the branch of a sample in
+            training; otherwise the change is scaled up to compensate. Defaults to 0.
+        norm_cfg (dict, optional): Normalization, for attentions that have one.
             Defaults to ``dict(type='BN')``.
         owns_shared (bool): Whether it is the first attention of its stage, which
-            holds what all of them share. Defaults to True.
+            holds the shared submodules. Defaults to True.
         init_cfg (dict | list[dict], optional): Initialization config. Defaults
             to None.
 
@@ -39,8 +37,8 @@ class BranchAttention(LayerAttention):
     """
 
     needs_memory = True
-    """bool: Whether it uses the memory of its stage. That does not stand a block
-    that activation checkpointing computes twice."""
+    """bool: Whether it uses the memory of its stage, which rules out activation
+    checkpointing, because that runs a block twice."""
 
     def __init__(
         self,
@@ -58,12 +56,12 @@ class BranchAttention(LayerAttention):
             raise ValueError(
                 f'{type(self).__name__} works on the residual branch of maps '
                 f'(B, C, H, W), but {self.place.block} returns '
-                f'{self.place.features.layout}; use an attention of mmela.layers'
+                f'{self.place.features.layout}; use an attention from mmela.layers'
             )
         if self.needs_memory and getattr(block, 'with_cp', False):
             raise ValueError(
-                f'with_cp=True computes a block twice, but {type(self).__name__} '
-                'changes the memory of its stage within the block; set with_cp=False'
+                f'with_cp=True runs a block twice, but {type(self).__name__} changes '
+                'the memory of its stage within the block; set with_cp=False'
             )
         return {branch_end(block): 'replace_branch'}, {}
 
@@ -75,11 +73,11 @@ class BranchAttention(LayerAttention):
         Args:
             x (Tensor): Input of the last module of the branch, not used.
             branch (Tensor): The branch ``F(X)``, (B, C, H, W).
-            memory (StageMemory, optional): Memory of the stage; None where the
-                module runs without its block.
+            memory (StageMemory, optional): Memory of the stage; None if the module
+                runs outside of its block.
 
         Returns:
-            Tensor | None: What takes the place of the branch, (B, C, H, W).
+            Tensor | None: The new branch, (B, C, H, W); None for no change.
         """
         if self.runs_alone(memory):
             return None
@@ -89,17 +87,17 @@ class BranchAttention(LayerAttention):
         return branch + self.drop_path(out - branch)
 
     def runs_alone(self, memory: Optional[StageMemory]) -> bool:
-        """Whether a submodule runs without its block, so there is nothing to do.
+        """Whether a submodule runs outside of its block, so there is nothing to do.
 
         Args:
             memory (StageMemory, optional): Memory of the stage, if the block runs.
 
         Returns:
-            bool: True if so.
+            bool: True if it does.
 
         Raises:
-            RuntimeError: If that is activation checkpointing, which would compute
-                something else than before.
+            RuntimeError: If activation checkpointing runs the submodule again, since
+                the result would differ from the first run.
         """
         if memory is not None or not self.needs_memory:
             return False
@@ -107,12 +105,12 @@ class BranchAttention(LayerAttention):
             raise RuntimeError(
                 f'layer attention: {type(self).__name__} changes the memory of its '
                 f'stage within {self.place.block}, which activation checkpointing '
-                'computes twice; checkpoint nothing there'
+                'runs twice; turn checkpointing off there'
             )
         return True
 
     def update(self, features: Tensor, memory: Any, args: tuple, output: Any) -> Tensor:
-        """The features as they are: the work is done within the block."""
+        """Return the features unchanged, since the work is done within the block."""
         return features
 
     def fingerprint(self) -> str:
@@ -123,20 +121,19 @@ class BranchAttention(LayerAttention):
 class Plugin(BranchAttention):
     """A plugin of mmcv on the residual branch of a block.
 
-    The toolboxes have no layer attention there but plugins, MMPretrain not
-    even those: this brings any to every backbone, and ``blocks`` of
-    the backbone says to which blocks. Those of mmela are
-    ``SqueezeExcitation``, ``ECA``, ``CBAM``, ``BAM`` and ``DoubleAttention``;
-    mmcv has ``ContextBlock`` and ``NonLocal2d``.
+    Only some backbones of the toolboxes take plugins, and none of MMPretrain. This
+    class adds any plugin to every backbone; ``blocks`` of the backbone selects the
+    blocks. mmela has the plugins ``SqueezeExcitation``, ``ECA``, ``CBAM``, ``BAM`` and
+    ``DoubleAttention``; mmcv has ``ContextBlock`` and ``NonLocal2d``.
 
     Args:
         channels (int): Channels ``C`` of the block's output.
-        plugin (dict): Config of the plugin; ``in_channels`` is filled in.
+        plugin (dict): Config of the plugin, without ``in_channels``.
         **kwargs: ``drop_path``, ``norm_cfg`` and ``init_cfg``, see
             :class:`BranchAttention`.
 
     Raises:
-        KeyError: If there is no such plugin.
+        KeyError: If the plugin is not registered.
         TypeError: If ``plugin`` is not a dict with a ``type``.
     """
 
@@ -145,8 +142,8 @@ class Plugin(BranchAttention):
     def __init__(self, channels: int, plugin: Optional[dict] = None, **kwargs) -> None:
         if not isinstance(plugin, dict) or 'type' not in plugin:
             raise TypeError(
-                "plugin must be a dict with a type such as dict(type='ECA'), "
-                f'got {plugin}'
+                "plugin must be a dict with a type, such as dict(type='ECA'), "
+                f'got {plugin!r}'
             )
         super().__init__(channels, **kwargs)
         self.config = dict(plugin)
@@ -161,27 +158,25 @@ class Plugin(BranchAttention):
 
 
 class SummedConv2d(nn.Module):
-    """A convolution that something is added to before the norm that follows.
+    """A convolution whose output gets a further summand before the next norm.
 
-    It is no ``nn.Conv2d``, so tools that fold a norm into the convolution before
-    it, which would be wrong here, leave the two alone. Keys are those of the
-    convolution that it takes the place of.
+    It is not an ``nn.Conv2d``, so that tools do not fold the norm into it, which would
+    be wrong. It has the keys of the convolution that it replaces.
 
     Args:
-        conv (nn.Conv2d): The convolution. Its parameters are used.
-        out_channels (int, optional): Use the first output channels alone. Defaults
-            to None, which means all.
+        conv (nn.Conv2d): The convolution, whose parameters are used.
+        out_channels (int, optional): Use only this many output channels. Defaults to
+            None, which means all.
 
     Raises:
-        ValueError: If it is no plain 2-D convolution with zeros as padding.
+        ValueError: If ``conv`` is not a plain 2-D convolution with zero padding.
     """
 
     def __init__(self, conv: nn.Module, out_channels: Optional[int] = None) -> None:
         super().__init__()
         if type(conv) is not nn.Conv2d or conv.padding_mode != 'zeros':
             raise ValueError(
-                f'a {type(conv).__name__} is not a plain nn.Conv2d, which is needed '
-                'here'
+                f'a plain nn.Conv2d with zero padding is needed here, got {conv}'
             )
         self.weight, self.bias = conv.weight, conv.bias
         if out_channels is not None:
@@ -194,7 +189,7 @@ class SummedConv2d(nn.Module):
         self.groups = conv.groups
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, H_in, W_in) to (B, C_out, H, W)."""
+        """Map (B, C_in, H_in, W_in) to (B, C_out, H, W)."""
         return F.conv2d(
             x,
             self.weight,
@@ -210,13 +205,14 @@ class SummedConv2d(nn.Module):
 
 
 def branch_end(block: nn.Module) -> str:
-    """The submodule of a block whose output is the residual branch.
+    """Find the submodule of a block whose output is the residual branch.
 
     Args:
-        block (nn.Module): A block of ResNet or a relative, or of EfficientNet.
+        block (nn.Module): A block of the ResNet family or of EfficientNet.
 
     Returns:
-        str: Name of its last normalization, or last convolution with one.
+        str: Name of the last normalization, or of the last convolution module that
+        includes one.
 
     Raises:
         ValueError: If the block is of another kind.
@@ -225,34 +221,32 @@ def branch_end(block: nn.Module) -> str:
         if getattr(block, name, None) is not None:
             return name
     raise ValueError(
-        f'where the residual branch of a {type(block).__name__} ends is not known; '
-        'allowed are the blocks of ResNet, its relatives, and EfficientNet'
+        f'{type(block).__name__} has no known residual branch; allowed are blocks of '
+        'the ResNet family and of EfficientNet'
     )
 
 
 def convolutions(block: nn.Module) -> Dict[str, Any]:
-    """Convolutions of a block of ResNet by name, in order.
+    """List the convolutions of a ResNet block.
 
     Args:
         block (nn.Module): The block.
 
     Returns:
-        dict[str, nn.Module]: ``conv1``, ``conv2`` and ``conv3`` as far as it
-        has them.
+        dict[str, nn.Module]: ``conv1``, ``conv2`` and ``conv3``, if they exist, in
+        order.
 
     Raises:
-        ValueError: If ``conv1`` is no convolution: a block of another kind.
+        ValueError: If the block is of another kind.
     """
-    found = {
+    convs = {
         name: getattr(block, name)
         for name in ('conv1', 'conv2', 'conv3')
         if hasattr(getattr(block, name, None), 'in_channels')
     }
-    if not hasattr(block, 'norm1') or 'conv1' not in found:
-        raise ValueError(
-            f'a {type(block).__name__} is no block of ResNet or of a relative'
-        )
-    return found
+    if not hasattr(block, 'norm1') or 'conv1' not in convs:
+        raise ValueError(f'{type(block).__name__} is not a block of the ResNet family')
+    return convs
 
 
 def pooled(x: Tensor) -> Tensor:

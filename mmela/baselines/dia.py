@@ -13,8 +13,7 @@ from .branch import BranchAttention, pooled
 class DIA(BranchAttention):
     r"""Dense-and-implicit attention (DIANet, Huang et al. 2020, eq. 7 and 8).
 
-    One LSTM for all blocks of a stage sees what the blocks give, one after the
-    other, and scales their channels:
+    One LSTM runs over the outputs of all blocks of a stage and scales their channels:
 
     .. math::
         (h^t, c^t) = \mathrm{LSTM}(\mathrm{GAP}(F^t), h^{t-1}, c^{t-1}), \quad
@@ -22,14 +21,14 @@ class DIA(BranchAttention):
 
     Args:
         channels (int): Channels ``C`` of the block's output.
-        reduction (int): Reduction within the LSTM: 4 on CIFAR, 20 on ImageNet.
+        reduction (int): Reduction factor of the LSTM: 4 on CIFAR, 20 on ImageNet.
             Defaults to 4.
         **kwargs: ``drop_path``, ``norm_cfg``, ``owns_shared`` and ``init_cfg``, see
             :class:`BranchAttention`.
 
     Raises:
-        ValueError: If ``reduction`` is more than ``channels``, or as
-            :class:`BranchAttention` does.
+        ValueError: If ``reduction`` exceeds ``channels``, and as in
+            :class:`BranchAttention`.
     """
 
     @dataclass

@@ -21,24 +21,23 @@ from .branch import (
 class RLAg(BranchAttention):
     r"""Recurrent layer aggregation (RLA-Net, Zhao et al. 2021, section 3.3).
 
-    A narrow map :math:`h` goes along with the blocks. Each sees it beside its
-    input and adds its residual branch :math:`F` to it:
+    A narrow map :math:`h` accompanies the blocks. Each block sees it beside its input
+    and adds its residual branch :math:`F` to it:
 
     .. math::
         F^t = f^t([X^t, h^{t-1}]), \quad X^{t+1} = \mathrm{ReLU}(X^t + F^t),
         \quad h^t = g_2(\tanh(\mathrm{BN}^t(g_1(F^t) + h^{t-1})))
 
-    with a 1x1 convolution :math:`g_1` and a 3x3 convolution :math:`g_2` that
-    the blocks of a stage have in common. Where a block has a stride,
-    :math:`h` is pooled; so it is from one stage to the next. The first
-    convolution of :math:`f` is written as the sum of one over ``X`` (the
-    block's own) and one over ``h`` (here), which is the same.
+    The blocks of a stage share the 1x1 convolution :math:`g_1` and the 3x3 convolution
+    :math:`g_2`. A block with a stride pools :math:`h`, and so does the step from one
+    stage to the next. The first convolution of :math:`f` is split into one over ``X``
+    (in the block) and one over ``h`` (here), whose sum is the same.
 
-    In the authors' code the sum is made in place before :math:`g_1`, so that
-    their :math:`F^t` is in effect :math:`X^{t+1}`; here it is as in the paper.
+    The authors' code computes the sum in place before :math:`g_1`, so that its
+    :math:`F^t` is in effect :math:`X^{t+1}`; this class follows the paper.
 
-    The classifier sees the output of the last block alone, as the authors'
-    detectors do; their classifiers see :math:`h` beside it (0.03 M more).
+    The classifier sees only the output of the last block, as in the authors' detectors;
+    their classifiers also see :math:`h` (0.03 M more parameters).
 
     Args:
         channels (int): Channels ``C`` of the block's output.
@@ -47,17 +46,17 @@ class RLAg(BranchAttention):
         **kwargs: ``owns_shared`` and ``init_cfg``, see :class:`BranchAttention`.
 
     Raises:
-        ValueError: If ``hidden`` is less than 1, ``drop_path`` is set, or the
-            block is not of ResNet or a relative.
+        ValueError: If ``hidden`` is less than 1, ``drop_path`` is set, or the block
+            is not from a network of the ResNet family.
     """
 
     @dataclass
     class Memory(StageMemory):
-        """What goes along with the blocks.
+        """The map that accompanies the blocks.
 
         Attributes:
             hidden (Tensor, optional): :math:`h`, (B, hidden, H, W).
-            before (RLAg.Memory, optional): What the stage before has ended with.
+            before (RLAg.Memory, optional): Final memory of the previous stage.
         """
 
         hidden: Optional[Tensor] = None
@@ -76,8 +75,8 @@ class RLAg(BranchAttention):
         check_count('hidden', hidden, 1)
         if kwargs.get('drop_path'):
             raise ValueError(
-                f'drop_path={kwargs["drop_path"]}: RLAg adds nothing that could be '
-                'dropped'
+                f'drop_path={kwargs["drop_path"]} cannot be set, because RLAg adds no '
+                'branch to drop'
             )
         super().__init__(channels, **kwargs)
         self.hidden = hidden
@@ -104,7 +103,7 @@ class RLAg(BranchAttention):
     def add_hidden(
         self, x: Tensor, output: Tensor, memory: Optional[Memory]
     ) -> Optional[Tensor]:
-        """Add to the first convolution what it gets from ``h``.
+        """Add the part of ``h`` to the output of the first convolution.
 
         Args:
             x (Tensor): Input of the convolution, (B, C_in, H_in, W_in).
@@ -121,11 +120,11 @@ class RLAg(BranchAttention):
             memory.before = None
         if memory.hidden is None:
             memory.hidden = x.new_zeros(len(x), self.hidden, *x.shape[2:])
-        if memory.hidden.shape[2:] != x.shape[2:]:  # a block without it has a stride
+        if memory.hidden.shape[2:] != x.shape[2:]:  # after a block without attention
             size = (x.shape[2], x.shape[3])
             memory.hidden = F.adaptive_avg_pool2d(memory.hidden, size)
-        # Nobody uses the norm of the last block, but it stays part of the
-        # graph: distributed training waits for the gradient of each parameter.
+        # The norm of the last block is unused, but stays in the graph, because
+        # distributed training waits for the gradient of every parameter.
         unused = 0 * (self.norm.weight + self.norm.bias)
         memory.hidden = memory.hidden + unused[:, None, None].to(memory.hidden.dtype)
         return output + self.input(memory.hidden)

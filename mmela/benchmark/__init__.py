@@ -1,1 +1,1 @@
-"""What layer attentions and the pruning hook cost, measured on any device."""
+"""Measure the cost of layer attentions and of the pruning hook on any device."""

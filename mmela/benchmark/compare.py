@@ -1,11 +1,11 @@
 """Compare the speed and memory of a network with different layer attentions.
 
-Time and peak memory of a training step (forward, backward, SGD) and of inference of
-the plain network, MLA, MRLA-base, MRLA-light, KCLA, attention residuals per position
-and per image, and ELA, which is MRLA-base with pruned attentions. `published` is
-MRLA-base as its equations read, each block with a copy of all keys and values before
-it. The variants take turns, so that a drift of the machine hits all alike; a ratio is
-the median of the ratios within a round.
+It measures time and peak memory of a training step (forward, backward, SGD) and of
+inference for the plain network, MLA, MRLA-base, MRLA-light, KCLA, attention residuals
+per position and per image, and ELA, which is MRLA-base with pruned attentions.
+`published` follows the equations of MRLA-base literally: each block copies all earlier
+keys and values. The variants take turns, so that a drift of the machine affects all
+equally; a ratio is the median of the ratios within a round.
 
 Examples:
   mmela compare --net r50 --batch 8 --channels-last
@@ -30,7 +30,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = tool_parser('compare', __doc__)
     add_network_options(parser, DEFAULT)
     parser.add_argument(
-        '--mode', choices=MODES, help='measure this alone (default: both)'
+        '--mode', choices=MODES, help='measure only this mode (default: both)'
     )
     parser.add_argument(
         '--warmup',
@@ -44,18 +44,18 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def compare(args: argparse.Namespace) -> Dict[str, object]:
-    """Measure the variants that the options name.
+    """Measure the variants given by the options.
 
     Args:
         args (argparse.Namespace): Options.
 
     Returns:
-        dict: ``settings``, ``machine``, and of each mode by variant what
-        :meth:`Contestant.prepare` and :func:`rounds.summary` return, or ``error``
-        where the memory of a GPU is too small.
+        dict: ``settings``, ``machine``, and for each mode and variant the results of
+        :meth:`Contestant.prepare` and :func:`rounds.summary`, or ``error`` if the
+        memory of the GPU is too small.
 
     Raises:
-        ValueError: If an option is wrong.
+        ValueError: If an option is invalid.
         OSError: If a file cannot be read.
     """
     import torch
@@ -73,34 +73,36 @@ def compare(args: argparse.Namespace) -> Dict[str, object]:
     )
     for mode in [args.mode] if args.mode else MODES:
         train = mode == 'training'
-        found: Dict[str, dict] = {}
+        measured: Dict[str, dict] = {}
         for variant, contestant in contestants.items():
-            print(f'{mode}, {variant}: warm up, measure memory', file=sys.stderr)
+            print(
+                f'{mode}, {variant}: warming up and measuring memory', file=sys.stderr
+            )
             try:
-                found[variant] = contestant.prepare(train, args.warmup)
+                measured[variant] = contestant.prepare(train, args.warmup)
             except torch.cuda.OutOfMemoryError:
-                found[variant] = dict(error='out of memory')
+                measured[variant] = dict(error='out of memory')
                 torch.cuda.empty_cache()
         steps = {
             v: c.train_step if train else c.infer
             for v, c in contestants.items()
-            if 'error' not in found[v]
+            if 'error' not in measured[v]
         }
         if steps:
             times = run_rounds(steps, args.rounds, device, args.steps, args.clock)
             first = times[next(iter(steps))]
             for variant in steps:
-                found[variant].update(summary(times[variant], first))
-        results[mode] = found
+                measured[variant].update(summary(times[variant], first))
+        results[mode] = measured
         write_results(args.out, results)
     return results
 
 
 def table(results: dict, mode: str) -> str:
-    """Results of one mode as text.
+    """Format the results of one mode.
 
     Args:
-        results (dict): Of :func:`compare`.
+        results (dict): Result of :func:`compare`.
         mode (str): ``'training'`` or ``'inference'``.
 
     Returns:
@@ -108,11 +110,11 @@ def table(results: dict, mode: str) -> str:
     """
     from .rounds import describe, format_table, noisy
 
-    s, found = results['settings'], results[mode]
-    measured = {v: r for v, r in found.items() if 'error' not in r}
+    s, variants = results['settings'], results[mode]
+    measured = {v: r for v, r in variants.items() if 'error' not in r}
     first = next(iter(measured), '')
     rows: List[List[str]] = []
-    for variant, r in found.items():
+    for variant, r in variants.items():
         if 'error' in r:
             rows.append([variant, r['error']])
             continue
@@ -138,8 +140,8 @@ def table(results: dict, mode: str) -> str:
         describe(results['machine']),
         '',
         format_table(columns, rows),
-        'median of the rounds ± interquartile range'
-        + (', time of the process on the CPU' if s['clock'] == 'cpu' else ''),
+        'median over the rounds ± interquartile range'
+        + (', CPU time of the process' if s['clock'] == 'cpu' else ''),
         noisy(measured),
     ]
     return '\n'.join(lines)
@@ -153,7 +155,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             process.
 
     Raises:
-        SystemExit: With one clear line if the arguments are not acceptable.
+        SystemExit: With a one-line error if an argument is invalid.
     """
     args = parse_args(argv)
     from ..command_line import one_line_errors

@@ -1,14 +1,14 @@
-"""Measure what the pruning hook and the import of mmela cost.
+"""Measure the cost of the pruning hook and of importing mmela.
 
-Steps: the same training step without the LayerAttentionPruningHook, with it outside
-of its measuring windows, and inside of one, by turns. Closing a window, once in
-several epochs, is not part of a step.
+Steps: the same training step without the LayerAttentionPruningHook, with the hook
+outside of its measuring windows, and inside a window, in turns. Closing a window, once
+in several epochs, is not part of a step.
 
-Measuring: the time within such a step of a window in which the hook looks at the
-scores. That tells it from noise which is larger than it is.
+Measuring: the part of a step inside a window in which the hook observes the scores. It
+is timed separately because noise in the step time is larger.
 
-Start-up: a fresh Python process imports the toolbox alone, or the toolbox and mmela,
-by turns.
+Start-up: a fresh Python process imports only the toolbox, or the toolbox and mmela, in
+turns.
 
 Examples:
   mmela hook-overhead --net cifar56 --batch 16
@@ -55,7 +55,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         type=positive,
         default=7,
         metavar='N',
-        help='processes of each kind (default: %(default)s)',
+        help='number of processes of each kind (default: %(default)s)',
     )
     add_options(parser, rounds=50)
     return parser.parse_args(argv)
@@ -67,21 +67,21 @@ def with_hook(
     epoch: int,
     watch: Callable[[], object] = lambda: None,
 ) -> Callable[[], None]:
-    """A training step with the hook.
+    """Build a training step with the hook.
 
     Args:
         contestant (Contestant): Network with a prunable layer attention.
-        work_dir (str): Folder for what the hook writes.
-        epoch (int): Of training, from 0; in the window or not.
-        watch (callable): Called once the hook is ready to measure. Defaults to
-            nothing.
+        work_dir (str): Folder for the files of the hook.
+        epoch (int): Epoch, from 0; inside or outside of the window.
+        watch (callable): Called when the hook is ready to measure. Defaults to a
+            function that does nothing.
 
     Returns:
         callable: The step.
     """
     from ..hooks import LayerAttentionPruningHook
 
-    # What the hook reads of a runner; the measuring is the hook's own
+    # Only the parts of a runner that the hook reads; the hook itself is real
     runner = SimpleNamespace(
         model=contestant.model,
         train_loop=None,
@@ -113,12 +113,12 @@ def with_hook(
 def time_observers(
     model: 'nn.Module', device: 'torch.device', seconds: List[float]
 ) -> None:
-    """Time what observes the scores, until the hook takes it away.
+    """Time the observers of the scores, until the hook removes them.
 
     Args:
         model (nn.Module): A network in a window.
-        device (torch.device): Where it is.
-        seconds (list[float]): Gets the seconds of each call.
+        device (torch.device): Its device.
+        seconds (list[float]): The seconds of each call are added here.
     """
 
     from ..structure import attention_stages
@@ -141,10 +141,10 @@ def import_times(imports: Sequence[str], repeats: int) -> Dict[str, List[float]]
 
     Args:
         imports (Sequence[str]): Import statements.
-        repeats (int): Processes for each.
+        repeats (int): Number of processes for each.
 
     Returns:
-        dict[str, list[float]]: Seconds, the start of Python not included.
+        dict[str, list[float]]: Seconds, without the start of Python.
 
     Raises:
         ValueError: If an import fails.
@@ -175,11 +175,11 @@ def measure(args: argparse.Namespace) -> dict:
         args (argparse.Namespace): Options.
 
     Returns:
-        dict: ``settings``, ``machine``, ``steps`` and ``imports``, by name what
-        :func:`rounds.summary` returns; ``measuring``, seconds in a step.
+        dict: ``settings``, ``machine``, ``steps`` and ``imports`` with the result of
+        :func:`rounds.summary` by name, and ``measuring``, seconds per step.
 
     Raises:
-        ValueError: If the options do not fit.
+        ValueError: If an option is invalid.
         OSError: If a file cannot be read.
     """
     from ..structure import attention_stages
@@ -189,13 +189,15 @@ def measure(args: argparse.Namespace) -> dict:
     device = set_up(args)
     network = Network(args)
     if len(args.variants) != 1:
-        raise ValueError(f'--variants={" ".join(args.variants)}: give one')
+        raise ValueError(
+            f'--variants={" ".join(args.variants)} has {len(args.variants)} variants; '
+            'give exactly one'
+        )
     contestant = Contestant(args.variants[0], network, device)
     stages = attention_stages(contestant.model).values()
     if not any(a.prunable for stage in stages for a in stage.attentions):
         raise ValueError(
-            f'--variants={args.variants[0]} has no attention that can be pruned; '
-            'mrla-base has'
+            f'--variants={args.variants[0]} has no prunable attention; use mrla-base'
         )
     results: Dict[str, dict] = dict(
         settings={k: v for k, v in vars(args).items() if k != 'out'},
@@ -231,10 +233,10 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def table(results: dict) -> str:
-    """Results as text.
+    """Format the results.
 
     Args:
-        results (dict): Of :func:`measure`.
+        results (dict): Result of :func:`measure`.
 
     Returns:
         str: Markdown.
@@ -268,8 +270,8 @@ def table(results: dict) -> str:
         lines += [noisy(results[group]), '']
     share = results['measuring'] / results['steps']['no hook']['median']
     lines.append(
-        f'measuring by itself: {results["measuring"] * 1e3:.2f} ms in a step of a '
-        f'window, {share:.2%} of it'
+        f'measuring alone: {results["measuring"] * 1e3:.2f} ms per step inside a '
+        f'window, {share:.2%} of the step'
     )
     return '\n'.join(lines)
 
@@ -282,7 +284,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             process.
 
     Raises:
-        SystemExit: With one clear line if the arguments are not acceptable.
+        SystemExit: With a one-line error if an argument is invalid.
     """
     args = parse_args(argv)
     from ..command_line import one_line_errors

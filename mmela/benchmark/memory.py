@@ -1,11 +1,10 @@
-"""Peak memory of one step.
+"""Measure the peak memory of one step.
 
-What is alive before the step (parameters, buffers, state of the optimizer,
-batch) is counted by its storages. What the step adds at its peak is measured:
-on a GPU by torch's allocator, on a CPU by torch's profiler, which records each
-allocation and release of a tensor's memory, temporaries of operators included.
-Both are bytes of tensors: not what allocators hold in reserve, nor scratch
-space that a CPU library allocates for itself.
+Memory in use before the step (parameters, buffers, optimizer state, batch) is counted
+by storages. The increase during the step is measured: on a GPU by torch's allocator, on
+a CPU by torch's profiler, which records every allocation and release of tensor memory,
+including temporaries of operators. Both count bytes of tensors, but neither the
+reserve of an allocator nor the scratch space of a CPU library.
 """
 
 import gc
@@ -22,20 +21,20 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes that tensors take, memory that they share counted once.
+    """Number of bytes of tensors; shared memory counts once.
 
     Args:
         tensors (Iterable[Tensor]): Tensors.
 
     Returns:
-        int: Bytes.
+        int: Number of bytes.
     """
     storages = (tensor.untyped_storage() for tensor in tensors)
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """Tensors in nested dicts and sequences, and in data samples."""
+    """Iterate over tensors in nested dicts, sequences and data samples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -49,15 +48,15 @@ def tensors_in(value: object) -> Iterator[Tensor]:
 
 
 def peak_rise(step: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a step takes at its peak beyond what is alive before it.
+    """Measure by how many bytes a step exceeds the memory in use before it.
 
     Args:
-        step (callable): The step. Nothing that it releases may be alive
-            before it, e.g. no gradients of the step before.
-        device (torch.device): Where it runs, CPU or GPU.
+        step (callable): The step. It must not release memory that was in use before,
+            such as gradients of the previous step.
+        device (torch.device): Its device, CPU or GPU.
 
     Returns:
-        int: Bytes.
+        int: Number of bytes at the peak.
     """
     gc.collect()
     if device.type == 'cuda':
@@ -67,10 +66,10 @@ def peak_rise(step: Callable[[], object], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - start
-    # The profiler's own log has a line for each start and stop
+    # Silence the profiler's log of each start and stop
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of what a second profile forgets
+        warnings.simplefilter('ignore')  # a second profile warns about the first one
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
             step()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
-"""Variants of one network, and what a step of each needs.
+"""Variants of one network, ready to run a step.
 
-All start with the same weights as far as they have them in common. Images and labels
-are random, and nothing is downloaded.
+All variants start from the same weights, as far as they share them. Images and labels
+are random; nothing is downloaded.
 """
 
 import argparse
@@ -37,11 +37,11 @@ class Network:
     """The network of ``--net``, in all its variants.
 
     Args:
-        args (argparse.Namespace): Options; ``size`` and ``batch`` are filled in.
+        args (argparse.Namespace): Options. Missing ``size`` and ``batch`` are set.
 
     Raises:
-        ValueError: If an option is wrong.
-        FileNotFoundError: If there is no such config.
+        ValueError: If an option is invalid.
+        FileNotFoundError: If the config does not exist.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -56,7 +56,7 @@ class Network:
                 )
         if len(set(args.variants)) < len(args.variants):
             raise ValueError(
-                f'--variants names a variant twice: {" ".join(args.variants)}'
+                f'--variants={" ".join(args.variants)} has a variant twice'
             )
         self.args = args
         self.weights: Dict[str, Tensor] = {}
@@ -70,7 +70,7 @@ class Network:
         if self.scope not in ('mmdet', 'mmpretrain'):
             raise ValueError(
                 f'--net={args.net} has default_scope={self.scope!r}; allowed are '
-                'mmpretrain, a classifier, and mmdet, a detector'
+                'mmpretrain (a classifier) and mmdet (a detector)'
             )
         self.attention = self.model.backbone.pop('layer_attention', None) or {}
         self.is_detector = self.scope == 'mmdet'
@@ -82,7 +82,7 @@ class Network:
         self._batch: Optional[dict] = None
 
     def build(self, variant: str) -> nn.Module:
-        """Build a variant, attentions of ``ela`` pruned.
+        """Build a variant; for ``ela``, with pruned attentions.
 
         Args:
             variant (str): Its name.
@@ -139,11 +139,11 @@ class Network:
         return built
 
     def batch(self, model: nn.Module, device: torch.device) -> dict:
-        """Random images with annotations, as the losses take them.
+        """Draw random images with annotations for the losses.
 
         Args:
             model (nn.Module): A variant.
-            device (torch.device): Where it runs.
+            device (torch.device): Its device.
 
         Returns:
             dict: ``inputs`` (B, C, H, W) and ``data_samples``.
@@ -183,7 +183,7 @@ def _read(config: str) -> Config:
     path = find_config(config)
     try:
         return Config.fromfile(path)
-    except Exception as error:  # a config is code: it may raise anything
+    except Exception as error:  # a config is code and may raise anything
         raise ValueError(f'{config} cannot be read: {one_line(error)}') from error
 
 
@@ -203,10 +203,12 @@ def _resnet(cifar: bool, depth: int) -> Config:
 
 
 def _to_prune(names: Optional[Sequence[str]]) -> tuple:
-    """Names of ``--prune``, None for the default, and whether values are kept."""
+    """Names from ``--prune`` (None for the default), and whether values are kept."""
     if names and names[0].endswith('.json'):
         if len(names) > 1:
-            raise ValueError(f'--prune={" ".join(names)}: one pruning.json, or blocks')
+            raise ValueError(
+                f'--prune={" ".join(names)} must be one pruning.json or names of blocks'
+            )
         decisions = PruningReport.read(names[0]).decisions
         keep = {d.keep_value for d in decisions}
         return [n for d in decisions for n in d.pruned], keep == {True}
@@ -214,14 +216,14 @@ def _to_prune(names: Optional[Sequence[str]]) -> tuple:
 
 
 def half(names: Sequence[str]) -> List[str]:
-    """Every second attention of each stage, the first not among them.
+    """Choose the second, fourth, ... attention of each stage.
 
     Args:
-        names (Sequence[str]): Attentions in the order of the network, e.g.
+        names (Sequence[str]): Attentions in the order of the network, such as
             ``backbone.layer1.0.layer_attn``.
 
     Returns:
-        list[str]: Those to prune.
+        list[str]: Attentions to prune.
     """
     stages: Dict[str, List[str]] = {}
     for name in names:
@@ -230,12 +232,12 @@ def half(names: Sequence[str]) -> List[str]:
 
 
 class Contestant:
-    """A variant of a network together with what a step of it needs.
+    """A variant of a network with its batch and optimizer.
 
     Args:
         variant (str): Its name.
         network (Network): The network.
-        device (torch.device): Where it runs.
+        device (torch.device): Its device.
     """
 
     def __init__(self, variant: str, network: Network, device: torch.device) -> None:
@@ -249,7 +251,7 @@ class Contestant:
             use_channels_last(model)
         if variant.endswith(f':{WHOLE}'):
             model.backbone.compile()
-        # So slow that random data does not lead to infinite weights
+        # A low rate, so that random data does not lead to infinite weights
         self.optimizer = torch.optim.SGD(
             [p for p in model.parameters() if p.requires_grad],
             lr=1e-5,
@@ -261,13 +263,13 @@ class Contestant:
         self.scaler = scaler(enabled=scaled)
 
     def autocast(self):
-        """Context of a forward pass; nothing for fp32."""
+        """Context of a forward pass: autocast, except for fp32."""
         if self.args.dtype == 'fp32':
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, getattr(torch, DTYPES[self.args.dtype]))
 
     def train_step(self) -> Tensor:
-        """Forward, backward and SGD step; returns the loss, ()."""
+        """Run forward, backward and an SGD step; returns the loss, ()."""
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             losses = self.model(**self.batch, mode='loss')
@@ -279,24 +281,24 @@ class Contestant:
 
     @torch.no_grad()
     def infer(self) -> object:
-        """Class scores, or the detections of a detector."""
+        """Run inference; returns class scores, or detections of a detector."""
         with self.autocast():
             if self.is_detector:
                 return self.model(**self.batch, mode='predict')
             return self.model(self.batch['inputs'], mode='tensor')
 
     def prepare(self, train: bool, warmup: int) -> Dict[str, object]:
-        """Warm up, and measure all but the time.
+        """Warm up, and measure everything except the time.
 
         Args:
-            train (bool): For training steps; otherwise for inference.
-            warmup (int): Steps before anything is measured.
+            train (bool): Whether to run training steps; otherwise inference.
+            warmup (int): Number of unmeasured steps.
 
         Returns:
-            dict: ``parameters``; ``attentions`` and ``active``, numbers of layer
-            attentions; ``first_seconds`` of the first step, compilation
-            included; ``graphs`` that were compiled; ``loss`` of the first step
-            (training); ``peak_bytes``.
+            dict: ``parameters``; ``attentions`` and ``active``, the numbers of layer
+            attentions; ``first_seconds``, the time of the first step with compilation;
+            ``graphs``, the number of compiled graphs; ``loss`` of the first training
+            step; ``peak_bytes``.
         """
         self.model.train(train)
         step: Callable[[], object] = self.train_step if train else self.infer
@@ -328,7 +330,7 @@ class Contestant:
 
 
 def compiled_graphs() -> int:
-    """Graphs that ``torch.compile`` has made in this process."""
+    """Number of graphs that ``torch.compile`` has compiled in this process."""
     from torch._dynamo.utils import counters
 
     return counters['stats']['unique_graphs']

@@ -1,10 +1,9 @@
-"""MRLA-base as its equations read, with all keys and values concatenated.
+"""MRLA-base as in its equations, with all keys and values concatenated.
 
-The yardstick of the benchmarks: what MRLA-base costs where block ``t`` builds
-one tensor of the keys and one of the values of blocks 1 to ``t`` (MRLA, eq. 6)
-and multiplies it head by head (eq. 9). Both the concatenation and the change
-to heads copy, so a stage of ``T`` blocks keeps O(T^2) values for its backward
-pass. Written from the paper, not from the authors' code.
+This is the baseline of the benchmarks: block ``t`` concatenates the keys and the values
+of blocks 1 to ``t`` (MRLA, eq. 6) and multiplies them head by head (eq. 9). Both the
+concatenation and the split into heads copy, so a stage of ``T`` blocks keeps O(T^2)
+values for its backward pass. It was written from the paper, not from the authors' code.
 """
 
 import math
@@ -21,12 +20,12 @@ from ..registry import LAYER_ATTENTIONS
 class PublishedMRLABase(MRLABase):
     """MRLA-base with the concatenations of its published form (MRLA, eq. 6 and 9).
 
-    Same parameters and same results as :class:`mmela.layers.MRLABase`, whose
-    arguments it takes; ``backend`` means nothing to it.
+    It has the parameters, results and arguments of :class:`mmela.layers.MRLABase`, but
+    ignores ``backend``.
     """
 
     def fingerprint(self) -> str:
-        # Of MRLABase, whose checkpoints fit
+        # That of MRLABase, so that its checkpoints load
         return f'MRLABase(head_dim={self.head_dim})'
 
     def attend(self, x: Tensor, memory: MRLABase.Memory) -> Tensor:

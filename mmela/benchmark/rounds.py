@@ -1,4 +1,4 @@
-"""Times of several things by turns, and what they were measured on."""
+"""Time several actions in turns, and describe the machine."""
 
 import argparse
 import contextlib
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from ..files import write_text
 
-# Spread over median from which a result is called noisy
+# Spread divided by median above which a result counts as noisy
 NOISY = 0.1
 
 
@@ -29,15 +29,15 @@ def set_up(args: argparse.Namespace) -> torch.device:
 
     Args:
         args (argparse.Namespace): Parsed options, see
-            :func:`mmela_light.measuring.add_options`; ``device`` and ``steps`` are
-            filled in.
+            :func:`mmela_light.measuring.add_options`. Missing ``device`` and ``steps``
+            are filled in.
 
     Returns:
         torch.device: The device to measure on.
 
     Raises:
-        ValueError: If there is no such device, it has no clock of that kind, or
-            ``out`` is a folder.
+        ValueError: If the device does not exist or does not have the requested clock,
+            or if ``out`` is a folder.
     """
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
@@ -47,9 +47,12 @@ def set_up(args: argparse.Namespace) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f'--device={args.device}: {reason}') from None
     if args.clock == 'cpu' and device.type != 'cpu':
-        raise ValueError(f'--clock=cpu does not see the work of --device={args.device}')
+        raise ValueError(
+            f'--clock=cpu does not measure the work of --device={args.device}; use '
+            '--clock=wall'
+        )
     if args.out and Path(args.out).is_dir():
-        raise ValueError(f'--out={args.out} is a folder')
+        raise ValueError(f'--out={args.out} is a folder; give a file')
     if args.threads:
         torch.set_num_threads(args.threads)
     args.steps = args.steps or (1 if device.type == 'cpu' else 5)
@@ -57,7 +60,7 @@ def set_up(args: argparse.Namespace) -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done what it was given."""
+    """Wait until a device has finished its work."""
     if device.type != 'cpu':
         getattr(torch, device.type).synchronize()
 
@@ -69,20 +72,20 @@ def run_rounds(
     steps: int = 1,
     clock: str = 'wall',
 ) -> Dict[str, List[float]]:
-    """Time actions by turns.
+    """Time actions in turns.
 
-    Each round runs every action, so that a drift of the machine hits all
-    alike. The order rotates from round to round, so that none always follows
-    the same one.
+    Each round runs every action, so that a drift of the machine affects all equally.
+    The order rotates from round to round, so that no action always follows the same
+    one.
 
     Args:
-        actions (dict[str, callable]): What to time.
+        actions (dict[str, callable]): The actions.
         rounds (int): Number of rounds.
         device (torch.device): Device to wait for.
-        steps (int): Calls in a row that one time is the mean of. Defaults to
+        steps (int): Number of consecutive calls to average for one time. Defaults to
             1.
-        clock (str): ``'wall'``, or ``'cpu'`` for the work of the process on all CPUs.
-            Defaults to ``'wall'``.
+        clock (str): ``'wall'`` for elapsed time, or ``'cpu'`` for the time that the
+            process uses on all CPUs. Defaults to ``'wall'``.
 
     Returns:
         dict[str, list[float]]: Seconds per call, one for each round.
@@ -106,16 +109,16 @@ def run_rounds(
 
 
 def summary(times: Sequence[float], reference: Sequence[float]) -> Dict[str, object]:
-    """Median and spread of times.
+    """Summarize times by median and spread.
 
     Args:
         times (Sequence[float]): Seconds, one for each round.
-        reference (Sequence[float]): Those of what they are compared with.
+        reference (Sequence[float]): Seconds of the reference, one for each round.
 
     Returns:
-        dict: ``median`` and ``iqr``, the interquartile range (of one time 0),
-        in seconds; ``ratio``, the median of the ratios to the reference within
-        a round, from which drift cancels out, and ``ratio_iqr``; ``times``.
+        dict: ``median`` and ``iqr``, the interquartile range (0 for a single time), in
+        seconds; ``ratio``, the median of the ratios to the reference within a round,
+        which cancels drift, and ``ratio_iqr``; ``times``.
     """
     ratios = [a / b for a, b in zip(times, reference)]
     return dict(
@@ -135,15 +138,15 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def machine(device: torch.device) -> Dict[str, object]:
-    """Describe what the measurements run on.
+    """Describe the machine of a measurement.
 
     Args:
         device (torch.device): The device.
 
     Returns:
-        dict: ``device``, ``name`` of the GPU or CPU, ``cores`` this process may
-        use, ``threads``, ``load_average`` of the last minute, ``busy`` (whether
-        it is above the cores), ``python``, ``torch``.
+        dict: ``device``; ``name`` of the GPU or CPU; ``cores`` that this process may
+        use; ``threads``; ``load_average`` of the last minute; ``busy``, whether it
+        exceeds the cores; ``python``; ``torch``.
     """
     cores = (
         len(os.sched_getaffinity(0))
@@ -173,7 +176,7 @@ def _cpu_name() -> str:
 
 
 def describe(about: Dict[str, object]) -> str:
-    """One line on a machine, for tables."""
+    """Describe a machine in one line."""
     text = (
         f'{about["name"]}, {about["cores"]} cores, {about["threads"]} '
         f'threads, torch {about["torch"]}'
@@ -182,13 +185,13 @@ def describe(about: Dict[str, object]) -> str:
 
 
 def noisy(results: Dict[str, dict]) -> str:
-    """A line that names what varies by more than 10 % of its median, or nothing."""
+    """List results with an IQR above 10 % of the median; empty if there are none."""
     names = [n for n, r in results.items() if r['iqr'] > NOISY * r['median']]
     return f'noisy (IQR above 10 % of the median): {", ".join(names)}' if names else ''
 
 
 def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a table in Markdown: the first column left, others right.
+    """Format a table in Markdown, with all columns but the first aligned right.
 
     Args:
         columns (Sequence[str]): Headings.
@@ -212,7 +215,7 @@ def write_results(out: Optional[str], results: dict) -> None:
     """Write results as JSON, if a file is given.
 
     Args:
-        out (str, optional): The file; its folder is made.
+        out (str, optional): The file. Its folder is created if needed.
         results (dict): Plain values.
     """
     if out is None:

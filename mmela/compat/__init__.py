@@ -1,1 +1,1 @@
-"""Versions of other packages, their checkpoints and their operators."""
+"""Compatibility with other packages: versions, checkpoints and operators."""

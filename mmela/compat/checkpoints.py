@@ -1,13 +1,13 @@
-"""Reading checkpoints without running what is in them.
+"""Read checkpoints without running code from them.
 
-From version 2.6, torch loads nothing but tensors and plain containers unless
-a class is allowed by name. mmengine keeps the history of its logs in each
-checkpoint: objects of its own and of numpy. DeiT's script keeps its arguments, an
-``argparse.Namespace``. numpy's classes are not made for hostile data: their
-``__setstate__`` takes sizes, flags and memory as the file gives them, also a
-second time while somebody holds the memory. So stand-ins are allowed in their
-place, which take what numpy and mmengine write, through numpy's public functions,
-and refuse the rest.
+From version 2.6 on, torch loads only tensors and plain containers unless a class is
+allowed by name. But mmengine stores its log history in each checkpoint, as objects of
+its own and of numpy, and DeiT's script stores its arguments, an
+``argparse.Namespace``. numpy's classes are not safe with hostile data: their
+``__setstate__`` trusts sizes, flags and memory from the file, and may be called again
+while the memory is in use. So this module allows stand-ins instead. They accept what
+numpy and mmengine write, use only numpy's public functions, and reject everything
+else.
 """
 
 import warnings
@@ -24,7 +24,7 @@ from mmengine.utils import digit_version
 from .loaders import local_checkpoint, read_safetensors
 
 _LOADS_SAFELY = digit_version(torch.__version__) >= digit_version('2.6.0')
-# Kind and size of the numbers that a checkpoint may hold, as numpy writes them
+# Kinds and sizes of numbers that a checkpoint may hold, as numpy writes them
 _TYPE_CODES = {
     *('b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8'),
     *('f2', 'f4', 'f8', 'c8', 'c16'),
@@ -33,49 +33,49 @@ _STATISTICS = ('min', 'max', 'current', 'mean')
 
 
 def load_checkpoint(path: Union[str, Path]) -> Any:
-    """Read a checkpoint to the CPU, for a tool.
+    """Read a checkpoint to the CPU.
 
     Args:
-        path (str | Path): A file that ``torch.save`` has written, or one of
-            safetensors, ending with ``.safetensors``; on the Hugging Face Hub
-            too, see :func:`~mmela.compat.loaders.local_checkpoint`.
+        path (str | Path): A file written by ``torch.save``, or one ending with
+            ``.safetensors``; also on the Hugging Face Hub, see
+            :func:`~mmela.compat.loaders.local_checkpoint`.
 
     Returns:
-        Any: What it holds.
+        Any: Its content.
 
     Raises:
         ImportError: If safetensors or huggingface_hub is needed and not
             installed.
         OSError: If the file cannot be opened or downloaded.
-        ValueError: If the file is damaged, no checkpoint, or holds an object
-            that is not allowed, which the message names.
+        ValueError: If the file is damaged or not a checkpoint, or holds an object that
+            is not allowed; the message names it.
     """
     path = local_checkpoint(path)
     if path.suffix == '.safetensors':
         return read_safetensors(path)
     with open(path, 'rb'):
-        pass  # so that what goes wrong from here on is due to its content
+        pass  # any error after this is due to the content
     if not _LOADS_SAFELY:
         warnings.warn(
-            f'torch {torch.__version__} runs code that {path} may hold; from 2.6 on '
-            'it does not. Load only files that you trust, or use safetensors',
+            f'torch {torch.__version__} runs code that {path} may contain. Load only '
+            'files that you trust, use safetensors, or upgrade torch to 2.6 or newer',
             stacklevel=2,
         )
     try:
         return torch.load(path, map_location='cpu', weights_only=_LOADS_SAFELY)
-    except Exception as error:  # bytes of a file may make a reader raise anything
+    except Exception as error:  # a damaged file may raise anything
         raise ValueError(f'{path} {_reason(error)}') from error
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with a file, as far as the exception says so."""
+    """Explain what is wrong with a file."""
     words = str(error).split()
     if 'GLOBAL' in words[:-1]:
         name = words[words.index('GLOBAL') + 1][:99]
         return f'holds {name}, which could run code and is not allowed'
     if isinstance(error, UnpicklingError):
-        return 'is no checkpoint, is damaged, or holds what could run code'
-    return 'is no checkpoint or is damaged'
+        return 'is not a checkpoint, is damaged, or contains code'
+    return 'is not a checkpoint or is damaged'
 
 
 class SavedDtype:
@@ -83,34 +83,34 @@ class SavedDtype:
 
     Args:
         code (str): Kind and size in bytes, such as ``'f8'``.
-        align (bool): As numpy writes it; has no meaning for numbers.
-        copy (bool): As numpy writes it; has no meaning here.
+        align (bool): Written by numpy, but not used.
+        copy (bool): Written by numpy, but not used.
 
     Attributes:
         dtype (numpy.dtype): The type.
 
     Raises:
-        UnpicklingError: If the type is of anything but numbers.
+        UnpicklingError: If it is not a type of plain numbers.
     """
 
     def __new__(cls, code: str, align: bool = False, copy: bool = True) -> 'SavedDtype':
         if not isinstance(code, str) or code not in _TYPE_CODES:
             raise UnpicklingError(
-                f'a numpy type {code!r:.99} is not allowed in a checkpoint'
+                f'the numpy type {code!r:.99} is not allowed in a checkpoint'
             )
         self = super().__new__(cls)
         self.dtype = np.dtype(code)
         return self
 
     def __setstate__(self, state: tuple) -> None:
-        # Version, byte order, nothing that only other types have, no flags
+        # Version, byte order, no fields of other types, no flags
         if state not in [(3, order, None, None, None, -1, -1, 0) for order in '<>|']:
             raise UnpicklingError('a numpy type in the checkpoint is damaged')
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
 def _dtype(saved: Any) -> np.dtype:
-    if isinstance(saved, np.dtype):  # where a script has allowed numpy's own
+    if isinstance(saved, np.dtype):  # a script has allowed numpy's class
         return SavedDtype(saved.str[1:]).dtype.newbyteorder(saved.str[0])
     if not isinstance(saved, SavedDtype):
         raise UnpicklingError('numbers in the checkpoint have no numpy type')
@@ -118,9 +118,9 @@ def _dtype(saved: Any) -> np.dtype:
 
 
 def _numbers(saved_dtype: Any, raw: Any) -> np.ndarray:
-    """Numbers from their bytes, in one dimension."""
+    """Convert bytes to numbers, (N,)."""
     dtype = _dtype(saved_dtype)
-    # numpy counts on bools being 0 or 1, as when it allots memory for a mask.
+    # numpy relies on bools being 0 or 1, for example to allocate memory for a mask
     if type(raw) is not bytes or (dtype.kind == 'b' and raw.strip(b'\0\1')):
         raise UnpicklingError('numbers in the checkpoint are damaged')
     return np.frombuffer(raw, dtype)
@@ -129,7 +129,7 @@ def _numbers(saved_dtype: Any, raw: Any) -> np.ndarray:
 class SavedArray(np.ndarray):
     """Stand-in for ``numpy.ndarray``: an array of plain numbers.
 
-    It is an ``ndarray``, and is saved as one.
+    It is an ``ndarray`` and is saved as one.
     """
 
     _filled = False
@@ -138,7 +138,7 @@ class SavedArray(np.ndarray):
         raise UnpicklingError('an array in the checkpoint is damaged')
 
     def __setstate__(self, state: tuple) -> None:
-        # Once only: it lets go of memory that a tensor may have come to share.
+        # Only once, because it releases memory that a tensor may share by then
         if self._filled or self.size or not isinstance(state, tuple):
             raise UnpicklingError('an array in the checkpoint is damaged')
         self._filled = True
@@ -148,7 +148,7 @@ class SavedArray(np.ndarray):
             numbers = numbers.reshape(shape, order='F' if is_fortran is True else 'C')
         except (TypeError, ValueError) as error:
             raise UnpicklingError('an array in the checkpoint is damaged') from error
-        # A state that numpy itself has written
+        # A state written by numpy itself
         super().__setstate__(numbers.__reduce__()[2])
 
     def __reduce_ex__(self, protocol: int) -> tuple:
@@ -157,7 +157,7 @@ class SavedArray(np.ndarray):
 
 def _reconstruct(subtype: type, shape: tuple, code: Any) -> SavedArray:
     """Stand-in for ``numpy.core.multiarray._reconstruct``: an empty array."""
-    # On memory that nobody frees, until its numbers come with __setstate__
+    # On constant memory, until __setstate__ brings the numbers
     return np.ndarray.__new__(SavedArray, 0, np.uint8, b'')
 
 
@@ -171,15 +171,15 @@ def _scalar(dtype: SavedDtype, raw: bytes) -> np.generic:
 
 
 def _no_bytes() -> bytes:
-    """Stand-in for ``bytes``, which Python calls for those of an empty array."""
+    """Stand-in for ``bytes``, which Python calls for an empty array."""
     return b''
 
 
 class SavedHistory(HistoryBuffer):
-    """Stand-in for mmengine's ``HistoryBuffer``, which it turns into.
+    """Stand-in for mmengine's ``HistoryBuffer``, which it becomes.
 
-    The names of statistics in the file are not used: mmengine would set them
-    for all histories of the process.
+    It ignores the names of statistics in the file, since mmengine would set them for
+    all histories of the process.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -204,10 +204,10 @@ class SavedHistory(HistoryBuffer):
 
 
 def _statistic(owner: type, name: str) -> Callable:
-    """Stand-in for ``getattr`` in checkpoints: statistics of a log history.
+    """Stand-in for ``getattr`` in checkpoints, for statistics of a log history.
 
-    mmengine pickles the methods of :class:`HistoryBuffer` by ``getattr``. The
-    real one would hand a malicious file any attribute of anything.
+    mmengine pickles the methods of :class:`HistoryBuffer` with ``getattr``. The real
+    ``getattr`` would give a malicious file any attribute of any object.
     """
     if owner in (HistoryBuffer, SavedHistory) and name in _STATISTICS:
         return getattr(HistoryBuffer, name)
@@ -217,16 +217,16 @@ def _statistic(owner: type, name: str) -> Callable:
 
 
 class SavedArguments(Namespace):
-    """Stand-in for ``argparse.Namespace``, which it turns into.
+    """Stand-in for ``argparse.Namespace``, which it becomes.
 
-    Training scripts keep their arguments in a checkpoint, DeiT's under ``args``.
+    Training scripts store their arguments in a checkpoint, DeiT's under ``args``.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         raise UnpicklingError('the arguments of a script are damaged')
 
     def __setstate__(self, state: dict) -> None:
-        # Names that Python itself gives a meaning to are of no argument
+        # No argument has a name with a special meaning in Python
         if type(state) is not dict or not all(
             type(name) is str and not name.startswith('__') for name in state
         ):
@@ -238,14 +238,14 @@ class SavedArguments(Namespace):
 def allow_checkpoint_classes() -> None:
     """Let ``torch.load`` read the checkpoints that mmengine and DeiT write.
 
-    The stand-ins of this module are allowed by the names of what they stand
-    for. None runs code of the file's choosing. Does nothing before torch 2.6,
-    which loads everything.
+    It allows the stand-ins of this module under the names of the original classes.
+    None of them runs code chosen by a file. Before torch 2.6, which loads everything,
+    this does nothing.
     """
     if not _LOADS_SAFELY:
         return
-    # Their own names too: they stay allowed where a script allows the real
-    # ones, which take the place of these or not, as it happens.
+    # Also under their own names, so that they stay allowed if a script allows the
+    # original classes, which may or may not replace them.
     standins = [SavedArguments, SavedArray, SavedDtype, SavedHistory]
     names = [
         (SavedArguments, 'argparse.Namespace'),
@@ -255,7 +255,7 @@ def allow_checkpoint_classes() -> None:
         (_statistic, 'builtins.getattr'),
         (_no_bytes, 'builtins.bytes'),
     ]
-    # numpy 1 and 2 name their functions differently, also in files
+    # numpy 1 and 2 use different function names in files
     for core in ('core', '_core'):
         names.append((_reconstruct, f'numpy.{core}.multiarray._reconstruct'))
         names.append((_scalar, f'numpy.{core}.multiarray.scalar'))

@@ -1,4 +1,4 @@
-"""The community's forks of OpenMMLab's packages, under the same import names."""
+"""Community forks of OpenMMLab's packages, which use the same import names."""
 
 import warnings
 from functools import partial
@@ -19,38 +19,38 @@ def distributions(name: str) -> Dict[str, str]:
         name (str): Import name, a key of ``mmela.version.DISTRIBUTIONS``.
 
     Returns:
-        dict[str, str]: Their versions by their names.
+        dict[str, str]: Versions by name of the distribution.
     """
-    found = {}
+    versions = {}
     for distribution in DISTRIBUTIONS[name]:
         try:
-            found[distribution] = version(distribution)
+            versions[distribution] = version(distribution)
         except PackageNotFoundError:
             pass
-    return found
+    return versions
 
 
 def warn_of_mixtures() -> None:
-    """Warn where a release and its fork have overwritten each other's files."""
+    """Warn if a release and its fork are installed together."""
     for name in DISTRIBUTIONS:
-        found = list(distributions(name))
-        if len(found) > 1:
+        installed = list(distributions(name))
+        if len(installed) > 1:
             warnings.warn(
-                f'{" and ".join(found)} are both installed, and both have the '
-                f'files of {name}: uninstall both, then install one of them',
+                f'{" and ".join(installed)} are installed together and overwrite '
+                f"each other's files of {name}; uninstall them and install only one",
                 stacklevel=2,
             )
 
 
 def keep_loading_safe() -> None:
-    """Have onedl-mmengine refuse checkpoints that could run code.
+    """Make onedl-mmengine reject checkpoints that could run code.
 
-    Where torch refuses a file, from version 2.6 on, onedl-mmengine loads it all
-    the same, with ``weights_only=False``. What mmengine itself writes needs that
-    no more, see :mod:`mmela.compat.checkpoints`.
+    If torch, from version 2.6 on, rejects a file, onedl-mmengine loads it again with
+    ``weights_only=False``. Checkpoints of mmengine no longer need that, see
+    :mod:`mmela.compat.checkpoints`.
     """
     if 'onedl-mmengine' not in distributions('mmengine'):
-        return  # where it is to be imported late, if at all
+        return  # do not import mmengine.runner for others
     if digit_version(torch.__version__) < digit_version('2.6.0'):
         return
     module = import_module('mmengine.runner.checkpoint')

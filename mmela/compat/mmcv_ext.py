@@ -1,14 +1,13 @@
-"""What ``mmcv.ops`` asks its compiled module ``mmcv._ext`` for, without one.
+"""A replacement for ``mmcv._ext``, the compiled module of ``mmcv.ops``.
 
-:mod:`mmela_light.operators` has this file loaded under the name ``mmcv._ext``
-where mmcv is installed without compiled operators (``mmcv-lite``). The file
-needs torch, torchvision and numpy only, so that a copy of it in mmcv's folder
-works by itself.
+:mod:`mmela_light.operators` loads this file as ``mmcv._ext`` if mmcv is installed
+without compiled operators (``mmcv-lite``). It needs only torch, torchvision and numpy,
+so a copy in mmcv's folder works by itself.
 
-Functions have the names and arguments of the compiled ones. Most return
-nothing but write into tensors that ``mmcv.ops`` allocates. Half precision is
-computed in float32. Any other operator is there by name too, as ``mmcv.ops``
-checks that when it is imported, and says so when it is called.
+Functions have the names and arguments of the compiled ones. Most write their results
+into tensors that ``mmcv.ops`` allocates and return nothing. Half precision is computed
+in float32. Every other operator exists too, because ``mmcv.ops`` checks the names on
+import, but raises an error when called.
 """
 
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
@@ -32,20 +31,20 @@ def __getattr__(name: str) -> Callable:
 
 def _refuse(name: str) -> None:
     raise NotImplementedError(
-        f'mmcv operator {name} is not among those that mmela provides without '
-        'a compiled mmcv. To get one: MMELA_MMCV=compiled bash tools/setup.sh, '
-        'or a prebuilt wheel by: pip uninstall mmcv-lite; pip install openmim; '
+        f'mmcv operator {name} needs a compiled mmcv; mmela does not replace it. '
+        'Compile mmcv with: MMELA_MMCV=compiled bash tools/setup.sh. Or install a '
+        'prebuilt wheel with: pip uninstall mmcv-lite; pip install openmim; '
         'pip install "setuptools>=77.0.3,<81"; mim install "mmcv<2.2.0"'
     )
 
 
 def get_compiler_version() -> str:
-    """What stands for the compiler in mmcv's description of the environment."""
+    """Entry for the compiler in mmcv's description of the environment."""
     return f'none: operators of torchvision {torchvision.__version__}'
 
 
 def get_compiling_cuda_version() -> str:
-    """What stands for the CUDA version there."""
+    """Entry for the CUDA version there."""
     return get_compiler_version()
 
 
@@ -55,18 +54,17 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     Args:
         boxes (Tensor): Corners x1, y1, x2, y2 of shape (N, 4).
         scores (Tensor): Scores of shape (N,).
-        iou_threshold (float): A box goes if its IoU with a better one is
-            above this.
+        iou_threshold (float): Drop a box if its IoU with a better one exceeds this.
         offset (int): A box is ``x2 - x1 + offset`` wide: 0 or 1.
 
     Returns:
-        Tensor: Indices of the boxes kept, best first, of shape (K,), int64.
+        Tensor: Indices of the kept boxes, best first, of shape (K,), int64.
     """
     boxes = _widen(boxes)
     boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
-    # The compiled one compares in float32: an IoU of exactly 0.6 is not above.
+    # Compiled mmcv compares in float32, where an IoU of 0.6 does not exceed 0.6
     threshold = float(np.float32(iou_threshold))
-    # Equal scores are in the order that torch's sort gives them, as there.
+    # Equal scores keep the order of torch's sort, as in compiled mmcv
     scores, order = scores.to(boxes).sort(descending=True)
     return order[torchvision.ops.nms(boxes[order], scores, threshold)]
 
@@ -86,16 +84,16 @@ def softnms(
     Args:
         boxes (Tensor): Corners of shape (N, 4).
         scores (Tensor): Scores of shape (N,).
-        dets (Tensor): Gets the K boxes kept with their new scores in its
-            first rows; shape (N, 5).
-        iou_threshold (float): Scores fall from this IoU on (methods 0, 1).
+        dets (Tensor): Output; its first rows get the K kept boxes with their new
+            scores; shape (N, 5).
+        iou_threshold (float): Reduce scores from this IoU on (methods 0, 1).
         sigma (float): Width of the Gaussian (method 2).
-        min_score (float): Boxes whose score falls below are dropped.
+        min_score (float): Drop boxes whose score falls below this.
         method (int): 0 naive, 1 linear, 2 Gaussian.
         offset (int): A box is ``x2 - x1 + offset`` wide: 0 or 1.
 
     Returns:
-        Tensor: Indices of the boxes kept of shape (K,), int64.
+        Tensor: Indices of the kept boxes, of shape (K,), int64.
     """
     # Rows x1, y1, x2, y2, score; a column is a box.
     table = torch.cat([boxes, scores[:, None]], 1).float().t().contiguous().numpy()
@@ -109,13 +107,13 @@ def softnms(
         rest = table[:, start:]
         iou = _iou(table[:, start - 1], rest, offset)
         if method == 2:
-            # numpy's float32 exp is less exact than the compiled one.
+            # numpy's float32 exp is less accurate than that of compiled mmcv
             decay = np.exp((-(iou * iou) / sigma).astype(np.float64))
             rest[4] *= decay.astype(np.float32)
         else:
             rest[4] *= np.where(iou >= iou_threshold, method * (1 - iou), 1)
-        # Equal scores stay in the order of the compiled loop, where the last
-        # box takes the place of one that is dropped.
+        # Equal scores stay in the order of the compiled loop, which replaces a
+        # dropped box with the last one.
         kept = rest[4] >= min_score
         end = start + np.count_nonzero(kept)
         gaps = start + np.flatnonzero(~kept[: end - start])
@@ -128,15 +126,15 @@ def softnms(
 
 
 def nms_match(dets: Tensor, iou_threshold: float) -> List[List[int]]:
-    """Non-maximum suppression that tells which boxes go for which.
+    """Non-maximum suppression that reports which box suppresses which.
 
     Args:
         dets (Tensor): Boxes and scores of shape (N, 5), on the CPU.
-        iou_threshold (float): A box goes from this IoU on.
+        iou_threshold (float): Drop a box from this IoU on.
 
     Returns:
-        list[list[int]]: For each box kept, best first, its index and those of
-        the boxes that went for it.
+        list[list[int]]: For each kept box, best first, its index and the indices of
+        the boxes that it suppresses.
     """
     table = dets.float().t().contiguous().numpy()
     rest = dets[:, 4].sort(descending=True)[1].numpy()
@@ -150,7 +148,7 @@ def nms_match(dets: Tensor, iou_threshold: float) -> List[List[int]]:
 
 
 def _iou(box: np.ndarray, boxes: np.ndarray, offset: int = 0) -> np.ndarray:
-    """IoU of a box (>= 4,) with boxes (>= 4, N), of shape (N,)."""
+    """IoU of a box, (>= 4,), with boxes, (>= 4, N); shape (N,)."""
     width = np.minimum(box[2], boxes[2]) - np.maximum(box[0], boxes[0]) + offset
     height = np.minimum(box[3], boxes[3]) - np.maximum(box[1], boxes[1]) + offset
     shared = np.maximum(width, 0) * np.maximum(height, 0)
@@ -159,7 +157,7 @@ def _iou(box: np.ndarray, boxes: np.ndarray, offset: int = 0) -> np.ndarray:
         for corners in (box, boxes)
     )
     union = first + areas - shared
-    # Boxes without area overlap nothing: 0 / 0 is 0.
+    # Boxes without area overlap nothing: 0 / 0 is 0
     return np.divide(shared, union, out=np.zeros_like(shared), where=union != 0)
 
 
@@ -181,14 +179,14 @@ def roi_align_forward(
     Args:
         input (Tensor): Features of shape (B, C, H, W).
         rois (Tensor): Index of the image and corners, shape (N, 5).
-        output (Tensor): Gets the result; shape (N, C, h, w).
-        argmax_y (Tensor): With maximum pooling, gets the row of the maximum
-            among the samples; shape (N, C, h, w).
-        argmax_x (Tensor): The column, likewise.
+        output (Tensor): Output, shape (N, C, h, w).
+        argmax_y (Tensor): Output of maximum pooling: the row of the maximum among
+            the samples, shape (N, C, h, w).
+        argmax_x (Tensor): The same for the column.
         aligned_height (int): h.
         aligned_width (int): w.
         spatial_scale (float): Features per pixel.
-        sampling_ratio (int): Samples per bin and axis; 0 adapts it to the box.
+        sampling_ratio (int): Samples per bin and axis; 0 adapts them to the box.
         pool_mode (int): 0 maximum, 1 average.
         aligned (bool): Whether to shift by half a pixel.
 
@@ -244,10 +242,10 @@ def roi_align_backward(
 
 
 def _samples(pool_mode: int, sampling_ratio: int) -> Tuple[int, int]:
-    """Parts to split each bin in, and samples to average in each part.
+    """Number of parts per bin, and of samples to average in each part.
 
-    torchvision averages only. The maximum of s x s samples of a bin is that
-    of s x s parts with a sample each.
+    torchvision can only average. The maximum over s x s samples of a bin is the
+    maximum over s x s parts with one sample each.
     """
     if pool_mode == 1:
         return 1, sampling_ratio
@@ -270,7 +268,7 @@ def sigmoid_focal_loss_forward(
         input (Tensor): Logits of shape (N, C).
         target (Tensor): Classes of shape (N,), int64; C is the background.
         weight (Tensor): Weights of the classes of shape (C,), or empty.
-        output (Tensor): Gets the loss; shape (N, C).
+        output (Tensor): Output: the loss, shape (N, C).
         gamma (float): Focusing parameter.
         alpha (float): Weight of the positive class.
     """
@@ -285,7 +283,7 @@ def sigmoid_focal_loss_backward(
     gamma: float,
     alpha: float,
 ) -> None:
-    """Derivative of each loss by its logit, written into ``grad_input``."""
+    """Derivative of each loss with respect to its logit, written to ``grad_input``."""
 
     def loss(logits: Tensor) -> Tensor:
         return _focal_loss(logits, target, weight, gamma, alpha).sum()
@@ -311,15 +309,14 @@ def deform_conv_forward(
     ones: Tensor,
     **size: int,
 ) -> None:
-    """Deformable convolution (version 1: no modulation).
+    """Deformable convolution, version 1 (without modulation).
 
     Args:
         input (Tensor): Features of shape (B, C, H, W).
         weight (Tensor): Kernels of shape (O, C / groups, kH, kW).
-        offset (Tensor): Where to sample relative to the regular grid: y and x
-            of each kernel element, shape (B, 2 * D * kH * kW, h, w) for D
-            deformable groups.
-        output (Tensor): Gets the result; shape (B, O, h, w).
+        offset (Tensor): Offsets y and x of each kernel element from the regular grid,
+            shape (B, 2 * D * kH * kW, h, w) for D deformable groups.
+        output (Tensor): Output, shape (B, O, h, w).
         columns (Tensor): Not used.
         ones (Tensor): Not used.
         **size (int): Stride ``dH, dW``, padding ``padH, padW``,
@@ -340,11 +337,11 @@ def deform_conv_backward_input(
     columns: Tensor,
     **size: int,
 ) -> None:
-    """Gradients of :func:`deform_conv_forward` by input and offset.
+    """Gradients of :func:`deform_conv_forward` with respect to input and offset.
 
-    They are written into ``gradInput`` and ``gradOffset``. torchvision
-    computes all gradients at once. That by the weight, which mmcv asks for
-    next, waits in ``columns``, a buffer that both calls get.
+    They are written to ``gradInput`` and ``gradOffset``. torchvision computes all
+    gradients at once, so the gradient of the weight, which mmcv requests next, is
+    stored in ``columns``, a buffer that both calls get.
     """
     arguments = _arguments(input, weight, offset, None, None, size)
     grads = _deform_conv_backward(gradOutput, arguments)
@@ -363,9 +360,9 @@ def deform_conv_backward_parameters(
     scale: float,
     **size: int,
 ) -> None:
-    """Gradient by the weight times ``scale``, written into ``gradWeight``."""
+    """Gradient of the weight times ``scale``, written to ``gradWeight``."""
     if columns.shape != gradWeight.shape:  # input and offset need no gradient
-        # The gradient by the weight does not depend on the weight.
+        # The gradient of the weight does not depend on the weight
         arguments = _arguments(input, gradWeight, offset, None, None, size)
         columns = _deform_conv_backward(gradOutput, arguments)[1]
     gradWeight.copy_(scale * columns)
@@ -383,16 +380,16 @@ def modulated_deform_conv_forward(
     with_bias: bool,
     **size: int,
 ) -> None:
-    """Deformable convolution, version 2: with modulation.
+    """Deformable convolution, version 2 (with modulation).
 
     Args:
-        input (Tensor): As for :func:`deform_conv_forward`.
-        weight (Tensor): Likewise.
-        bias (Tensor): Bias of shape (O,), read if there is one.
+        input (Tensor): See :func:`deform_conv_forward`.
+        weight (Tensor): See :func:`deform_conv_forward`.
+        bias (Tensor): Bias of shape (O,), used only with ``with_bias``.
         ones (Tensor): Not used.
-        offset (Tensor): As above.
+        offset (Tensor): See :func:`deform_conv_forward`.
         mask (Tensor): Factor of each sample, shape (B, D * kH * kW, h, w).
-        output (Tensor): Gets the result; shape (B, O, h, w).
+        output (Tensor): Output, shape (B, O, h, w).
         columns (Tensor): Not used.
         with_bias (bool): Whether there is a bias.
         **size (int): ``stride_h, stride_w, pad_h, pad_w, dilation_h,
@@ -438,7 +435,7 @@ def _arguments(
     bias: Optional[Tensor],
     size: Dict[str, int],
 ) -> list:
-    """What torchvision's deformable convolution is called with."""
+    """Arguments for torchvision's deformable convolution."""
     input = _widen(input)
     steps = [
         size[first if first in size else second]
@@ -465,7 +462,7 @@ def _arguments(
 
 
 def _deform_conv_backward(grad_output: Tensor, arguments: list) -> Tuple[Tensor, ...]:
-    """Gradients by input, weight, offset, mask and bias."""
+    """Gradients of input, weight, offset, mask and bias."""
     grad_output = grad_output.to(arguments[0])
     return torch.ops.torchvision._deform_conv2d_backward(grad_output, *arguments)
 
@@ -478,9 +475,9 @@ def ms_deform_attn_forward(
     attention_weights: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    """Multi-scale deformable attention by mmcv's own PyTorch code.
+    """Multi-scale deformable attention with mmcv's PyTorch code.
 
-    mmcv calls this on CUDA only, and that code elsewhere.
+    mmcv calls this function only on CUDA, and its PyTorch code elsewhere.
 
     Args:
         value (Tensor): Values of shape (B, K, heads, channels).
@@ -542,15 +539,15 @@ def masked_im2col_forward(
     pad_h: int,
     pad_w: int,
 ) -> None:
-    """Columns of a convolution at some positions.
+    """Columns of a convolution at selected positions.
 
     Args:
         im (Tensor): Features of shape (1, C, H, W).
         mask_h_idx (Tensor): Rows of the M positions in the output.
-        mask_w_idx (Tensor): Columns of them.
-        col (Tensor): Gets the result; shape (C * kernel_h * kernel_w, M).
+        mask_w_idx (Tensor): Columns of these positions.
+        col (Tensor): Output, shape (C * kernel_h * kernel_w, M).
         kernel_h (int): Height of the kernel.
-        kernel_w (int): Width of it.
+        kernel_w (int): Width of the kernel.
         pad_h (int): Rows of padding above and below.
         pad_w (int): Columns of padding left and right.
     """
@@ -573,14 +570,14 @@ def masked_col2im_forward(
 
 
 def _widen(tensor: Tensor) -> Tensor:
-    """In float32 or float64: torchvision lacks half precision here and there."""
+    """Convert to float32 or float64, since torchvision lacks some half operators."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor]
 ) -> Tuple[Tensor, ...]:
-    """Gradients of a scalar function by its inputs."""
+    """Gradients of a scalar function with respect to its inputs."""
     with torch.enable_grad():
         inputs = [tensor.detach().requires_grad_() for tensor in inputs]
         return torch.autograd.grad(function(*inputs), inputs)

@@ -1,7 +1,7 @@
-"""Operators in mmcv's folder, where no process has to find them.
+"""Write the operators into mmcv's folder, so that every process has them.
 
 See :mod:`mmela.compat.mmcv_ext` for the operators, and
-:mod:`mmela_light.operators` for how processes find them without this.
+:mod:`mmela_light.operators` for how processes find them otherwise.
 """
 
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -14,18 +14,18 @@ _SOURCE = Path(__file__).with_name('mmcv_ext.py')
 
 
 def write_operators() -> Path:
-    """Put the operators into mmcv's folder, for processes without mmela.
+    """Write the operators into mmcv's folder, for processes without mmela.
 
-    A tool that imports ``mmcv.ops`` before it reads a config finds them there,
-    and so does a worker of a data loader that is a new process (Windows,
-    macOS). A compiled mmcv in the same folder is preferred by Python.
+    Tools that import ``mmcv.ops`` before they read a config find them there, and so do
+    data loader workers that are new processes (Windows, macOS). Python prefers compiled
+    operators in the same folder.
 
     Returns:
-        Path: The file that was written.
+        Path: The written file.
 
     Raises:
-        FileExistsError: If mmcv is compiled.
-        ModuleNotFoundError: If there is no mmcv.
+        FileExistsError: If mmcv has compiled operators.
+        ModuleNotFoundError: If mmcv is not installed.
     """
     path = _operator_file()
     for suffix in EXTENSION_SUFFIXES:
@@ -41,11 +41,11 @@ def remove_operators() -> Path:
     """Undo :func:`write_operators`.
 
     Returns:
-        Path: The file that is gone.
+        Path: The removed file.
 
     Raises:
-        FileNotFoundError: If it was not there.
-        ModuleNotFoundError: If there is no mmcv.
+        FileNotFoundError: If the file does not exist.
+        ModuleNotFoundError: If mmcv is not installed.
     """
     path = _operator_file()
     path.unlink()

@@ -7,7 +7,7 @@ from typing import Dict, Optional, Tuple
 
 from ..version import SUPPORTED
 
-# What mmela cannot do without, and what installs it
+# Required packages, and how to install them
 _REQUIRED = {
     'torch': 'pip install torch torchvision',
     'mmengine': 'pip install "mmela[mmdet]", or mmela[mmpretrain] or mmela[mmseg]',
@@ -18,8 +18,8 @@ _REQUIRED = {
 def check_versions(supported: Optional[Dict[str, Tuple[str, str]]] = None) -> None:
     """Check the versions of the packages that mmela works with.
 
-    The import name decides, whatever the distribution is called. Packages
-    that are not installed are passed over unless mmela cannot do without them.
+    Packages are found by import name, whichever distribution provides them. Optional
+    packages that are not installed are skipped.
 
     Args:
         supported (dict[str, tuple[str, str]], optional): First supported and
@@ -34,10 +34,10 @@ def check_versions(supported: Optional[Dict[str, Tuple[str, str]]] = None) -> No
         if name in supported and not is_installed(name):
             first, last = supported[name]
             raise ImportError(
-                f'mmela needs {name} >= {first}, < {last}, which is not installed: '
-                f'{command}'
+                f'mmela needs {name} >= {first}, < {last}, which is not installed; '
+                f'install it with: {command}'
             )
-    from mmengine.utils import digit_version  # mmengine is there, which was checked
+    from mmengine.utils import digit_version  # mmengine is installed, as checked above
 
     for name, (first, last) in supported.items():
         if not is_installed(name):
@@ -45,8 +45,8 @@ def check_versions(supported: Optional[Dict[str, Tuple[str, str]]] = None) -> No
         version = find_version(name)
         if not digit_version(first) <= digit_version(version) < digit_version(last):
             raise ImportError(
-                f'mmela needs {name} >= {first}, < {last}, but '
-                f'{name} {version} is installed'
+                f'mmela needs {name} >= {first}, < {last}, but {name} {version} is '
+                'installed; install a supported version'
             )
 
 
@@ -57,19 +57,18 @@ def is_installed(name: str) -> bool:
         name (str): Import name.
 
     Returns:
-        bool: False also for a mere folder of that name on the path, such as a
-        clone of a toolbox's repository, which Python takes for a package
-        without content.
+        bool: False also for a plain folder of that name on the path, such as a clone
+        of a toolbox's repository, which Python treats as an empty package.
     """
     spec = find_spec(name)
     return spec is not None and spec.origin is not None
 
 
 def find_version(name: str) -> str:
-    """Version of an installed package.
+    """Find the version of an installed package.
 
-    It is read from the package's ``version.py``, which all of OpenMMLab's
-    have, so that a toolbox is not imported to look at its version.
+    It comes from the package's ``version.py``, which all OpenMMLab packages have, so
+    that the toolbox need not be imported.
 
     Args:
         name (str): Import name.

@@ -1,1 +1,1 @@
-"""Conversion of trained networks: published ones, slim ones, and export."""
+"""Convert trained networks: published checkpoints, slim networks, and export."""

@@ -13,35 +13,36 @@ from ..attach import input_channels
 from ..files import replacing
 from .whole import whole_network
 
-# The first torch whose exporter takes what this module gives it
+# The first version of torch whose exporter supports the calls in this module
 _FIRST_WITH_DYNAMO = '2.6.0'
 
 
 def check_export(path: Union[str, Path], backbone: bool = False) -> None:
-    """Check whether a network can be exported to a file here, before any work.
+    """Check, before any work, that a network can be exported to a file here.
 
     Args:
         path (str | Path): File to write.
-        backbone (bool): Of a backbone alone. Defaults to False.
+        backbone (bool): Whether to export only a backbone. Defaults to False.
 
     Raises:
         ImportError: If a package that writes such files is not installed.
         RuntimeError: If torch is too old.
-        ValueError: If the file name ends otherwise.
+        ValueError: If the file name has an unsupported ending.
     """
     path = Path(path)
     if backbone and path.suffix not in ('.onnx', '.pt'):
         raise ValueError(f'{path} must end with .onnx (ONNX) or .pt (TorchScript)')
     if not backbone and path.suffix not in ('.onnx', '.pt2'):
         raise ValueError(
-            f'{path} must end with .onnx (ONNX) or .pt2 (torch.export); a backbone '
-            'alone with .onnx or .pt (TorchScript)'
+            f'{path} must end with .onnx (ONNX) or .pt2 (torch.export), or for a '
+            'backbone alone with .onnx or .pt (TorchScript)'
         )
     dynamo = digit_version(torch.__version__) >= digit_version(_FIRST_WITH_DYNAMO)
     if not backbone and not dynamo:
         raise RuntimeError(
-            f'whole networks need torch {_FIRST_WITH_DYNAMO} or newer, this is '
-            f'{torch.__version__}; a backbone alone can be exported'
+            f'exporting a whole network needs torch {_FIRST_WITH_DYNAMO} or newer, '
+            f'but this is {torch.__version__}; upgrade torch or export the backbone '
+            'alone'
         )
     if path.suffix == '.onnx' and dynamo:
         missing = [name for name in ('onnx', 'onnxscript') if find_spec(name) is None]
@@ -53,7 +54,7 @@ def check_export(path: Union[str, Path], backbone: bool = False) -> None:
 
 @contextmanager
 def _step(text: str, progress: bool) -> Iterator[None]:
-    """Say what is being done, and how long it took."""
+    """Print a step and how long it took."""
     start = time.time()
     if progress:
         print(f'{text} ...', end='', flush=True)
@@ -65,7 +66,7 @@ def _step(text: str, progress: bool) -> Iterator[None]:
 
 
 class _Outputs(nn.Module):
-    """A backbone that returns a tuple, whatever its toolbox returns."""
+    """A backbone whose outputs are always a tuple."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -84,31 +85,29 @@ def export_network(
     info: Optional[Dict[str, Any]] = None,
     progress: bool = False,
 ) -> None:
-    """Write a whole classifier or detector as ONNX or as a program of torch.export.
+    """Export a whole classifier or detector as ONNX or as a torch.export program.
 
-    Pre-processing, decoding and non-maximum suppression are part of it, pruned
-    attentions are not. Batch and image size are free in it.
+    The file includes pre-processing, decoding and non-maximum suppression, but no
+    pruned attentions. It takes any batch size and image size.
 
     Args:
-        model (nn.Module): A network of mmpretrain or mmdet, on the CPU; set to
-            eval mode here. Results are those of the class for it in
-            :mod:`mmela.convert.whole`.
+        model (nn.Module): A network of mmpretrain or mmdet on the CPU. This function
+            sets it to eval mode. See :mod:`mmela.convert.whole` for the outputs.
         path (str | Path): File to write: ``.onnx`` for ONNX, ``.pt2`` for
             ``torch.export.load``.
-        size (Sequence[int]): Height and width to trace with, in pixels: of the
-            usual order. Defaults to (320, 416).
-        raw (bool): Take images as they are loaded: values 0 to 255 in uint8.
-            Otherwise they are in float32 and normalized already. Defaults to
-            True.
-        info (dict, optional): What to keep in the file too, as JSON under the
-            name ``mmela``, such as the names of classes. Defaults to None.
+        size (Sequence[int]): Height and width in pixels for tracing; choose a size
+            close to that of your images. Defaults to (320, 416).
+        raw (bool): Take images as loaded, with values 0 to 255 in uint8. Otherwise
+            they must be normalized, in float32. Defaults to True.
+        info (dict, optional): Further information to store in the file, such as
+            class names, as JSON under the name ``mmela``. Defaults to None.
         progress (bool): Print each step and how long it took. Defaults to False.
 
     Raises:
         ImportError: If a package that writes ONNX is not installed.
         RuntimeError: If torch is too old.
-        ValueError: If the file name ends otherwise, or the network is none of
-            those supported.
+        ValueError: If the file name has another ending, or the network is not
+            supported.
     """
     check_export(path)
     path = Path(path)
@@ -136,7 +135,7 @@ def export_network(
             dynamo=True,
             verbose=False,
         )
-    if hasattr(onnx_program, 'rename_axes'):  # a newer torch; else they are s0, s1
+    if hasattr(onnx_program, 'rename_axes'):  # older torch leaves names like s0
         batch, _, height, width = onnx_program.model.graph.inputs[0].shape
         onnx_program.rename_axes({batch: 'batch', height: 'height', width: 'width'})
     onnx_program.model.metadata_props['mmela'] = text
@@ -146,7 +145,7 @@ def export_network(
 
 @contextmanager
 def _frozen(network: nn.Module) -> Iterator[None]:
-    """Parameters take no gradient: a program would ask for one wherever it runs."""
+    """Disable gradients of parameters, which the program would store."""
     trained = [p for p in network.parameters() if p.requires_grad]
     network.requires_grad_(False)
     try:
@@ -163,25 +162,24 @@ def export_backbone(
     opset: Optional[int] = None,
     progress: bool = False,
 ) -> None:
-    """Write a backbone as ONNX or TorchScript.
+    """Export a backbone as ONNX or TorchScript.
 
-    Pruned attentions are not part of the result. Batch and image size are
-    free in it. Before torch 2.6, ONNX is written by the TorchScript exporter.
+    The file has no pruned attentions. It takes any batch size and image size. Before
+    torch 2.6, the TorchScript exporter writes ONNX.
 
     Args:
-        backbone (nn.Module): A backbone with inputs (B, C, H, W); set to eval
-            mode here.
+        backbone (nn.Module): A backbone with inputs (B, C, H, W). This function sets
+            it to eval mode.
         path (str | Path): File to write: ``.onnx`` for ONNX, ``.pt`` for
             TorchScript.
         size (Sequence[int]): Height and width to trace with, in pixels.
             Defaults to (224, 224).
-        opset (int, optional): ONNX operator set. Defaults to that of torch.
-        progress (bool): Print that it is written, and how long it took. Defaults to
-            False.
+        opset (int, optional): ONNX operator set. Defaults to the default of torch.
+        progress (bool): Print the step and how long it took. Defaults to False.
 
     Raises:
         ImportError: If a package that writes ONNX is not installed.
-        ValueError: If the file name ends otherwise.
+        ValueError: If the file name has another ending.
     """
     check_export(path, backbone=True)
     with _step(f'Writing {path}', progress):
@@ -191,10 +189,10 @@ def export_backbone(
 def _write_backbone(
     backbone: nn.Module, path: Path, size: Sequence[int], opset: Optional[int]
 ) -> None:
-    # Detectors evaluate their norms in train() too; eval() returns nothing.
+    # A separate call, because `eval` of some backbones returns None
     backbone.eval()
     model = _Outputs(backbone).eval()
-    # Two images: a size of 1 would be taken for a constant.
+    # Two images, because the exporter takes a size of 1 as a constant
     x = torch.rand(2, input_channels(backbone), *size)
     if path.suffix == '.pt':
         with torch.no_grad(), replacing(path) as out:
@@ -204,7 +202,7 @@ def _write_backbone(
         names = [f'out{i}' for i in range(len(model(x)))]
     options = dict(input_names=['x'], output_names=names, opset_version=opset)
     if digit_version(torch.__version__) < digit_version(_FIRST_WITH_DYNAMO):
-        # There the exporter below is missing, or takes other arguments.
+        # The exporter below is missing there, or takes other arguments.
         free = {0: 'batch', 2: 'height', 3: 'width'}
         axes = {name: free for name in ('x', *names)}
         with replacing(path) as out:

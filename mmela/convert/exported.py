@@ -8,20 +8,21 @@ from torch import Tensor
 
 
 class ExportedDetector(BaseModel):
-    """A detector that :func:`mmela.convert.export.export_network` has written.
+    """A detector written by :func:`mmela.convert.export.export_network`.
 
-    It stands for the detector in a runner of mmengine, so that the data,
-    metrics and tools of a config tell what a file is worth. Images go one by
-    one, as a data loader gives them.
+    It replaces the detector in an mmengine runner, so you can evaluate the file with
+    the data, metrics and tools of a config. It runs images one by one, as a data
+    loader yields them.
 
     Args:
-        path (str | Path): ``.onnx``, which onnxruntime runs; ``.pt2``, which
-            torch runs; ``.xml`` for OpenVINO.
-        mask_threshold (float): Pixels of a mask from here on are of the object;
-            a config's ``mask_thr_binary``. Defaults to 0.5.
+        path (str | Path): The file: ``.onnx``, run by onnxruntime; ``.pt2``, run by
+            torch; or ``.xml``, run by OpenVINO.
+        mask_threshold (float): Minimum probability of a pixel of a mask, the
+            ``mask_thr_binary`` of a config. Defaults to 0.5.
 
     Raises:
-        ValueError: If the file name ends otherwise.
+        ImportError: If the package that runs the file is not installed.
+        ValueError: If the file name has another ending.
     """
 
     def __init__(self, path: Union[str, Path], mask_threshold: float = 0.5) -> None:
@@ -34,34 +35,37 @@ class ExportedDetector(BaseModel):
 
         Args:
             inputs (list[Tensor]): Images of shape (C, H, W), not normalized.
-            data_samples (list[DetDataSample]): Where the images are from.
-            mode (str): Only ``'predict'``.
+            data_samples (list[DetDataSample]): Samples with the metadata of the
+                images.
+            mode (str): Must be ``'predict'``.
 
         Returns:
             list[DetDataSample]: The same, with ``pred_instances`` in pixels of
             the original images.
         """
         if mode != 'predict':
-            raise ValueError(f"mode={mode!r}; an exported network has 'predict' alone")
+            raise ValueError(
+                f"mode={mode!r} is unknown; an exported network only has mode='predict'"
+            )
         for image, sample in zip(inputs, data_samples):
             sample.pred_instances = self._instances(self.run(image[None]), sample)
         return data_samples
 
-    def _instances(self, found: Dict[str, Tensor], sample: Any) -> Any:
+    def _instances(self, outputs: Dict[str, Tensor], sample: Any) -> Any:
         from mmengine.structures import InstanceData
 
-        found = {name: value[0] for name, value in found.items()}
-        here = found['labels'] >= 0
+        outputs = {name: value[0] for name, value in outputs.items()}
+        valid = outputs['labels'] >= 0
         width, height = sample.metainfo.get('scale_factor', (1, 1))[:2]
         scale = torch.tensor([width, height, width, height])
         instances = InstanceData(
-            bboxes=found['boxes'][here] / scale,
-            scores=found['scores'][here],
-            labels=found['labels'][here],
+            bboxes=outputs['boxes'][valid] / scale,
+            scores=outputs['scores'][valid],
+            labels=outputs['labels'][valid],
         )
-        if 'masks' in found:
+        if 'masks' in outputs:
             instances.masks = paste_masks(
-                found['masks'][here],
+                outputs['masks'][valid],
                 instances.bboxes,
                 sample.metainfo['ori_shape'][:2],
                 self.mask_threshold,
@@ -72,17 +76,17 @@ class ExportedDetector(BaseModel):
 def paste_masks(
     masks: Tensor, boxes: Tensor, size: Any, threshold: float = 0.5
 ) -> Tensor:
-    """Masks of whole images from those of boxes, as mmdet pastes them.
+    """Paste masks of boxes into masks of the whole image, as mmdet does.
 
     Args:
-        masks (Tensor): How likely a pixel is of the object, (N, h, w).
+        masks (Tensor): Probabilities of the pixels, (N, h, w).
         boxes (Tensor): Corners x1, y1, x2, y2, (N, 4).
         size (tuple[int]): Height ``H`` and width ``W`` of the image.
-        threshold (float): Pixels from here on are of the object. Defaults to
+        threshold (float): Minimum probability of a pixel of the object. Defaults to
             0.5.
 
     Returns:
-        Tensor: Shape (N, H, W), bool.
+        Tensor: Boolean masks, (N, H, W).
     """
     from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
 
@@ -94,7 +98,7 @@ def paste_masks(
 
 
 def _runner(path: Path) -> Any:
-    """A function from images to results by name."""
+    """Load a file as a function from images to named outputs."""
     if path.suffix == '.onnx':
         try:
             import onnxruntime
@@ -111,7 +115,7 @@ def _runner(path: Path) -> Any:
             return dict(zip(names, map(torch.from_numpy, values)))
 
     elif path.suffix == '.pt2':
-        import torchvision  # noqa: F401  (has the operators)
+        import torchvision  # noqa: F401  (registers the operators)
 
         files = dict(mmela='')
         program = torch.export.load(path, extra_files=files).module()
@@ -124,7 +128,7 @@ def _runner(path: Path) -> Any:
     elif path.suffix == '.xml':
         import openvino
 
-        # By default it computes in bfloat16 where the processor can
+        # By default OpenVINO computes in bfloat16 on processors that support it
         exact = dict(INFERENCE_PRECISION_HINT='f32')
         compiled = openvino.Core().compile_model(path, 'CPU', exact)
         names = [output.get_any_name() for output in compiled.outputs]

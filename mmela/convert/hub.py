@@ -1,4 +1,4 @@
-"""A pruned network as a repository of the Hugging Face Hub, card included."""
+"""Write a pruned network as a repository of the Hugging Face Hub, with a card."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..pruning import PruningDecision, PruningReport
 from .slim import SlimNetwork, without_pretrained
 
 HUB_CONFIG = 'config.py'
-# By default scope: the Hub's name of the task, and how to see the network work
+# By default scope: the Hub's name of the task, and the inferencer to try the network
 TASKS = {
     'mmdet': ('object-detection', 'mmdet.apis', 'DetInferencer', 'weights'),
     'mmpretrain': (
@@ -30,16 +30,15 @@ TASKS = {
 
 
 def shared_config(cfg: Config) -> Config:
-    """Config without what is of one machine and what the weights replace.
+    """Remove machine-specific settings and initial checkpoints from a config.
 
     Args:
         cfg (Config): Config of the network.
 
     Returns:
-        Config: A copy without ``work_dir``, ``load_from``, ``resume`` and
-        ``launcher``, and without checkpoints that parts of the model would be
-        initialized from. An absolute ``data_root`` such as ``/home/ann/coco``
-        becomes ``data/coco``, wherever paths begin with it.
+        Config: A copy without ``work_dir``, ``load_from``, ``resume``, ``launcher``
+        and the checkpoints that initialize parts of the model. In all paths, an
+        absolute ``data_root`` such as ``/home/ann/coco`` becomes ``data/coco``.
     """
     content = cfg.to_dict()
     for key in ('work_dir', 'load_from', 'resume', 'launcher'):
@@ -51,13 +50,13 @@ def shared_config(cfg: Config) -> Config:
 
 
 def _data_roots(node: Any) -> Set[str]:
-    """Absolute folders that a config names as ``data_root``."""
+    """Absolute folders in the ``data_root`` entries of a config."""
     if isinstance(node, dict):
         root = node.get('data_root')
-        own = set()
+        roots = set()
         if isinstance(root, str) and root.startswith('/') and root.strip('/'):
-            own.add(root.rstrip('/'))
-        return own.union(*map(_data_roots, node.values()))
+            roots.add(root.rstrip('/'))
+        return roots.union(*map(_data_roots, node.values()))
     if isinstance(node, (list, tuple)):
         return set().union(*map(_data_roots, node))
     return set()
@@ -66,7 +65,7 @@ def _data_roots(node: Any) -> Set[str]:
 def report_until(
     work_dir: Union[str, Path], iteration: Optional[int] = None
 ) -> Optional[PruningReport]:
-    """What the pruning hook has decided up to a checkpoint.
+    """Read the pruning decisions up to a checkpoint.
 
     Args:
         work_dir (str | Path): Work directory of the run.
@@ -78,7 +77,7 @@ def report_until(
 
     Raises:
         OSError: If ``pruning.json`` cannot be opened.
-        ValueError: If it is no such file.
+        ValueError: If ``pruning.json`` is invalid.
     """
     path = Path(work_dir) / 'pruning.json'
     if not path.is_file():
@@ -93,14 +92,14 @@ def report_until(
 
 
 def attention_masks(slim: SlimNetwork) -> Dict[str, str]:
-    """Which attentions are left, as Markdown.
+    """Format the remaining attentions as Markdown.
 
     Args:
         slim (SlimNetwork): The network.
 
     Returns:
-        dict[str, str]: By name of the stage, its blocks: pruned ones struck
-        out, those that only keep their key and value in parentheses.
+        dict[str, str]: The blocks of each stage, by name of the stage. Pruned ones are
+        struck out; those that only keep their key and value are in parentheses.
     """
     suffix = '.layer_attn.state'
     masks: Dict[str, List[str]] = {}
@@ -128,10 +127,10 @@ def model_card(
         repo (str): The repository, ``USER/REPO``.
         slim (SlimNetwork): The network.
         metrics (dict[str, float], optional): Its metrics. Defaults to None.
-        decisions (Sequence[PruningDecision]): What pruned it. Defaults to
+        decisions (Sequence[PruningDecision]): Its pruning decisions. Defaults to
             none.
-        license_name (str, optional): License of the weights, by the name that
-            the Hub has for it. Defaults to None.
+        license_name (str, optional): The Hub's identifier of the license of the
+            weights. Defaults to None.
 
     Returns:
         str: Markdown with a header for the Hub.
@@ -172,11 +171,11 @@ def model_card(
         f'---\n{data.to_yaml()}\n---\n',
         f'# {name}\n',
         f'`{model.type}` with the backbone `{backbone.get("type")}` and the layer '
-        f'attention `{attention["type"]}`, of which {left} of {slim.attentions} are '
-        f'left{epoch}. The weights of pruned attentions are not in the file.\n',
+        f'attention `{attention["type"]}`. {left} of {slim.attentions} attentions are '
+        f'left{epoch}; the file does not hold the weights of pruned ones.\n',
         '## Use\n',
-        'It needs mmela and '
-        f'{scope or "mmengine"}. A config is code: look at it before you use it.\n',
+        f'You need mmela and {scope or "mmengine"}. A config is code: read it before '
+        'you use it.\n',
         f'```bash\nhf download {repo} --local-dir {name}\n'
         f'mmela test {name}/{HUB_CONFIG} {name}/{HUB_CHECKPOINT}\n```\n',
     ]
@@ -187,7 +186,7 @@ def model_card(
             "infer('image.jpg', show=True)\n```\n"
         )
     lines.append(
-        f"To train it further: `load_from = 'hf://{repo}'` in `{HUB_CONFIG}`.\n"
+        f"To train it further, set `load_from = 'hf://{repo}'` in `{HUB_CONFIG}`.\n"
     )
     if metrics:
         lines += [f'## Metrics{epoch}\n', '| metric | value |', '| --- | --- |']
@@ -195,7 +194,7 @@ def model_card(
         lines.append('')
     lines += [
         '## Layer attentions\n',
-        'Blocks by stage: ~~struck out~~ is pruned, and with a block in parentheses '
+        'Blocks of each stage: ~~struck out~~ means pruned, and parentheses mean that '
         'only key and value are kept for later blocks.\n',
         '| stage | blocks with layer attention |',
         '| --- | --- |',
@@ -206,16 +205,16 @@ def model_card(
         window = '-'.join(map(str, sorted(set(decision.window or ()))))
         lines += [
             f'## Pruning{f" after {decision.unit} {window}" if window else ""}\n',
-            f'{len(decision.layers)} to {len(decision.active)} attentions by '
-            f'`{decision.policy}`. KL is the divergence of an '
-            "attention's weights from those of the one before it, in nats.\n",
+            f'From {len(decision.layers)} to {len(decision.active)} attentions, by '
+            f'`{decision.policy}`. KL is the divergence, in nats, between the weights '
+            'of an attention and of the previous one.\n',
             f'```text\n{decision_table(decision.layers)}\n```\n',
         ]
     return '\n'.join(lines)
 
 
 def _dataset(cfg: Config) -> str:
-    """What the metrics are of, as far as the config says so."""
+    """Type of the validation data set, to which the metrics belong."""
     dataset = (cfg.get('val_dataloader') or {}).get('dataset') or {}
     return str(dataset.get('type', 'unknown'))
 
@@ -228,19 +227,19 @@ def write_repository(
     work_dir: Union[None, str, Path] = None,
     license_name: Optional[str] = None,
 ) -> None:
-    """Write what a repository on the Hub holds.
+    """Write the files of a repository on the Hub.
 
-    That is ``model.safetensors``, ``config.py``, ``README.md`` and, of a
-    network that the hook has pruned, ``pruning.json``.
+    These are ``model.safetensors``, ``config.py``, ``README.md`` and, if the hook has
+    pruned the network, ``pruning.json``.
 
     Args:
-        folder (str | Path): Where to, new or empty.
+        folder (str | Path): The folder to write to.
         repo (str): The repository, ``USER/REPO``.
         slim (SlimNetwork): The network.
         metrics (dict[str, float], optional): Its metrics. Defaults to None.
         work_dir (str | Path, optional): Work directory of its run. Defaults to
             None.
-        license_name (str, optional): As of :func:`model_card`.
+        license_name (str, optional): See :func:`model_card`. Defaults to None.
 
     Raises:
         ImportError: If safetensors or huggingface_hub is not installed.
@@ -265,14 +264,14 @@ def upload(folder: Union[str, Path], repo: str, private: bool = False) -> str:
 
     Args:
         folder (str | Path): The folder.
-        repo (str): The repository, ``USER/REPO``, which is made if needed.
-        private (bool): Whether a new one is private. Defaults to False.
+        repo (str): The repository, ``USER/REPO``, which is created if needed.
+        private (bool): Whether to create it as private. Defaults to False.
 
     Returns:
-        str: Address of the repository.
+        str: URL of the repository.
 
     Raises:
-        OSError: If the Hub cannot be reached or refuses it.
+        OSError: If the Hub cannot be reached or rejects the upload.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError

@@ -14,7 +14,7 @@ from ..layers import AttentionState
 from ..layers.state import decode
 from .published import strip_module
 
-# What building a network of somebody's config, and loading it, may raise
+# Exceptions that building a user's network and loading it may raise
 NETWORK_ERRORS = (
     ImportError,
     KeyError,
@@ -33,31 +33,30 @@ def open_network(
 ) -> Tuple[Config, dict, Dict[str, Tensor]]:
     """Read a network's config and checkpoint for a command-line tool.
 
-    The default scope becomes that of the config. A pre-processing that stands
-    beside the model, as in MMPretrain, becomes a part of it, as in a runner.
+    This sets the default scope to that of the config. A ``data_preprocessor`` beside
+    the model, as in MMPretrain, becomes part of the model, as in a runner.
 
     Args:
         config (str | Path): Path of the config.
-        checkpoint (str | Path): Path of the checkpoint or of a bare state
-            dict, of torch or of safetensors; ``hf://...`` on the Hub.
+        checkpoint (str | Path): Path of a checkpoint or of a bare state dict, in the
+            format of torch or safetensors; or ``hf://...`` on the Hub.
         *outs (str | Path): Files that the tool will write.
-        cfg_options (dict, optional): Changes of the config. Defaults to None.
+        cfg_options (dict, optional): Changes to the config. Defaults to None.
 
     Returns:
-        tuple[Config, dict, dict[str, Tensor]]: The config, what the checkpoint
-        tells about its training (``meta``, maybe empty), and the state dict on
-        the CPU.
+        tuple[Config, dict, dict[str, Tensor]]: The config, the ``meta`` of the
+        checkpoint, which may be empty, and the state dict on the CPU.
 
     Raises:
-        SystemExit: With one clear line if an input is missing or is not what
-            it should be, or an output exists already.
+        SystemExit: With a one-line error if an input is missing or invalid, or if an
+            output already exists.
     """
     for path in (config, checkpoint):
         if not is_on_hub(path) and not Path(path).is_file():
-            raise SystemExit(f'error: no file {path}')
+            raise SystemExit(f'error: there is no file {path}')
     for path in outs:
         if Path(path).exists():
-            raise SystemExit(f'error: {path} exists already')
+            raise SystemExit(f'error: {path} already exists')
     try:
         cfg = Config.fromfile(config)
         has_model = isinstance(cfg.get('model'), dict)
@@ -79,20 +78,20 @@ def build_network(model: dict, config: Union[str, Path]) -> nn.Module:
     """Build the network of a config for a command-line tool.
 
     Args:
-        model (dict): The config of the network.
-        config (str | Path): Where it is from, for the message.
+        model (dict): Config of the network.
+        config (str | Path): Source of the config, for the message.
 
     Returns:
         nn.Module: The network.
 
     Raises:
-        ValueError: If it cannot be built; the message names the config.
+        ValueError: If building fails; the message names the config.
     """
     try:
         return MODELS.build(model)
-    except Exception as error:  # somebody else's code may raise anything
+    except Exception as error:  # a user's network may raise anything
         raise ValueError(
-            f'{config} has a model that cannot be built: {type(error).__name__}: '
+            f'the model of {config} cannot be built: {type(error).__name__}: '
             f'{one_line(error)}'
         ) from error
 
@@ -100,23 +99,23 @@ def build_network(model: dict, config: Union[str, Path]) -> nn.Module:
 def read_state_dict(
     checkpoint: Union[str, Path], names: Sequence[str] = ('state_dict',)
 ) -> Tuple[dict, Dict[str, Tensor]]:
-    """Read the state dict in a checkpoint.
+    """Read the state dict of a checkpoint.
 
     Args:
-        checkpoint (str | Path): Path of the checkpoint or of a bare state
-            dict, of torch or of safetensors.
-        names (Sequence[str]): Names under which the checkpoint may hold it.
-            Defaults to ``('state_dict', )``.
+        checkpoint (str | Path): Path of a checkpoint or of a bare state dict, in the
+            format of torch or safetensors.
+        names (Sequence[str]): Keys under which the checkpoint may hold the state
+            dict. Defaults to ``('state_dict', )``.
 
     Returns:
-        tuple[dict, dict[str, Tensor]]: What the checkpoint tells about its
-        training (``meta``, maybe empty), and the state dict on the CPU.
+        tuple[dict, dict[str, Tensor]]: The ``meta`` of the checkpoint, which may be
+        empty, and the state dict on the CPU.
 
     Raises:
         ImportError: If safetensors is needed and not installed.
         OSError: If the file cannot be opened.
-        ValueError: If it is no checkpoint, is damaged, holds what could run
-            code, or holds no state dict.
+        ValueError: If the file is not a checkpoint, is damaged, could run code, or
+            has no state dict.
     """
     content = load_checkpoint(checkpoint)
     meta, state_dict = {}, content
@@ -127,27 +126,31 @@ def read_state_dict(
                 state_dict = content[name]
                 break
     if not _is_dict(state_dict) or not any(map(torch.is_tensor, state_dict.values())):
-        raise ValueError(f'{checkpoint} holds no state dict')
+        raise ValueError(f'{checkpoint} has no state dict')
     for key, value in state_dict.items():
         if not isinstance(key, str):
-            raise ValueError(f'{checkpoint} is damaged: {key!r:.99} is no name')
+            raise ValueError(
+                f'{checkpoint} is damaged: key {key!r:.99} is not a string'
+            )
         if torch.is_tensor(value) and not _is_plain(value):
-            raise ValueError(f'{checkpoint}: {key} is no tensor of plain numbers')
+            raise ValueError(
+                f'{checkpoint}: {key} is not a dense tensor of real numbers on the CPU'
+            )
     return meta if _is_dict(meta) else {}, state_dict
 
 
 def _is_dict(value: Any) -> bool:
-    """Whether this is a dict that no file has given other methods."""
+    """Whether this is a dict whose methods the file has not overridden."""
     attributes = getattr(value, '__dict__', {})
     return isinstance(value, dict) and not set(attributes) - {'_metadata'}
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is such as networks have: dense, real and here."""
+    """Whether a tensor is dense, real and on the CPU, as in a network."""
     odd = tensor.is_quantized or tensor.is_complex() or tensor.is_nested
     if tensor.layout != torch.strided or tensor.device.type != 'cpu' or odd:
         return False
-    # Of a few numbers in a file a stride of 0 would make a network of any size
+    # With a stride of 0, a tiny file could describe a tensor of any size
     size = tensor.numel() * tensor.element_size()
     return size <= tensor.untyped_storage().nbytes()
 
@@ -158,27 +161,27 @@ def load_fitting(
     config: Union[str, Path],
     checkpoint: Union[str, Path],
 ) -> None:
-    """Load a state dict that must fit key by key.
+    """Load a state dict that must match key by key.
 
     Args:
         module (nn.Module): The network or a part of it.
         state_dict (dict[str, Tensor]): Its state dict.
-        config (str | Path): Where the network is from, for the message.
-        checkpoint (str | Path): Where the state dict is from.
+        config (str | Path): Source of the network, for the message.
+        checkpoint (str | Path): Source of the state dict, for the message.
 
     Raises:
-        ValueError: If keys are missing or have no place, or shapes differ.
+        ValueError: If keys are missing or unexpected, or if shapes differ.
     """
     try:
         missing, unexpected = module.load_state_dict(state_dict, strict=False)
-    except Exception as error:  # other shapes; a damaged file may raise anything
+    except Exception as error:  # a damaged file may raise anything
         reason = str(error).strip().split('\n')[-1].strip()
         raise ValueError(f'{checkpoint} does not fit {config}: {reason}') from error
     faults = [
-        f'{len(keys)} {what} such as {keys[0]}'
+        f'{len(keys)} {what}, such as {keys[0]}'
         for keys, what in (
             (missing, 'keys are missing'),
-            (unexpected, 'keys have no place'),
+            (unexpected, 'keys are not in the network'),
         )
         if keys
     ]
@@ -193,22 +196,21 @@ def load_mostly_fitting(
     checkpoint: Union[str, Path],
     force: bool = False,
 ) -> None:
-    """Load a state dict as the toolboxes' tools do, unless it is of another network.
+    """Load a state dict like the toolboxes' tools, but reject a different network.
 
-    Single keys may be missing, have another shape or no place; mmengine prints
-    which.
+    Single keys may be missing, unexpected or of another shape; mmengine prints them.
 
     Args:
         model (nn.Module): The network.
         state_dict (dict[str, Tensor]): The state dict.
-        config (str | Path): Where the network is from, for the message.
-        checkpoint (str | Path): Where the state dict is from.
-        force (bool): Load it in any case. Defaults to False.
+        config (str | Path): Source of the network, for the message.
+        checkpoint (str | Path): Source of the state dict, for the message.
+        force (bool): Skip the check. Defaults to False.
 
     Raises:
-        ValueError: If most keys of one of the network's parts, such as its head or
-            a layer attention, are missing or have another shape, or the network has
-            no place for layer attentions that are not pruned. The message has the
+        ValueError: If most keys of a part of the network, such as its head or a
+            layer attention, are missing or have another shape, or if the network
+            lacks layer attentions that are not pruned. The message gives the
             counts.
     """
     state_dict = strip_module(state_dict)
@@ -223,69 +225,69 @@ def check_fit(
     config: Union[str, Path],
     checkpoint: Union[str, Path],
 ) -> None:
-    """Refuse the state dict of another network, see :func:`load_mostly_fitting`.
+    """Reject the state dict of a different network, see :func:`load_mostly_fitting`.
 
-    The network takes from it what fits.
+    This loads the matching keys into the network.
 
     Args:
         model (nn.Module): The network.
-        state_dict (dict[str, Tensor]): What is to be loaded into it.
-        config (str | Path): Config of the network, for the message.
-        checkpoint (str | Path): The checkpoint, for the message.
+        state_dict (dict[str, Tensor]): The state dict to check.
+        config (str | Path): Source of the network, for the message.
+        checkpoint (str | Path): Source of the state dict, for the message.
 
     Raises:
         ValueError: If most keys of a part of the network are missing or have
-            another shape, or it has no place for layer attentions that are not
-            pruned.
+            another shape, or if the network lacks layer attentions of the state dict
+            that are not pruned.
     """
-    own = model.state_dict()
+    expected = model.state_dict()
     try:  # Modules may rename keys of earlier versions
         missing, unexpected = model.load_state_dict(state_dict, strict=False)
     except RuntimeError:
         missing = [
             key
-            for key, value in own.items()
+            for key, value in expected.items()
             if key not in state_dict or state_dict[key].shape != value.shape
         ]
-        unexpected = [key for key in state_dict if key not in own]
+        unexpected = [key for key in state_dict if key not in expected]
     spare = _attentions_in(state_dict, unexpected)
     if spare:
         raise ValueError(
-            f'{checkpoint} has {len(spare)} layer attentions that {config} has no '
-            f'place for, such as {spare[0]}: without them it is another network. Give '
-            'the config that it was trained with; --force takes it all the same'
+            f'{checkpoint} has {len(spare)} layer attentions that are not in {config}, '
+            f'such as {spare[0]}; without them the network computes something else. '
+            'Use the config it was trained with, or pass --force to load it anyway'
         )
     parts: Dict[str, list] = {}
-    for key in own:
-        # A slim checkpoint lacks attentions that the whole network would run
-        attention, found, _ = key.partition('.layer_attn.')
-        part = f'{attention}.layer_attn' if found else key.partition('.')[0]
+    for key in expected:
+        # Each attention counts as a part, because a slim checkpoint lacks some
+        block, separator, _ = key.partition('.layer_attn.')
+        part = f'{block}.layer_attn' if separator else key.partition('.')[0]
         parts.setdefault(part, []).append(key)
     lacking = set(missing)
     faults = [
-        f'{len(lacking.intersection(keys))} of {len(keys)} of its {part}'
+        f'{len(lacking.intersection(keys))} of {len(keys)} in {part}'
         for part, keys in parts.items()
         if 2 * len(lacking.intersection(keys)) > len(keys)
     ]
     if faults:
-        spare = sum(key not in own for key in state_dict)
+        unexpected = sum(key not in expected for key in state_dict)
         slim = all('.layer_attn.' in key for key in missing) and any(
             '.layer_attn.' in key for key in state_dict
         )
-        hint = 'a slim checkpoint goes with the config that slim.py wrote; '
+        hint = 'use a slim checkpoint with the config that mmela slim wrote, or '
         raise ValueError(
-            f'{checkpoint} is of another network than {config}: {len(missing)} of the '
-            f"network's {len(own)} keys are missing or have another shape, such as "
-            f'{missing[0]} ({", ".join(faults[:3])}), and {spare} of the '
-            f"checkpoint's {len(state_dict)} keys have no place; "
-            f'{hint if slim else ""}--force takes it all the same'
+            f'{checkpoint} comes from a different network than {config}: '
+            f"{len(missing)} of the network's {len(expected)} keys are missing or have "
+            f'another shape, such as {missing[0]} ({", ".join(faults[:3])}), and '
+            f"{unexpected} of the checkpoint's {len(state_dict)} keys are not in the "
+            f'network; {hint if slim else ""}pass --force to load it anyway'
         )
 
 
 def _attentions_in(state_dict: Dict[str, Tensor], keys: Sequence[str]) -> List[str]:
-    """Names of layer attentions that some keys are of, without those pruned whole."""
+    """Find the layer attentions that keys belong to, except fully pruned ones."""
     names = [key.rpartition('.state')[0] for key in keys if key.endswith('.state')]
-    found = []
+    attentions = []
     for name in names:
         if name.split('.')[-1] == 'layer_attn':
             try:
@@ -293,5 +295,5 @@ def _attentions_in(state_dict: Dict[str, Tensor], keys: Sequence[str]) -> List[s
             except ValueError:
                 state = AttentionState.ACTIVE
             if state != AttentionState.PRUNED:
-                found.append(name)
-    return found
+                attentions.append(name)
+    return attentions

@@ -1,11 +1,11 @@
-"""Checkpoints of the published networks with layer attention in mmela's layout.
+"""Convert checkpoints of published networks with layer attention to mmela's layout.
 
 MRLA: https://github.com/joyfang1106/MRLA (its ResNets and DeiT),
 KCLA: https://github.com/bgx666/KCLA (its CIFAR folder has other attentions too),
 DLA: https://github.com/tunantu/Dynamic-Layer-Attention.
 
-What the published code calls things stands in :mod:`mmela.convert.published_names`.
-What comes of it must load, key by key, into the network that is built for it.
+:mod:`mmela.convert.published_names` lists the names in the published code. The
+converted checkpoint must match, key by key, the network that is built for it.
 """
 
 import math
@@ -34,16 +34,16 @@ from .published_names import (
 )
 
 ARCHS = tuple(NETWORKS)
-# Toolbox that has the network of a target
+# Toolbox of the network for each target
 TARGETS = dict(
     classifier='mmpretrain', detector='mmdet', backbone='mmpretrain', segmentor='mmseg'
 )
 _DEIT_NAMES = {192: 'deit-tiny', 384: 'deit-small', 768: 'deit-base'}
 _DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 
-# layer2.0.<leaf>, stages.1.0.<leaf>, and for KCLA on ImageNet and COCO, and for DLA,
-# layer2.layers.0.<leaf of the block>, layer2.attention.0.<leaf of the attention>;
-# for DIA layer2.ModuleList.0.<leaf>; of a stage layer2.<leaf>
+# layer2.0.<leaf> or stages.1.0.<leaf>; for DLA, and for KCLA on ImageNet and COCO,
+# layer2.layers.0.<leaf of the block> and layer2.attention.0.<leaf of the attention>;
+# for DIA layer2.ModuleList.0.<leaf>; for parts of a stage layer2.<leaf>
 _STAGE = r'(?:layer(?P<layer>\d{1,2})|stages\.(?P<stage>\d{1,2}))\.'
 _BLOCK_KEY = re.compile(
     _STAGE + r'(?:(?P<part>layers|attention|ModuleList)\.)?'
@@ -52,9 +52,9 @@ _BLOCK_KEY = re.compile(
 _STAGE_KEY = re.compile(_STAGE + r'(?P<leaf>(?:lstm|excite|extict)\..+)')
 _DEIT_KEY = re.compile(r'blocks\.(?P<block>\d{1,3})\.(?P<leaf>.+)')
 _BIAS = re.compile(r'(.+(?:double_conv|adjust_channel)\.)(\d)\.bias')
-# What a network has that no published one has, or not those of torch before 0.4.1
+# Keys that published networks lack; the last one is missing before torch 0.4.1
 _OWN = ('.layer_attn.state', '.layer_attn.signature', '.num_batches_tracked')
-# Published with other dimensions around the same numbers
+# Published with the same numbers in another shape
 _RESHAPED = ('.lambda_o', '.position', '.spread')
 _UNREAD = 'the published forward pass never reads it'
 
@@ -75,8 +75,8 @@ class Converted(NamedTuple):
         state_dict (dict[str, Tensor]): Its state dict, in which all layer
             attentions are active.
         backbone (dict): Config of the backbone.
-        mapped (dict[str, str]): New key by published key.
-        dropped (dict[str, str]): Reason by published key that is left out.
+        mapped (dict[str, str]): Published keys, mapped to new keys.
+        dropped (dict[str, str]): Published keys that are dropped, mapped to reasons.
     """
 
     arch: str
@@ -94,48 +94,48 @@ def convert_published(
 ) -> Converted:
     """Convert the state dict of a published network to mmela's layout.
 
-    The result has been loaded into the network that it is for, built from
-    :attr:`Converted.backbone`.
+    This function builds the target network from :attr:`Converted.backbone` and loads
+    the result into it, as a check.
 
     Args:
-        state_dict (dict[str, Tensor]): State dict of a published network, of
-            a detector of MMDetection with a published backbone, or either
-            with the prefix ``module.`` of a data-parallel wrapper.
-        arch (str, optional): One of :data:`ARCHS`. Defaults to None, which
-            means to tell from the keys, see :func:`detect_arch`.
-        target (str): What the result is for. Defaults to ``'classifier'``.
+        state_dict (dict[str, Tensor]): State dict of a published network, or of a
+            detector of MMDetection with a published backbone. Keys may have the
+            prefix ``module.`` of a data-parallel wrapper.
+        arch (str, optional): One of :data:`ARCHS`. Defaults to None: detect it from
+            the keys, see :func:`detect_arch`.
+        target (str): The network to convert to. Defaults to ``'classifier'``.
 
             - ``'classifier'``: MMPretrain's ``ImageClassifier``, whose keys
               start with ``backbone.`` and ``head.fc.``.
-            - ``'detector'``: a detector of MMDetection. Its neck and heads
-              stay as they are. From a published classifier this makes what
-              ``init_cfg=dict(type='Pretrained', prefix='backbone.', ...)`` of
-              a detector's backbone loads, without the classifier.
+            - ``'detector'``: a detector of MMDetection. Its neck and heads stay
+              unchanged. A published classifier becomes a checkpoint, without the
+              classifier, for a detector's
+              ``init_cfg=dict(type='Pretrained', prefix='backbone.', ...)``.
             - ``'backbone'``: a backbone of MMPretrain alone, without prefix.
-            - ``'segmentor'``: the U-Net, which is for nothing else.
-        head_dim (int, optional): Channels of a head. No tensor of MRLA or DLA
-            tells, so where the published code has several, one must be said.
-            Defaults to None, which means the only one there is.
+            - ``'segmentor'``: the U-Net, which has no other target.
+        head_dim (int, optional): Channels of a head. The tensors of MRLA and DLA do
+            not show it, so it is required if the published code uses several values.
+            Defaults to None, which means the only published value.
 
     Returns:
         Converted: The result.
 
-    DLA and DIA are converted as their papers have them. The published code takes,
-    for all images of a batch, the state of the first one where DLA brings earlier
-    layers up to date: outputs are the same for an image alone. The decoder of the
-    U-Net is ``UNetHead`` with ``scale=2``.
+    DLA and DIA are converted as described in their papers. Where DLA updates earlier
+    layers, the published code uses the state of the first image for the whole batch,
+    so outputs agree only for single images. The decoder of the U-Net is ``UNetHead``
+    with ``scale=2``.
 
     Raises:
         ImportError: If the toolbox of the target is not installed.
-        ValueError: If an argument is unknown or is needed, a value is no tensor
-            of a network, a key has no place in mmela's network, two keys have the
-            same, a part of the network is missing or has another shape, or a fixed
-            tensor has other values than the published ones.
+        ValueError: If an argument is unknown or missing; if a value is not a tensor
+            of a network; if a key is unknown, or two keys map to the same one; if a
+            part of the network is missing or has another shape; or if a fixed tensor
+            differs from the published one.
     """
     state_dict = strip_module(state_dict)
     for key, value in state_dict.items():
         if not torch.is_tensor(value):
-            raise ValueError(f'{key} is no tensor but {type(value).__name__}')
+            raise ValueError(f'{key} is a {type(value).__name__}, not a tensor')
     if target not in TARGETS:
         raise ValueError(
             f'target={target!r} is unknown; allowed are {", ".join(TARGETS)}'
@@ -146,8 +146,8 @@ def convert_published(
         raise ValueError(f'arch={arch!r} is unknown; allowed are {", ".join(ARCHS)}')
     if (arch == 'kcla_unet') != (target == 'segmentor'):
         raise ValueError(
-            f"arch={arch!r} and target={target!r} do not fit: target='segmentor' is "
-            "for arch='kcla_unet', and that for nothing else"
+            f'arch={arch!r} and target={target!r} do not go together: '
+            "arch='kcla_unet' needs target='segmentor', which no other arch has"
         )
     mapped, dropped = _place_all(state_dict, arch, target)
     if arch.startswith('kcla'):
@@ -155,14 +155,17 @@ def convert_published(
     for key in mapped:
         counts = key.endswith('.num_batches_tracked')
         if state_dict[key].is_floating_point() == counts:
-            raise ValueError(f'{key} holds numbers of type {state_dict[key].dtype}')
+            expected = 'an integer' if counts else 'a floating-point'
+            raise ValueError(
+                f'{key} has dtype {state_dict[key].dtype}; it must be {expected} tensor'
+            )
     prefix = '' if target == 'backbone' else 'backbone.'
     tensors = {new: state_dict[old] for old, new in mapped.items()}
     configure = _deit_backbone if arch.startswith('deit') else _resnet_backbone
     if arch == 'kcla_unet':
         configure = _unet_backbone
     backbone = configure(part_of(tensors, prefix), arch, head_dim)
-    if target == 'detector' and 'width_per_group' in backbone:  # mmdet's name for it
+    if target == 'detector' and 'width_per_group' in backbone:  # mmdet's name
         backbone['base_width'] = backbone.pop('width_per_group')
     network = _build(backbone, tensors, target)
     heads = {k: v for k, v in tensors.items() if k.startswith(DETECTOR_PARTS)}
@@ -170,7 +173,7 @@ def convert_published(
         del tensors[key]
     if arch == 'kcla_first':
         for key in tensors:
-            if key.endswith('.key.weight'):  # the published scores have the root
+            if key.endswith('.key.weight'):  # published scores are divided by the root
                 tensors[key] = tensors[key] / math.sqrt(head_dim)
     elif arch == 'kcla_unet':
         _fold_unet(tensors, state_dict, mapped)
@@ -179,28 +182,27 @@ def convert_published(
 
 
 def strip_module(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Take off the prefix ``module.`` if all keys have it.
+    """Remove the prefix ``module.`` if all keys have it.
 
     Args:
         state_dict (dict[str, Tensor]): A state dict.
 
     Returns:
-        dict[str, Tensor]: The same tensors by shorter keys.
+        dict[str, Tensor]: The same tensors under shorter keys.
     """
     part = part_of(state_dict, 'module.')
     return part if len(part) == len(state_dict) else state_dict
 
 
 def part_of(state_dict: Dict[str, Tensor], prefix: str) -> Dict[str, Tensor]:
-    """State dict of a part of a network.
+    """Extract the state dict of a part of a network.
 
     Args:
-        state_dict (dict[str, Tensor]): That of the network.
-        prefix (str): What the keys of the part begin with, such as
-            ``'backbone.'``.
+        state_dict (dict[str, Tensor]): State dict of the network.
+        prefix (str): Prefix of the keys of the part, such as ``'backbone.'``.
 
     Returns:
-        dict[str, Tensor]: The tensors of the part by keys without the prefix.
+        dict[str, Tensor]: The tensors of the part, under keys without the prefix.
     """
     return {
         key[len(prefix) :]: value
@@ -210,10 +212,10 @@ def part_of(state_dict: Dict[str, Tensor], prefix: str) -> Dict[str, Tensor]:
 
 
 def detect_arch(keys: Iterable[str]) -> str:
-    """Tell the architecture of a published network from its keys.
+    """Detect the architecture of a published network from its keys.
 
-    MRLA-base with and without a ReLU, and several attentions of KCLA's CIFAR
-    networks, have the same keys: say which it is.
+    MRLA-base with and without a ReLU, and several attentions of KCLA's CIFAR networks,
+    have the same keys and cannot be detected.
 
     Args:
         keys (Iterable[str]): Keys of its state dict.
@@ -222,7 +224,7 @@ def detect_arch(keys: Iterable[str]) -> str:
         str: One of :data:`ARCHS`.
 
     Raises:
-        ValueError: If the keys are of none of them, or of several.
+        ValueError: If the keys match no architecture or several ones.
     """
     parts = {part for key in keys for part in key.split('.')}
     for arch, signs in SIGNS:
@@ -231,15 +233,15 @@ def detect_arch(keys: Iterable[str]) -> str:
     if 'bn_mrla' in parts:
         same = [arch for arch in ARCHS if NETWORKS[arch].names is MRLA]
         raise ValueError(
-            f'networks of {", ".join(same)} have the same keys; say by arch which of '
-            'them this is. mrla_base is what the authors train on ImageNet with a deep '
-            "stem, mrla_base_no_relu their variant with ResNet's stem; on CIFAR "
-            "mrla_base is KCLA's and DLA's, the others are KCLA's alone (mla is its "
+            f'networks of {", ".join(same)} have the same keys; set arch to one of '
+            "them. On ImageNet, mrla_base is the authors' network with a deep stem and "
+            "mrla_base_no_relu the one with ResNet's stem. On CIFAR, mrla_base is in "
+            "the code of KCLA and DLA, the others only in KCLA's (mla is its "
             'layer_attention.py)'
         )
     raise ValueError(
-        'the keys are of no published network with layer '
-        f'attention; known are {", ".join(ARCHS)}'
+        'the keys match no published network with layer attention; known are '
+        f'{", ".join(ARCHS)}'
     )
 
 
@@ -249,13 +251,12 @@ def detect_arch(keys: Iterable[str]) -> str:
 def _place_all(
     state_dict: Dict[str, Tensor], arch: str, target: str
 ) -> Tuple[Dict[str, str], Dict[str, str]]:
-    """New keys by published ones, and reasons by those that are left out."""
+    """Map published keys to new ones, and dropped keys to reasons."""
     detector = any(key.startswith('backbone.') for key in state_dict)
     if detector and target == 'classifier':
         raise ValueError(
-            'the checkpoint is of a detector and has no '
-            "classifier; allowed are target='detector' and "
-            "target='backbone'"
+            'the checkpoint is from a detector and has no classifier; use '
+            "target='detector' or target='backbone'"
         )
     stem = STEM
     if any('conv1.0.' in key for key in state_dict):
@@ -267,7 +268,7 @@ def _place_all(
     for key in state_dict:
         new, reason = _place(key, arch, target, detector, stem)
         if new and arch == 'kcla_unet' and _norm_of_bias(key) in state_dict:
-            new, reason = '', 'is in the mean of the normalization that follows'
+            new, reason = '', 'folded into the mean of the next normalization'
         if new:
             mapped[key] = new
         elif reason:
@@ -278,7 +279,7 @@ def _place_all(
     twice = [key for key, count in Counter(mapped.values()).items() if count > 1]
     if twice:
         raise ValueError(
-            f'arch={arch!r}: more than one key becomes each of {", ".join(twice)}'
+            f'arch={arch!r}: several keys map to the same new key: {", ".join(twice)}'
         )
     return mapped, dropped
 
@@ -286,14 +287,14 @@ def _place_all(
 def _refuse_unknown(keys: Sequence[str], arch: str) -> None:
     if keys:
         raise ValueError(
-            f'arch={arch!r} has no place for {len(keys)} keys: {", ".join(keys)}'
+            f'{len(keys)} keys are unknown for arch={arch!r}: {", ".join(keys)}'
         )
 
 
 def _place(
     key: str, arch: str, target: str, detector: bool, stem: Dict[str, str]
 ) -> Tuple[str, str]:
-    """New key, or why the published one is dropped; neither if it is unknown."""
+    """The new key, or the reason to drop the key; both empty if it is unknown."""
     deit = arch.startswith('deit')
     if detector and key.startswith(DETECTOR_PARTS):
         if target == 'detector':
@@ -304,7 +305,7 @@ def _place(
     if classifier and arch != 'kcla_unet' and not detector:
         if target == 'classifier':
             return classifier, ''
-        return '', 'classifier, which the target has not'
+        return '', 'part of the classifier, which the target does not have'
     if arch == 'kcla_unet':
         decoder = _rename(key, UNET_DECODER)
         if decoder:
@@ -321,7 +322,7 @@ def _place(
 
 
 def _rename(key: str, names: Dict[str, str]) -> str:
-    """The key by the name that it begins with; empty if there is none."""
+    """Rename a key by its first part; empty if no name matches."""
     for old, new in names.items():
         if key == old or key.startswith(f'{old}.'):
             return new + key[len(old) :]
@@ -349,25 +350,25 @@ def _place_in_resnet(key: str, arch: str, stem: Dict[str, str]) -> Tuple[str, st
     match = _STAGE_KEY.fullmatch(key) or _BLOCK_KEY.fullmatch(key)
     if match is None:
         return '', ''
-    found = match.groupdict()
-    stage = int(found['layer'] or int(found['stage']) + 1)
-    where = f'layer{stage}.{int(found.get("block") or 0)}'
+    parts = match.groupdict()
+    stage = int(parts['layer'] or int(parts['stage']) + 1)
+    where = f'layer{stage}.{int(parts.get("block") or 0)}'
     leaf = match['leaf']
     new = _rename(leaf, BLOCK)
-    if new and found.get('part') != 'attention':
+    if new and parts.get('part') != 'attention':
         return f'{where}.{new}', ''
-    if found.get('part') == 'attention':
+    if parts.get('part') == 'attention':
         leaf = f'attention.{leaf}'
     new = _rename(leaf, NETWORKS[arch].names)
     if new == 'scales':
         return '', (
-            'fixed scales of the heads, which KCLA computes; their values were checked'
+            'fixed scales of the heads, which mmela computes; their values match'
         )
     if where == 'layer1.0' and new.startswith('cross_stage.'):
-        return '', f'{_UNREAD}: the first stage has no stage before it'
+        return '', f'{_UNREAD}: the first stage has no previous stage'
     # Published for block 11 of stage 3 of a ResNet-101
     if not where.endswith('.0') and new.startswith('cross_stage.reduce.'):
-        return '', f'{_UNREAD}: within a stage the channels stay'
+        return '', f'{_UNREAD}: the channels are the same within a stage'
     return new and f'{where}.layer_attn.{new}', ''
 
 
@@ -375,22 +376,24 @@ def _place_in_resnet(key: str, arch: str, stem: Dict[str, str]) -> Tuple[str, st
 
 
 def _shape(tensors: Dict[str, Tensor], key: str, dims: int) -> Sequence[int]:
-    """Shape of a tensor that must have so many dimensions, none of them empty."""
+    """Shape of a tensor, which must have ``dims`` dimensions and not be empty."""
     if key not in tensors:
-        raise ValueError(f'1 keys are missing that tell the sizes: {key}')
+        raise ValueError(f'a key that shows the size of a part is missing: {key}')
     shape = tuple(tensors[key].shape)
     if len(shape) != dims or 0 in shape:
-        raise ValueError(f'{key} has shape {shape} instead of {dims} dimensions')
+        raise ValueError(
+            f'{key} has shape {shape}; it must have {dims} dimensions and not be empty'
+        )
     return shape
 
 
 def _check_shape(
     tensors: Dict[str, Tensor], key: str, expected: Tuple[int, ...]
 ) -> None:
-    """Check a tensor that is as large as those that are built by the sizes."""
+    """Check the shape of a tensor before a network of that size is built."""
     shape = _shape(tensors, key, len(expected))
     if shape != expected:
-        raise ValueError(f'{key} has shape {shape} instead of {expected}')
+        raise ValueError(f'{key} has shape {shape}; expected {expected}')
 
 
 def _count_blocks(tensors: Dict[str, Tensor]) -> Tuple[int, ...]:
@@ -407,31 +410,34 @@ def _count_blocks(tensors: Dict[str, Tensor]) -> Tuple[int, ...]:
 def _head_dim_of_kcla(
     state_dict: Dict[str, Tensor], arch: str, head_dim: Optional[int]
 ) -> int:
-    """Channels of a head of KCLA, whose fixed scales are checked on the way."""
+    """Channels of a head of KCLA; checks its fixed scales too."""
     scales = {}
     for key, value in state_dict.items():
         norm = state_dict.get(key[: -len('norm_d')] + 'bn_attention.weight')
         if key.endswith('.norm_d') and norm is not None:
             scales[key] = norm.numel() / max(1, value.numel())
     if not scales:
-        raise ValueError('1 keys are missing that tell the sizes: norm_d')
+        raise ValueError('a key that shows the number of heads is missing: norm_d')
     dims = set(scales.values())
     if len(dims) != 1 or not min(dims).is_integer() or min(dims) < 1:
         raise ValueError(
-            f'heads have {sorted(dims)} channels; mmela has only networks in which '
-            'all have the same number'
+            f'heads have {sorted(dims)} channels; mmela supports only networks whose '
+            'heads all have the same number'
         )
-    told = int(dims.pop())
-    if head_dim not in (None, told):
-        raise ValueError(f'head_dim={head_dim}, but the heads have {told} channels')
-    root = math.sqrt(told) if arch == 'kcla_first' else 1.0
+    inferred = int(dims.pop())
+    if head_dim not in (None, inferred):
+        raise ValueError(
+            f'head_dim={head_dim}, but the heads in the checkpoint have {inferred} '
+            'channels'
+        )
+    root = math.sqrt(inferred) if arch == 'kcla_first' else 1.0
     for key in scales:
         _check_scales(key, state_dict[key], root)
-    return told
+    return inferred
 
 
 def _check_scales(key: str, value: Tensor, root: float) -> None:
-    """Check the fixed tensor of KCLA that mmela computes itself."""
+    """Check a fixed tensor of KCLA, which mmela computes rather than loads."""
     bound = -math.log(0.7)
     expected = torch.linspace(bound, -bound, value.numel()).exp()
     if root != 1:  # the first detectors
@@ -439,14 +445,14 @@ def _check_scales(key: str, value: Tensor, root: float) -> None:
     if not torch.allclose(value.flatten().float(), expected, atol=1e-3):
         low, high = (0.7 * root, root / 0.7) if root != 1 else (1 / 0.7, 0.7)
         raise ValueError(
-            f'{key} has other values than the published ones, '
-            f'{low:.4g} to {high:.4g}: {value.flatten()[:4].tolist()} ...; mmela has '
-            'no attention with these'
+            f'{key} starts with {value.flatten()[:4].tolist()}, but the published '
+            f'values go from {low:.4g} to {high:.4g}; mmela has no attention with '
+            'other values'
         )
 
 
 def _reduction(tensors: Dict[str, Tensor], stages: int, name: str) -> int:
-    """By what the cells of all stages are narrower than their channels."""
+    """Reduction factor that the cells of all stages share."""
     sizes = [
         _shape(tensors, f'layer{stage}.0.layer_attn.{name}.input.0.weight', 2)
         for stage in range(1, stages + 1)
@@ -455,14 +461,14 @@ def _reduction(tensors: Dict[str, Tensor], stages: int, name: str) -> int:
         if all(channels // reduction == width for width, channels in sizes):
             return reduction
     raise ValueError(
-        f'cells of (width, channels) {sizes} are narrower by no common factor'
+        f'cells with (width, channels) {sizes} have no common reduction factor'
     )
 
 
 def _resnet_backbone(
     tensors: Dict[str, Tensor], arch: str, head_dim: Optional[int]
 ) -> dict:
-    """Config of the ResNet that has these tensors."""
+    """Infer the config of a ResNet from its tensors."""
     blocks = _count_blocks(tensors)
     deep = 'conv1.weight' not in tensors
     cifar = not deep and _shape(tensors, 'conv1.weight', 4)[-1] == 3
@@ -471,7 +477,7 @@ def _resnet_backbone(
     inner = _shape(tensors, 'layer1.0.conv2.weight', 4)[1]
     for i in range(len(blocks)):
         size = (width << i, inner << i, 3, 3)
-        # Of a ResNeXt the number of groups is the same in all stages
+        # In a ResNeXt, the number of groups is the same in all stages
         _check_shape(tensors, f'layer{i + 1}.0.conv2.weight', size)
     cfg: dict = dict(type='ELABottleneckResNet_CIFAR' if cifar else 'ELAResNet')
     depth = _DEPTHS.get(blocks)
@@ -480,7 +486,7 @@ def _resnet_backbone(
     if depth is None:
         raise ValueError(
             f'no published network has {blocks} blocks in its stages; known are '
-            f'{", ".join(map(str, _DEPTHS))}, and three times the same on CIFAR'
+            f'{", ".join(map(str, _DEPTHS))}, and on CIFAR three equal numbers'
         )
     cfg['depth'] = depth
     base = width
@@ -497,7 +503,7 @@ def _resnet_backbone(
     attention = cfg['layer_attention'] = dict(NETWORKS[arch].attention)
     if arch == 'dia':
         if head_dim is not None:
-            raise ValueError(f'head_dim={head_dim}, but DIA has no heads')
+            raise ValueError(f'head_dim={head_dim} is set, but DIA has no heads')
     elif not arch.startswith('kcla'):
         head_dim = _choose_head_dim(arch, cifar, head_dim)
     if head_dim is not None:
@@ -513,7 +519,7 @@ def _resnet_backbone(
 
 
 def _choose_head_dim(arch: str, cifar: bool, head_dim: Optional[int]) -> int:
-    """The only published ``head_dim``, or the one that was said."""
+    """The given ``head_dim``, or the only published one."""
     if head_dim is not None:
         return head_dim
     choices = NETWORKS[arch].cifar if cifar else NETWORKS[arch].imagenet
@@ -521,16 +527,16 @@ def _choose_head_dim(arch: str, cifar: bool, head_dim: Optional[int]) -> int:
         return next(iter(choices))
     known = ' or '.join(f'{value} ({where})' for value, where in choices.items())
     raise ValueError(
-        'no tensor tells how many channels a head has: say head_dim. '
-        f'arch={arch!r} on {"CIFAR" if cifar else "ImageNet or COCO"} is published '
-        f'with {known or "none"}'
+        'the checkpoint does not show how many channels a head has; set head_dim. '
+        f'Published for arch={arch!r} on {"CIFAR" if cifar else "ImageNet or COCO"}: '
+        f'{known or "none"}'
     )
 
 
 def _deit_backbone(
     tensors: Dict[str, Tensor], arch: str, head_dim: Optional[int]
 ) -> dict:
-    """Config of the vision transformer that has these tensors."""
+    """Infer the config of a vision transformer from its tensors."""
     _, tokens, dims = _shape(tensors, 'pos_embed', 3)
     patch = _shape(tensors, 'patch_embed.projection.weight', 4)[-1]
     _check_shape(tensors, 'patch_embed.projection.weight', (dims, 3, patch, patch))
@@ -539,7 +545,8 @@ def _deit_backbone(
     side = math.isqrt(tokens - 1)
     if side * side != tokens - 1:
         raise ValueError(
-            f'pos_embed has {tokens} tokens, which are no class token and a square'
+            f'pos_embed has {tokens} tokens, which is not a square map plus a class '
+            'token'
         )
     depth = len({key.split('.')[1] for key in tensors if key.startswith('layers.')})
     cfg: dict = dict(type='ELAVisionTransformer', arch=_DEIT_NAMES.get(dims))
@@ -547,7 +554,7 @@ def _deit_backbone(
         cfg['arch'] = dict(
             embed_dims=dims,
             num_layers=depth,
-            # 64 channels a head, as in all that are published
+            # 64 channels per head, as in all published networks
             num_heads=max(1, dims // 64),
             feedforward_channels=feedforward,
         )
@@ -561,11 +568,11 @@ def _deit_backbone(
 def _unet_backbone(
     tensors: Dict[str, Tensor], arch: str, head_dim: Optional[int]
 ) -> dict:
-    """Config of the encoder of the U-Net that has these tensors."""
+    """Infer the config of a U-Net's encoder from its tensors."""
     blocks = _count_blocks(tensors)
     if blocks != (2, 2, 2, 2):
         raise ValueError(
-            f'no published U-Net has {blocks} blocks in its stages; known is '
+            f'no published U-Net has {blocks} blocks in its stages; known are '
             '(2, 2, 2, 2)'
         )
     widths = []
@@ -575,8 +582,8 @@ def _unet_backbone(
         _check_shape(tensors, name, (width, width, 3, 3))
         widths.append(width)
     attention = dict(NETWORKS[arch].attention, head_dim=head_dim)
-    # The first version has one convolution for all heads; in the newest, with
-    # one for each, later blocks of a stage do not see the earlier ones.
+    # The first version has one convolution for all heads. The newest has one per
+    # head, and there later blocks of a stage do not see earlier ones.
     carried = _shape(tensors, 'layer2.0.layer_attn.cross_stage.reduce.weight', 4)
     attention['cross_stage_groups'] = carried[1] != widths[0]
     attention['accumulate'] = carried[1] == widths[0]
@@ -590,7 +597,7 @@ def _unet_backbone(
 
 
 def _norm_of_bias(key: str) -> str:
-    """The running mean of the normalization that follows a convolution."""
+    """Key of the running mean of the norm after a convolution with this bias."""
     match = _BIAS.fullmatch(key)
     return f'{match[1]}{int(match[2]) + 1}.running_mean' if match else ''
 
@@ -598,19 +605,20 @@ def _norm_of_bias(key: str) -> str:
 def _fold_unet(
     tensors: Dict[str, Tensor], state_dict: Dict[str, Tensor], mapped: Dict[str, str]
 ) -> None:
-    """Take biases before a norm off its mean; give a shared key both its names."""
+    """Fold biases into the mean of the next norm; duplicate shared keys."""
     for key, bias in state_dict.items():
         mean = _norm_of_bias(key)
         if mean in mapped:
             value = tensors[mapped[mean]]
             if bias.shape != value.shape:
                 raise ValueError(
-                    f'{key} has shape {tuple(bias.shape)}, {mean} {tuple(value.shape)}'
+                    f'{key} has shape {tuple(bias.shape)}, but {mean} has '
+                    f'{tuple(value.shape)}'
                 )
             tensors[mapped[mean]] = value - bias
     for key in list(tensors):
-        where, found, _ = key.partition('.cross_stage.norm.weight')
-        if found and f'{where}.key.weight' in tensors:
+        where, separator, _ = key.partition('.cross_stage.norm.weight')
+        if separator and f'{where}.key.weight' in tensors:
             tensors[f'{where}.cross_stage.key.weight'] = tensors[f'{where}.key.weight']
 
 
@@ -618,17 +626,19 @@ def _fold_unet(
 
 
 def _build(backbone: dict, tensors: Dict[str, Tensor], target: str) -> nn.Module:
-    """The network that the checkpoint is for; of a detector, its backbone alone."""
+    """Build the target network; for a detector, only its backbone."""
     toolbox = TARGETS[target]
     if target == 'detector' and not backbone['type'].startswith('ELAResNe'):
         raise ValueError(
-            "target='detector' is for ResNets of ImageNet and COCO; allowed for "
-            f'{backbone["type"]} are classifier and backbone'
+            "target='detector' is for ResNets for ImageNet and COCO; for "
+            f"{backbone['type']} use target='classifier' or target='backbone'"
         )
     try:
         registry = import_module(f'{toolbox}.registry').MODELS
     except ImportError as error:
-        raise ImportError(f'target={target!r} needs {toolbox}') from error
+        raise ImportError(
+            f'target={target!r} needs {toolbox}, which is not installed'
+        ) from error
     cfg = backbone
     if target == 'classifier':
         cfg = dict(type='ImageClassifier', backbone=backbone)
@@ -647,15 +657,16 @@ def _build(backbone: dict, tensors: Dict[str, Tensor], target: str) -> nn.Module
         with torch.random.fork_rng(devices=()):
             with DefaultScope.overwrite_default_scope(toolbox):
                 network = registry.build(cfg)
-    except Exception as error:  # sizes of a file may make a constructor raise anything
+    except Exception as error:  # odd sizes may make a constructor raise anything
         raise ValueError(
-            f'target={target!r} has no network of these sizes, {backbone}: {error}'
+            f'target={target!r} cannot build a network of these sizes, {backbone}: '
+            f'{error}'
         ) from error
     return nn.ModuleDict({'backbone': network}) if target == 'detector' else network
 
 
 def _unet_head(backbone: dict, tensors: Dict[str, Tensor]) -> dict:
-    """Config of the decoder of the U-Net."""
+    """Infer the config of a U-Net's decoder from its tensors."""
     below = [backbone['stem_channels'], *backbone['stage_channels']]
     channels: List[int] = []
     for step in range(4):
@@ -687,17 +698,18 @@ def _load(
     arch: str,
     target: str,
 ) -> Dict[str, Tensor]:
-    """Load tensors that must fit key by key.
+    """Load tensors that must match key by key.
 
     Args:
         network (nn.Module): The network.
         tensors (dict[str, Tensor]): Its tensors.
-        mapped (dict[str, str]): New key by published key, for messages.
-        arch (str): For messages.
-        target (str): For messages.
+        mapped (dict[str, str]): Published keys, mapped to new keys, for messages.
+        arch (str): The architecture, for messages.
+        target (str): The target, for messages.
 
     Returns:
-        dict[str, Tensor]: The whole state dict: with what no published network has.
+        dict[str, Tensor]: The whole state dict, including keys that published
+        networks lack.
     """
     expected = network.state_dict()
     published = {new: old for old, new in mapped.items()}
@@ -706,18 +718,18 @@ def _load(
     missing = sorted(key for key in lacking if not key.endswith(_OWN))
     if missing:
         raise ValueError(
-            f'{len(missing)} keys are missing that arch={arch!r}, target={target!r} '
-            f'needs: {", ".join(missing)}'
+            f'{len(missing)} keys that arch={arch!r}, target={target!r} needs are '
+            f'missing: {", ".join(missing)}'
         )
     result = {}
-    for key, own in expected.items():
-        value = tensors.get(key, own)
-        if key.endswith(_RESHAPED) and value.numel() == own.numel():
-            value = value.reshape(own.shape)
-        if value.shape != own.shape:
+    for key, initial in expected.items():
+        value = tensors.get(key, initial)
+        if key.endswith(_RESHAPED) and value.numel() == initial.numel():
+            value = value.reshape(initial.shape)
+        if value.shape != initial.shape:
             raise ValueError(
-                f'{published[key]} has shape {tuple(value.shape)}, but in a network of '
-                f'arch={arch!r} {key} has {tuple(own.shape)}'
+                f'{published[key]} has shape {tuple(value.shape)}, but {key} in a '
+                f'network of arch={arch!r} has {tuple(initial.shape)}'
             )
         result[key] = value
     network.load_state_dict(result, strict=True)

@@ -1,4 +1,4 @@
-"""What the published networks call things, and what we call them: tables alone.
+"""Tables that map names in published networks to names in mmela.
 
 A name stands for all tensors below it.
 """
@@ -7,7 +7,7 @@ from typing import Dict, NamedTuple
 
 
 def _below(prefix: str, names: Dict[str, str], ours: str = '') -> Dict[str, str]:
-    """The same names within another part."""
+    """Add prefixes to the names of a table."""
     return {f'{prefix}{old}': f'{ours}{new}' for old, new in names.items()}
 
 
@@ -16,11 +16,11 @@ BLOCK = {
     **{name: name for name in ('conv1', 'conv2', 'conv3', 'bn1', 'bn2', 'bn3')},
     **{name: name for name in ('downsample.0', 'downsample.1')},
 }
-# Those of an attention begin within the block
+# Names of attentions are relative to the block
 MRLA = {**_below('mrla.mrla.', _QKV), 'bn_mrla': 'norm'}
 _LIGHT = {
     **MRLA,
-    **_below('mrla.mla.', _QKV),  # older files, of detectors too
+    **_below('mrla.mla.', _QKV),  # older files, including detectors
     'mrla.lambda_t': 'lambda_o',
 }
 _FOCUSED = {
@@ -29,7 +29,7 @@ _FOCUSED = {
     'mrla.mrla.scale': 'spread',
 }
 _EQ4 = {**_below('la.', _QKV), 'bn_la': 'norm'}
-# Fixed numbers, which are checked and left out
+# Fixed numbers that are checked and dropped
 _SCALES = {'norm_d': 'scales'}
 _KCLA = {
     **_QKV,
@@ -56,7 +56,7 @@ _KCLA_UNET = {
     'adjust_channel.0': 'cross_stage.reduce',
     'adjust_channel.1': 'cross_stage.norm',
 }
-# Of a stage; the first attention of the stage holds it
+# Shared by a stage; the first attention of the stage holds it
 _CELL = {'lstm.w_ih.0.seq': 'input', 'lstm.w_hh.0.seq': 'hidden'}
 _DLA_BASE = {
     **_below('attention.layer_attention.layer_attention.', _QKV),
@@ -93,7 +93,7 @@ DEIT = {
 }
 STEM = {'conv1': 'conv1', 'bn1': 'bn1'}
 DEEP_STEM = ('conv1.0', 'conv1.1', 'conv1.3', 'conv1.4', 'conv1.6', 'bn1')
-# mmpretrain has three ConvModules, mmdet a plain sequence with its ReLUs
+# mmpretrain has three ConvModules, mmdet a plain sequence that includes the ReLUs
 MMPRETRAIN_STEM = tuple(f'stem.{i}.{part}' for i in range(3) for part in ('conv', 'bn'))
 MMDET_STEM = tuple(f'stem.{i}' for i in (0, 1, 3, 4, 6, 7))
 UNET_DECODER = {'outc.conv': 'decode_head.conv_seg'}
@@ -110,10 +110,10 @@ class Published(NamedTuple):
     Attributes:
         attention (dict): Config of its layer attention.
         names (dict[str, str]): Names within a block and within the attention.
-        imagenet (dict[int, str]): What ``head_dim`` may be on ImageNet and COCO,
-            and where, if no tensor tells.
-        cifar (dict[int, str]): The same on CIFAR.
-        note (str): What differs from the published network beside the names.
+        imagenet (dict[int, str]): Values of ``head_dim`` used on ImageNet and COCO,
+            with their source, for networks whose tensors do not show it.
+        cifar (dict[int, str]): The same for CIFAR.
+        note (str): Differences from the published network other than names.
     """
 
     attention: dict
@@ -123,11 +123,11 @@ class Published(NamedTuple):
     note: str = ''
 
 
-_OF_CIFAR = {16: "KCLA's code", 32: "DLA's code, and at times KCLA's"}
+_OF_CIFAR = {16: "KCLA's code", 32: "DLA's code, sometimes KCLA's"}
 _OF_BASE = {16: 'by default', 1: 'with channel_wise_mrla=True'}
 _DEIT_NOTE = (
-    'in training the attention has the stochastic depth of its block here; in the '
-    "authors' code it has none, and with MRLA-base each block has 0.1"
+    'in training, mmela gives the attention the stochastic depth of its block; in the '
+    "authors' code the attention has none, and with MRLA-base every block has 0.1"
 )
 NETWORKS: Dict[str, Published] = dict(
     mrla_base=Published(dict(type='MRLABase'), MRLA, _OF_BASE, _OF_CIFAR),
@@ -146,7 +146,7 @@ NETWORKS: Dict[str, Published] = dict(
     kcla=Published(
         dict(type='KCLA'), {**_below('kcla.', _KCLA), **_below('attention.', _KCLA)}
     ),
-    # Temperatures the other way round, and the direction of all keys so far
+    # Temperatures in reverse order, and the direction of the sum of all keys so far
     kcla_first=Published(
         dict(type='KCLA', temperature=1 / 0.7, direction='sum'),
         _below('attention.', _KCLA_FIRST),
@@ -161,7 +161,7 @@ NETWORKS: Dict[str, Published] = dict(
             shared_key=True,
         ),
         _below('attention.', _KCLA_UNET),
-        note='decode_head=dict(scale=2) enlarges as the published decoder',
+        note='decode_head=dict(scale=2) enlarges like the published decoder',
     ),
     dla_light=Published(dict(type='DLALight'), _DLA_LIGHT, {32: ''}, _OF_CIFAR),
     dla_base=Published(dict(type='DLABase'), _DLA_BASE, {}, _OF_CIFAR),
@@ -176,7 +176,7 @@ NETWORKS: Dict[str, Published] = dict(
         dict(type='MRLALight', head_dim=16), _DEIT_LIGHT, note=_DEIT_NOTE
     ),
 )
-# The parts of a key by which a network is told, the most special one first
+# Parts of keys that identify a network, the most specific ones first
 SIGNS = (
     ('kcla_unet', {'bn_attention', 'outc'}),
     ('kcla_first', {'bn_attention', 'select_temp'}),

@@ -17,7 +17,7 @@ from ..structure import attention_stages, layer_attentions
 from .networks import build_network, load_fitting, open_network
 
 AttentionBlocks = Dict[str, List[List[str]]]
-# What of a checkpoint's `meta` outlives the training
+# Entries of a checkpoint's `meta` that still apply after the training
 KEPT_META = ('dataset_meta', 'epoch', 'iter')
 
 
@@ -27,11 +27,11 @@ class SlimNetwork(NamedTuple):
     Attributes:
         cfg (Config): Its config.
         state_dict (dict[str, Tensor]): Its state dict.
-        meta (dict): What is known of its data set and training.
-        blocks (dict[str, list[list[str]]]): The blocks that still have
-            an attention, as of :func:`slim_state_dict`.
-        before (dict[str, Tensor]): The state dict that it was made from.
-        attentions (int): Number of attentions in that.
+        meta (dict): Information on its data set and training.
+        blocks (dict[str, list[list[str]]]): Blocks of each backbone, as returned by
+            :func:`slim_state_dict`.
+        before (dict[str, Tensor]): The state dict before slimming.
+        attentions (int): Number of attentions before slimming.
     """
 
     cfg: Config
@@ -45,8 +45,8 @@ class SlimNetwork(NamedTuple):
         """Write the checkpoint and the config.
 
         Args:
-            path (str | Path): Checkpoint to write, as safetensors if the name
-                ends with ``.safetensors``.
+            path (str | Path): Checkpoint to write, in the format of safetensors if
+                the name ends with ``.safetensors``.
             config (str | Path): Config to write; neither appears without the
                 other.
 
@@ -55,12 +55,13 @@ class SlimNetwork(NamedTuple):
         """
         for out in (path, config):
             Path(out).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as weights, replacing(config) as text:
+        with replacing(path) as weights:
             if weights.suffix == '.safetensors':
                 write_safetensors(weights, self.state_dict, self.meta)
             else:
                 torch.save(dict(meta=self.meta, state_dict=self.state_dict), weights)
-            self.cfg.dump(text)
+            with replacing(config) as text:
+                self.cfg.dump(text)
 
 
 def slim_network(
@@ -69,26 +70,28 @@ def slim_network(
     *outs: Union[str, Path],
     size: int = 128,
 ) -> SlimNetwork:
-    """Remove pruned attentions, and compare the outputs of both networks.
+    """Remove pruned attentions, and check that the outputs stay the same.
 
     Args:
         config (str | Path): Config of the pruned network.
         checkpoint (str | Path): Its checkpoint.
-        *outs (str | Path): Files that will be written, which must not exist.
-        size (int): Height and width in pixels of the images to compare with.
+        *outs (str | Path): Files to be written, which must not exist yet.
+        size (int): Height and width in pixels of the images for the check.
             Defaults to 128.
 
     Returns:
         SlimNetwork: The slim network.
 
     Raises:
-        SystemExit: As :func:`~mmela.convert.networks.open_network` does.
-        ValueError: If there is no layer attention in the network, the
-            checkpoint does not fit, two of the outs are the same file, or the
-            outputs of the backbones differ.
+        SystemExit: As in :func:`~mmela.convert.networks.open_network`.
+        ValueError: If the network has no layer attention, the checkpoint does not
+            fit, two of ``outs`` are the same file, or the outputs of the backbones
+            differ.
     """
     if len({Path(out) for out in outs}) < len(outs):
-        raise ValueError(f'{outs[0]} cannot be both checkpoint and config')
+        raise ValueError(
+            f'{outs[0]} cannot be both checkpoint and config; give two names'
+        )
     cfg, meta, state_dict = open_network(config, checkpoint, *outs)
     model = build_network(cfg.model, config).eval()
     attentions = layer_attentions(model)
@@ -101,14 +104,15 @@ def slim_network(
     load_fitting(slim, slim_state, f'the slim form of {config}', checkpoint)
     try:
         gap = _difference(model, slim, blocks, size)
-    except Exception as error:  # somebody else's code may raise anything
+    except Exception as error:  # a user's network may raise anything
         raise ValueError(
-            f'the backbone of {config} cannot be run with images of {size} pixels: '
+            f'the backbone of {config} does not run on images of {size} pixels: '
             f'{one_line(error)}'
         ) from error
     if gap != 0:
         raise ValueError(
-            f'{checkpoint}: outputs without what is pruned differ by {gap}'
+            f'{checkpoint}: the outputs of the slim network differ by {gap} from the '
+            'pruned one'
         )
     meta = {key: meta[key] for key in KEPT_META if key in meta}
     return SlimNetwork(slim_cfg, slim_state, meta, blocks, state_dict, len(attentions))
@@ -130,7 +134,7 @@ def _difference(
 
 
 def slim_state_dict(model: nn.Module) -> Tuple[Dict[str, Tensor], AttentionBlocks]:
-    """State dict of a network without its pruned attentions.
+    """Remove pruned attentions from the state dict of a network.
 
     An attention that keeps its value for later ones stays.
 
@@ -138,14 +142,14 @@ def slim_state_dict(model: nn.Module) -> Tuple[Dict[str, Tensor], AttentionBlock
         model (nn.Module): A network with layer attentions.
 
     Returns:
-        tuple[dict[str, Tensor], dict[str, list[list[str]]]]: The state dict
-        without the keys of pruned attentions, and ``blocks`` of
+        tuple[dict[str, Tensor], dict[str, list[list[str]]]]: The state dict without
+        the keys of pruned attentions; and the argument ``blocks`` of
         :func:`mmela.attach_layer_attention` for each backbone, by its name in the
-        network such as ``backbone``: the names of the blocks of each stage, those
-        without an attention after a ``'!'``.
+        network, such as ``backbone``. It lists the block names of each stage, with a
+        leading ``'!'`` for those without an attention.
 
     Raises:
-        ValueError: If there is no layer attention in the network.
+        ValueError: If the network has no layer attention.
     """
     stages = attention_stages(model)
     if not stages:
@@ -167,28 +171,27 @@ def slim_state_dict(model: nn.Module) -> Tuple[Dict[str, Tensor], AttentionBlock
 
 
 def _holds_shared(attention: LayerAttention, stage: List[LayerAttention]) -> bool:
-    """Whether others that are not pruned use what an attention holds for all."""
+    """Whether an attention holds shared submodules that unpruned ones still use."""
     return any(hasattr(attention, name) for name in attention.shared) and any(
         other.attention_state != AttentionState.PRUNED for other in stage
     )
 
 
 def slim_config(cfg: Config, blocks: AttentionBlocks) -> Config:
-    """Config that builds a network without its pruned attentions.
+    """Make a config that builds a network without its pruned attentions.
 
-    The pruning hook is left out, as its work is done, and so are where the run
-    was and the checkpoints that it started from, which the slim one replaces.
+    It drops the pruning hook, whose work is done, the work directory, and the
+    checkpoints that the training started from, which the slim checkpoint replaces.
 
     Args:
         cfg (Config): Config of the network.
-        blocks (dict[str, list[list[str]]]): What :func:`slim_state_dict`
-            returns.
+        blocks (dict[str, list[list[str]]]): Blocks from :func:`slim_state_dict`.
 
     Returns:
         Config: A changed copy.
 
     Raises:
-        ValueError: If the config has no backbone where the network has one.
+        ValueError: If the config has no entry for a backbone of the network.
     """
     cfg = copy.deepcopy(cfg)
     for name, stages in blocks.items():
@@ -200,9 +203,9 @@ def slim_config(cfg: Config, blocks: AttentionBlocks) -> Config:
                 node = node.get(part) if isinstance(node, ConfigDict) else None
         if not isinstance(node, ConfigDict) or 'type' not in node:
             raise ValueError(
-                f'the network has a backbone {name}, but its config has none there'
+                f'the network has a backbone at {name!r}, but its config has none there'
             )
-        node.pop('attention_blocks', None)  # of versions before 0.2
+        node.pop('attention_blocks', None)  # from versions before 0.2
         node['blocks'] = stages
     cfg['model'] = without_pretrained(cfg.to_dict()['model'])
     for key in ('load_from', 'resume', 'work_dir'):
@@ -217,7 +220,7 @@ def slim_config(cfg: Config, blocks: AttentionBlocks) -> Config:
 
 
 def without_pretrained(node: Any) -> Any:
-    """A config with None for each ``init_cfg`` that names a checkpoint.
+    """Replace every ``init_cfg`` that names a checkpoint with None.
 
     Args:
         node (Any): The config of a model, or a part of it.

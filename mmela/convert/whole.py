@@ -1,9 +1,9 @@
-"""Whole networks as modules that can be exported: tensors in, tensors out.
+"""Exportable modules of whole networks: tensors in, tensors out.
 
-A toolbox's detector returns lists of objects, one image after the other, by
-code that asks for the values of tensors. The modules here run its own backbone,
-neck, heads, anchors and box coders, and select by operators that the exchange
-formats have: top-k, NonMaxSuppression, RoiAlign.
+A toolbox's detector processes images one by one, returns lists of objects, and
+branches on the values of tensors. The modules here run its backbone, neck, heads,
+anchors and box coders, and select detections with operators that the exchange formats
+have: top-k, NonMaxSuppression, RoiAlign.
 """
 
 from typing import Any, List, Sequence, Tuple, Type
@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 SUPPORTED = (
-    'ImageClassifier of mmpretrain with one head of scores by softmax; of mmdet, '
-    'single-stage detectors whose head is decoded as BaseDenseHead does (RetinaNet, '
-    'FCOS, ATSS, SSD), and Faster R-CNN and Mask R-CNN, which are an RPNHead and a '
-    'StandardRoIHead'
+    'ImageClassifier of mmpretrain with one softmax head; single-stage detectors of '
+    'mmdet whose head keeps the decoding of BaseDenseHead (RetinaNet, FCOS, ATSS, '
+    'SSD); and Faster R-CNN and Mask R-CNN of mmdet with RPNHead and StandardRoIHead'
 )
 
 
@@ -26,15 +25,15 @@ class WholeNetwork(nn.Module):
 
     Args:
         model (nn.Module): A network of mmpretrain or mmdet.
-        raw (bool): Take images as they are loaded, and normalize and pad them as
-            the network's own pre-processing does. Otherwise images are
-            normalized already. Defaults to True.
+        raw (bool): Take images as loaded, and normalize and pad them like the
+            network's pre-processing. Otherwise images must be normalized. Defaults
+            to True.
 
     Attributes:
-        output_names (tuple[str]): What :meth:`forward` returns.
+        output_names (tuple[str]): Names of the outputs of :meth:`forward`.
 
     Raises:
-        ValueError: If the network is none of the kinds supported.
+        ValueError: If the network is not supported.
     """
 
     output_names: Tuple[str, ...]
@@ -46,18 +45,18 @@ class WholeNetwork(nn.Module):
         self.check()
 
     def check(self) -> None:
-        """Raise a ValueError where the network is computed in another way."""
+        """Raise a ValueError if this class does not compute the network correctly."""
         raise NotImplementedError
 
     def results(self, x: Tensor, size: Sequence[int]) -> Tuple[Tensor, ...]:
-        """What the network finds.
+        """Compute the outputs.
 
         Args:
             x (Tensor): Normalized images, (B, C, H, W).
-            size (Sequence[int]): Height and width of what of them is no padding.
+            size (Sequence[int]): Height and width of the images without padding.
 
         Returns:
-            tuple[Tensor]: Results, as the class says.
+            tuple[Tensor]: The outputs that the class documents.
         """
         raise NotImplementedError
 
@@ -65,20 +64,21 @@ class WholeNetwork(nn.Module):
         """Run the network.
 
         Args:
-            images (Tensor): Shape (B, C, H, W). With ``raw``, values 0 to 255 of
-                any type, the channels in the order in which the config loads
+            images (Tensor): Images, (B, C, H, W). With ``raw``, values are 0 to 255
+                of any type, with channels in the order in which the config loads
                 them.
 
         Returns:
-            tuple[Tensor]: As ``output_names`` says.
+            tuple[Tensor]: The outputs in the order of ``output_names``.
         """
         with _ExportablePooling():
             return self.results(self.prepare(images), images.shape[-2:])
 
     def prepare(self, images: Tensor) -> Tensor:
-        """What the network's pre-processing makes of images.
+        """Apply the network's pre-processing.
 
-        Its own code asks for their size as a number, so this does the same.
+        This reimplements it, because the original code uses the image size as a
+        number and so cannot be exported.
 
         Args:
             images (Tensor): See :meth:`forward`.
@@ -86,33 +86,33 @@ class WholeNetwork(nn.Module):
         Returns:
             Tensor: Normalized and padded images in float32, (B, C, H, W).
         """
-        own = self.model.data_preprocessor
+        preprocessor = self.model.data_preprocessor
         x = images.float()
         if self.raw:
-            # By mmengine's class, which mmdet has, and by that of mmpretrain
+            # The names in mmengine's class, which mmdet inherits, and in mmpretrain's
             names = '_channel_conversion', 'to_rgb'
-            if x.size(1) == 3 and any(getattr(own, name, False) for name in names):
+            flips = any(getattr(preprocessor, name, False) for name in names)
+            if x.size(1) == 3 and flips:
                 x = x.flip(1)
-            if own._enable_normalize:
-                x = (x - own.mean) / own.std
-        divisor = own.pad_size_divisor
+            if preprocessor._enable_normalize:
+                x = (x - preprocessor.mean) / preprocessor.std
+        divisor = preprocessor.pad_size_divisor
         if divisor == 1:
             return x
-        # Too much, and then a part of it: where a size needs no padding, the
-        # exporter would take it that none does
-        # and not -(-n // divisor), as ONNX rounds towards zero
+        # Pad too much and crop: if the traced size needed no padding, the exporter
+        # would drop it for all sizes. Not -(-n // divisor): ONNX rounds towards zero.
         height, width = (
             (n + divisor - 1) // divisor * divisor for n in images.shape[-2:]
         )
-        x = F.pad(x, (0, divisor, 0, divisor), value=own.pad_value)
+        x = F.pad(x, (0, divisor, 0, divisor), value=preprocessor.pad_value)
         return x[..., :height, :width]
 
 
 class _ExportablePooling(TorchFunctionMode):
-    """Takes every other pixel by a slice where a network does by max-pooling.
+    """Replaces max-pooling with kernel size 1 by slicing.
 
-    FPN does so for its smallest map. The exporter asks a pooling whether the
-    size is even, and then takes it for so with all images.
+    FPN computes its smallest map that way. For a pooling, the exporter tests whether
+    the traced size is even and then assumes so for all images.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -134,8 +134,8 @@ class Classifier(WholeNetwork):
         from mmpretrain.models.heads import ClsHead, MultiLabelClsHead
 
         head = self.model.head
-        own = isinstance(head, ClsHead) and not isinstance(head, MultiLabelClsHead)
-        if not own or not _inherits(head, ClsHead, '_get_predictions'):
+        softmax = isinstance(head, ClsHead) and not isinstance(head, MultiLabelClsHead)
+        if not softmax or not _inherits(head, ClsHead, '_get_predictions'):
             _refuse(f'the head {type(head).__name__}')
 
     def results(self, x: Tensor, size: Sequence[int]) -> Tuple[Tensor, ...]:
@@ -145,10 +145,10 @@ class Classifier(WholeNetwork):
 class SingleStage(WholeNetwork):
     """A single-stage detector.
 
-    Results are ``K`` boxes of each image, the best first, where ``K`` is the
-    ``max_per_img`` of the config: corners x1, y1, x2, y2 in pixels of the
-    image given, (B, K, 4), scores (B, K) and labels (B, K). Where there are
-    fewer detections, the rest has score 0 and label -1.
+    It returns ``K`` boxes for each image, the best ones first, where ``K`` is
+    ``max_per_img`` of the config: corners x1, y1, x2, y2 in pixels of the input image,
+    (B, K, 4), scores (B, K) and labels (B, K). If there are fewer detections, the rest
+    has score 0 and label -1.
     """
 
     output_names = ('boxes', 'scores', 'labels')
@@ -167,9 +167,9 @@ class SingleStage(WholeNetwork):
 class TwoStage(WholeNetwork):
     """Faster R-CNN or Mask R-CNN.
 
-    Results are those of :class:`SingleStage`. Mask R-CNN has ``masks`` too,
-    (B, K, 28, 28): how likely each pixel of a grid over the box is of the
-    object.
+    It returns the outputs of :class:`SingleStage`. Mask R-CNN also returns ``masks``,
+    (B, K, 28, 28): for each pixel of a grid over the box, the probability that it
+    belongs to the object.
     """
 
     def check(self) -> None:
@@ -189,7 +189,7 @@ class TwoStage(WholeNetwork):
         if not _inherits(head, BBoxHead, '_predict_by_feat_single', 'predict_by_feat'):
             _refuse(f'the box head {type(head).__name__}')
         if not (head.with_cls and head.with_reg) or head.custom_cls_channels:
-            _refuse(f'a {type(head).__name__} without boxes or with scores of its own')
+            _refuse(f'a {type(head).__name__} without boxes or with custom scores')
         extractors = [roi_head.bbox_roi_extractor]
         self.output_names = SingleStage.output_names
         if roi_head.with_mask:
@@ -209,9 +209,9 @@ class TwoStage(WholeNetwork):
         roi_head = self.model.roi_head
         cfg = roi_head.test_cfg
         feats = self.model.extract_feat(x)
-        proposals, _, found = _detections(self.model.rpn_head, feats, size, rpn=True)
-        rois = _rois(proposals, found >= 0)
-        # The coder asks for the first, the exporter multiplies the second
+        proposals, _, labels = _detections(self.model.rpn_head, feats, size, rpn=True)
+        rois = _rois(proposals, labels >= 0)
+        # The box coder needs the first check, index arithmetic the second
         torch._check(rois.size(0) > 0)
         torch._check(rois.size(0) < 2**31)
         head = roi_head.bbox_head
@@ -241,43 +241,45 @@ class TwoStage(WholeNetwork):
         return boxes, scores, labels, self.masks(feats, boxes, labels)
 
     def masks(self, feats: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
-        """Masks of detections.
+        """Compute the masks of detections.
 
         Args:
-            feats (Sequence[Tensor]): What the neck returns.
-            boxes (Tensor): Their boxes, (B, K, 4).
-            labels (Tensor): Their labels, (B, K), -1 where there is none.
+            feats (Sequence[Tensor]): Outputs of the neck.
+            boxes (Tensor): Boxes of the detections, (B, K, 4).
+            labels (Tensor): Their labels, (B, K); -1 for no detection.
 
         Returns:
-            Tensor: Shape (B, K, h, w).
+            Tensor: The masks, (B, K, h, w).
         """
         roi_head = self.model.roi_head
         image, place = (labels >= 0).nonzero(as_tuple=True)
         pooled = _align(roi_head.mask_roi_extractor, feats, _rois(boxes, labels >= 0))
         if roi_head.with_shared_head:
             pooled = roi_head.shared_head(pooled)
-        found = roi_head.mask_head(pooled).sigmoid()
-        one = torch.zeros_like(place) if found.size(1) == 1 else labels[image, place]
-        found = found[torch.arange(found.size(0), device=found.device), one]
-        masks = found.new_zeros(*labels.shape, *found.shape[-2:])
-        return masks.index_put((image, place), found)
+        probs = roi_head.mask_head(pooled).sigmoid()
+        channel = (
+            torch.zeros_like(place) if probs.size(1) == 1 else labels[image, place]
+        )
+        probs = probs[torch.arange(probs.size(0), device=probs.device), channel]
+        masks = probs.new_zeros(*labels.shape, *probs.shape[-2:])
+        return masks.index_put((image, place), probs)
 
 
 def _detections(
     head: Any, feats: Sequence[Tensor], size: Sequence[int], rpn: bool = False
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """What a dense head detects.
+    """Compute the detections of a dense head.
 
     Args:
         head (BaseDenseHead): The head.
-        feats (Sequence[Tensor]): What the neck returns.
+        feats (Sequence[Tensor]): Outputs of the neck.
         size (Sequence[int]): Height and width of the images.
-        rpn (bool): Whether it proposes regions: these have no threshold, and
-            those of different levels do not suppress each other. Defaults to
-            False.
+        rpn (bool): Whether the head proposes regions. Proposals have no score
+            threshold, and those of different levels do not suppress each other.
+            Defaults to False.
 
     Returns:
-        tuple[Tensor]: As :class:`SingleStage` says.
+        tuple[Tensor]: Boxes, scores and labels, see :class:`SingleStage`.
     """
     cfg = head.test_cfg
     threshold = -0.5 if rpn else cfg.get('score_thr', 0)
@@ -286,7 +288,7 @@ def _detections(
     priors = head.prior_generator.grid_priors(
         [level.shape[-2:] for level in outs[0]], outs[0][0].dtype, outs[0][0].device
     )
-    found: List[Tuple[Tensor, ...]] = []
+    levels: List[Tuple[Tensor, ...]] = []
     for number, (logits, deltas, prior, factor) in enumerate(
         zip(outs[0], outs[1], priors, factors)
     ):
@@ -297,7 +299,7 @@ def _detections(
         else:
             scores = logits.softmax(-1)[..., :-1]
         batch, num, classes = scores.shape
-        # Places that a small level lacks get a score that none has
+        # Pad levels with fewer than nms_pre boxes with an impossible score
         scores, index = F.pad(scores.flatten(1), (0, cfg.nms_pre), value=-1.0).topk(
             cfg.nms_pre
         )
@@ -314,8 +316,8 @@ def _detections(
         if factor is not None:
             scores = scores * _last(factor, 1)[..., 0].sigmoid().gather(1, anchor)
         groups = torch.full_like(labels, number) if rpn else labels
-        found.append((boxes, scores, labels, groups, keep))
-    boxes, scores, labels, groups, keep = (torch.cat(x, 1) for x in zip(*found))
+        levels.append((boxes, scores, labels, groups, keep))
+    boxes, scores, labels, groups, keep = (torch.cat(x, 1) for x in zip(*levels))
     image, place = keep.nonzero(as_tuple=True)
     boxes, scores, labels, groups = (
         x[image, place] for x in (boxes, scores, labels, groups)
@@ -332,38 +334,39 @@ def _suppress(
     batch: int,
     cfg: Any,
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """Non-maximum suppression of the boxes of several images at once.
+    """Run non-maximum suppression for several images at once.
 
     Args:
         boxes (Tensor): Boxes of all images, (M, 4).
         scores (Tensor): Their scores, (M,).
         labels (Tensor): Their labels, (M,).
-        groups (Tensor): Boxes of different groups do not meet, (M,).
-        image (Tensor): Index of the image of each, (M,).
+        groups (Tensor): Groups of boxes; boxes of different groups do not suppress
+            each other, (M,).
+        image (Tensor): Index of the image of each box, (M,).
         batch (int): Number of images.
         cfg (ConfigDict): ``nms`` and ``max_per_img``, as in a ``test_cfg``.
 
     Returns:
-        tuple[Tensor]: As :class:`SingleStage` says.
+        tuple[Tensor]: Boxes, scores and labels, see :class:`SingleStage`.
     """
-    # Two boxes that no image has: torchvision tells the exporter that at least two
-    # are kept
+    # Two dummy boxes, because torchvision makes the exporter assume that at least
+    # two boxes are kept
     boxes = torch.cat([boxes, boxes.new_tensor([[0.0, 0.0, 1.0, 1.0]] * 2)])
     image = torch.cat([image, image.new_tensor([-1, -2])])
     scores = F.pad(scores, (0, 2))
     labels, groups = (F.pad(x, (0, 2)) for x in (labels, groups))
-    # Groups lie side by side, images below each other, so that none overlap.
-    # With both in one row, coordinates would lose precision.
+    # Shift groups horizontally and images vertically, so that none overlap. Shifting
+    # both in one direction would lose precision.
     span = boxes.max() - boxes.min() + 1
     if cfg.nms.get('class_agnostic', False):
         groups = torch.zeros_like(groups)
     shift = torch.stack([groups, image, groups, image], -1) * span
     kept = torch.ops.torchvision.nms(boxes + shift, scores, cfg.nms.iou_threshold)
     boxes, scores, labels, image = (x[kept] for x in (boxes, scores, labels, image))
-    # The best of each image, in a table that is as wide for all
-    own = image == torch.arange(batch, device=image.device)[:, None]
+    # Collect the best boxes of each image in a table with max_per_img columns
+    of_image = image == torch.arange(batch, device=image.device)[:, None]
     number = cfg.max_per_img
-    table = F.pad(torch.where(own, scores, -1.0), (0, number), value=-1.0)
+    table = F.pad(torch.where(of_image, scores, -1.0), (0, number), value=-1.0)
     scores, index = table.topk(number)
     boxes = F.pad(boxes, (0, 0, 0, number))[index]
     labels = F.pad(labels, (0, number), value=-1)[index]
@@ -371,40 +374,40 @@ def _suppress(
     return (
         boxes.masked_fill(missing[..., None], 0.0),
         scores.clamp(min=0),
-        # A place may be that of another image's detection
+        # An empty place may point to the detection of another image
         labels.masked_fill(missing, -1),
     )
 
 
 def _align(extractor: Any, feats: Sequence[Tensor], rois: Tensor) -> Tensor:
-    """Features of RoIs (R, 5), each from the level that fits its size."""
+    """Pool the features of RoIs (R, 5), each from the level that fits its size."""
     layers = extractor.roi_layers
     levels = extractor.map_roi_levels(rois, len(layers))
     total = 0
     for number, (layer, feat) in enumerate(zip(layers, feats)):
-        here = (levels == number)[:, None]
-        # The boxes of other levels shrink to a point, which takes no time; of a
-        # point OpenVINO makes NaN
+        on_level = (levels == number)[:, None]
+        # Boxes of other levels become a point, which is cheap. They are masked
+        # below, since OpenVINO returns NaN for a point.
         pooled = torch.ops.torchvision.roi_align(
             feat,
-            rois * here,
+            rois * on_level,
             layer.spatial_scale,
             *layer.output_size,
             layer.sampling_ratio,
             layer.aligned,
         )
-        total = total + pooled.masked_fill(~here[..., None, None], 0.0)
+        total = total + pooled.masked_fill(~on_level[..., None, None], 0.0)
     return total
 
 
 def _rois(boxes: Tensor, keep: Tensor) -> Tensor:
-    """(B, K, 4) to (R, 5): those to keep, with the index of their image."""
+    """Select boxes, (B, K, 4), and add the index of their image, (R, 5)."""
     image, place = keep.nonzero(as_tuple=True)
     return torch.cat([image[:, None].to(boxes), boxes[image, place]], 1)
 
 
 def _inherits(instance: Any, cls: type, *names: str) -> bool:
-    """Whether an instance has methods of a class as they are."""
+    """Whether an instance inherits methods of a class unchanged."""
     return isinstance(instance, cls) and all(
         getattr(type(instance), name) is getattr(cls, name) for name in names
     )
@@ -430,22 +433,23 @@ def _refuse(what: str) -> None:
 
 
 def _last(x: Tensor, channels: int) -> Tensor:
-    """(B, A * channels, H, W) to (B, H * W * A, channels)."""
+    """Reshape (B, A * channels, H, W) to (B, H * W * A, channels)."""
     return x.permute(0, 2, 3, 1).reshape(x.size(0), -1, channels)
 
 
 def whole_network(model: nn.Module, raw: bool = True) -> WholeNetwork:
-    """A module of a whole network that can be exported.
+    """Wrap a whole network in an exportable module.
 
     Args:
-        model (nn.Module): A network of mmpretrain or mmdet; set to eval mode here.
+        model (nn.Module): A network of mmpretrain or mmdet. This function sets it to
+            eval mode.
         raw (bool): See :class:`WholeNetwork`. Defaults to True.
 
     Returns:
-        WholeNetwork: It shares the weights of ``model``.
+        WholeNetwork: The module. It shares the weights of ``model``.
 
     Raises:
-        ValueError: If the network is none of the kinds supported.
+        ValueError: If the network is not supported.
     """
     kinds: List[Tuple[str, str, Type[WholeNetwork]]] = [
         ('mmpretrain.models', 'ImageClassifier', Classifier),
@@ -453,7 +457,7 @@ def whole_network(model: nn.Module, raw: bool = True) -> WholeNetwork:
         ('mmdet.models', 'TwoStageDetector', TwoStage),
     ]
     for package, name, kind in kinds:
-        # Not imported: who has such a network has the package
+        # By name, so that no toolbox has to be imported
         if any(
             base.__name__ == name and base.__module__.startswith(package)
             for base in type(model).__mro__

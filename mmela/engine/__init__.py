@@ -1,4 +1,4 @@
-"""What pruning asks of a runner, and a runner for data elsewhere."""
+"""Pruning support for mmengine's runners, and a runner with a movable data root."""
 
 from .data_root import DataRootRunner, set_data_root
 from .distributed import check_wrapper, resumed_from, rewrap, rewrap_after_loading

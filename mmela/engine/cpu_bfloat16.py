@@ -11,19 +11,19 @@ from torch import nn
 
 @OPTIM_WRAPPERS.register_module()
 class CPUBFloat16OptimWrapper(OptimWrapper):
-    """Autocast to bfloat16 on a CPU, which ``AmpOptimWrapper`` of mmengine refuses.
+    """Autocast to bfloat16 on a CPU, which mmengine's ``AmpOptimWrapper`` rejects.
 
-    The range of bfloat16 is that of float32, so no loss is scaled. A config takes it
-    by ``custom_imports=dict(imports=['mmela.engine.cpu_bfloat16'])``.
+    bfloat16 has the range of float32, so the loss needs no scaling. To use it, add
+    ``custom_imports=dict(imports=['mmela.engine.cpu_bfloat16'])`` to a config.
 
     Args:
-        *args: As of :class:`mmengine.optim.OptimWrapper`.
-        **kwargs: As of :class:`mmengine.optim.OptimWrapper`.
+        *args: See :class:`mmengine.optim.OptimWrapper`.
+        **kwargs: See :class:`mmengine.optim.OptimWrapper`.
     """
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """The context of the forward pass and the loss.
+        """Context for the forward pass and the loss.
 
         Args:
             model (nn.Module): The model.

@@ -11,38 +11,36 @@ from .last_checkpoint import repair_last_checkpoint
 
 
 def check_wrapper(model: nn.Module) -> None:
-    """Check that parameters can be pruned in a model as it is wrapped.
+    """Check that the wrapper of a model allows pruning.
 
     Args:
         model (nn.Module): The model of a runner.
 
     Raises:
-        ValueError: If its wrapper shares out or flattens parameters.
+        ValueError: If the wrapper shards or flattens parameters.
     """
     if is_model_wrapper(model) and not isinstance(model, DistributedDataParallel):
         raise ValueError(
-            'LayerAttentionPruningHook cannot prune in a '
-            f'{type(model).__name__}, which shares out or flattens '
-            'the parameters before they are pruned; train with '
+            f'LayerAttentionPruningHook cannot prune in a {type(model).__name__}, '
+            'which shards or flattens parameters; train with '
             'MMDistributedDataParallel instead'
         )
 
 
 def rewrap(runner) -> None:
-    """Have distributed training no longer wait for pruned gradients.
+    """Wrap the model again, so that distributed training ignores pruned parameters.
 
-    Communication hooks move on to the new wrapper, with their states.
+    Communication hooks move to the new wrapper, with their states.
 
     Args:
-        runner (Runner): The runner; nothing happens without distributed
-            training.
+        runner (Runner): The runner. Without distributed training nothing happens.
     """
     if not isinstance(runner.model, DistributedDataParallel):
         return
     module = runner.model.module
     comm_hooks = list(runner.model._comm_hooks)
-    # The old reducer must go first, or both would reduce. A compiled
-    # train_step refers to the wrapper that it belongs to.
+    # Delete the old wrapper first, or both would reduce gradients. A compiled
+    # train_step holds a reference to it.
     compiled = vars(runner.model).pop('train_step', None) is not None
     runner.model = None
     if isinstance(runner, FlexibleRunner):
@@ -60,11 +58,11 @@ def rewrap(runner) -> None:
 
 
 def rewrap_after_loading() -> None:
-    """Have mmengine's runners wrap a model again that they load as pruned.
+    """Make mmengine's runners wrap a model again after loading a pruned checkpoint.
 
-    They wrap a model before they load it. So distributed training would wait
-    for the gradients of what is pruned in the checkpoint, also where a config
-    has no pruning hook: to fine-tune a pruned network must not need one.
+    They wrap a model before they load it, so distributed training would wait for
+    gradients of attentions that are pruned in the checkpoint. This also covers
+    fine-tuning, where a config has no pruning hook.
     """
     for runner_class in (Runner, FlexibleRunner):
         runner_class.load_or_resume = _then_rewrap(runner_class.load_or_resume)
@@ -81,7 +79,7 @@ def _noted(resume):
 
 
 def resumed_from(runner) -> str:
-    """The checkpoint that a run was resumed from, for messages.
+    """Get the checkpoint that a run was resumed from, for messages.
 
     Args:
         runner (Runner): The runner.

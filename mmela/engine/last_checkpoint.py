@@ -9,44 +9,47 @@ from ..files import write_text
 
 
 def repair_last_checkpoint(runner) -> None:
-    """Have a run that is to be resumed find its newest whole checkpoint.
+    """Point ``last_checkpoint`` to the newest complete checkpoint before a resume.
 
-    mmengine writes the name of the newest one into ``last_checkpoint``. A kill at that
-    moment leaves an empty file, and one while a checkpoint is written leaves half of
-    it, though those before are whole.
+    mmengine writes the name of the newest checkpoint into ``last_checkpoint``. A kill
+    at that moment leaves an empty file, and a kill while a checkpoint is being written
+    leaves it incomplete, although earlier ones are complete.
 
     Args:
         runner (Runner): The runner, before it loads anything.
     """
-    note = Path(runner.work_dir) / 'last_checkpoint'
-    if is_main_process() and note.exists():
-        name = note.read_text(encoding='utf-8', errors='replace').strip()
+    pointer = Path(runner.work_dir) / 'last_checkpoint'
+    if is_main_process() and pointer.exists():
+        name = pointer.read_text(encoding='utf-8', errors='replace').strip()
         if not name or not is_whole(Path(name)):
-            named = f'{note} names {name or "no checkpoint"!r}'
-            found = newest_checkpoint(Path(runner.work_dir))
-            if found is None:
+            problem = (
+                f'{pointer} names {name}, which is missing or incomplete'
+                if name
+                else f'{pointer} is empty'
+            )
+            newest = newest_checkpoint(Path(runner.work_dir))
+            if newest is None:
                 runner.logger.warning(
-                    f'{named}, and no whole checkpoint is in {runner.work_dir}: the '
-                    'training starts from the beginning.'
+                    f'{problem}, and {runner.work_dir} has no complete checkpoint. '
+                    'Training starts from the beginning.'
                 )
-                note.unlink()
+                pointer.unlink()
             else:
                 runner.logger.warning(
-                    f'{named}, which is not whole: the newest whole checkpoint is '
-                    f'{found}, and the run goes on from it.'
+                    f'{problem}. Resuming from the newest complete one, {newest}.'
                 )
-                write_text(note, str(found))
+                write_text(pointer, str(newest))
     barrier()
 
 
 def newest_checkpoint(work_dir: Path) -> Optional[Path]:
-    """The checkpoint of the latest epoch or iteration that is whole.
+    """Find the complete checkpoint of the latest epoch or iteration.
 
     Args:
         work_dir (Path): Work directory of a run.
 
     Returns:
-        Path | None: None if there is none.
+        Path | None: The checkpoint; None if none is complete.
     """
     numbered: List[tuple] = []
     for path in work_dir.glob('*.pth'):
@@ -60,14 +63,14 @@ def newest_checkpoint(work_dir: Path) -> Optional[Path]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file is a checkpoint that was written to its end.
+    """Whether a checkpoint is complete.
 
     Args:
-        path (Path): A file as ``torch.save`` writes it, or a folder of one
-            (DeepSpeed, FSDP), which is not looked into.
+        path (Path): A file written by ``torch.save``, or a folder (DeepSpeed, FSDP),
+            whose content is not checked.
 
     Returns:
-        bool: False too if it is not there.
+        bool: False if it is incomplete or missing.
     """
     if path.is_dir():
         return True

@@ -13,36 +13,36 @@ from .distributed import rewrap
 def prune_run(
     runner, names: Sequence[str], keep_value: bool, followers: Dict[str, str]
 ) -> None:
-    """Prune attentions wherever a run holds a copy of them.
+    """Prune attentions in the model of a run and in all its copies.
 
     Args:
         runner (Runner): The runner.
-        names (Sequence[str]): Names in its model.
+        names (Sequence[str]): Names of the attentions in its model.
         keep_value (bool): See :func:`mmela.structure.prune`.
-        followers (dict[str, str]): Modules that get the structure of others,
-            see :func:`followed`.
+        followers (dict[str, str]): Modules that copy the structure of others, see
+            :func:`followed`.
     """
     if not names:
         return
     names = [*names, *followed(names, followers)]
     for model in [runner.model, *averaged_copies(runner)]:
-        known = layer_attentions(model)  # a copy may be of a part
+        known = layer_attentions(model)  # a copy may hold only a part
         prune(model, [name for name in names if name in known], keep_value)
     _forget_optimizer_state(runner)
     rewrap(runner)
 
 
 def followed(names: Sequence[str], followers: Dict[str, str]) -> List[str]:
-    """Names in the modules that follow others.
+    """Translate names to the modules that follow others.
 
     Args:
         names (Sequence[str]): Names in a model.
-        followers (dict[str, str]): By name of the module that follows, the
-            name of the one that it follows.
+        followers (dict[str, str]): Names of following modules, mapped to the module
+            that each one follows.
 
     Returns:
-        list[str]: For each of ``names`` that lies in a followed module, the
-        name of its counterpart.
+        list[str]: For each name within a followed module, its counterpart in the
+        follower.
     """
     return [
         follower + name[len(module) :]
@@ -53,13 +53,13 @@ def followed(names: Sequence[str], followers: Dict[str, str]) -> List[str]:
 
 
 def averaged_copies(runner) -> List[nn.Module]:
-    """Averaged copies of the model that hooks of a runner keep.
+    """Find averaged copies of the model in the hooks of a runner.
 
     Args:
         runner (Runner): The runner.
 
     Returns:
-        list[nn.Module]: The modules that are averaged into.
+        list[nn.Module]: The averaged modules.
     """
     return [
         value.module.module if is_model_wrapper(value.module) else value.module
@@ -82,7 +82,7 @@ def trained_parameters(runner) -> List[nn.Parameter]:
         runner (Runner): The runner.
 
     Returns:
-        list[nn.Parameter]: The parameters, frozen ones too.
+        list[nn.Parameter]: The parameters, including frozen ones.
     """
     return [
         param
@@ -93,11 +93,11 @@ def trained_parameters(runner) -> List[nn.Parameter]:
 
 
 def _forget_optimizer_state(runner) -> None:
-    """Drop momenta of what is no longer trained.
+    """Drop the optimizer state of parameters that are no longer trained.
 
-    The parameters stay in their groups, so that the state dict of the
-    optimizer fits a network that is not pruned yet; without a gradient they
-    are neither updated nor decayed.
+    The parameters stay in their groups, so that the optimizer's state dict still
+    loads into an unpruned network. Without a gradient they are neither updated nor
+    decayed.
     """
     for optimizer in _optimizers(runner):
         for param in list(optimizer.state):

@@ -5,16 +5,16 @@ import numpy as np
 
 from .tables import text_table
 
-# With fewer times, quartiles say nothing.
+# Fewer times give no useful quartiles
 _FEW = 5
 
 
 @dataclass(frozen=True)
 class StepTimeSummary:
-    """Median and middle half of step times.
+    """Median and quartiles of step times.
 
     Attributes:
-        median (float): In seconds.
+        median (float): Median in seconds.
         lower (float): First quartile in seconds.
         upper (float): Third quartile in seconds.
         count (int): Number of times.
@@ -30,23 +30,23 @@ class StepTimeSummary:
         """Summarize step times.
 
         Args:
-            times (Sequence[float]): In seconds, at least one.
+            times (Sequence[float]): At least one time, in seconds.
 
         Returns:
-            StepTimeSummary: Their summary.
+            StepTimeSummary: The summary.
         """
         lower, median, upper = map(float, np.percentile(times, [25, 50, 75]))
         return cls(median, lower, upper, len(times))
 
     def change_from(self, other: 'StepTimeSummary') -> Optional[float]:
-        """Relative change of the median, -0.2 for 20 % less.
+        """Compute the relative change of the median, such as -0.2 for 20 % less.
 
         Args:
-            other (StepTimeSummary): What to compare with.
+            other (StepTimeSummary): The reference.
 
         Returns:
-            float | None: None if the change cannot be told from the spread: the middle
-            halves overlap, or one of the two has fewer than 5 times.
+            float | None: The change; None if it may be due to the spread, because the
+            ranges between the quartiles overlap or one side has fewer than 5 times.
         """
         few = min(self.count, other.count) < _FEW
         if few or self.lower <= other.upper and other.lower <= self.upper:
@@ -55,15 +55,15 @@ class StepTimeSummary:
 
 
 class StepTimes:
-    """Step times of a training between its prunings.
+    """Step times of a training between prunings.
 
     Args:
-        runner (Runner): The runner. Step times that a resumed run brings with
-            it do not count.
+        runner (Runner): The runner. Step times from before a resume do not count.
     """
 
     def __init__(self, runner) -> None:
         self._seen = len(_logged(runner))
+        # (active attentions, step times)
         self._speeds: List[Tuple[int, StepTimeSummary]] = []
 
     def record(self, runner, active: int, step: int) -> None:
@@ -71,8 +71,8 @@ class StepTimes:
 
         Args:
             runner (Runner): The runner.
-            active (int): Active attentions in that time.
-            step (int): Iterations done.
+            active (int): Number of active attentions in that time.
+            step (int): Number of iterations done.
         """
         times = _logged(runner)[self._seen :]
         self._seen += len(times)
@@ -84,7 +84,7 @@ class StepTimes:
             )
 
     def table(self) -> str:
-        """A table for a terminal; empty if there is nothing to compare."""
+        """Format the times for a terminal; empty if there is nothing to compare."""
         return step_time_table(self._speeds) if len(self._speeds) > 1 else ''
 
 
@@ -96,7 +96,7 @@ def step_time_table(speeds: Sequence[Tuple[int, StepTimeSummary]]) -> str:
             times, in order.
 
     Returns:
-        str: A table of 120 columns at most.
+        str: A table of at most 120 columns.
     """
     rows = []
     first = speeds[0][1]
@@ -111,7 +111,7 @@ def step_time_table(speeds: Sequence[Tuple[int, StepTimeSummary]]) -> str:
 
 
 def _logged(runner) -> List[float]:
-    """Logged times of all training steps, in seconds."""
+    """Times of all logged training steps, in seconds."""
     if 'train/time' not in runner.message_hub.log_scalars:
         return []
     return list(runner.message_hub.get_scalar('train/time').data[0])

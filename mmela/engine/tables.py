@@ -16,12 +16,11 @@ def decision_table(layers: Sequence[LayerDecision]) -> str:
     """Format a decision.
 
     Args:
-        layers (Sequence[LayerDecision]): Decision on each attention; its
-            divergence, the two parts of that, and what it is in uniform
-            attention.
+        layers (Sequence[LayerDecision]): The decision on each attention. The table
+            shows its divergence, the two parts, and the value of uniform attention.
 
     Returns:
-        str: A table of 120 columns at most.
+        str: A table of at most 120 columns.
     """
     rows = []
     for layer in layers:
@@ -42,15 +41,14 @@ def decision_table(layers: Sequence[LayerDecision]) -> str:
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format cells.
+    """Format a table.
 
     Args:
-        columns (Sequence[str]): Headings; a column marked by ``>`` is justified to the
-            right.
+        columns (Sequence[str]): Headings; a leading ``>`` aligns a column to the right.
         rows (Sequence[Sequence[str]]): The cells.
 
     Returns:
-        str: A table of 120 columns at most.
+        str: A table of at most 120 columns.
     """
     table = Table(box=box.MARKDOWN)
     for index, column in enumerate(columns):
@@ -59,7 +57,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     buffer = io.StringIO()
-    # Jupyter and others ask rich for colours in the environment.
+    # Jupyter and others request colours by environment variables
     Console(file=buffer, width=120, force_terminal=False, color_system=None).print(
         table
     )

@@ -16,20 +16,20 @@ from ..pruning import PruningDecision
 class DecisionLogHook(Hook, metaclass=CheckedArguments):
     """Log what a :class:`LayerAttentionPruningHook` measures and decides.
 
-    A run with that hook gets this one by itself.
+    A run with that hook registers this one automatically.
 
     The visualizer gets ``layer_attention/active`` when the training starts and
-    after each decision, ``layer_attention/kl/NAME`` during a window and with
-    the decision, ``normalized``, ``mapped`` and ``pruned`` with the decision,
-    and ``layer_attention/step_time``, the median in seconds since the decision
-    before or the start, with each decision and at the end. Experiment trackers
-    (backends other than ``LocalVisBackend``) get each decision as two pictures
-    too, the divergences and the table.
+    after each decision; ``layer_attention/kl/NAME`` during a window and with the
+    decision; ``normalized``, ``mapped`` and ``pruned`` with the decision; and
+    ``layer_attention/step_time``, the median in seconds since the previous decision
+    or the start, with each decision and at the end. Experiment trackers (backends
+    other than ``LocalVisBackend``) also get two pictures of each decision, the
+    divergences and the table.
 
     Args:
-        interval (int): Write the divergences measured so far each so many
-            iterations of a window, which waits for the device. 0 writes them with
-            the decision alone. Defaults to 50.
+        interval (int): Interval in iterations at which the divergences measured so
+            far are written during a window; writing waits for the device. With 0
+            they are written only with the decision. Defaults to 50.
     """
 
     # After the hook that prunes (ABOVE_NORMAL), before those that log and save
@@ -44,7 +44,9 @@ class DecisionLogHook(Hook, metaclass=CheckedArguments):
         """Log how many attentions are active."""
         self._pruning = _pruning_hook(runner)
         if self._pruning is None:
-            raise ValueError('DecisionLogHook logs for a LayerAttentionPruningHook')
+            raise ValueError(
+                'DecisionLogHook needs a LayerAttentionPruningHook in the same run'
+            )
         self._told = len(self._pruning.history)
         active, attentions = self._count_active(), self._pruning.attentions
         runner.visualizer.add_scalars(
@@ -52,19 +54,19 @@ class DecisionLogHook(Hook, metaclass=CheckedArguments):
         )
         stages = {id(attention.place.stage) for attention in attentions.values()}
         runner.logger.info(
-            f'Layer attentions: {active} of {len(attentions)} active in '
+            f'Layer attention: {active} of {len(attentions)} attentions active in '
             f'{len(stages)} stages'
         )
         self._step_times = StepTimes(runner)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        """Log that a window has begun."""
+        """Log that a window has started."""
         self._log_begin(runner)
 
     def after_train_iter(
         self, runner, batch_idx, data_batch=None, outputs=None
     ) -> None:
-        """Log what an open window has measured, or what was decided."""
+        """Log the divergences of an open window, or a new decision."""
         iteration = runner.iter + 1
         measured = self._pruning.open
         due = self.interval and iteration % self.interval == 0
@@ -78,11 +80,11 @@ class DecisionLogHook(Hook, metaclass=CheckedArguments):
         self._log_new(runner)
 
     def after_train_epoch(self, runner) -> None:
-        """Log what was decided at the end of an epoch."""
+        """Log a decision made at the end of the epoch."""
         self._log_new(runner)
 
     def after_train(self, runner) -> None:
-        """Compare the step times between the decisions, and say what to run next."""
+        """Log the step times between decisions and the next commands."""
         self._step_times.record(runner, self._count_active(), runner.iter)
         if self._step_times.table():
             runner.logger.info('Training speed:\n' + self._step_times.table())
@@ -93,15 +95,15 @@ class DecisionLogHook(Hook, metaclass=CheckedArguments):
         return sum(a.active for a in self._pruning.attentions.values())
 
     def _files(self, runner) -> str:
-        """Where the files of the decisions are."""
+        """List the files of the decisions."""
         text = f'All numbers of this decision: {runner.work_dir}/pruning.json.'
         if self._pruning.unpruned is not None:
             name = self._pruning.unpruned
             text += f' The network before the first pruning: {runner.work_dir}/{name}.'
-        return f'{text} To draw the decisions so far: mmela report {runner.work_dir}'
+        return f'{text} Plot the decisions so far with: mmela report {runner.work_dir}'
 
     def _next_commands(self, runner) -> str:
-        """What to run after a training with decisions."""
+        """List useful commands after a training with decisions."""
         lines = [
             'Next:',
             f'  mmela report {runner.work_dir}  # a page on what was pruned and why',
@@ -124,12 +126,12 @@ class DecisionLogHook(Hook, metaclass=CheckedArguments):
         measured.announced = True
         unit = 'epoch' if self._pruning.by_epoch else 'iteration'
         runner.logger.info(
-            f'Measuring the layer attentions in {unit} {_span(measured.window)}; '
-            'the decision follows at its end.'
+            f'Measuring layer attentions during {unit} {_span(measured.window)}; '
+            'the pruning decision follows at the end.'
         )
 
     def _log_new(self, runner) -> None:
-        """Log the decisions that have come since the last call."""
+        """Log the decisions made since the last call."""
         for decision in self._pruning.history[self._told :]:
             self._log(runner, decision)
         self._told = len(self._pruning.history)
@@ -161,15 +163,15 @@ class DecisionLogHook(Hook, metaclass=CheckedArguments):
         self._show(runner, decision)
 
     def _show(self, runner, decision: PruningDecision) -> None:
-        """Send pictures of a decision to the experiment trackers.
+        """Send pictures of a decision to experiment trackers.
 
-        Not to files alone: there, ``mmela report`` draws from ``pruning.json``.
+        A run that logs only to files needs none: ``mmela report`` draws them.
         """
         backends = runner.visualizer._vis_backends.values()
         files = all(isinstance(backend, LocalVisBackend) for backend in backends)
         if files or not is_main_process():
             return
-        # Here, as drawing takes long to import and few runs need it
+        # Imported here because matplotlib is slow to import and few runs need it
         from ..visualization.decision_plots import kl_plot, table_plot
         from ..visualization.drawing import render
 
@@ -187,5 +189,5 @@ def _span(window: Any) -> str:
 
 
 def _pruning_hook(runner) -> Optional[Any]:
-    """The hook of a run that has a history of decisions."""
+    """The pruning hook of a run, or any other with a history of decisions."""
     return next((hook for hook in runner.hooks if hasattr(hook, 'history')), None)

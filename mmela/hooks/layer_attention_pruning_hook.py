@@ -28,72 +28,73 @@ UNPRUNED = 'before_pruning.pth'
 class LayerAttentionPruningHook(Hook, metaclass=CheckedArguments):
     """Prune redundant layer attentions while a network trains (ELA).
 
-    In given windows of the training the hook measures the KL divergence
-    between the attention weights of adjacent blocks (ELA, eq. 8). At the end
-    of each window a policy decides from the means which attentions are
-    redundant (ELA, algorithm 1), and they are skipped from then on. Adjacency
-    is between consecutive attentions that are still active.
+    During each window of the training the hook measures the KL divergence between
+    the attention weights of adjacent blocks (ELA, eq. 8). At the end of the window a
+    policy decides from the means which attentions are redundant (ELA, algorithm 1),
+    and the network skips these from then on. Two attentions are adjacent if no active
+    attention of their stage lies between them.
 
-    Which attentions are pruned travels in the checkpoint as part of the model;
-    so do the sums of a window in progress. ``pruning.json`` in the work
-    directory holds all decisions with the numbers behind them.
+    Checkpoints store which attentions are pruned, as part of the model, and the sums
+    of a window in progress. ``pruning.json`` in the work directory holds all decisions
+    with the numbers behind them.
 
     Args:
         windows (Sequence[tuple[int, int]]): First and last epoch of each
             measuring window, counted from 1, both inclusive. ELA: (1, 1) and
             (7, 7) of 12 for COCO, (1, 3) and (51, 53) of 100 for ImageNet,
-            (1, 3), (45, 48) and (91, 93) of 180 for CIFAR. None at all prunes
-            no more.
-        policy (dict | PruningPolicy): Config of the pruning policy, see
-            :mod:`mmela.pruning`, or the policy.
+            (1, 3), (45, 48) and (91, 93) of 180 for CIFAR. An empty list prunes
+            nothing more.
+        policy (dict | PruningPolicy): The pruning policy or its config, see
+            :mod:`mmela.pruning`.
             Defaults to ``dict(type='EBQM')``.
         by_epoch (bool): Whether windows count epochs; otherwise iterations,
             for an ``IterBasedTrainLoop``. Defaults to True.
         keep_value (bool): Let later attentions still see the key and value of
             a pruned one ("skip the retrieval"). Defaults to False.
-        reduction (str): ``'mean_kl'``: KL divergence per sample and head, then
-            the mean over samples, heads and iterations; or
-            ``'mean_distribution'``: KL divergence between the means of the
+        reduction (str): ``'mean_kl'``: KL divergence per sample and head,
+            averaged over samples, heads and iterations; or
+            ``'mean_distribution'``: KL divergence between the mean
             distributions. Defaults to ``'mean_kl'``.
         eps (float): Probability given to the tokens that the earlier of two
             attentions lacks. Defaults to 1e-8.
-        log_interval (int): Write the divergences measured so far to the
-            visualizer each so many iterations of a window, which waits for
-            the device. 0 writes them with the decision alone. Defaults to 50.
-        put_off_until (int, optional): Put a decision off while the attentions
-            have not learned yet, see :func:`~mmela.pruning.has_learned`: a
-            window is then measured once more, by as many epochs or iterations,
-            until they have, up to this one, where it is decided all the same.
-            A window that runs into the next is given up for it. Defaults to
-            None, which decides in any case, with a warning.
-        followers (dict[str, str], optional): Modules of the model that get
-            the structure of others, such as ``dict(teacher='student')`` where
-            a teacher is the running mean of a student. Networks that are not
-            trained are else left alone. Defaults to None.
-        keep_unpruned (bool): Save the network as it is right before the first
-            pruning, without the optimizer, as ``before_pruning.pth`` in the
-            work directory. The report compares the final network with it, and
-            no other checkpoint need be from before: that of the epoch is saved
-            after the pruning. Defaults to True.
+        log_interval (int): Interval in iterations at which the divergences
+            measured so far go to the visualizer during a window; this waits for
+            the device. With 0 they are written only with the decision. Defaults
+            to 50.
+        put_off_until (int, optional): Last epoch or iteration to which a decision
+            may be put off. While the attentions have not learned yet, see
+            :func:`~mmela.pruning.has_learned`, the hook measures another window
+            of the same length; at this limit it decides anyway. A window that
+            would overlap the next one is dropped. Defaults to None: always
+            decide at the end of the window, with a warning if needed.
+        followers (dict[str, str], optional): Modules that copy the structure of
+            others, such as ``dict(teacher='student')`` for a teacher that is the
+            running mean of a student. The hook leaves other networks that are
+            not trained alone. Defaults to None.
+        keep_unpruned (bool): Save the network right before the first pruning,
+            without the optimizer, as ``before_pruning.pth`` in the work
+            directory. The report compares it with the final network. The
+            checkpoint of that epoch does not show it, because it is saved after
+            the pruning. Defaults to True.
 
-    What is logged, in tables, scalars and pictures, is up to a
-    :class:`DecisionLogHook`, which a run gets with this one.
+    A :class:`DecisionLogHook`, which this hook registers, writes the logs, scalars
+    and pictures.
 
     Attributes:
         history (list[PruningDecision]): The decisions of the run so far.
-        attentions (dict[str, LayerAttention]): What is measured, by name.
+        attentions (dict[str, LayerAttention]): The measured attentions by name.
         open (Measurement | None): The window in progress.
 
     Raises:
-        TypeError: If a window is not a pair of integers, or an argument is unknown
-            or of another type.
-        ValueError: If a window starts before 1, is reversed, overlaps another
-            or ends after the training; if the policy or another argument is
-            unknown or out of range; if the loop, the model or a follower does
-            not fit; or if a checkpoint holds a window that was measured
-            otherwise, a damaged record, or decisions that contradict its network.
-            All of these come before the first iteration. Also if a
-            measured KL divergence is NaN or infinite; nothing is pruned then.
+        TypeError: If a window is not a pair of integers, or if an argument is
+            unknown or has the wrong type.
+        ValueError: Before the first iteration, if a window starts before 1, is
+            reversed, overlaps another or ends after the training; if the policy or
+            another argument is unknown or out of range; if the loop, the model or a
+            follower does not fit; or if a checkpoint holds a window measured with
+            other settings, a damaged record, or decisions that contradict its
+            network. At the end of a window, if a KL divergence is NaN or infinite;
+            nothing is pruned then.
     """
 
     # Before the hooks that log (BELOW_NORMAL) and save (VERY_LOW)
@@ -125,13 +126,13 @@ class LayerAttentionPruningHook(Hook, metaclass=CheckedArguments):
             window[1] < put_off_until for window in self.windows
         ):
             raise ValueError(
-                f'put_off_until={put_off_until} is not above the end of a window; the '
-                f'windows are {self.windows}'
+                f'put_off_until={put_off_until} is not greater than the end of a '
+                f'window; the windows are {self.windows}'
             )
         self.put_off_until = put_off_until
         self.followers = dict(followers or {})
         self.keep_unpruned = keep_unpruned
-        # As pruning.json has them
+        # In the form of pruning.json
         self.settings = dict(
             windows=self.windows,
             by_epoch=by_epoch,
@@ -143,9 +144,9 @@ class LayerAttentionPruningHook(Hook, metaclass=CheckedArguments):
         )
         try:
             json.dumps(self.settings)
-        except TypeError as error:  # better now than when a window ends
+        except TypeError as error:  # fail now rather than when a window ends
             raise ValueError(
-                f'policy={self.settings["policy"]} cannot be written to pruning.json: '
+                f'policy={self.settings["policy"]} cannot be written to pruning.json; '
                 f'its attributes must be plain values ({error})'
             ) from error
         self.history: List[PruningDecision] = []
@@ -153,33 +154,33 @@ class LayerAttentionPruningHook(Hook, metaclass=CheckedArguments):
         self.open: Optional[Measurement] = None
         self._unreached: List[str] = []
         self._looked = False
-        self._loaded: Optional[dict] = None  # of a checkpoint
+        self._loaded: Optional[dict] = None  # state from a checkpoint
 
     def before_run(self, runner) -> None:
-        """Check that it is the only one, and have its decisions logged."""
+        """Check that it is the only pruning hook, and register a logging hook."""
         kinds = [type(hook) for hook in runner.hooks]
         if sum(issubclass(kind, LayerAttentionPruningHook) for kind in kinds) > 1:
             raise ValueError(
-                'the run has two LayerAttentionPruningHooks, of which the second would '
-                'overwrite pruning.json and the decisions in the checkpoints of the '
-                'first; give one, with all windows (custom_hooks of a _base_ config '
-                'are replaced as a whole: list one there or in yours)'
+                'the run has more than one LayerAttentionPruningHook; they would '
+                'overwrite each other in pruning.json and in checkpoints. Use one hook '
+                'with all windows (your custom_hooks replace those of a _base_ config '
+                'as a whole)'
             )
         if not any(issubclass(kind, DecisionLogHook) for kind in kinds):
             runner.register_hook(DecisionLogHook(self.log_interval))
 
     def before_train(self, runner) -> None:
-        """Check that the hook fits the run, and take up a resumed window."""
+        """Check that the hook fits the run, and continue a resumed window."""
         check_run(runner, self.windows, self.by_epoch, self.put_off_until)
         check_wrapper(runner.model)
         self._choose(runner)
         for attention in self.attentions.values():
             stage = attention.place.stage
-            stage.set_size(stage.size)  # none is reached yet
+            stage.set_size(stage.size)  # mark all attentions as not reached
         self._resume(runner)
 
     def _choose(self, runner) -> None:
-        """Choose what is measured: networks that are trained at this moment."""
+        """Choose the stages to measure: those of networks that are trained now."""
         parameters = trained_parameters(runner)
         stages = measured_stages(
             runner.model, parameters, self.followers, runner.logger
@@ -194,14 +195,14 @@ class LayerAttentionPruningHook(Hook, metaclass=CheckedArguments):
         self._trained = bool(stages)
 
     def _is_trained(self, runner) -> bool:
-        """Whether something of what is measured is trained at this moment."""
+        """Whether any measured stage is trained now."""
         if not self._trained:
             self._choose(runner)
         trained = trained_stages(runner.model, trained_parameters(runner))
         return any(name in trained for name in self._stages)
 
     def _resume(self, runner) -> None:
-        """Take up what a checkpoint held, if the run goes on from it."""
+        """Restore the state of a checkpoint, if the run resumes from it."""
         loaded, self._loaded = self._loaded, None
         done = self._done(runner)
         saved: Optional[SavedPruning] = None
@@ -221,29 +222,29 @@ class LayerAttentionPruningHook(Hook, metaclass=CheckedArguments):
         if missed and self.open is None:
             rest = '' if self.windows[-1][1] > done else ', and no window is left'
             runner.logger.warning(
-                f'Windows {missed} are past without a decision, as the run stands '
-                f'after {self._unit} {done}{rest}.'
+                f'The run has done {done} {self._unit}s, so windows {missed} have '
+                f'passed without a decision{rest}.'
             )
 
     def _resume_window(self, runner, saved: dict, done: int) -> None:
-        """Go on with a window that a checkpoint was saved in."""
+        """Continue a window during which the checkpoint was saved."""
         first, last = window = tuple(saved['window'])
         put_off = saved.get('put_off', 0)
         known = (first - put_off, last - put_off) in self.windows
         if not known or not first - 1 <= done <= last:
             return
-        stands = saved.get('done', done)
-        # Before 0.2 there were sums of the divergences, not of their parts.
-        if stands != done or 'put_off' not in saved:
+        saved_at = saved.get('done', done)
+        # Versions before 0.2 saved sums of the divergences, not of their parts.
+        if saved_at != done or 'put_off' not in saved:
             runner.logger.warning(
-                f'The sums of window {window} in the checkpoint stand after '
-                f'{self._unit} {stands} and the run after {done}, or are of an '
-                'earlier version: they are dropped.'
+                f'Dropped the sums of window {window} in the checkpoint: they cover '
+                f'{saved_at} {self._unit}s and the run has done {done}, or an earlier '
+                'version of mmela saved them.'
             )
             return
         self._open_window(window, put_off).load_state_dict(saved)
-        runner.logger.info(f'Continue to measure window {window}')
-        if done == window[1]:  # saved at its end, but before the decision
+        runner.logger.info(f'Continuing to measure window {window}')
+        if done == window[1]:  # saved at its end, before the decision
             self._close_window(runner, runner.iter)
 
     # -- collect -----------------------------------------------------------
@@ -253,7 +254,7 @@ class LayerAttentionPruningHook(Hook, metaclass=CheckedArguments):
         return 'epoch' if self.by_epoch else 'iteration'
 
     def _done(self, runner) -> int:
-        """Epochs or iterations done, without the one in progress."""
+        """Number of completed epochs or iterations."""
         return runner.epoch if self.by_epoch else runner.iter
 
     def _undecided(self) -> List[Window]:
@@ -266,9 +267,9 @@ class LayerAttentionPruningHook(Hook, metaclass=CheckedArguments):
         return self.open
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        """Measure the coming iteration if a window is open, or opens with it."""
-        # At the first iteration of an epoch, when all hooks have frozen or
-        # unfrozen what they will
+        """Open a window that starts here, and measure the iteration if one is open."""
+        # At the first iteration of an epoch, all hooks have frozen or unfrozen
+        # their modules.
         if not self.by_epoch or batch_idx == 0:
             self._begin(runner)
         if self.open is not None:
@@ -283,15 +284,16 @@ class LayerAttentionPruningHook(Hook, metaclass=CheckedArguments):
                     # Another hook may freeze the network for some epochs.
                     if not self._is_trained(runner):
                         runner.logger.warning(
-                            f'Window {window} does not begin while the network is '
-                            'frozen: attentions that do not learn say nothing.'
+                            f'Window {window} does not open while the network is '
+                            'frozen, because its attentions do not learn.'
                         )
                         break
                     self._open_window(window)
                     if done + 1 > window[0]:
                         runner.logger.warning(
-                            f'Window {window} is measured from {done + 1} on: '
-                            'the checkpoint does not hold its beginning.'
+                            f'Window {window} is measured only from {self._unit} '
+                            f'{done + 1} on, because the checkpoint does not hold the '
+                            'sums before.'
                         )
         if self.open is not None:
             self.open.begin(done)
@@ -301,7 +303,7 @@ class LayerAttentionPruningHook(Hook, metaclass=CheckedArguments):
     def after_train_iter(
         self, runner, batch_idx, data_batch=None, outputs=None
     ) -> None:
-        """Reduce what was measured; close a window that ends here."""
+        """Reduce the sums, and close a window that ends here."""
         if not self._looked:
             self._name_unreached(runner)
         if self.open is None:
@@ -318,14 +320,14 @@ class LayerAttentionPruningHook(Hook, metaclass=CheckedArguments):
             self._close_window(runner, runner.iter)
 
     def _close_window(self, runner, iteration: int) -> None:
-        """Decide, on rank 0 alone: floating point may differ elsewhere."""
+        """Decide on rank 0 and broadcast: other ranks may round differently."""
         measured, self.open = self.open, None
         message = [None]
         if is_main_process():
             for stage in measured.meter.silent_stages():
                 runner.logger.warning(
-                    f'{stage} has not run in window {measured.window}: its layer '
-                    'attentions are not measured, and kept.'
+                    f'{stage} did not run during window {measured.window}, so its '
+                    'layer attentions are not measured and stay active.'
                 )
             where = dict(
                 window=measured.window,
@@ -366,32 +368,33 @@ class LayerAttentionPruningHook(Hook, metaclass=CheckedArguments):
         return any(decision.pruned for decision in self.history)
 
     def _put_off(self, runner, decision: PruningDecision) -> bool:
-        """Measure a window once more, if it may be put off."""
+        """Put a decision off if that is allowed; return whether it was."""
         first, last = decision.window
         length = last - first + 1
         if self.put_off_until is None or last + length > self.put_off_until:
             return False
-        why = f'{decision.warning}: window {decision.window} '
-        taken = [w for w in self.windows if first < w[0] <= last + length]
-        if taken:
-            runner.logger.info(why + f'is given up for window {taken[0]}.')
+        overlapped = [w for w in self.windows if first < w[0] <= last + length]
+        if overlapped:
+            change = f'dropped in favour of window {overlapped[0]}'
         else:
-            again = (first + length, last + length)
-            runner.logger.info(why + f'is put off to {again}.')
-            self._open_window(again, decision.put_off + length)
+            later = (first + length, last + length)
+            change = f'put off to {later}'
+            self._open_window(later, decision.put_off + length)
+        runner.logger.info(f'Window {decision.window} is {change}. {decision.warning}.')
         return True
 
     # -- report ------------------------------------------------------------
 
     def _name_unreached(self, runner) -> None:
-        """Say which attentions no pass has come to, if there are others than before."""
+        """Warn about attentions that never ran, if the list has changed."""
         missed = [name for name in unreached(runner.model) if name in self.attentions]
         known, self._unreached, self._looked = self._unreached, missed, True
         if missed and missed != known:
             runner.logger.warning(
-                'No training pass has reached these layer attentions, so they are '
-                f'neither trained nor measured: {", ".join(missed)}. Their blocks do '
-                'not run, or the network calls another method of them than forward().'
+                'These layer attentions have not run in training, so they are neither '
+                f'trained nor measured: {", ".join(missed)}. Their blocks do not run, '
+                'or the network calls them without forward(). Leave them out with '
+                'blocks=[...].'
             )
 
     def _report_path(self, runner) -> str:
@@ -417,5 +420,5 @@ class LayerAttentionPruningHook(Hook, metaclass=CheckedArguments):
         )
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Keep what :meth:`before_save_checkpoint` saved, for a resume."""
+        """Keep the state of :meth:`before_save_checkpoint` for a resume."""
         self._loaded = copy.deepcopy(checkpoint.get(CHECKPOINT_KEY))

@@ -15,39 +15,38 @@ from ..structure import (
 def candidate_stages(
     model: nn.Module, followers: Dict[str, str]
 ) -> Dict[str, AttentionStage]:
-    """Stages of a model that can be measured and pruned, whether trained or not.
+    """Find the stages that can be measured and pruned, trained or not.
 
     Args:
         model (nn.Module): The model of a run, wrapped or not.
-        followers (dict[str, str]): By name of a module that gets the
-            structure of another, the name of that one.
+        followers (dict[str, str]): Names of modules that copy the structure of
+            another, mapped to the name of that one.
 
     Returns:
-        dict[str, AttentionStage]: The stages by name, of networks that follow none.
+        dict[str, AttentionStage]: The stages by name, without those of followers.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no such stage.
     """
     stages = attention_stages(model)
-    found = {
+    candidates = {
         name: stage
         for name, stage in stages.items()
         if all(attention.prunable for attention in stage.attentions)
         and not any(_within(name, follower) for follower in followers)
     }
-    if not found:
+    if not candidates:
         attentions = [a for stage in stages.values() for a in stage.attentions]
         kinds = ', '.join(sorted({type(a).__name__ for a in attentions})) or 'none'
         if any(attention.prunable for attention in attentions):
-            kinds += ', but in no network that follows none'
+            kinds += ', but only in followers or in stages that mix attentions'
         raise ValueError(
-            'LayerAttentionPruningHook needs a backbone with a prunable '
-            'layer attention, one that weighs layers by a distribution '
-            f'such as MRLABase; found: {kinds}. Use e.g. '
-            "backbone=dict(type='ELAResNet', "
-            "layer_attention=dict(type='MRLABase'))"
+            'LayerAttentionPruningHook needs a backbone with a prunable layer '
+            'attention, one that computes a distribution over layers, such as '
+            f'MRLABase; found: {kinds}. Use for example '
+            "backbone=dict(type='ELAResNet', layer_attention=dict(type='MRLABase'))"
         )
-    return found
+    return candidates
 
 
 def measured_stages(
@@ -56,23 +55,23 @@ def measured_stages(
     followers: Dict[str, str],
     logger: Logger,
 ) -> Dict[str, AttentionStage]:
-    """Choose the stages of a model that are measured and pruned.
+    """Choose the stages of a model to measure and prune.
 
     Args:
         model (nn.Module): The model of a run, wrapped or not.
-        parameters (Iterable[nn.Parameter]): What the optimizer holds.
-        followers (dict[str, str]): By name of a module that gets the
-            structure of another, the name of that one.
-        logger (Logger): Is told which networks are left alone, and where no
-            stage has two attentions to compare.
+        parameters (Iterable[nn.Parameter]): Parameters that the optimizer holds.
+        followers (dict[str, str]): Names of modules that copy the structure of
+            another, mapped to the name of that one.
+        logger (Logger): Logs which networks are skipped, and warns if no stage has
+            more than two active attentions.
 
     Returns:
-        dict[str, AttentionStage]: The stages by name, of networks that are
-        trained now and follow none; empty where all of them are frozen.
+        dict[str, AttentionStage]: The stages by name, of networks that are trained
+        now and are no followers; empty if all of these are frozen.
 
     Raises:
-        ValueError: If there is none, trained or not, if all that are trained follow
-            others, or if a module cannot follow another.
+        ValueError: If no stage can be measured, if all trained networks are
+            followers, or if a module cannot follow another.
     """
     if is_model_wrapper(model):
         model = model.module
@@ -83,13 +82,14 @@ def measured_stages(
     following = [n for n in trained if any(_within(n, f) for f in followers)]
     if following and not measured:
         raise ValueError(
-            f'followers: {following[0]} is trained but follows another module, and no '
-            f'network that follows none is trained; got followers={followers}'
+            f'followers: {following[0]} is trained but follows another module, and '
+            f'every trained network is a follower; got followers={followers}. Let '
+            'followers follow the trained network'
         )
     if not measured:
         logger.warning(
-            'All networks with prunable layer attentions are frozen now: none of their '
-            'parameters is trained. That is judged again when a window opens.'
+            'All networks with prunable layer attentions are frozen now. The hook '
+            'checks again when a window opens.'
         )
         return {}
     for follower, module in followers.items():
@@ -97,11 +97,10 @@ def measured_stages(
     active = [sum(a.active for a in stage.attentions) for stage in measured.values()]
     if max(active) <= 2:
         logger.warning(
-            'No stage has more than two active layer attentions. The second of a '
-            'stage is compared with the first, which sees its own block alone: its '
-            'divergence tells how much it looks at its own block, and not whether it '
-            'repeats another. Stages of three and more blocks are what pruning is '
-            'for, as in ResNet-50.'
+            'No stage has more than two active layer attentions. The first attention '
+            'of a stage sees only its own block, so the divergence of the second one '
+            'does not show whether it is redundant. Use pruning for networks with '
+            'three or more blocks in a stage, such as ResNet-50.'
         )
     frozen = {
         stage.network or 'the model'
@@ -110,8 +109,8 @@ def measured_stages(
     }
     for name in sorted(frozen):
         logger.info(
-            f'{name} is not trained: its layer attentions are neither measured nor '
-            'pruned. To give it the structure of another module, use followers.'
+            f'{name} is not trained, so its layer attentions are neither measured nor '
+            'pruned. To copy the structure of another module, set followers.'
         )
     return measured
 
@@ -123,7 +122,7 @@ def _within(name: str, module: str) -> bool:
 def _check_follower(
     model: nn.Module, follower: str, module: str, measured: Iterable[str]
 ) -> None:
-    """Check that a module can get the structure of another."""
+    """Check that a module can copy the structure of another."""
     named = dict(model.named_modules())
     for name in (follower, module):
         if not name or name not in named:
@@ -133,20 +132,20 @@ def _check_follower(
             )
     if not any(_within(name, module) for name in measured):
         raise ValueError(
-            f'followers: {follower} cannot follow {module}, in which no layer '
-            'attention is measured'
+            f'followers: {follower} cannot follow {module}, because no layer '
+            f'attention is measured in {module}'
         )
-    found, expected = [
+    actual, expected = [
         {
             name: (type(attention).__name__, attention.attention_state.name)
             for name, attention in layer_attentions(named[part]).items()
         }
         for part in (follower, module)
     ]
-    for name in sorted({*found, *expected}):
-        if found.get(name) != expected.get(name):
+    for name in sorted({*actual, *expected}):
+        if actual.get(name) != expected.get(name):
             raise ValueError(
-                f'{follower} cannot follow {module}: {name} is '
-                f'{found.get(name, "missing")} in the one and '
-                f'{expected.get(name, "missing")} in the other'
+                f'followers: {follower} cannot follow {module}: {name} is '
+                f'{actual.get(name, "missing")} in {follower}, but '
+                f'{expected.get(name, "missing")} in {module}'
             )

@@ -7,20 +7,21 @@ from .windows import Window
 
 
 class Measurement:
-    """An open window: what it has measured, and from where a run may resume.
+    """An open window and its sums, which a resumed run continues.
 
-    mmengine resumes an epoch at its start, and a checkpoint may be saved at
-    any time. So the sums at the start of the epoch or iteration in progress
-    are kept beside those of now, and a checkpoint gets the ones that belong
-    to the point at which it resumes.
+    mmengine resumes an epoch at its start, but may save a checkpoint at any time.
+    So this class keeps the sums at the start of the current epoch or iteration
+    beside the current ones, and gives a checkpoint those that match the point from
+    which it resumes.
 
     Args:
         window (tuple[int, int]): First and last epoch or iteration.
-        meter (NetworkKLMeter): Measures.
-        put_off (int): By how much the window was put off. Defaults to 0.
+        meter (NetworkKLMeter): The meter.
+        put_off (int): Epochs or iterations by which the window was put off.
+            Defaults to 0.
 
     Attributes:
-        announced (bool): Whether the log has told of it.
+        announced (bool): Whether its start has been logged.
     """
 
     def __init__(self, window: Window, meter: NetworkKLMeter, put_off: int = 0) -> None:
@@ -32,31 +33,31 @@ class Measurement:
         self._running = False
 
     def begin(self, done: int) -> None:
-        """Begin an epoch or iteration, after ``done`` others."""
+        """Begin an epoch or iteration after ``done`` earlier ones."""
         self._done, self._sums = done, self.meter.sums.clone()
 
     def start(self) -> None:
-        """Measure the training passes from now on."""
+        """Start to measure training passes."""
         self._running = True
         self.meter.attach(training_only=True)
 
     def stop(self) -> None:
-        """Measure no longer, and move the sums to rank 0: it saves them."""
+        """Stop measuring, and move the sums to rank 0, which saves them."""
         self.meter.detach()
         self.meter.gather()
         self._running = False
 
     def state_dict(self, resumes_after: int) -> Optional[Dict[str, Any]]:
-        """What a checkpoint holds of the window.
+        """State of the window for a checkpoint.
 
         Args:
-            resumes_after (int): Epochs or iterations that a run resumed from
-                it counts as done.
+            resumes_after (int): Epochs or iterations that a run resumed from the
+                checkpoint counts as done.
 
         Returns:
-            dict | None: ``window``, ``put_off``, ``done`` (after how many
-            epochs or iterations the sums stand) and ``sums``. None within an iteration
-            on several ranks, of which this one has not all sums.
+            dict | None: ``window``, ``put_off``, ``done`` (the number of epochs or
+            iterations that the sums cover) and ``sums``. None during an iteration on
+            several ranks, because the sums are then spread over them.
         """
         done, sums = self._done, self._sums
         if resumes_after != done:
@@ -71,10 +72,10 @@ class Measurement:
         )
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
+        """Continue from :meth:`state_dict`.
 
         Raises:
-            ValueError: If other attentions were measured, or otherwise.
+            ValueError: If the state comes from other attentions or settings.
         """
         self.meter.load_state_dict(state['sums'])
         if not is_main_process():

@@ -10,14 +10,14 @@ from ..arguments import CheckedArguments
 
 
 def use_channels_last(part: nn.Module) -> None:
-    """Run a network or a part of it in channels_last from now on.
+    """Convert a network or a part of it to channels_last.
 
-    What it returns is contiguous, and so is what reaches the operators of mmcv
-    within it: compiled mmcv 2.1 takes the input of its RoIAlign for contiguous
-    whatever it is, and returns wrong numbers.
+    Its outputs stay contiguous, and so do the inputs of mmcv operators within it:
+    compiled mmcv 2.1 assumes that the input of RoIAlign is contiguous, and returns
+    wrong numbers if it is not.
 
     Args:
-        part (nn.Module): The network or part. Once more changes nothing.
+        part (nn.Module): The network or part. A second call changes nothing.
     """
     part.to(memory_format=torch.channels_last)
     if _contiguous_outputs not in part._forward_hooks.values():
@@ -34,14 +34,14 @@ def use_channels_last(part: nn.Module) -> None:
 class MemoryFormatHook(Hook, metaclass=CheckedArguments):
     """Run a part of the model in channels_last, see :func:`use_channels_last`.
 
-    It is faster on a CPU. Unlike ``custom_hooks``, which a config replaces as a
-    whole, ``default_hooks`` takes the hook under a name of its own, from the
-    command line too:
-    ``--cfg-options default_hooks.memory_format.type=MemoryFormatHook``, which is
-    what ``--channels-last`` of ``tools/train.py`` and ``tools/test.py`` stands for.
+    This is faster on a CPU. Add the hook to ``default_hooks``, where it has its own
+    name, rather than to ``custom_hooks``, which a config can only replace as a whole.
+    On the command line this is
+    ``--cfg-options default_hooks.memory_format.type=MemoryFormatHook``, or
+    ``--channels-last`` of ``tools/train.py`` and ``tools/test.py`` for short.
 
     Args:
-        module (str): Dotted name of the part; an empty one is the whole model.
+        module (str): Dotted name of the part; an empty name means the whole model.
             Defaults to ``'backbone'``.
 
     Raises:
@@ -71,8 +71,8 @@ class MemoryFormatHook(Hook, metaclass=CheckedArguments):
         except AttributeError as error:
             names = ', '.join(repr(name) for name, _ in model.named_children())
             raise ValueError(
-                f'module={self.module!r} is not in {type(model).__name__}; its '
-                f'immediate parts are {names}'
+                f'{type(model).__name__} has no module {self.module!r}; its direct '
+                f'submodules are {names}'
             ) from error
         use_channels_last(part)
 

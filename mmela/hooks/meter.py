@@ -22,31 +22,30 @@ REDUCTIONS = ('mean_kl', 'mean_distribution')
 
 
 def check_measurement(reduction: str, eps: float) -> None:
-    """Check how divergences shall be measured.
+    """Check the settings of a measurement.
 
     Args:
         reduction (str): See :class:`KLMeter`.
         eps (float): See :class:`KLMeter`.
 
     Raises:
-        ValueError: If one is unknown or out of range.
+        ValueError: If ``reduction`` is unknown or ``eps`` is out of range.
     """
     check_choice('reduction', reduction, REDUCTIONS)
     check_number('eps', eps, 0, 1, open_low=True, open_high=True)
 
 
 class KLMeter:
-    """Accumulates the redundancy of a stage's attentions over many batches.
+    """Accumulates the divergences of a stage's attentions over many batches.
 
-    It is the observer of an :class:`~mmela.structure.AttentionStage`. The sums
-    stay on the device in double precision; only :meth:`compute` waits for
-    them.
+    Set it as the observer of an :class:`~mmela.structure.AttentionStage`. The sums
+    stay on the device in double precision; only :meth:`compute` waits for it.
 
     Args:
         stage (AttentionStage): The stage to measure. Its active attentions
-            must stay the same for the life of the meter.
-        reduction (str): ``'mean_kl'`` takes the KL divergence per sample and
-            head and then its mean; ``'mean_distribution'`` takes the KL
+            must not change while the meter is in use.
+        reduction (str): ``'mean_kl'`` computes the KL divergence per sample and
+            head and averages it; ``'mean_distribution'`` computes the KL
             divergence between the mean distributions. Defaults to
             ``'mean_kl'``.
         eps (float): Probability given to the tokens that the earlier of two
@@ -59,7 +58,7 @@ class KLMeter:
         self.reduction = reduction
         self.eps = eps
         self.training_only = False
-        # Active attentions by name, and the tokens that each attends over
+        # Number of tokens that each active attention attends over, by name
         self.tokens: Dict[str, int] = {}
         self.identity: List[str] = []
         seen, before = 0, None
@@ -81,9 +80,8 @@ class KLMeter:
             if reduction == 'mean_distribution'
             else 2 * max(len(self.tokens) - 1, 0)
         )
-        # The last element counts the distributions, samples times heads (times
-        # positions), that the others are sums over. One tensor means one reduction
-        # over ranks.
+        # The last element counts the summed distributions: samples times heads (times
+        # positions). One tensor needs only one reduction over ranks.
         self.sums = torch.zeros(size + 1, dtype=torch.float64, device=device)
 
     def __call__(self, scores: List[Tensor]) -> None:
@@ -112,8 +110,8 @@ class KLMeter:
         """KL divergence of each active attention from its predecessor.
 
         Returns:
-            dict[str, Divergence | None]: By name; None for the first, and for all
-            where the stage has not run.
+            dict[str, Divergence | None]: The divergences by name; None for the
+            first attention, and for all if the stage has not run.
         """
         sums, count = self.sums[:-1].cpu(), self.sums[-1].cpu()
         if not count:
@@ -159,8 +157,8 @@ class NetworkKLMeter:
         if not any(attention.prunable for attention in attentions):
             kinds = sorted({type(attention).__name__ for attention in attentions})
             raise ValueError(
-                f'there is nothing to measure: of {len(stages)} stages none has an '
-                'attention that weighs layers by a distribution, such as MRLABase; '
+                f'there is nothing to measure: none of the {len(stages)} stages has an '
+                'attention that computes a distribution over layers, such as MRLABase; '
                 f'they have {", ".join(kinds) or "no attention"}'
             )
         self.stages = stages
@@ -169,7 +167,7 @@ class NetworkKLMeter:
         self.meters = {
             name: KLMeter(stage, reduction, eps) for name, stage in stages.items()
         }
-        # The meters' own are parts of one tensor, which is reduced at once.
+        # The meters' sums are views of one tensor, which is reduced at once.
         parts = [meter.sums for meter in self.meters.values()]
         self.sums = torch.cat(parts) if parts else torch.zeros(0)
         for meter, part in zip(
@@ -178,18 +176,19 @@ class NetworkKLMeter:
             meter.sums = part
 
     def attach(self, training_only: bool = False) -> None:
-        """Measure the forward passes from now on.
+        """Start to measure forward passes.
 
         Args:
-            training_only (bool): Only those with gradients enabled: a network
-                may also run for targets or pseudo labels. Defaults to False.
+            training_only (bool): Measure only passes with gradients enabled, since
+                a network may also run to make targets or pseudo labels. Defaults to
+                False.
         """
         for name, stage in self.stages.items():
             self.meters[name].training_only = training_only
             stage.observer = self.meters[name]
 
     def detach(self) -> None:
-        """Measure no longer."""
+        """Stop measuring."""
         for stage in self.stages.values():
             stage.observer = None
 
@@ -200,15 +199,15 @@ class NetworkKLMeter:
             self.sums.zero_()
 
     def state_dict(self, sums: Optional[Tensor] = None) -> Dict[str, Any]:
-        """What was measured and how, on the CPU.
+        """Sums and settings of the measurement, on the CPU.
 
         Args:
-            sums (Tensor, optional): Earlier :attr:`sums`. Defaults to those
-                of now.
+            sums (Tensor, optional): Earlier :attr:`sums`. Defaults to the current
+                ones.
 
         Returns:
-            dict[str, Any]: ``reduction``, ``eps``, ``attentions`` (by stage,
-            type, head size and state of each) and ``sums`` (by stage).
+            dict[str, Any]: ``reduction``, ``eps``, ``attentions`` (type, head size
+            and state of each, by stage) and ``sums`` (by stage).
         """
         sums = (self.sums if sums is None else sums).cpu()
         sizes = [len(meter.sums) for meter in self.meters.values()]
@@ -223,21 +222,21 @@ class NetworkKLMeter:
         """Continue from the sums of :meth:`state_dict`.
 
         Args:
-            state (dict[str, Any]): Of :meth:`state_dict`.
+            state (dict[str, Any]): Result of :meth:`state_dict`.
 
         Raises:
-            ValueError: If they were measured otherwise or on other attentions.
+            ValueError: If the sums come from other settings or attentions.
         """
-        own = self.state_dict()
-        if 'sums' not in state:  # of version 0.1, which kept the sums alone
-            state = dict(own, sums=state)
+        current = self.state_dict()
+        if 'sums' not in state:  # version 0.1 saved only the sums
+            state = dict(current, sums=state)
         for key in ('reduction', 'eps', 'attentions'):
-            _check_same(key, state[key], own[key])
-        sizes, found = [
+            _check_same(key, state[key], current[key])
+        expected, saved = [
             {name: len(sums) for name, sums in part['sums'].items()}
-            for part in (own, state)
+            for part in (current, state)
         ]
-        _check_same('numbers', found, sizes)
+        _check_same('numbers', saved, expected)
         for name, sums in state['sums'].items():
             self.meters[name].sums.copy_(sums)
 
@@ -245,8 +244,8 @@ class NetworkKLMeter:
         """KL divergences of all active attentions.
 
         Returns:
-            dict[str, Divergence | None]: By name, in order; None where there is
-            none, as for the first of a stage.
+            dict[str, Divergence | None]: The divergences by name, in order; None
+            for the first attention of a stage and in stages that have not run.
         """
         return {
             name: value
@@ -255,10 +254,10 @@ class NetworkKLMeter:
         }
 
     def silent_stages(self) -> List[str]:
-        """Stages that could have been measured and have not run.
+        """Names of the stages that have two or more active attentions but never ran.
 
         Returns:
-            list[str]: Their names.
+            list[str]: The names.
         """
         return [
             name
@@ -273,28 +272,29 @@ class NetworkKLMeter:
         seed: Union[int, Sequence[int]] = 0,
         **where,
     ) -> PruningDecision:
-        """Have a policy decide on what was measured.
+        """Let a policy decide on the measured divergences.
 
         Args:
             policy (PruningPolicy): The policy.
-            keep_value (bool): What becomes of what is pruned, see
+            keep_value (bool): Whether pruned attentions keep key and value, see
                 :func:`mmela.structure.prune`. Defaults to False.
-            seed (int | Sequence[int]): For a policy that chooses by chance.
+            seed (int | Sequence[int]): For a policy that chooses at random.
                 Defaults to 0.
             **where: ``window``, ``unit``, ``iteration`` and ``put_off`` of the
                 decision.
 
         Returns:
-            PruningDecision: The decision; nothing is changed by it.
+            PruningDecision: The decision. The network is not changed.
 
         Raises:
-            ValueError: If a divergence is NaN or infinite; it names the layer.
+            ValueError: If a divergence is NaN or infinite; the error names the
+                layer.
         """
         silent = self.silent_stages()
         if silent and not any(meter.sums[-1] for meter in self.meters.values()):
             warnings.warn(
-                'nothing was measured, so nothing is pruned: no forward pass of '
-                f'{", ".join(silent)} between attach() and detach()',
+                'nothing was measured, so nothing is pruned: '
+                f'{", ".join(silent)} did not run between attach() and detach()',
                 stacklevel=2,
             )
         values = self.compute()
@@ -312,25 +312,25 @@ class NetworkKLMeter:
 
     def _movement(self) -> Optional[float]:
         """Median of :meth:`~mmela.layers.LayerAttention.movement`."""
-        found = [
+        movements = [
             attention.movement()
             for stage in self.stages.values()
             for attention in stage.attentions
             if attention.active
         ]
-        known = [value for value in found if value is not None]
+        known = [value for value in movements if value is not None]
         return median(known) if known else None
 
 
-def _check_same(key: str, found, expected) -> None:
-    """Compare what a checkpoint measured with what this run would."""
+def _check_same(key: str, saved, expected) -> None:
+    """Compare the settings of a saved measurement with those of this run."""
     if isinstance(expected, dict):
-        _check_same(f'{key} of stages', list(found), list(expected))
+        _check_same(f'{key} of stages', list(saved), list(expected))
         for name in expected:
-            _check_same(f'{key} of {name}', found[name], expected[name])
-    elif found != expected:
+            _check_same(f'{key} of {name}', saved[name], expected[name])
+    elif saved != expected:
         raise ValueError(
-            f'the checkpoint was saved within a window, with {key}={found}, but this '
-            f'run has {key}={expected}: resume with what the window was begun '
-            'with, or from a checkpoint outside of it'
+            f'the checkpoint was saved during a window with {key}={saved}, but this '
+            f'run has {key}={expected}. Resume with the settings that the window '
+            'started with, or from a checkpoint outside of the window'
         )

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of the pruning hook, checked before a run goes on from it."""
+"""State of the pruning hook in a checkpoint, checked before a run resumes from it."""
 
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional
@@ -14,14 +14,14 @@ from ..structure import layer_attentions
 
 @dataclass
 class SavedPruning:
-    """What :meth:`LayerAttentionPruningHook.before_save_checkpoint` has saved.
+    """State saved by :meth:`LayerAttentionPruningHook.before_save_checkpoint`.
 
     Attributes:
         history (list[PruningDecision]): The decisions so far.
-        random_start (dict[str, Tensor]): Weights of query and key as they were drawn,
-            by name of the attention.
-        window (dict | None): The window in progress, as of
-            :meth:`Measurement.state_dict`; of version 0.1 without ``put_off``.
+        random_start (dict[str, Tensor]): Random initial weights of query and key, by
+            name of the attention.
+        window (dict | None): The window in progress, see
+            :meth:`Measurement.state_dict`; without ``put_off`` from version 0.1.
     """
 
     history: List[PruningDecision]
@@ -30,15 +30,15 @@ class SavedPruning:
 
     @classmethod
     def read(cls, data: Any, settings: Dict[str, Any]) -> 'SavedPruning':
-        """Read and check what a checkpoint holds.
+        """Read and check the saved state.
 
         Args:
-            data (Any): What is saved.
+            data (Any): The saved state.
             settings (dict): Settings of the hook, for decisions of version 0.1.
 
         Raises:
-            ValueError: If something is missing, or of another type or range; the
-                message names the field.
+            ValueError: If a field is missing, has the wrong type or is out of range;
+                the message names the field.
         """
         check_type('the record', data, dict)
         history = read_decisions('history', data.get('history'), settings)
@@ -55,14 +55,14 @@ class SavedPruning:
         return cls(history, known, window)
 
     def check_network(self, model: nn.Module) -> None:
-        """Compare the decisions with what is active in a network.
+        """Check that the decisions agree with a network.
 
         Args:
-            model (nn.Module): The network that was loaded from the same file.
+            model (nn.Module): The network loaded from the same file.
 
         Raises:
-            ValueError: If an attention is active that a decision has pruned, is
-                pruned that the last one has kept, or is not there.
+            ValueError: If an attention is missing, is active although a decision has
+                pruned it, or is pruned although the last decision has kept it.
         """
         attentions = layer_attentions(model)
         kept: Dict[str, bool] = {}
@@ -71,7 +71,7 @@ class SavedPruning:
         faults = (
             ('are not in the network', [n for n in kept if n not in attentions]),
             (
-                'are active, but pruned by a decision',
+                'are active, but a decision has pruned them',
                 [
                     n
                     for n, a in attentions.items()
@@ -79,36 +79,37 @@ class SavedPruning:
                 ],
             ),
             (
-                'are pruned, but kept by the last decision',
+                'are pruned, but the last decision has kept them',
                 [n for n, a in attentions.items() if not a.active and kept.get(n)],
             ),
         )
-        found = [f'{", ".join(names)} {what}' for what, names in faults if names]
-        if found:
+        messages = [f'{", ".join(names)} {fault}' for fault, names in faults if names]
+        if messages:
             raise ValueError(
                 f'its decisions and its network contradict each other: '
-                f'{"; ".join(found)}. Resume from another checkpoint, or begin a new '
-                'run with this network by load_from without resume'
+                f'{"; ".join(messages)}. Resume from another checkpoint, or start a '
+                'new run from this network with load_from and without resume'
             )
 
     def restore_starts(self, attentions: Dict[str, LayerAttention]) -> None:
-        """Give attentions the random start that they had.
+        """Set the random start of attentions.
 
         Args:
-            attentions (dict[str, LayerAttention]): By name; others are left alone.
+            attentions (dict[str, LayerAttention]): Attentions by name; those without a
+                saved start do not change.
 
         Raises:
-            ValueError: If one has query and key of another size.
+            ValueError: If query and key of an attention have another size.
         """
         for name, start in self.random_start.items():
             if name not in attentions:
                 continue
-            own = attentions[name].random_start
-            shape = None if own is None else own.shape
+            current = attentions[name].random_start
+            shape = None if current is None else current.shape
             if start.shape != shape:
                 raise ValueError(
-                    f'random_start: {name} has the shape {tuple(start.shape)}, and the '
-                    f'network {None if shape is None else tuple(shape)}'
+                    f'random_start: {name} has the shape {tuple(start.shape)}, but in '
+                    f'the network {None if shape is None else tuple(shape)}'
                 )
             attentions[name].random_start = start
 
@@ -116,7 +117,7 @@ class SavedPruning:
 def _check_window_state(state: Dict[str, Any]) -> None:
     check_window(state.get('window'))
     if 'put_off' not in state:
-        return  # of version 0.1: the sums are not used
+        return  # the sums of version 0.1 are not used
     for key in ('put_off', 'done'):
         if check_type(key, state.get(key), int) < 0:
             raise ValueError(f'{key}={state[key]} is negative')
@@ -134,6 +135,6 @@ def _check_window_state(state: Dict[str, Any]) -> None:
 
 def _check_sums(name: str, sums: Tensor) -> None:
     plain = sums.dtype == torch.float64 and sums.dim() == 1 and len(sums)
-    # Other sums may be NaN, where a training has diverged: the decision says so.
+    # The other sums may be NaN if training has diverged; the decision reports that.
     if not plain or not sums[-1] >= 0:
-        raise ValueError(f'sums of {name} are no sums of numbers, the last their count')
+        raise ValueError(f'the sums of {name} are not float64 sums with a count >= 0')

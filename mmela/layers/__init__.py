@@ -1,4 +1,4 @@
-"""Layer attentions, and the stages that run them."""
+"""Layer attentions and the stages that run them."""
 
 from .attn_res import AttnRes
 from .base import LayerAttention, QKVLayerAttention, StageMemory

@@ -22,81 +22,83 @@ from .base import LayerAttention, StageMemory, pool
 
 @LAYER_ATTENTIONS.register_module()
 class AttnRes(LayerAttention):
-    r"""Attention residuals: what a block passes on is a mixture of what blocks added.
+    r"""Attention residuals: a block outputs a mixture of what the blocks have added.
 
-    As published for language models (Attention Residuals, Kimi team, 2026), there is
-    one learned vector :math:`w^t` for each block, its pseudo-query, which starts at 0.
-    The tokens :math:`v^s` are what the blocks of a stage have added: :math:`v^0` is
+    As published for language models (Attention Residuals, arXiv:2603.15031, full
+    form), each block has one learned vector :math:`w^t`, its pseudo-query, which starts
+    at 0. Each token :math:`v^s` is what a block of the stage has added: :math:`v^0` is
     the output of the first block, and :math:`v^t = X^t - Y^{t-1}`.
 
     .. math::
         a^t = \mathrm{softmax}_{s \le t}(w^t \cdot \mathrm{RMSNorm}(v^s)), \quad
         Y^t = n \sum_{s \le t} a^t_s v^s
 
-    :math:`Y^t` takes the place of the block's output. It is published with
-    :math:`n = 1`, a mean, for networks that are trained from scratch. Everything else
-    here is ours: stages of residual blocks as what is attended over, ``total='sum'``,
-    ``heads``, ``per='image'`` and pruning. For ``'sum'``, :math:`n` is the number of
-    tokens. At :math:`w = 0` that is the plain residual sum, bit by bit for up to 40
-    tokens, as the sum is computed as :math:`X^t + \sum_s e_s v^s`, where :math:`e`,
-    the change of the weights from one block to the next, is then exactly 0. Beyond,
-    each term is off by a unit in the last place of its weight.
+    :math:`Y^t` replaces the block's output. The published version has :math:`n = 1`, a
+    mean, and is for networks trained from scratch. The rest is ours: attention over
+    the residual blocks of a stage, ``total='sum'``, ``heads``, ``per='image'`` and
+    pruning. With ``'sum'``, :math:`n` is the number of tokens. At :math:`w = 0` this is
+    the plain residual sum, bit for bit with up to 40 tokens: it is computed as
+    :math:`X^t + \sum_s e_s v^s`, where :math:`e`, the change of the weights from one
+    block to the next, is then exactly 0. With more tokens, each term is off by a unit
+    in the last place of its weight.
 
-    Pruned, a block is the plain residual block. What it adds then belongs to the token
-    of the next attention, as if they were of one group; with ``keep_value`` it stays a
-    token. The first block of a stage has one token and no pseudo-query.
+    A pruned block is the plain residual block. What it adds then belongs to the token
+    of the next attention, as if both were in one group; with ``keep_value`` it stays a
+    separate token. The first block of a stage has one token and no pseudo-query.
 
     Args:
         channels (int): Channels ``C`` of the block's output.
-        per (str): ``'position'``: each position of a map and each token of a
-            transformer, class tokens too, has weights of its own, as published.
-            ``'image'``: all have those of their mean. Defaults to ``'position'``.
-        heads (int): Heads, ``C / heads`` channels each, with weights of their own; the
-            norm is over all channels. Published is 1. Defaults to 1.
-        total (str): What the weights add up to: ``'mean'``, to 1, or ``'sum'``, to the
-            number of tokens. Defaults to ``'mean'``.
-        every (int): Blocks of a group, which add to one token; the first block of a
-            stage is a group by itself. A block sees the sums of the groups before its
-            own, and that of its own so far. Published as the block form. Defaults to
-            1, each block by itself.
-        norm_weight (bool): Have a weight in RMSNorm, as in the published networks. As
-            only its product with the query counts, it changes nothing but how fast
-            that learns. Defaults to False.
-        drop_path (float): Probability of leaving a sample as the plain residual
-            block has it, in training. Defaults to 0, as published.
-        zero_init (bool): Say that the network starts from the weights of a plain one:
-            needs ``total='sum'``, and leaves out stages that the backbone freezes,
-            where nothing would move. Defaults to False.
+        per (str): With ``'position'``, as published, each position of a map and each
+            token of a transformer, including class tokens, has its own weights. With
+            ``'image'``, all share the weights of their mean. Defaults to
+            ``'position'``.
+        heads (int): Number of heads with ``C / heads`` channels each. Each head has its
+            own weights; the norm is over all channels. The published number is 1.
+            Defaults to 1.
+        total (str): Sum of the weights: 1 with ``'mean'``, or the number of tokens with
+            ``'sum'``. Defaults to ``'mean'``.
+        every (int): Number of blocks in a group (the published block form). The blocks
+            of a group add to one token; the first block of a stage is a group by
+            itself. A block sees the sums of the previous groups, and the sum of its own
+            group so far. Defaults to 1: each block is a group.
+        norm_weight (bool): Give RMSNorm a weight, as in the published networks. Only
+            its product with the query counts, so it only changes how fast that
+            learns. Defaults to False.
+        drop_path (float): Probability of using the plain residual block for a sample
+            in training. Defaults to 0, as published.
+        zero_init (bool): Set this if the network starts from the weights of a plain
+            one. It needs ``total='sum'``, and skips stages that the backbone freezes,
+            where nothing could learn. Defaults to False.
         backend (str): ``'compile'`` has ``torch.compile`` fuse all of
             :meth:`forward`, see :class:`mmela.ops.CompiledForward`; ``'reference'``
-            is plain code. Defaults to ``'auto'``.
+            is plain PyTorch code. Defaults to ``'auto'``.
         block (int): Index of the block in its stage, filled in by the backbone.
             Defaults to 1.
         init_cfg (dict, optional): Initialization config. Defaults to None.
 
     Raises:
         ValueError: If ``per``, ``total`` or ``backend`` is unknown, ``heads`` does not
-            divide ``channels``, ``every`` is less than 1, ``zero_init`` is set
-            without ``total='sum'``, or ``drop_path`` is not in [0, 1) or is set
-            together with ``every``.
+            divide ``channels``, ``every`` is less than 1, ``zero_init`` is set without
+            ``total='sum'``, ``drop_path`` is not in [0, 1), or ``drop_path`` and
+            ``every`` are both set.
     """
 
     @dataclass
     class Memory(StageMemory):
-        """What block ``t`` sees of the blocks before it.
+        """Memory of the earlier blocks.
 
         Attributes:
-            tokens (list[Tensor]): What they have added, by group, each (B, C, H, W).
-            keys (list[Tensor]): Means of the tokens, each (B, C, 1, 1), where weights
-                are per image; otherwise the tokens themselves are the keys.
+            tokens (list[Tensor]): What each group has added, (B, C, H, W) each.
+            keys (list[Tensor]): Means of the tokens, (B, C, 1, 1) each, with
+                ``per='image'``; empty otherwise, because the tokens are the keys.
             norms (list[Tensor]): Inverse root mean squares of the keys over the
-                channels, each (B, 1, h, w).
-            weights (Tensor, optional): Of the tokens in ``output``,
+                channels, (B, 1, h, w) each.
+            weights (Tensor, optional): Weights of the tokens in ``output``,
                 (t, B, G, h, w).
-            output (Tensor, optional): What the last attention has passed on,
-                (B, C, H, W).
-            version (int, optional): Of ``output``, as others may write into it.
-            group (int): Of the last token.
+            output (Tensor, optional): Output of the last attention, (B, C, H, W).
+            version (int, optional): Version of ``output``, to detect that the network
+                has written into it.
+            group (int): Group of the last token.
         """
 
         tokens: List[Tensor] = field(default_factory=list)
@@ -145,13 +147,13 @@ class AttnRes(LayerAttention):
         check_count('block', block, 0)
         if zero_init and total != 'sum':
             raise ValueError(
-                "zero_init=True starts as the plain network, which total='mean' "
-                "does not; set total='sum'"
+                "zero_init=True needs total='sum', because with total='mean' the "
+                'network does not start as the plain one'
             )
         if drop_path and every > 1:
             raise ValueError(
-                f'drop_path={drop_path} needs every=1, got every={every}: of a group '
-                'of blocks no single one can be left as it is'
+                f'drop_path={drop_path} needs every=1, got every={every}: the blocks '
+                'of a group share a token, so a single one cannot be dropped'
             )
         super().__init__(channels, channels // heads, drop_path, init_cfg)
         self.per = per
@@ -180,12 +182,12 @@ class AttnRes(LayerAttention):
 
     def update(self, features: Tensor, memory: Any, args: tuple, output: Any) -> Tensor:
         if memory.version is not None and memory.output._version != memory.version:
-            # The network has written into what it got
+            # The network has written into the output
             memory.output = add_scaled(None, memory.weights, memory.tokens)
         new = super().update(features, memory, args, output)
         if self.active:
             passed_on, _ = self.place.features.to_positions(new)
-            if is_compiling() or new.is_inference():  # nothing tells of a change
+            if is_compiling() or new.is_inference():  # tensors have no version here
                 memory.output, memory.version = passed_on.clone(), None
             else:
                 memory.output, memory.version = passed_on, new._version
@@ -205,11 +207,11 @@ class AttnRes(LayerAttention):
         return out
 
     def store(self, x: Tensor, memory: Memory) -> None:
-        """Leave what the block has added in the memory, as a token of its own."""
+        """Add what the block has added to the memory, as a separate token."""
         if memory.group != self.group:
             self._extend(x, memory)
             memory.output, memory.version = x, None
-        # Otherwise the next attention finds it in what was added since the last
+        # Otherwise the next attention finds it in the difference from the last output
 
     def combine(self, features: Tensor, retrieved: Tensor) -> Tensor:
         return retrieved
@@ -224,12 +226,12 @@ class AttnRes(LayerAttention):
         )
 
     def _extend(self, x: Tensor, memory: Memory) -> Tuple[Tensor, List[Tensor]]:
-        """Have what was added since the last attention in the tokens.
+        """Add the difference from the last attention's output to the tokens.
 
         Returns:
             tuple[Tensor, list[Tensor]]: Weights of the tokens in ``x``,
-            (t, B, G, h, w), and the tokens, each (B, C, H, W), with what was added
-            behind them where that is but a part of the last.
+            (t, B, G, h, w), and the tokens, (B, C, H, W) each, followed by the
+            difference if it is only a part of the last token.
         """
         backend = self.backend if self.per == 'position' else 'reference'
         token, norm = added_since(x, memory.output, backend)
@@ -261,7 +263,7 @@ class AttnRes(LayerAttention):
         values: List[Tensor],
         memory: Memory,
     ) -> Tuple[Tensor, Tensor]:
-        """What is passed on, (B, C, H, W), and scores, (t, B, G, h, w)."""
+        """Compute the output, (B, C, H, W), and scores, (t, B, G, h, w)."""
         norms = torch.stack(memory.norms)
         factor = float(len(memory.tokens)) if self.total == 'sum' else 1.0
         drops = not isinstance(self.drop_path, nn.Identity)

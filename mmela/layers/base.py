@@ -1,4 +1,4 @@
-"""What all layer attentions share: their state, heads and initialization."""
+"""Base classes of the layer attentions: state, heads and initialization."""
 
 import math
 from abc import abstractmethod
@@ -21,17 +21,17 @@ from .state import AttentionState, decode, decode_text, encode, encode_text
 
 @dataclass
 class StageMemory:
-    """What the blocks of one stage share during one forward pass.
+    """The memory that the blocks of a stage share during one forward pass.
 
-    A layer attention adds what it needs in a ``Memory`` of its own.
+    A layer attention extends it in a nested class ``Memory``.
 
     Attributes:
         scores (list[Tensor]): Scaled scores before the softmax of each active
-            attention so far, (B, G, t) with ``t`` the number of tokens that it
-            attends over, or (B, G, P, t) where each of P positions has weights of
-            its own; empty where attentions weigh no layers.
+            attention so far, (B, G, t), where ``t`` is the number of tokens that it
+            attends over, or (B, G, P, t) if each of P positions has its own weights;
+            empty if the attentions do not weigh layers.
         first (LayerAttention, optional): The first attention of the stage, which
-            holds what the attentions of a stage share. Defaults to None.
+            holds the shared submodules. Defaults to None.
     """
 
     scores: List[Tensor] = field(default_factory=list)
@@ -39,7 +39,7 @@ class StageMemory:
 
 
 class _LayerAttentionMeta(CheckedArguments):
-    """Checks arguments before a constructor runs, and signs what it has made."""
+    """Checks arguments before the constructor runs, and adds the signature after."""
 
     def __call__(cls, *args, **kwargs):
         attention = super().__call__(*args, **kwargs)
@@ -50,9 +50,8 @@ class _LayerAttentionMeta(CheckedArguments):
 class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
     """Layer attention of one residual block.
 
-    A subclass has the formula in :meth:`attend` and beside it, as ``Memory``,
-    what the blocks of a stage share for it. The hooks of its block call
-    :meth:`update`.
+    A subclass implements the formula in :meth:`attend` and declares the memory of a
+    stage as ``Memory``. The hooks of the block call :meth:`update`.
 
     Args:
         channels (int): Channels ``C`` of the block's output.
@@ -63,52 +62,51 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
             to None.
 
     Attributes:
-        place (Place, optional): Where it is in its network, see
-            :class:`mmela.layers.stage.Place`. None outside of one.
-        taps (dict[str, str]): What :meth:`connect` returned.
+        place (Place, optional): Its place in the network, see
+            :class:`mmela.layers.stage.Place`. None if it is not attached.
+        taps (dict[str, str]): The methods that :meth:`connect` returned.
 
     Raises:
-        TypeError: If an argument is unknown or of another type.
-        ValueError: If ``channels`` is no multiple of ``head_dim`` or
+        TypeError: If an argument is unknown or has the wrong type.
+        ValueError: If ``channels`` is not a multiple of ``head_dim`` or
             ``drop_path`` is not in [0, 1).
     """
 
     Memory = StageMemory
 
     prunable = False
-    """bool: Whether the attention yields a distribution over layers, which is
-    what redundancy is measured on."""
+    """bool: Whether the attention computes a distribution over layers, which
+    redundancy is measured on."""
 
     needs_identity = False
     """bool: Whether it needs the identity input of the block, as
     ``memory.identity``."""
 
     needs_map = True
-    """bool: Whether it needs height and width of maps. Without, tokens of a
-    transformer come as a map (B, C, L, 1), class tokens among them."""
+    """bool: Whether it needs the height and width of maps. If False, it gets the tokens
+    of a transformer, with class tokens, as a map (B, C, L, 1)."""
 
     backend = 'auto'
-    """str: ``'compile'`` for an attention that ``torch.compile`` fuses, see
+    """str: ``'compile'`` if ``torch.compile`` fuses the attention, see
     :class:`mmela.ops.CompiledForward`."""
 
     crosses_stages = False
-    """bool: Whether the first attention of a stage takes over the memory of
-    the stage before, as ``memory.before``."""
+    """bool: Whether the first attention of a stage starts from the memory of the
+    previous stage, ``memory.before``."""
 
     shared: Tuple[str, ...] = ()
-    """tuple[str]: Submodules that the attentions of a stage have in common and
-    the first of them holds, which is ``memory.first`` for the others. Those are
-    made with ``owns_shared=False``."""
+    """tuple[str]: Submodules that the attentions of a stage share. The first one
+    holds them; the others are built with ``owns_shared=False`` and reach them as
+    ``memory.first``."""
 
     used_by_value: Tuple[str, ...] = ()
-    """tuple[str]: Submodules that ``VALUE_ONLY`` still uses."""
+    """tuple[str]: Submodules that the state ``VALUE_ONLY`` still uses."""
 
     random_start: Optional[Tensor] = None
-    """Tensor | None: Weights of query and key as they were drawn."""
+    """Tensor | None: Initial weights of query and key."""
 
     scale: Optional[nn.Parameter]
-    """nn.Parameter: Factor per channel, (C,), of what is retrieved; None for
-    none."""
+    """nn.Parameter | None: Factor per channel, (C,), of the retrieved features."""
 
     def __init__(
         self,
@@ -123,7 +121,7 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
             divisors = [d for d in range(1, channels + 1) if channels % d == 0]
             raise ValueError(
                 f'head_dim={head_dim} does not divide the {channels} channels '
-                f'of a block; allowed are {divisors}'
+                f'of the block; allowed are {divisors}'
             )
         check_number('drop_path', drop_path, 0, 1, open_high=True)
         self.channels = channels
@@ -133,12 +131,12 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
         self.register_parameter('scale', None)
         self.place: Any = None
         self.taps: Dict[str, str] = {}
-        self.loaded = False  # from a checkpoint
+        self.loaded = False  # whether a checkpoint was loaded
         self._compiled = CompiledForward()
         self._state = AttentionState.ACTIVE
         self._disabled: List[str] = []
-        # The state travels in the checkpoint as a buffer; the forward pass
-        # reads `_state`, so that it does not wait for the device.
+        # The checkpoint stores the state as a buffer. The forward pass reads
+        # `_state` instead, so it does not wait for the device.
         self.register_buffer('state', torch.tensor(encode(AttentionState.ACTIVE)))
         self._note_state()
 
@@ -150,16 +148,14 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
     def forward(self, x: Tensor, memory: Optional[StageMemory] = None) -> Tensor:
         """Extend the memory and attend over it.
 
-        Without a memory ``x`` is returned: a block that loops over its children
-        runs its attention as one of them.
-
         Args:
             x (Tensor): Output ``X^t`` of the residual block, (B, C, H, W).
             memory (StageMemory, optional): Memory of the stage, a ``Memory``.
-                Defaults to None.
+                Defaults to None, which returns ``x``: a block that loops over its
+                children also calls its attention.
 
         Returns:
-            Tensor: What the block retrieves, (B, C, H, W).
+            Tensor: The retrieved features, (B, C, H, W).
         """
         return x if memory is None else self.attend(x, memory)
 
@@ -172,12 +168,12 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
             memory (StageMemory): Memory of the stage, a ``Memory``.
 
         Returns:
-            Tensor: What the block retrieves, (B, C, H, W); :meth:`update` adds
-            that to ``x``, with stochastic depth.
+            Tensor: The retrieved features, (B, C, H, W). :meth:`update` adds them to
+            ``x``, with stochastic depth.
         """
 
     def store(self, x: Tensor, memory: Any) -> Any:
-        """Extend the memory without attending over it (``VALUE_ONLY``).
+        """Extend the memory without attending over it, in the state ``VALUE_ONLY``.
 
         Args:
             x (Tensor): Output ``X^t`` of the residual block, (B, C, H, W).
@@ -186,28 +182,30 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
         Raises:
             NotImplementedError: If the attention has no key and value.
         """
-        raise NotImplementedError(f'{type(self).__name__} has no key and value to keep')
+        raise NotImplementedError(
+            f'{type(self).__name__} has no key and value to keep; prune it without '
+            'keep_value'
+        )
 
     def update(self, features: Tensor, memory: Any, args: tuple, output: Any) -> Tensor:
-        """What a block passes on, after its attention as far as that is left.
+        """Update the features of a block according to the pruning state.
 
         Args:
             features (Tensor): Features that the block returned, in its layout.
             memory (StageMemory): Memory of the stage, a ``Memory``.
             args (tuple): Arguments of the block.
-            output (Any): All that the block returned.
+            output (Any): The whole output of the block.
 
         Returns:
-            Tensor: Features of the same shape; the same object where nothing is
-            done.
+            Tensor: Features of the same shape; the same object if the attention is
+            not active.
         """
         state = self.attention_state
         if state == AttentionState.PRUNED:
             return features
         x = features
         if state == AttentionState.VALUE_ONLY:
-            # The network has `features` and may write into it; the memory must not
-            # change with it.
+            # The network may write into `features` later; the memory must not change.
             x = features.clone()
         layout = self.place.features
         if layout.layout != 'BCHW' and hasattr(self, 'pre_norm'):
@@ -221,21 +219,22 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
             return features
         retrieved = restore(self(x, memory))
         if self.scale is not None:
-            # Here and not in `attend`, as it counts for class tokens too
+            # Not in `attend`, because class tokens are scaled too
             scale = self.scale.to(retrieved.dtype)
             on_maps = layout.layout == 'BCHW'
             retrieved = retrieved * (scale[:, None, None] if on_maps else scale)
         return self.combine(features, retrieved)
 
     def combine(self, features: Tensor, retrieved: Tensor) -> Tensor:
-        """Put what is retrieved to the features of a block.
+        """Add the retrieved features to those of the block.
 
         Args:
             features (Tensor): Features of the block.
-            retrieved (Tensor): What its attention retrieves, of the same shape.
+            retrieved (Tensor): Features that its attention retrieved, of the same
+                shape.
 
         Returns:
-            Tensor: Of the same shape.
+            Tensor: Features of the same shape.
         """
         return features + self.drop_path(retrieved)
 
@@ -247,63 +246,62 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
             arguments (dict): Arguments of the constructor.
 
         Returns:
-            bool: True if so: then it has the stochastic depth of its block by
-            default. Otherwise what is retrieved takes the place of the output.
+            bool: If True, it has the stochastic depth of its block by default. If
+            False, the retrieved features replace the block's output.
         """
         return True
 
     def opens_token(self, before: Optional['LayerAttention']) -> bool:
-        """Whether its block is a token of its own for the attentions of the stage.
+        """Whether its block starts a new token for the attentions of the stage.
 
         Args:
-            before (LayerAttention, optional): The last one before it that is not
+            before (LayerAttention, optional): The previous attention that is not
                 pruned; None for the first.
 
         Returns:
-            bool: False where it belongs to the token of that.
+            bool: False if its block adds to the token of ``before``.
         """
         return True
 
     def connect(self, block: nn.Module) -> Tuple[Dict[str, str], Dict[str, nn.Module]]:
-        """Meet the block, for attentions that reach into it.
+        """Declare the submodules of the block that the attention reads or replaces.
 
         Args:
-            block (nn.Module): The block, which is not changed here.
+            block (nn.Module): The block, which this method must not change.
 
         Returns:
-            tuple[dict[str, str], dict[str, nn.Module]]: By name of a submodule of
-            the block, the method that sees its output, see
-            :class:`mmela.layers.stage.Tap`; and what takes the place of
-            submodules.
+            tuple[dict[str, str], dict[str, nn.Module]]: Names of submodules of the
+            block, mapped to the method that sees their output, see
+            :class:`mmela.layers.stage.Tap`; and replacements of submodules by name.
         """
         return {}, {}
 
-    # -- what is left of it --------------------------------------------------
+    # -- pruning state --------------------------------------------------------
 
     @property
     def active(self) -> bool:
-        """bool: Whether the attention is computed."""
+        """bool: Whether nothing of the attention is pruned."""
         return self.attention_state == AttentionState.ACTIVE
 
     @property
     def reached(self) -> bool:
-        """bool: Whether a forward pass has come to it, where it has a place."""
+        """bool: Whether it has run; True if it is not attached."""
         return self.place is None or self.place.stage.reached[self.place.index]
 
     def movement(self) -> Optional[float]:
-        """How far query and key have come from their random start.
+        """Distance of query and key from their random start.
 
         Returns:
-            float | None: Norm of the change relative to that of the start;
-            None for an attention without query and key.
+            float | None: Norm of the change, relative to the norm of the initial
+            weights; None for an attention without query and key.
         """
         return None
 
     @property
     def attention_state(self) -> AttentionState:
-        """AttentionState: What is left of the attention."""
+        """AttentionState: The pruning state."""
         if not is_compiling() and self._state_changed():
-            # By somebody else: an averaged copy, a loader, another network's state
+            # An averaged copy, a loader or another network wrote the buffer
             try:
                 self._state = decode(self.state)[0]
             except ValueError as error:
@@ -320,8 +318,11 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
         self._sync_requires_grad()
 
     def train(self, mode: bool = True) -> 'LayerAttention':
-        """Set the mode, and read the state again: averages of networks are written
-        where their version does not tell, and evaluated after that."""
+        """Set the mode and read the state buffer again.
+
+        Weight averaging may write the buffer without changing its version, and
+        sets the mode before it evaluates.
+        """
         super().train(mode)
         self._seen: Tuple[Any, Any] = (None, None)
         return self
@@ -331,22 +332,21 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
         self._seen = self.state, version
 
     def _state_changed(self) -> bool:
-        """Whether the buffer was written to; that costs no synchronization."""
+        """Whether the buffer was written to, without waiting for the device."""
         seen, version = self._seen
         if torch._C._functorch.is_functorch_wrapped_tensor(self.state):
-            return False  # under vmap it is no one value
+            return False  # under vmap it is not a single value
         if self.state is not seen:
-            # Replicas have the state of the network that they are of.
+            # Replicas keep the state of the network that they were copied from.
             return not (self.state.is_meta or getattr(self, '_is_replica', False))
         if self.training and torch.is_grad_enabled():
-            return False  # distributed training writes the buffer in each pass
+            return False  # distributed training writes the buffer in every pass
         return not self.state.is_inference() and self.state._version != version
 
     def _sync_requires_grad(self) -> None:
-        """Take the parameters that the state leaves unused out of training.
+        """Disable gradients of parameters that the state leaves unused.
 
-        Only what was disabled here is enabled again, so that a frozen stage
-        stays frozen.
+        It enables only what it disabled before, so a frozen stage stays frozen.
         """
         for name, param in self.named_parameters():
             part = name.split('.')[0]
@@ -369,11 +369,11 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
     # -- checkpoints ---------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """What tells attentions apart whose parameters look the same.
+        """Text that distinguishes attentions whose parameters look the same.
 
         Returns:
-            str: Class and arguments. A checkpoint holds it as ``signature`` and
-            does not load into an attention with another.
+            str: Class and arguments. A checkpoint stores it as ``signature`` and does
+            not load into an attention with a different one.
         """
         return f'{type(self).__name__}(head_dim={self.head_dim})'
 
@@ -391,8 +391,9 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
             text = decode_text(saved)
             if text != self.fingerprint():
                 raise RuntimeError(
-                    f'the checkpoint holds {text!r} at {prefix[:-1]}, but the '
-                    f'network has {self.fingerprint()!r} there'
+                    f'the checkpoint has {text!r} at {prefix[:-1]}, but the '
+                    f'network has {self.fingerprint()!r} there; build the network '
+                    'with the config of the checkpoint'
                 )
         state_dict[prefix + 'signature'] = self.signature.detach().clone()
 
@@ -400,8 +401,8 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
         key = prefix + 'state'
         if key not in state_dict:
             raise RuntimeError(
-                f'the checkpoint has weights of {prefix[:-1]} but no {key}, so it is '
-                'not known whether that is pruned; save the buffers too'
+                f'the checkpoint has weights of {prefix[:-1]} but no {key}, so its '
+                'pruning state is unknown; save buffers as well as parameters'
             )
         if state_dict[key].is_meta:
             return
@@ -411,9 +412,8 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
             raise RuntimeError(f'{key}: {error}') from error
         if not exact:
             print_log(
-                f'{key} is {float(state_dict[key]):g}: an average of networks of '
-                'which some have pruned this attention and others have not. It is '
-                f'taken as {state.name}.',
+                f'{key} is {float(state_dict[key]):g}, an average of networks with '
+                f'different pruning states. It is read as {state.name}.',
                 'current',
                 level=30,
             )
@@ -425,11 +425,11 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
 
 
 class QKVLayerAttention(LayerAttention):
-    """A layer attention with the transforms of MRLA (section 4.1).
+    """Base class of layer attentions with the transforms of MRLA (section 4.1).
 
-    Query and key are 1-D convolutions over the channels of the pooled block
-    output ``X^t``, the value is a depth-wise 3x3 convolution of ``X^t``. A
-    subclass says in :meth:`forward` how they are put together.
+    Query and key are 1-D convolutions over the channels of the pooled block output
+    ``X^t``; the value is a depth-wise 3x3 convolution of ``X^t``. A subclass combines
+    them in :meth:`attend`.
 
     Args:
         channels (int): Channels ``C`` of the block's output.
@@ -438,39 +438,35 @@ class QKVLayerAttention(LayerAttention):
             5.1), 16 on CIFAR (KCLA, section V-A). Defaults to 32.
         drop_path (float): Probability of dropping the attention of a sample
             in training. Defaults to 0.
-        norm_cfg (dict, optional): Normalization of what is retrieved; None
+        norm_cfg (dict, optional): Normalization of the retrieved features; None
             for none. Defaults to ``dict(type='BN')``.
-        value_act_cfg (dict, optional): Activation of the value. Defaults to
-            None, which means none.
-        zero_init (bool): Start with a normalization weight of 0, so that the
-            block's output is at first that of the plain residual block. For
-            networks that start from the weights of a plain one. Without a
-            normalization, a learnable scale per channel starts at 0 instead.
-            Defaults to False.
+        value_act_cfg (dict, optional): Activation of the value; None for none.
+            Defaults to None.
+        zero_init (bool): Start with a normalization weight of 0, so that the block
+            first computes what the plain residual block does. Use it for networks
+            that start from the weights of a plain one. Without a normalization, a
+            learnable scale per channel starts at 0 instead. Defaults to False.
         token_norm_cfg (dict, optional): Normalization of the tokens of a
-            transformer before they are attended over, which their stage asks
-            for (MRLA, algorithms 2 and 4). Defaults to None.
-        small_init (float, optional): Start with this normalization weight, or
-            scale without a normalization, such as 0.2. For networks that start from the
-            weights of a plain one, too: their output is at first not quite that
-            of the plain one, but the attention takes part from the first
-            iteration on, and learns, where with ``zero_init`` it hardly ever
-            grows. Where the
-            backbone evaluates its norms (``norm_eval=True``), give one that
-            normalizes then, such as
-            ``norm_cfg=dict(type='GN', num_groups=32)``. Defaults to None,
-            which means 1.
-        init_cfg (dict | list[dict], optional): Initialization config. Defaults
-            to None.
-        value_conv (bool): Whether the value is a convolution of the output;
-            without, it is the output itself (MRLA, table 4, c). Defaults to
-            True.
-        fc_reduction (int, optional): Query and key are linear maps to so many
-            times fewer channels (MRLA, table 4, d, which 16 has the parameters
-            of). Defaults to None, which means 1-D convolutions.
+            transformer before attention, which their stage asks for (MRLA,
+            algorithms 2 and 4). Defaults to None.
+        small_init (float, optional): Initial normalization weight, or initial scale
+            without a normalization, such as 0.2. It is also for networks that start
+            from the weights of a plain one. Their output first differs slightly from
+            that of the plain network, but the attention contributes and learns from
+            the first iteration on; with ``zero_init`` it hardly grows. If the
+            backbone evaluates its norms (``norm_eval=True``), use a norm without
+            running statistics, such as ``norm_cfg=dict(type='GN', num_groups=32)``.
+            Defaults to None, which means 1.
+        init_cfg (dict | list[dict], optional): Initialization config. Defaults to
+            None.
+        value_conv (bool): Whether the value is a convolution of the output; if
+            False, it is the output itself (MRLA, table 4, c). Defaults to True.
+        fc_reduction (int, optional): Make query and key linear maps that reduce the
+            channels by this factor (MRLA, table 4, d; 16 gives the same number of
+            parameters as there). Defaults to None, which means 1-D convolutions.
 
     Raises:
-        ValueError: As :class:`LayerAttention` does, if both ``zero_init`` and
+        ValueError: As in :class:`LayerAttention`; also if both ``zero_init`` and
             ``small_init`` are set, if ``small_init`` is not in (0, 1], or if
             ``fc_reduction`` does not divide ``head_dim``.
     """
@@ -499,14 +495,14 @@ class QKVLayerAttention(LayerAttention):
         if small_init is not None:
             if zero_init:
                 raise ValueError(
-                    f'small_init={small_init} starts with another normalization '
-                    'weight than zero_init=True; set one of them'
+                    f'small_init={small_init} and zero_init=True set different '
+                    'initial weights; set only one of them'
                 )
             check_number('small_init', small_init, 0, 1, open_low=True)
         self.zero_init = zero_init
         self.small_init = small_init
-        # Before the value: tools that fold a norm into the convolution registered
-        # before it must not take the two for a pair.
+        # Registered before the value, because tools fold a norm into the convolution
+        # registered before it.
         with building('norm_cfg', norm_cfg):
             self.norm = build_norm_layer(norm_cfg, channels)[1] if norm_cfg else None
         if fc_reduction is None:
@@ -525,7 +521,7 @@ class QKVLayerAttention(LayerAttention):
         if value_act_cfg:
             with building('value_act_cfg', value_act_cfg):
                 self.value_act = build_activation_layer(value_act_cfg)
-        # What is added to class tokens passes no norm, so there the scale counts.
+        # Class tokens bypass the norm, so they need the scale.
         if self.from_plain and (norm_cfg is None or token_norm_cfg):
             self.scale = nn.Parameter(torch.zeros(channels))
         if token_norm_cfg:
@@ -534,11 +530,11 @@ class QKVLayerAttention(LayerAttention):
         self.reset_parameters()
 
     relu = True
-    """bool: Whether :meth:`norm_relu` has a ReLU after the normalization."""
+    """bool: Whether :meth:`norm_relu` applies a ReLU after the normalization."""
 
     @property
     def from_plain(self) -> bool:
-        """bool: Whether it is for a network that starts from plain weights."""
+        """bool: Whether it is set up for a network that starts from plain weights."""
         return self.zero_init or self.small_init is not None
 
     def reset_parameters(self) -> None:
@@ -547,11 +543,10 @@ class QKVLayerAttention(LayerAttention):
             self.query.reset_parameters()
             self.key.reset_parameters()
             self.random_start = self._query_and_key()
-        # Published: Kaiming over the fan-out without regard to the groups; the
-        # norm corrects the scale. In a pre-trained detector the norm is often
-        # evaluated with its initial statistics and corrects nothing, so there
-        # the true fan of a depth-wise convolution counts. So it does where
-        # there is no norm.
+        # The published code takes Kaiming's fan-out without the groups, and the norm
+        # corrects the scale. In a pre-trained detector the norm often runs in eval
+        # mode with its initial statistics and corrects nothing, and without a norm
+        # nothing does: there, use the true fan of a depth-wise convolution.
         published = self.norm is not None and not self.from_plain
         fan_out = 9 * self.channels if published else 9
         if isinstance(self.value, nn.Conv2d):
@@ -565,7 +560,7 @@ class QKVLayerAttention(LayerAttention):
             nn.init.constant_(self.norm.bias, 0.0)
 
     def init_weights(self) -> None:
-        """Initialize the weights, after those that a parent set by type."""
+        """Initialize the weights, replacing those that a parent set by type."""
         if self.init_cfg:
             super().init_weights()
         else:
@@ -575,7 +570,7 @@ class QKVLayerAttention(LayerAttention):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         has_norm = f'{prefix}norm.weight' in state_dict
         if self.scale is not None and self.norm is not None and has_norm:
-            # Versions before 0.2 had no scale beside a norm.
+            # Versions before 0.2 had either a norm or a scale.
             state_dict.setdefault(f'{prefix}scale', torch.ones_like(self.scale))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -592,24 +587,24 @@ class QKVLayerAttention(LayerAttention):
         return float(change.norm() / self.random_start.norm())
 
     def heads(self, y: Tensor) -> Tensor:
-        """Cut query or key into heads.
+        """Split query or key into heads.
 
         Args:
             y (Tensor): Query or key of a block, (B, 1, C).
 
         Returns:
-            Tensor: (B, G, d), in at least single precision. With
-            ``fc_reduction``, ``d`` and ``C`` are so many times fewer.
+            Tensor: (B, G, d), in at least single precision. ``fc_reduction`` divides
+            ``d`` and ``C``.
         """
         y = y.view(-1, self.num_heads, y.shape[-1] // self.num_heads)
         return y.to(torch.promote_types(y.dtype, torch.float32))
 
     def per_channel(self, weight: Tensor, x: Tensor) -> Tensor:
-        """Give each channel the weight of its head.
+        """Expand weights of heads to channels.
 
         Args:
             weight (Tensor): A weight for each head, (B, G).
-            x (Tensor): A tensor of the dtype that is wanted.
+            x (Tensor): A tensor of the wanted dtype.
 
         Returns:
             Tensor: (B, C, 1, 1).
@@ -618,7 +613,7 @@ class QKVLayerAttention(LayerAttention):
         return weight[..., None, None].to(x.dtype)
 
     def norm_relu(self, out: Tensor) -> Tensor:
-        """ReLU(norm(out)), (B, C, H, W); ``out`` where there is no norm."""
+        """ReLU(norm(out)), (B, C, H, W); ``out`` itself without a norm."""
         if self.norm is None:
             return out
         out = self.norm(out)
@@ -631,17 +626,17 @@ class QKVLayerAttention(LayerAttention):
 
 def pool(x: Tensor) -> Tensor:
     """Global average pooling, (B, C, H, W) to (B, 1, C)."""
-    if x.dtype == torch.float16:  # where a sum may be too large
+    if x.dtype == torch.float16:  # a sum may overflow
         return x.mean((2, 3)).unsqueeze(1)
-    # The gradient of a sum takes no memory, that of a mean as much as `x`
+    # The gradient of a sum needs no memory; that of a mean needs as much as `x`.
     return (x.sum((2, 3)) / (x.shape[2] * x.shape[3])).unsqueeze(1)
 
 
 def channel_conv(channels: int) -> nn.Conv1d:
-    """1-D convolution over the channel axis, for queries and keys.
+    """Build the 1-D convolution over channels for queries or keys.
 
     Args:
-        channels (int): Number of channels, which decides the kernel size.
+        channels (int): Number of channels, which sets the kernel size.
 
     Returns:
         nn.Conv1d: From (B, 1, C) to (B, 1, C).
@@ -651,10 +646,10 @@ def channel_conv(channels: int) -> nn.Conv1d:
 
 
 def eca_kernel_size(channels: int) -> int:
-    """Kernel size of a 1-D convolution over the channel axis.
+    """Kernel size of a 1-D convolution over channels.
 
-    The rule of ECA-Net (eq. 12, gamma 2, b 1), which MRLA uses for its query
-    and key (section 4.1).
+    MRLA uses this rule of ECA-Net (eq. 12, gamma 2, b 1) for its query and key
+    (section 4.1).
 
     Args:
         channels (int): Number of channels.

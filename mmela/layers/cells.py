@@ -7,20 +7,20 @@ from torch import Tensor, nn
 
 
 class BottleneckCell(nn.Module):
-    r"""An LSTM whose gates come from bottlenecks, with a sigmoid at its end.
+    r"""An LSTM cell with bottleneck gates and a sigmoid output.
 
     .. math::
         (i, f, g, o) &= W_2 \mathrm{ReLU}(W_1 x) + U_2 \mathrm{ReLU}(U_1 h) \\
         c' &= \sigma(f) \odot c + \sigma(i) \odot \tanh(g), \quad
         h' = \sigma(o) \odot \sigma(c')
 
-    That is DIA's (section 3.2 there); the dynamic sharing unit of DLA (eq. 8
-    to 10) is the same without the gate :math:`o`.
+    This is the cell of DIA (section 3.2 there). The dynamic sharing unit of DLA
+    (eq. 8 to 10) is the same without the gate :math:`o`.
 
     Args:
         channels (int): Channels of input and state.
-        reduction (int): How many times narrower the bottlenecks are.
-        output_gate (bool): Whether there is the gate :math:`o`.
+        reduction (int): Factor by which the bottlenecks are narrower.
+        output_gate (bool): Whether the cell has the gate :math:`o`.
 
     Raises:
         ValueError: If ``reduction`` leaves a bottleneck without a channel.
@@ -30,7 +30,7 @@ class BottleneckCell(nn.Module):
         super().__init__()
         if not 1 <= reduction <= channels:
             raise ValueError(
-                f'reduction={reduction} of {channels} channels leaves none; '
+                f'reduction={reduction} leaves none of {channels} channels; '
                 f'allowed are 1 to {channels}'
             )
         gates = 4 if output_gate else 3
@@ -50,7 +50,7 @@ class BottleneckCell(nn.Module):
     def forward(
         self, x: Tensor, state: Optional[Tuple[Tensor, Tensor]] = None
     ) -> Tuple[Tensor, Tensor]:
-        """One step.
+        """Run one step.
 
         Args:
             x (Tensor): Input, (B, C).

@@ -16,9 +16,9 @@ State = Tuple[Tensor, Tensor]
 class DLALight(MRLALight):
     r"""Dynamic layer attention, light (DLA-L, Wang et al. 2024, section 3.4).
 
-    As :class:`MRLALight`, but what a block adds of before is brought up to
-    date by what it gives itself. A recurrent cell, the dynamic sharing unit
-    (DSU) of the stage, goes along with the blocks:
+    It is :class:`MRLALight`, but each block first updates the earlier output that it
+    adds. The update comes from the dynamic sharing unit (DSU) of the stage, a
+    recurrent cell that takes one step per block:
 
     .. math::
         (h^t, c^t) &= \mathrm{DSU}(\mathrm{GAP}(X^t), h^{t-1}, c^{t-1}) \\
@@ -27,27 +27,27 @@ class DLALight(MRLALight):
         Y^t &= X^t + \mathrm{BN}(\lambda_o^t \odot \tilde O^{t-1} +
             \sigma(q^t \cdot k^t / \sqrt d) V^t)
 
-    with the identity input of the block as :math:`O^{t-1}`, after its
-    downsample. The depth-wise convolution belongs to the stage, too; the
-    paper does not name it, the authors' networks have it.
+    :math:`O^{t-1}` is the identity input of the block after its downsample. The
+    depth-wise convolution also belongs to the stage; the paper does not mention it, but
+    the authors' networks have it.
 
     Args:
         channels (int): Channels ``C`` of the block's output.
         head_dim (int): Channels ``d`` of one head. Defaults to 32.
-        reduction (int): Reduction within the DSU: 4 on CIFAR, 16 on ImageNet.
+        reduction (int): Reduction factor of the DSU: 4 on CIFAR, 16 on ImageNet.
             Defaults to 16.
         owns_shared (bool): Whether it is the first attention of its stage, which
             holds the DSU. Defaults to True.
         **kwargs: See :class:`MRLALight`.
 
     Raises:
-        ValueError: If ``reduction`` is more than ``channels``, or as
-            :class:`MRLALight` does.
+        ValueError: If ``reduction`` exceeds ``channels``, and as in
+            :class:`MRLALight`.
     """
 
     @dataclass
     class Memory(MRLALight.Memory):
-        """As that of MRLA-light.
+        """The memory of MRLA-light plus the state of the DSU.
 
         Attributes:
             state (tuple[Tensor, Tensor], optional): State of the DSU, each
@@ -93,9 +93,8 @@ class DLALight(MRLALight):
 class DLABase(MRLABase):
     r"""Dynamic layer attention (DLA-B, Wang et al. 2024, section 3.3).
 
-    As :class:`MRLABase`, but each block brings the keys and values that it
-    finds in the memory up to date, and leaves them so. With the dynamic
-    sharing unit (DSU) of the stage, see :class:`DLALight`:
+    It is :class:`MRLABase`, but each block first updates the keys and values in the
+    memory, with the dynamic sharing unit (DSU) of the stage, see :class:`DLALight`:
 
     .. math::
         (h^t, c^t) &= \mathrm{DSU}(\mathrm{GAP}(X^t), h^{t-1}, c^{t-1}) \\
@@ -106,20 +105,20 @@ class DLABase(MRLABase):
     Args:
         channels (int): Channels ``C`` of the block's output.
         head_dim (int): Channels ``d`` of one head. Defaults to 32.
-        reduction (int): Reduction within the DSU: 4 on CIFAR, 16 on ImageNet.
+        reduction (int): Reduction factor of the DSU: 4 on CIFAR, 16 on ImageNet.
             Defaults to 16.
         owns_shared (bool): Whether it is the first attention of its stage, which
             holds the DSU. Defaults to True.
         **kwargs: See :class:`MRLABase`.
 
     Raises:
-        ValueError: If ``reduction`` is more than ``channels``, or as
-            :class:`MRLABase` does.
+        ValueError: If ``reduction`` exceeds ``channels``, and as in
+            :class:`MRLABase`.
     """
 
     @dataclass
     class Memory(MRLABase.Memory):
-        """As that of MRLA-base.
+        """The memory of MRLA-base plus the state of the DSU.
 
         Attributes:
             state (tuple[Tensor, Tensor], optional): State of the DSU, each

@@ -1,4 +1,4 @@
-"""The features in what a block returns: where they are, and their layout."""
+"""Locate the features in the output of a block, and convert their layout."""
 
 import copy
 import threading
@@ -15,17 +15,17 @@ Path = Tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Features:
-    """How to read and to replace the features in the output of a block.
+    """How to read and replace the features in the output of a block.
 
     Attributes:
         layout (str): ``'BCHW'`` or ``'BHWC'`` for maps, ``'BLC'`` for tokens.
             Defaults to ``'BCHW'``.
-        path (tuple): Indices and keys that lead to the features in nested tuples,
-            lists and dicts; empty where the output is the features. Defaults to ().
+        path (tuple): Indices and keys of the features in nested tuples, lists and
+            dicts; empty if the output itself is the features. Defaults to ().
         extra (int): Tokens that precede those of the map, such as a class token.
             Defaults to 0.
-        resolution (Resolution, optional): Where height and width of the map are
-            found, for tokens. Defaults to None.
+        resolution (Resolution, optional): For tokens, the source of the height and
+            width of their map. Defaults to None.
     """
 
     layout: str = 'BCHW'
@@ -43,33 +43,33 @@ class Features:
             Tensor: The features.
 
         Raises:
-            ValueError: If they are not where they were when the attention was
-                attached, or are one of several of the same shape.
+            ValueError: If the output does not have the form that it had when the
+                attention was attached, or has several features.
         """
-        found = output
+        features = output
         try:
             for key in self.path:
-                found = found[key]
+                features = features[key]
         except (LookupError, TypeError):
-            found = None
-        if not torch.is_tensor(found):
+            features = None
+        if not torch.is_tensor(features):
             raise ValueError(
                 f'returned {_describe(output)}; when its attention was attached, its '
                 f'features were at {_where(self.path)}'
             )
-        if self.path and count_alike(output, found) > 1:
+        if self.path and count_alike(output, features) > 1:
             raise ValueError(
-                f'returned {_describe(output)}: several features, of '
-                'which attention would change the first alone'
+                f'returned {_describe(output)}; it has several features, and attention '
+                'would change only the first'
             )
-        return found
+        return features
 
     def put(self, output: Any, features: Tensor) -> Any:
-        """The output of a block with other features.
+        """Replace the features in the output of a block.
 
         Args:
-            output (Any): What the block returned; left as it is.
-            features (Tensor): What takes the place of its features.
+            output (Any): What the block returned; it is not changed.
+            features (Tensor): The new features.
 
         Returns:
             Any: An output of the same type.
@@ -79,7 +79,7 @@ class Features:
     def to_map(
         self, features: Tensor, args: tuple, output: Any
     ) -> Tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The features as a map, and the way back.
+        """Convert the features to a map.
 
         Args:
             features (Tensor): (B, C, H, W), (B, H, W, C) or (B, L, C).
@@ -87,13 +87,13 @@ class Features:
             output (Any): Output of the block.
 
         Returns:
-            tuple[Tensor, callable]: The map, (B, C, H, W), without the extra
-            tokens, and a function from a map to the layout of the features. Extra
-            tokens come back as they were.
+            tuple[Tensor, callable]: The map, (B, C, H, W), without the extra tokens,
+            and a function that converts a map back to the layout of the features,
+            with the extra tokens unchanged.
 
         Raises:
-            ValueError: If the number of tokens is not that of a map of the size
-                that was found.
+            ValueError: If the size of the map is unknown or does not match the
+                number of tokens.
         """
         if self.layout == 'BCHW':
             return features, lambda x: x
@@ -112,15 +112,15 @@ class Features:
     def to_positions(
         self, features: Tensor
     ) -> Tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The features for what treats all positions alike, and the way back.
+        """View features as a map, for operations that treat all positions alike.
 
         Args:
             features (Tensor): (B, C, H, W), (B, H, W, C) or (B, L, C).
 
         Returns:
-            tuple[Tensor, callable]: A view (B, C, H, W), of tokens (B, C, L, 1) with
-            the extra ones, and a function from such a map to the layout of the
-            features.
+            tuple[Tensor, callable]: A view (B, C, H, W), or (B, C, L, 1) of tokens
+            including extra tokens, and a function from such a map back to the layout
+            of the features.
         """
         if self.layout == 'BLC':
             return features.transpose(1, 2)[..., None], lambda x: x[..., 0].transpose(
@@ -130,15 +130,15 @@ class Features:
 
 
 class Resolution:
-    """Height and width of the map that tokens are of.
+    """Source of the height and width of the map behind tokens.
 
     Args:
-        where (str): ``'output'`` or ``'arguments'`` of the block, ``'module'``, a
-            module before it that returned them, or ``'square'``: as many tokens
-            as in the trial, which was of square images.
-        index (int): Which of the pairs of integers there, or of the sizes that the
-            module returns. Defaults to 0.
-        length (int, optional): Number of tokens in the trial, for ``'square'``.
+        where (str): ``'output'`` or ``'arguments'`` of the block; ``'module'``, an
+            earlier module that returns the size; or ``'square'``, a square map with
+            the number of tokens of the trial.
+        index (int): Index of the size among the pairs of integers there, or among
+            the sizes that the module returns. Defaults to 0.
+        length (int, optional): For ``'square'``, the number of tokens in the trial.
             Defaults to None.
     """
 
@@ -148,23 +148,23 @@ class Resolution:
         self.where = where
         self.index = index
         self.length = length
-        # A value and not the object, so that copies of the network agree on it
+        # A value rather than the object itself, so that copies of the network share it
         self.key = uuid.uuid4().hex
 
     def watch(self, module: nn.Module) -> Any:
-        """Have a module tell the size of its map in each forward pass.
+        """Record the size of a module's map in each forward pass.
 
         Args:
-            module (nn.Module): One that runs before the blocks, such as the patch
-                embedding: a transformer layer does not know the size itself.
+            module (nn.Module): A module that runs before the blocks, such as the
+                patch embedding, since a transformer layer does not know the size.
 
         Returns:
-            RemovableHandle: To stop that.
+            RemovableHandle: Handle that removes the hook.
         """
         return module.register_forward_hook(_TellSize(self.key, self.index))
 
     def __call__(self, args: tuple, output: Any, length: int) -> Size:
-        """Height and width for ``length`` tokens; ValueError if they do not fit."""
+        """Height and width for ``length`` tokens; ValueError if they do not match."""
         size: Optional[Size] = None
         if self.where == 'module':
             size = _sizes.of.get(self.key)
@@ -176,8 +176,8 @@ class Resolution:
             size = next((p for i, p in enumerate(values) if i == self.index), None)
         if size is None:
             raise ValueError(
-                f'returned {length} tokens of a map whose height and width are not '
-                'known here'
+                f'returned {length} tokens, but the height and width of their map are '
+                'unknown'
             )
         if not torch.jit.is_tracing() and size[0] * size[1] != length:
             raise ValueError(
@@ -195,7 +195,7 @@ _sizes = _Sizes()
 
 
 class _TellSize:
-    """Forward hook: note the size of the map that a module returns."""
+    """Forward hook that records the size of the map that a module returns."""
 
     def __init__(self, key: str, index: int) -> None:
         self.key, self.index = key, index
@@ -205,15 +205,15 @@ class _TellSize:
 
 
 def tensors(value: Any, path: Path = ()) -> Iterator[Tuple[Path, Tensor]]:
-    """All tensors in nested tuples, lists and dicts, in order.
+    """Iterate over all tensors in nested tuples, lists and dicts, in order.
 
     Args:
-        value (Any): What a module takes or returns.
-        path (tuple): Where ``value`` itself is. Defaults to ().
+        value (Any): Arguments or output of a module.
+        path (tuple): Path of ``value`` itself. Defaults to ().
 
     Yields:
-        tuple[tuple, Tensor]: The path to a tensor, as of :class:`Features`, and
-        the tensor.
+        tuple[tuple, Tensor]: The path to a tensor, see :class:`Features`, and the
+        tensor.
     """
     if torch.is_tensor(value):
         yield path, value
@@ -226,15 +226,15 @@ def tensors(value: Any, path: Path = ()) -> Iterator[Tuple[Path, Tensor]]:
 
 
 def count_alike(output: Any, features: Tensor) -> int:
-    """How many different tensors of the kind of the features an output has.
+    """Count the different tensors in an output that look like its features.
 
     Args:
         output (Any): What a block returned.
         features (Tensor): The features in it.
 
     Returns:
-        int: Tensors with as many dimensions and the same batch size, such as maps
-        of several branches; 1 where the features stand alone.
+        int: Number of tensors with the same number of dimensions and the same batch
+        size, such as the maps of several branches; 1 if there are only the features.
     """
     alike = {
         id(t)
@@ -245,7 +245,7 @@ def count_alike(output: Any, features: Tensor) -> int:
 
 
 def pairs(values: Any) -> Iterator[Size]:
-    """Pairs of integers in tuples and lists, those that follow each other too."""
+    """Iterate over pairs of integers, nested or adjacent, in tuples and lists."""
     if not isinstance(values, (tuple, list)):
         return
     for first, second in zip(values, values[1:]):
@@ -257,7 +257,7 @@ def pairs(values: Any) -> Iterator[Size]:
 
 
 def sizes(output: Any) -> Iterator[Size]:
-    """Sizes of maps in what a module returns, or the sizes that it tells."""
+    """Iterate over sizes of maps and pairs of integers in what a module returns."""
     for value in output if isinstance(output, (tuple, list)) else (output,):
         if torch.is_tensor(value) and value.dim() == 4:
             yield value.shape[2], value.shape[3]

@@ -19,10 +19,10 @@ HEAD_ATTENTIONS = ('linear', 'plain', 'none')
 class KCLA(QKVLayerAttention):
     r"""Key-correlated layer attention (KCLA, sections IV, IV-A and IV-B).
 
-    The keys of a head are taken to have one direction, so that only their
-    norms weigh the layers against each other, and one running mean of the
-    block outputs stands for all of them. With :math:`k_g`, :math:`q_g` of head
-    ``g`` and its fixed temperature :math:`s_g`:
+    KCLA assumes that all keys of a head have the same direction. Then only their norms
+    weigh the layers, and one running mean of the block outputs replaces all of them.
+    With :math:`k_g` and :math:`q_g` of head ``g`` and its fixed temperature
+    :math:`s_g`:
 
     .. math::
         w^t &= \exp(\min(\lVert k_g^t \rVert s_g, 10)), \quad
@@ -33,12 +33,11 @@ class KCLA(QKVLayerAttention):
         \text{(eq. 11)} \\
         Y^t &= X^t + \mathrm{DropPath}(\mathrm{ReLU}(\mathrm{BN}(O^t)))
 
-    The mean :math:`u / z` is what is kept, never the sum, so that half
-    precision does not overflow. Cost and memory per block do not depend on the
-    number of blocks.
+    The memory holds the mean :math:`u / z` and not the sum, which could overflow in
+    half precision. Cost and memory per block do not depend on the number of blocks.
 
-    There is no distribution over layers, so the pruning hook has nothing to
-    measure. A pruned state can still be set by hand.
+    The attention computes no distribution over layers, so the pruning hook cannot
+    measure it. :func:`mmela.structure.prune` still prunes it.
 
     Args:
         channels (int): Channels ``C`` of the block's output.
@@ -46,58 +45,55 @@ class KCLA(QKVLayerAttention):
             ImageNet; 64 in the authors' detectors. Defaults to 32.
         drop_path (float): Probability of dropping the attention of a sample
             in training. Defaults to 0.2, as published.
-        temperature (float): The temperatures of the heads go from this to its
-            inverse in equal steps of their logarithm; 1 gives all the same
-            (table V, a), 1 / 0.7 the order of the authors' first detectors.
-            Defaults to 0.7.
-        exp_norm (bool): Weigh by the exponential of the key norm; without, by
-            the norm itself (table V, b). Defaults to True.
-        head_attention (str): How heads are weighed: ``'linear'`` as in eq. 11,
-            ``'plain'`` without the linear layer (the authors' segmentation
-            networks), ``'none'`` not at all (table V, c). Defaults to
+        temperature (float): First of the head temperatures, which go from here to its
+            inverse in equal logarithmic steps. 1 makes all equal (table V, a);
+            1 / 0.7 gives the order of the authors' first detectors. Defaults to 0.7.
+        exp_norm (bool): Weigh by the exponential of the key norm; if False, by the
+            norm itself (table V, b). Defaults to True.
+        head_attention (str): How to weigh heads: ``'linear'`` as in eq. 11;
+            ``'plain'`` without the linear layer, as in the authors' segmentation
+            networks; ``'none'`` for no weights (table V, c). Defaults to
             ``'linear'``.
-        recurrent (bool): Keep the mean of the values instead of the block
-            outputs, so that those of earlier blocks are not transformed anew
-            (table V, d). Defaults to False.
-        cross_stage (bool): Take over the mean of the stage before (section
-            IV-B; table V, f without). Defaults to True.
-        previous_channels (int, optional): Channels of the stage before; for
-            the first attention of a stage, filled in by the backbone. Defaults
-            to None, which means that nothing is taken over.
+        recurrent (bool): Average the values instead of the block outputs, so that
+            earlier outputs are not transformed again (table V, d). Defaults to
+            False.
+        cross_stage (bool): Start from the mean of the previous stage (section IV-B;
+            table V, f is without). Defaults to True.
+        previous_channels (int, optional): Channels of the previous stage. The
+            backbone sets it for the first attention of a stage. Defaults to None:
+            start without the previous stage.
         stride (int): Stride between the stages. Defaults to 1.
-        relu (bool): Have a ReLU after the normalization; the authors'
-            segmentation networks have none. Defaults to True.
-        restart_blocks (Sequence[int]): Blocks, from 0, that normalize the mean
-            of those before them and go on with it as one token, as the first
-            block of a stage does. The authors' ResNets for ImageNet have
-            (11,), which the third stage of a ResNet-101 reaches. Defaults to
-            ().
-        block (int): Index of the block in its stage, filled in by the backbone.
-            Defaults to 0.
-        direction (str): Along which key a head scores its query: ``'own'`` as in
-            eq. 11, or ``'sum'``, that of all keys of the stage so far, as in the
+        relu (bool): Apply a ReLU after the normalization; the authors' segmentation
+            networks have none. Defaults to True.
+        restart_blocks (Sequence[int]): Indices, from 0, of blocks that normalize the
+            mean so far and continue with it as a single token, as the first block of
+            a stage does. The authors' ResNets for ImageNet use (11,), which only the
+            third stage of a ResNet-101 reaches. Defaults to ().
+        block (int): Index of the block in its stage. The backbone sets it. Defaults
+            to 0.
+        direction (str): The key that a head scores its query with: ``'own'`` as in
+            eq. 11, or ``'sum'``, the sum of all keys of the stage so far, as in the
             authors' first detectors. Defaults to ``'own'``.
         cross_stage_groups (bool): Whether the convolution between stages is
             grouped by heads; in the authors' first U-Net it is not. Defaults to
             True.
-        accumulate (bool): Whether the later blocks of a stage see the earlier ones.
-            In the authors' newest U-Net they do not: only the first block of a
-            stage sees one before it, the last of the stage before. Defaults to
-            True.
-        eps (float): What is added to :math:`z` before the division; 0 in the
+        accumulate (bool): Whether later blocks of a stage see earlier ones. In the
+            authors' newest U-Net they do not: only the first block of a stage sees
+            an earlier one, the last block of the previous stage. Defaults to True.
+        eps (float): Constant added to :math:`z` before the division; 0 in the
             authors' U-Net. Defaults to 1e-3.
-        shared_key (bool): Whether the mean of the stage before has its key by the
-            same convolution as the block's own output, as in the authors' U-Net.
-            Defaults to False.
+        shared_key (bool): Compute the key of the previous stage's mean with the same
+            convolution as the block's own key, as in the authors' U-Net. Defaults to
+            False.
         **kwargs: ``norm_cfg``, ``value_act_cfg``, ``zero_init``,
             ``token_norm_cfg``, ``small_init`` and ``init_cfg``, see
             :class:`QKVLayerAttention`.
 
     Raises:
         ValueError: If ``head_attention`` or ``direction`` is unknown,
-            ``temperature`` is not positive, ``eps`` is negative,
-            ``previous_channels`` cannot be shared out among the heads, or as
-            :class:`QKVLayerAttention` does.
+            ``temperature`` is not positive, ``eps`` is negative, or the number of
+            heads does not divide ``previous_channels``, and as in
+            :class:`QKVLayerAttention`.
     """
 
     @dataclass
@@ -107,9 +103,9 @@ class KCLA(QKVLayerAttention):
         Attributes:
             mean (Tensor, optional): :math:`u / z`, (B, C, H, W).
             mass (Tensor, optional): :math:`z`, (B, G).
-            keys (Tensor, optional): Sum of the keys, (B, G, d), where their
-                direction counts.
-            before (KCLA.Memory, optional): What the stage before has ended with.
+            keys (Tensor, optional): Sum of the keys, (B, G, d), with
+                ``direction='sum'``.
+            before (KCLA.Memory, optional): Final memory of the previous stage.
         """
 
         mean: Optional[Tensor] = None
@@ -202,14 +198,14 @@ class KCLA(QKVLayerAttention):
             share = self.per_channel(weight / memory.mass, token)
             memory.mean = torch.lerp(memory.mean.to(token.dtype), token, share)
 
-        # From u / z to u / (z + eps): a factor per head, which commutes with
-        # the depth-wise convolution and so costs nothing beside the next one.
+        # From u / z to u / (z + eps): a factor per head. It commutes with the
+        # depth-wise convolution, so it joins the gate at no extra cost.
         gate = memory.mass / (memory.mass + self.eps)
         if self.head_attention_type != 'none':
             if self.direction == 'sum':
                 memory.keys = key if memory.keys is None else memory.keys + key
                 key, norm = memory.keys, memory.keys.norm(dim=-1)
-            # A key of zeros has no direction and gives a score of 0
+            # A zero key has no direction and gives a score of 0
             scores = (query * key).sum(-1) / norm.clamp_min(1e-12)
             if self.head_attention_type == 'linear':
                 weight = self.head_attention.weight.to(scores.dtype)
@@ -223,21 +219,21 @@ class KCLA(QKVLayerAttention):
     @property
     def scales(self) -> Tensor:
         """Tensor: Temperatures of the heads, (G,), in single precision."""
-        # Not a buffer, which a cast would round and `to_empty` would lose
+        # Not a buffer: a cast would round it and `to_empty` would lose it
         end, device = math.log(self.temperature), self.key.weight.device
         return torch.linspace(end, -end, self.num_heads, device=device).exp()
 
     def weigh(self, norm: Tensor) -> Tensor:
-        """Weight of a token by the norm of its key, (B, G) to (B, G)."""
+        """Weight of a token from the norm of its key, (B, G) to (B, G)."""
         scaled = norm * self.scales.to(norm.dtype)
         return scaled.clamp_max(10).exp() if self.exp_norm else scaled
 
     def _take_over(self, memory: Memory) -> None:
-        """Start with the mean of the stage before, or of the blocks before."""
+        """Start from the mean of the previous stage, or restart within a stage."""
         if self.restarts:
             mean, memory.keys = memory.mean, None
         else:
-            # None too where all attentions there are pruned, or there is none
+            # None if there is no previous stage or all its attentions are pruned
             mean, memory.before = getattr(memory.before, 'mean', None), None
         if not self.accumulate:
             memory.mean = memory.mass = None
@@ -246,7 +242,7 @@ class KCLA(QKVLayerAttention):
             memory.mass = self.weigh(self.heads(key).norm(dim=-1))
 
     def fingerprint(self) -> str:
-        # What is not the default alone, as checkpoints of before have no more
+        # Only values other than the default, as in older checkpoints
         rest = '' if self.relu else ', relu=False'
         rest += '' if self.direction == 'own' else f', direction={self.direction}'
         rest += '' if self.accumulate else ', accumulate=False'
@@ -260,21 +256,21 @@ class KCLA(QKVLayerAttention):
 
 
 class CrossStage(nn.Module):
-    """Bring the mean of a stage to the shape of the next (KCLA, algorithm 1).
+    """Bring the mean of a stage to the shape of the next one (KCLA, algorithm 1).
 
-    A 1x1 convolution, grouped by heads and with the stride of the stage, a
-    normalization, and a key of the result.
+    It applies a 1x1 convolution, grouped by heads and with the stride of the stage,
+    and a normalization, and computes a key of the result.
 
     Args:
         channels (int): Channels ``C`` of the next stage.
         heads (int): Its number of heads ``G``, or 1 for no groups.
-        previous_channels (int, optional): Channels ``C'`` of the stage; None
-            within a stage, where there is no convolution.
+        previous_channels (int, optional): Channels ``C'`` of the stage; None for a
+            restart within a stage, which needs no convolution.
         stride (int): Stride between the two.
         norm_cfg (dict): Normalization.
 
     Raises:
-        ValueError: If ``previous_channels`` is no multiple of ``heads``.
+        ValueError: If ``previous_channels`` is not a multiple of ``heads``.
     """
 
     def __init__(
@@ -288,9 +284,9 @@ class CrossStage(nn.Module):
         super().__init__()
         if previous_channels is not None and previous_channels % heads:
             raise ValueError(
-                f'the {previous_channels} channels of a stage cannot be '
-                f'shared out among the {heads} heads of the next; choose '
-                'another head_dim or cross_stage=False'
+                f'the {heads} heads of a stage do not divide the '
+                f'{previous_channels} channels of the previous stage; choose another '
+                'head_dim or set cross_stage=False'
             )
         self.reduce = (
             nn.Identity()
@@ -311,7 +307,7 @@ class CrossStage(nn.Module):
         nn.init.constant_(self.norm.bias, 0.0)
 
     def forward(self, mean: Tensor):
-        """Map a mean.
+        """Convert a mean to the next stage.
 
         Args:
             mean (Tensor): (B, C', H', W').

@@ -19,47 +19,46 @@ RANK = 2
 class LinearizedMLA(MLA):
     r"""Layer attention without the softmax over the blocks (KCLA, figure 3).
 
-    What has been proposed to make self-attention linear in its tokens, applied
-    to the blocks of a stage as the authors of KCLA do to compare with. The
-    softmax of :class:`MLA` gives way to a product of features of query and key
-    in each head, and the weights add up to no particular number:
+    These are methods that make self-attention linear in the number of tokens, applied
+    to the blocks of a stage. The authors of KCLA compare with them. In each head a
+    product of features of query and key replaces the softmax of :class:`MLA`, and the
+    weights need not sum to 1:
 
     .. math::
         O^t = \sum_{s \le t} (\phi(q^t) \cdot \phi(k^s)) f_V^t(X^s)
 
     - ``'linear'``: :math:`\phi(x) = \mathrm{elu}(x) + 1` (linear attention,
       Katharopoulos et al., 2020).
-    - ``'focused'``: the squares of :math:`\mathrm{ReLU}(x) / a` with the norm that
-      they had before, with learned :math:`a` and a learned position added to
+    - ``'focused'``: the squares of :math:`\mathrm{ReLU}(x) / a`, rescaled to the norm
+      before squaring, with learned :math:`a` and a learned position added to
       :math:`X^t` (FLatten, Han et al., 2023).
-    - ``'hydra'``: :math:`\phi(x) = x / \lVert x \rVert`, over all channels, each a
-      head of its own (Hydra attention, Bolya et al., 2022).
-    - ``'performer'``: sines and cosines of 16 / 2 random projections (random
-      features as in Performers, Choromanski et al., 2021; drawn once and kept in
-      the checkpoint).
-    - ``'linformer'``: keeps the softmax, but over two learned mixtures of the keys
-      and of the values in place of all of them, from the fourth block on (Linformer,
-      Wang et al., 2020).
+    - ``'hydra'``: :math:`\phi(x) = x / \lVert x \rVert` over all channels, with one
+      head per channel (Hydra attention, Bolya et al., 2022).
+    - ``'performer'``: sines and cosines of 8 random projections (random features as
+      in Performers, Choromanski et al., 2021), drawn once and stored in the
+      checkpoint.
+    - ``'linformer'``: from the fourth block on, a softmax over two learned mixtures
+      of all keys and of all values (Linformer, Wang et al., 2020).
 
-    Every block has transforms of its own here, so that nothing of the sum can be
-    kept from one block to the next: cost and memory grow with the square of the
-    number of blocks, as KCLA notes (section V-D).
+    Each block has its own transforms, so no partial sum carries over to the next
+    block: cost and memory grow with the square of the number of blocks, as KCLA notes
+    (section V-D).
 
-    The authors' performer and Linformer differ in details: the one keeps the keys and
-    values of earlier blocks, the other has biases in the mixtures.
+    The authors' implementations differ in details: their performer keeps the keys and
+    values of earlier blocks, and their Linformer has biases in the mixtures.
 
     Args:
         channels (int): Channels ``C`` of the block's output.
-        head_dim (int): Channels ``d`` of one head. The authors have 8 for
-            ``'linear'``, 16 for the others. Defaults to 32.
-        kind (str): Which, see above. Defaults to ``'linear'``.
-        block (int): Index of the block in its stage, filled in by the backbone.
-            Defaults to 0.
-        **kwargs: See :class:`MLA`. The authors have ``relu=False`` for
-            ``'focused'`` and ``'hydra'``.
+        head_dim (int): Channels ``d`` of one head. The authors use 8 for
+            ``'linear'`` and 16 for the others. Defaults to 32.
+        kind (str): The method, see above. Defaults to ``'linear'``.
+        block (int): Index of the block in its stage. The backbone sets it. Defaults
+            to 0.
+        **kwargs: See :class:`MLA`. The authors use ``relu=False`` for ``'focused'``
+            and ``'hydra'``.
 
     Raises:
-        ValueError: If ``kind`` is unknown, or as :class:`MLA` does.
+        ValueError: If ``kind`` is unknown, and as in :class:`MLA`.
     """
 
     prunable = False
@@ -94,7 +93,7 @@ class LinearizedMLA(MLA):
             self.mix_values = nn.Linear(block + 1, RANK, bias=False)
 
     def store(self, x: Tensor, memory: MLA.Memory) -> None:
-        """Leave the output of the block in the memory."""
+        """Add the output of the block to the memory."""
         super().store(x + self.position if self.kind == 'focused' else x, memory)
 
     def weights(self, query: Tensor, keys: Tensor, memory: MLA.Memory) -> Tensor:
@@ -103,7 +102,7 @@ class LinearizedMLA(MLA):
         Args:
             query (Tensor): (B, G, 1, d).
             keys (Tensor): (B, G, t, d).
-            memory (StageMemory): Not used: there is no distribution to observe.
+            memory (StageMemory): Not used, because there is no distribution.
 
         Returns:
             Tensor: (B, G, t); for ``'hydra'``, (B, G d, t).
@@ -129,11 +128,11 @@ class LinearizedMLA(MLA):
         return powers / _norm(powers) * _norm(x)
 
     def _low_rank(self, query: Tensor, keys: Tensor) -> Tensor:
-        """Weights by way of two mixtures of keys and two of values."""
+        """Weights from two mixtures of keys and two of values."""
         if not hasattr(self, 'mix_keys'):
             scores = (query * keys).sum(-1) / math.sqrt(query.shape[-1])
             return scores.softmax(-1)
-        count = keys.shape[2]  # fewer where earlier attentions are pruned
+        count = keys.shape[2]  # fewer if earlier attentions are pruned
         mix = self.mix_keys.weight[:, :count].to(keys.dtype)
         scores = (query * (mix @ keys)).sum(-1) / math.sqrt(query.shape[-1])
         return scores.softmax(-1) @ self.mix_values.weight[:, :count].to(keys.dtype)
@@ -143,5 +142,5 @@ class LinearizedMLA(MLA):
 
 
 def _norm(x: Tensor) -> Tensor:
-    """Norm over all channels, heads taken together: (B, G, t, d) to (B, 1, t, 1)."""
+    """Norm over all heads and channels, (B, G, t, d) to (B, 1, t, 1)."""
     return x.norm(dim=(1, 3), keepdim=True).clamp_min(1e-12)

@@ -13,8 +13,8 @@ from .mrla_base import MRLABase
 class MLA(MRLABase):
     r"""Multi-head layer attention, the quadratic original (MRLA, eq. 3 and 4).
 
-    Unlike in :class:`MRLABase`, block ``t`` computes the keys and values of
-    all blocks of its stage so far with its own transforms:
+    Unlike :class:`MRLABase`, block ``t`` computes the keys and values of all blocks of
+    its stage so far with its own transforms:
 
     .. math::
         a^t = \mathrm{softmax}_{s \le t}(f_Q^t(X^t) \cdot f_K^t(X^s) /
@@ -22,41 +22,38 @@ class MLA(MRLABase):
         O^t = \sum_{s \le t} a^t_s f_V^t(X^s), \quad
         Y^t = X^t + \mathrm{DropPath}(\mathrm{ReLU}(\mathrm{BN}(O^t)))
 
-    So each block of a stage costs as many value convolutions as there are
-    blocks before it. :math:`X^s` is a block's output before its attention.
+    So block ``t`` runs ``t`` value convolutions. :math:`X^s` is a block's output before
+    its attention.
 
-    An attention pruned with ``keep_value`` lets the later ones go on to see
-    its block's output; no parameter of its own is needed for that.
+    With ``keep_value``, later attentions still see the block output of a pruned one,
+    which needs no parameters.
 
     Args:
         channels (int): Channels ``C`` of the block's output.
         head_dim (int): Channels ``d`` of one head. Defaults to 32.
-        replace (bool): Let BN(O) take the place of the block's output instead
-            of adding ReLU(BN(O)) to it, as in the network of eq. 4 that the
-            authors published for ImageNet. Defaults to False.
-        mixed_heads (bool): Cut keys and values into heads as that network does:
-            its code views (B, t, C) as (B, G, t, d) without moving the blocks
-            behind the heads, so that from the second block of a stage on, the
-            tokens of a head are pieces of several blocks and channels. For
-            checkpoints of it; there is then no distribution over blocks to
-            measure redundancy on. Defaults to False.
+        replace (bool): Replace the block's output with BN(O) instead of adding
+            ReLU(BN(O)) to it, as in the network of eq. 4 that the authors published
+            for ImageNet. Defaults to False.
+        mixed_heads (bool): Split keys and values into heads as that network does. Its
+            code views (B, t, C) as (B, G, t, d) without moving the blocks behind the
+            heads, so from the second block of a stage on, the tokens of a head mix
+            pieces of several blocks and channels. Use it for checkpoints of that
+            network; there is no distribution over blocks to measure redundancy on
+            then. Defaults to False.
         **kwargs: See :class:`MRLABase`.
 
     Raises:
         ValueError: If ``replace`` is set together with ``drop_path``,
-            ``zero_init``, ``small_init`` or ``relu``, or as
-            :class:`MRLABase` does.
+            ``zero_init``, ``small_init`` or ``relu``, and as in :class:`MRLABase`.
     """
 
     @dataclass
     class Memory(StageMemory):
-        """What block ``t`` sees of the blocks ``s`` before it.
+        """Outputs of the blocks so far.
 
         Attributes:
-            inputs (list[Tensor]): Their outputs :math:`X^s`, each
-                (B, C, H, W).
-            pooled (list[Tensor]): The same averaged over space, each
-                (B, 1, C).
+            inputs (list[Tensor]): The outputs :math:`X^s`, each (B, C, H, W).
+            pooled (list[Tensor]): The same averaged over space, each (B, 1, C).
         """
 
         inputs: List[Tensor] = field(default_factory=list)
@@ -73,12 +70,12 @@ class MLA(MRLABase):
         **kwargs,
     ) -> None:
         if replace:
-            # Each of them speaks of what is added to the output
+            # These arguments only affect what is added to the output
             for name in ('drop_path', 'zero_init', 'small_init', 'relu'):
                 if kwargs.get(name):
                     raise ValueError(
-                        f'replace=True adds nothing to the output of a block, so '
-                        f'{name}={kwargs[name]} cannot be set'
+                        f'{name}={kwargs[name]} cannot be set together with '
+                        'replace=True, which adds nothing to the output of a block'
                     )
             kwargs['relu'] = False
         super().__init__(channels, head_dim, **kwargs)
@@ -108,7 +105,7 @@ class MLA(MRLABase):
         return retrieved if self.replace else super().combine(features, retrieved)
 
     def store(self, x: Tensor, memory: Memory) -> None:
-        """Leave the output of the block in the memory."""
+        """Add the output of the block to the memory."""
         memory.inputs.append(x)
         memory.pooled.append(pool(x))
 

@@ -20,44 +20,42 @@ from .base import QKVLayerAttention, StageMemory, pool
 class MRLABase(QKVLayerAttention):
     r"""MRLA-base: multi-head recurrent layer attention (MRLA, eq. 6 and 9).
 
-    Block ``t`` asks the keys that it and the earlier blocks of its stage have
-    left in the memory, and sums their values:
+    Block ``t`` compares its query with its own key and with the keys of the earlier
+    blocks of its stage, and sums their values with the resulting weights:
 
     .. math::
         a^t = \mathrm{softmax}_{s \le t}(q^t \cdot k^s / \sqrt d), \quad
         O^t = \sum_{s \le t} a^t_s V^s, \quad
         Y^t = X^t + \mathrm{DropPath}(\mathrm{ReLU}(\mathrm{BN}(O^t)))
 
-    Without a normalization (``norm_cfg=None``, in transformers) there is no
-    ReLU either.
+    Without a normalization (``norm_cfg=None``, as in transformers) there is no ReLU.
 
     Args:
         channels (int): Channels ``C`` of the block's output.
         head_dim (int): Channels ``d`` of one head. Defaults to 32.
-        backend (str): How the sum is computed, see
-            :func:`mmela.ops.layer_weighted_sum`; with ``'auto'``, on a CPU
-            together with the normalization where that can be done, see
-            :func:`mmela.ops.can_norm_sum`. ``'compile'`` has ``torch.compile`` fuse
-            all of :meth:`forward`, see :class:`mmela.ops.CompiledForward`.
-            Defaults to ``'auto'``.
-        relu (bool): Have a ReLU after the normalization; some of the networks
-            that the authors published have none. Defaults to True.
+        backend (str): How to compute the sum, see
+            :func:`mmela.ops.layer_weighted_sum`. ``'auto'`` computes it on a CPU
+            together with the normalization where possible, see
+            :func:`mmela.ops.can_norm_sum`. ``'compile'`` fuses all of :meth:`forward`
+            with ``torch.compile``, see :class:`mmela.ops.CompiledForward`. Defaults
+            to ``'auto'``.
+        relu (bool): Apply a ReLU after the normalization. Some of the networks that
+            the authors published have none. Defaults to True.
         **kwargs: ``drop_path``, ``norm_cfg``, ``value_act_cfg``,
             ``zero_init``, ``token_norm_cfg``, ``small_init`` and ``init_cfg``,
             see :class:`QKVLayerAttention`.
 
     Raises:
-        ValueError: If there is no such ``backend``, or as
-            :class:`QKVLayerAttention` does.
+        ValueError: If ``backend`` is unknown, and as in :class:`QKVLayerAttention`.
     """
 
     @dataclass
     class Memory(StageMemory):
-        """What block ``t`` sees of the blocks ``s`` before it.
+        """Keys and values of the blocks so far.
 
         Attributes:
-            keys (list[Tensor]): Their keys, each (B, G, d).
-            values (list[Tensor]): Their values, each (B, C, H, W).
+            keys (list[Tensor]): The keys, each (B, G, d).
+            values (list[Tensor]): The values, each (B, C, H, W).
         """
 
         keys: List[Tensor] = field(default_factory=list)
@@ -91,28 +89,28 @@ class MRLABase(QKVLayerAttention):
         Args:
             query (Tensor): (B, G, 1, d).
             keys (Tensor): (B, G, t, d).
-            memory (StageMemory): Memory of the stage, which gets the scores.
+            memory (StageMemory): Memory of the stage; the scores are added to it.
 
         Returns:
             Tensor: (B, G, t).
         """
-        # A product and a sum, not a matmul, which autocast would do in half
+        # Not a matmul, which autocast would compute in half precision
         scores = (query * keys).sum(-1)  # (B, G, t)
         scores = scores / math.sqrt(query.shape[-1])
         memory.scores.append(scores)
         return scores.softmax(-1)
 
     def retrieve(self, attn: Tensor, values: List[Tensor]) -> Tensor:
-        """Sum the values, normalize, ReLU.
+        """Sum the values, normalize, and apply the ReLU.
 
         Args:
             attn (Tensor): Weights of the blocks, (B, G, t).
             values (list[Tensor]): Their values, each (B, C, H, W).
 
         Returns:
-            Tensor: What is retrieved, (B, C, H, W).
+            Tensor: The retrieved features, (B, C, H, W).
         """
-        # Of a single value, that takes its weight for a softmax, which is 1
+        # For a single value, `normed_sum` assumes a softmax, whose weight is 1
         fits = self.prunable or len(values) > 1
         if (
             fits
@@ -124,13 +122,13 @@ class MRLABase(QKVLayerAttention):
         return self.norm_relu(layer_weighted_sum(attn, values, self.backend))
 
     def store(self, x: Tensor, memory: Memory) -> Tensor:
-        """Leave key and value in the memory; returns X pooled, (B, 1, C)."""
+        """Add key and value to the memory; returns X pooled, (B, 1, C)."""
         pooled = pool(x)
         memory.keys.append(self.heads(self.key(pooled)))
         memory.values.append(self.value_act(self.value(x)))
         return pooled
 
     def fingerprint(self) -> str:
-        # As in checkpoints of versions without the argument where it is True
+        # Checkpoints saved before the argument existed have no entry for the default
         relu = '' if self.relu else ', relu=False'
         return f'{super().fingerprint()[:-1]}{relu})'

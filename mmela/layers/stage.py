@@ -1,10 +1,10 @@
 """A stage: consecutive blocks whose attentions share a memory.
 
 An attention is the submodule ``layer_attn`` of its block and runs from the block's
-own hooks, :func:`before_block` and :func:`after_block`. They act on the module that
-they are called with, so copies and replicas of a network run on their own. What a
-forward pass needs is kept by thread and not in modules; a hook of the network,
-:class:`PassHook`, drops it when the pass ends, however it ends.
+hooks, :func:`before_block` and :func:`after_block`. The hooks act on the module that
+they are called with, so copies and replicas of a network are independent. The state of
+a forward pass is kept per thread and not in modules; :class:`PassHook`, a hook of the
+network, drops it when the pass ends in any way.
 """
 
 import itertools
@@ -21,19 +21,19 @@ from .features import Features, tensors
 
 
 class Stage:
-    """What the attentions of one stage have in common, without any module.
+    """The state that the attentions of one stage share. It holds no module.
 
     Args:
         blocks (Sequence[str]): Names of all blocks of the stage in the network, in
-            the order in which they run, those without an attention too.
+            the order in which they run, including those without an attention.
         number (int): Its index among the stages of the network. Defaults to 0.
 
     Attributes:
-        before (Stage, optional): The stage whose memory this one starts with.
+        before (Stage, optional): The stage whose memory this one starts from.
         size (int): Number of attentions.
-        reached (list[bool]): For each attention, whether a forward pass has come to
-            it; replicas of a network note it here too.
-        hands_over (bool): Whether another stage starts with its memory.
+        reached (list[bool]): For each attention, whether it has run in this network
+            or in one of its replicas.
+        hands_over (bool): Whether another stage starts from its memory.
         observer (callable, optional): Called after each forward pass with the
             scores of the active attentions, those of
             :class:`mmela.layers.StageMemory`, without gradient. None, the default,
@@ -49,7 +49,7 @@ class Stage:
         self.observer: Optional[Callable[[List[Tensor]], None]] = None
 
     def set_size(self, size: int) -> None:
-        """Have ``size`` attentions."""
+        """Set the number of attentions and mark all of them as not reached."""
         self.size = size
         self.reached = [False] * size
 
@@ -59,16 +59,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an attention is in its network: plain values, equal in all copies.
+    """The place of an attention in its network: plain values, equal in all copies.
 
     Attributes:
         stage (Stage): Its stage.
         block (str): Name of its block in the network.
-        index (int): Number of the attentions of the stage before it.
-        features (Features): Where the features are in the block's output.
+        index (int): Index among the attentions of the stage.
+        features (Features): Where the block's output holds the features.
         inputs (tuple): Path to the features in the block's positional arguments.
         shortcut (str, optional): Name, in the block, of the module that brings the
-            input to the shape of the output. Defaults to None: it has that shape.
+            input to the shape of the output. Defaults to None: the shapes agree.
         changes_input (bool): Whether the block writes into its input. Defaults to
             False.
     """
@@ -83,13 +83,13 @@ class Place:
 
 
 class _Run:
-    """A stage in the course of one forward pass."""
+    """The progress of a stage in one forward pass."""
 
     def __init__(self, memory: Any) -> None:
-        self.memory = memory  # a StageMemory of the attentions' own kind
+        self.memory = memory  # the ``Memory`` of the attention class
         self.done = 0  # blocks with an attention that have run
-        self.block: Optional[nn.Module] = None  # the one that is running
-        self.version: Optional[int] = None  # of its input
+        self.block: Optional[nn.Module] = None  # the block that is running
+        self.version: Optional[int] = None  # version of its input
 
 
 class _Running(threading.local):
@@ -108,11 +108,10 @@ _pass_numbers = itertools.count()
 
 
 class _Arguments(dict):
-    """Keyword arguments of a network that is running.
+    """Keyword arguments of a running network, which hold the state of its pass.
 
-    Only the frame of its call holds them. So they go, and with them what the pass
-    has kept, as soon as the call ends in whatever way, Ctrl-C included, after which
-    no hook is called.
+    Only the frame of the call refers to them. So they are freed, and the state with
+    them, when the call ends in any way, even by Ctrl-C, which calls no hook.
     """
 
     stages: Sequence[Stage] = ()
@@ -120,16 +119,16 @@ class _Arguments(dict):
 
     def __del__(self) -> None:
         for stage in self.stages:
-            # A traceback may keep the frame alive until after the next pass began
+            # A traceback may keep the frame alive beyond the start of the next pass
             if _running.passes.get(stage) == self.number:
                 del _running.passes[stage]
                 _running.drop(stage)
 
 
 class PassHook:
-    """Forward pre-hook of a network: a pass takes over nothing from an earlier one.
+    """Forward pre-hook of a network that clears the state of earlier passes.
 
-    To be registered with ``with_kwargs=True``.
+    Register it with ``with_kwargs=True``.
 
     Args:
         stages (Sequence[Stage]): The stages of the network.
@@ -143,16 +142,16 @@ class PassHook:
     ) -> Optional[Tuple[tuple, dict]]:
         if is_compiling():
             return None
-        held = _Arguments(kwargs)
-        held.stages, held.number = self.stages, next(_pass_numbers)
+        arguments = _Arguments(kwargs)
+        arguments.stages, arguments.number = self.stages, next(_pass_numbers)
         for stage in self.stages:
             _running.drop(stage)
-            _running.passes[stage] = held.number
-        return args, held
+            _running.passes[stage] = arguments.number
+        return args, arguments
 
 
 def attach_hooks(block: nn.Module) -> List[Any]:
-    """Have a block run its ``layer_attn``.
+    """Register the hooks that run a block's ``layer_attn``.
 
     Args:
         block (nn.Module): The block.
@@ -162,13 +161,13 @@ def attach_hooks(block: nn.Module) -> List[Any]:
     """
     return [
         block.register_forward_pre_hook(before_block, with_kwargs=True),
-        # First of all: other hooks see the output with the attention.
+        # First, so that other hooks see the output with the attention
         block.register_forward_hook(after_block, with_kwargs=True, prepend=True),
     ]
 
 
 def before_block(block: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Forward pre-hook of a block: have the memory of its stage at hand.
+    """Forward pre-hook of a block: start or continue the run of its stage.
 
     Args:
         block (nn.Module): The block, with its attention as ``layer_attn``.
@@ -193,7 +192,7 @@ def before_block(block: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 def after_block(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-    """Forward hook of a block: run its attention as far as it is not pruned.
+    """Forward hook of a block: run its attention unless it is pruned.
 
     Args:
         block (nn.Module): The block.
@@ -202,19 +201,22 @@ def after_block(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any
         output (Any): Its output.
 
     Returns:
-        Any: The output with what the attention retrieves.
+        Any: The output with the retrieved features added.
 
     Raises:
-        RuntimeError: If the output is not of the form that it had when the
-            attention was attached; it names the block.
+        RuntimeError: If the output does not have the form that it had when the
+            attention was attached; the error names the block.
     """
     attention: Any = block.layer_attn
     place: Place = attention.place
     stage = place.stage
     run = _running.runs.get(stage)
     if run is None or run.block is not block:
-        raise RuntimeError(f'layer attention: block {place.block} runs within itself')
-    # Nothing is left where an error ends the pass here.
+        raise RuntimeError(
+            f'layer attention: block {place.block} calls itself; leave it out with '
+            'blocks=[...]'
+        )
+    # Delete it first, so that an error below leaves nothing behind.
     del _running.runs[stage]
     run.block = None
     run.done += 1
@@ -227,7 +229,7 @@ def after_block(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any
         new = attention.update(x, run.memory, everything, output)
     except ValueError as error:
         raise RuntimeError(
-            f'layer attention: block {place.block} {error}; leave it out by '
+            f'layer attention: block {place.block} {error}. Leave it out with '
             'blocks=[...]'
         ) from error
     if run.done < stage.size:
@@ -238,7 +240,7 @@ def after_block(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any
 
 
 def _start(attention: LayerAttention, args: tuple) -> _Run:
-    """Begin a stage; what an interrupted pass may have left is gone."""
+    """Begin a stage, and drop what an interrupted pass may have left."""
     stage = attention.place.stage
     memory: Any = attention.Memory()
     memory.first = attention
@@ -248,42 +250,42 @@ def _start(attention: LayerAttention, args: tuple) -> _Run:
 
 
 def _current(place: Place) -> _Run:
-    """The run of the pass that a block is part of."""
+    """The run of the stage in the current pass."""
     run = _running.runs.get(place.stage)
     if run is None or run.block is not None or run.done != place.index:
         _running.runs.pop(place.stage, None)
         raise RuntimeError(
-            f'layer attention: block {place.block} runs in a pass in which the blocks '
-            f'of its stage before it ({", ".join(place.stage.blocks)}) have not all '
-            'run. Blocks that are skipped at random, that run alone, or that '
-            'activation checkpointing runs again from outside (use with_cp=True, '
-            'which does so within the block) cannot have one; leave them out by '
-            'blocks=[...]'
+            f'layer attention: block {place.block} runs, but not all earlier blocks of '
+            f'its stage ({", ".join(place.stage.blocks)}) have run in this pass. A '
+            'block cannot have an attention if it is skipped at random, runs alone, or '
+            'is rerun by activation checkpointing around it; leave it out with '
+            'blocks=[...]. For checkpointing, use with_cp=True, which works within '
+            'the block'
         )
     return run
 
 
 def _taken_over(before: Stage, args: tuple) -> StageMemory:
-    """Memory that the stage before has ended with."""
+    """The final memory of the previous stage."""
     memory = _running.handed_over.pop(before, None)
-    found = (
+    stored = (
         [] if memory is None else list(filter(torch.is_tensor, vars(memory).values()))
     )
-    lost = found and not any(t.requires_grad for t in found)
-    needs = any(t.requires_grad for _, t in tensors(args))
-    if memory is None or needs and lost:
+    detached = stored and not any(t.requires_grad for t in stored)
+    needs_grad = any(t.requires_grad for _, t in tensors(args))
+    if memory is None or needs_grad and detached:
         raise RuntimeError(
-            'layer attention: a stage takes over the memory of the stage before '
+            'layer attention: a stage starts from the memory of the previous stage '
             f'({", ".join(before.blocks)}), which '
-            f'{"is not there" if memory is None else "has no gradient"}. That is so '
-            'where activation checkpointing runs whole stages: use with_cp=True, '
-            'which checkpoints blocks, or cross_stage=False.'
+            f'{"does not exist" if memory is None else "has no gradient"}, as happens '
+            'if activation checkpointing runs whole stages. Use with_cp=True, which '
+            'checkpoints blocks, or set cross_stage=False'
         )
     return memory
 
 
 def _finish(stage: Stage, memory: StageMemory) -> None:
-    """Pass on what a forward pass has left in its memory."""
+    """Give the memory of a finished pass to the observer and the next stage."""
     if stage.observer is not None:
         stage.observer([scores.detach() for scores in memory.scores])
     if stage.hands_over:
@@ -291,38 +293,40 @@ def _finish(stage: Stage, memory: StageMemory) -> None:
         _running.handed_over[stage] = memory
 
 
-# -- what an attention sees within its block -----------------------------------
+# -- access to the inside of a block --------------------------------------------
 
 
 def _input(place: Place, everything: tuple) -> Tensor:
-    """The features that a block gets."""
-    found: Any = everything
+    """The features in the arguments of a block."""
+    features: Any = everything
     for key in place.inputs:
-        found = found[key]
-    return found
+        features = features[key]
+    return features
 
 
 def _complete_identity(
     block: nn.Module, run: _Run, everything: tuple, output: Any
 ) -> None:
-    """Have in the memory, as a map, the identity that a block has added."""
+    """Store the identity that a block has added, as a map, in the memory."""
     attention: Any = block.layer_attn
     place, memory = attention.place, run.memory
     x = _input(place, everything)
     if place.shortcut is not None:
-        # A tap has kept what the block's own shortcut returned.
-        lost = memory.shortcut is None or (
-            # Reentrant checkpointing computes without gradients at first.
+        # A tap has stored the output of the block's shortcut.
+        unusable = memory.shortcut is None or (
+            # Reentrant checkpointing first runs without gradients.
             place.features.get(output).requires_grad
             and not memory.shortcut.requires_grad
         )
         identity = memory.shortcut
-        if lost:
+        if unusable:
             identity = block.get_submodule(place.shortcut)(x)
         memory.identity, memory.shortcut = identity, None
     elif run.version is not None and not place.changes_input:
         if x._version != run.version:
-            raise ValueError('writes into its input, which it did not in the trial')
+            raise ValueError(
+                'writes into its input, but did not when its attention was attached'
+            )
     if place.features.layout != 'BCHW':
         identity = memory.identity
         if hasattr(attention, 'identity_norm'):
@@ -331,15 +335,15 @@ def _complete_identity(
 
 
 class Tap:
-    """Forward hook of a submodule that an attention reaches into.
+    """Forward hook of a submodule whose output an attention reads or replaces.
 
     Args:
         attention (LayerAttention): The attention.
         name (str): Name of the submodule in its block.
-        method (str): Name of the attention's method for the submodule. That gets
-            the submodule's input, its output and the memory, or None for the memory
-            where the submodule runs without its block, and returns what takes the
-            place of the output, or None.
+        method (str): Name of the attention's method for the submodule. The method
+            takes the submodule's input and output and the memory, which is None if
+            the submodule runs outside of its block. It returns a new output, or None
+            to keep the output.
     """
 
     def __init__(self, attention: LayerAttention, name: str, method: str) -> None:
@@ -352,7 +356,7 @@ class Tap:
         memory = None
         for run in _running.runs.values():
             if run.block is not None and _part(run.block, self.name) is module:
-                # The attention of the copy that runs, such as a replica
+                # Use the attention of the copy that is running, such as a replica.
                 attention, memory = run.block.layer_attn, run.memory
         if not attention.active:
             return None
@@ -360,7 +364,7 @@ class Tap:
 
 
 def _part(block: nn.Module, name: str) -> Any:
-    """A submodule, also by a property such as ``norm3``; None if there is none."""
+    """A submodule, or a property such as ``norm3``; None if it does not exist."""
     part: Any = block
     for attribute in name.split('.'):
         part = getattr(part, attribute, None)
@@ -370,7 +374,7 @@ def _part(block: nn.Module, name: str) -> Any:
 def ensure_tap(
     block: nn.Module, name: str, attention: LayerAttention, method: str
 ) -> Any:
-    """Have a submodule call an attention, also one that took another's place.
+    """Add a tap to a submodule unless it has one; a replaced submodule needs a new tap.
 
     Args:
         block (nn.Module): The block.
@@ -379,17 +383,17 @@ def ensure_tap(
         method (str): See :class:`Tap`.
 
     Returns:
-        RemovableHandle | None: To remove it; None if it was there.
+        RemovableHandle | None: Handle that removes the tap; None if there was one.
 
     Raises:
-        RuntimeError: If the block has no such submodule any more.
+        RuntimeError: If the block no longer has that submodule.
     """
     module = _part(block, name)
     if module is None:
         raise RuntimeError(
             f'layer attention: block {attention.place.block} has lost its {name}, '
-            f'which {type(attention).__name__} needs; convert the network before you '
-            'give it attentions, or leave the block out by blocks=[...]'
+            f'which {type(attention).__name__} needs. Convert the network before you '
+            'attach attentions, or leave the block out with blocks=[...]'
         )
     for hook in module._forward_hooks.values():
         if isinstance(hook, Tap) and hook.method == method:

@@ -1,4 +1,4 @@
-"""What is left of a layer attention, and how a checkpoint holds it."""
+"""The pruning state of a layer attention, and its encoding in a checkpoint."""
 
 from enum import IntEnum
 from typing import Tuple
@@ -8,30 +8,30 @@ from torch import Tensor
 
 
 class AttentionState(IntEnum):
-    """What is left of a layer attention."""
+    """The pruning state of a layer attention."""
 
     ACTIVE = 0
     """Nothing is pruned."""
     VALUE_ONLY = 1
-    """Retrieves nothing, but later layers still see its key and value."""
+    """It retrieves nothing, but later layers still see its key and value."""
     PRUNED = 2
-    """Removed whole: its block is a plain residual block."""
+    """It is removed: its block is a plain residual block."""
 
 
-# Floating-point numbers, which averages and casts treat as they treat weights. The
-# sign tells them apart: an average of an active and a pruned one is positive, as that
-# of a pruned one is, whatever the weights.
+# Floating-point codes, so that averages and casts of networks treat them like
+# weights. The sign decides: any average of an active and a pruned network is
+# positive, like the code of the pruned one.
 CODES = {
     AttentionState.ACTIVE: 0.0,
     AttentionState.VALUE_ONLY: -1.25,
     AttentionState.PRUNED: 2.0,
 }
-# What a running average may have lost by rounding
+# Rounding error that a running average may have
 TOLERANCE = 1e-3
 
 
 def encode(state: AttentionState) -> float:
-    """The number that a buffer or a checkpoint holds for a state.
+    """Encode a state as the number that a buffer or a checkpoint holds.
 
     Args:
         state (AttentionState): The state.
@@ -43,11 +43,10 @@ def encode(state: AttentionState) -> float:
 
 
 def decode(value: Tensor) -> Tuple[AttentionState, bool]:
-    """The state that a buffer or a checkpoint holds.
+    """Decode the number that a buffer or a checkpoint holds.
 
-    An average of networks whose states differ lies between the codes. What one of
-    them has pruned is taken as pruned, or as reduced to its value, since pruning is not
-    undone.
+    An average of networks with different states lies between the codes. It decodes to
+    the pruned state, because pruning is never undone.
 
     Args:
         value (Tensor): One number: a code of :func:`encode`, or an integer of
@@ -55,13 +54,13 @@ def decode(value: Tensor) -> Tuple[AttentionState, bool]:
 
     Returns:
         tuple[AttentionState, bool]: The state, and whether the number was exact
-        and not an average of several states.
+        rather than an average of several states.
 
     Raises:
-        ValueError: If it is neither a state nor between two of them.
+        ValueError: If the number is neither a code nor between two of them.
     """
     if value.numel() != 1 or value.is_complex():
-        raise ValueError(f'a state of shape {tuple(value.shape)} is not one number')
+        raise ValueError(f'state has shape {tuple(value.shape)}, not one real number')
     number = float(value)
     low, high = CODES[AttentionState.VALUE_ONLY], CODES[AttentionState.PRUNED]
     if not value.is_floating_point():
@@ -74,17 +73,24 @@ def decode(value: Tensor) -> Tuple[AttentionState, bool]:
             return AttentionState.VALUE_ONLY, number - low <= TOLERANCE
         return AttentionState.PRUNED, high - number <= TOLERANCE
     raise ValueError(
-        f'state {number:g} is unknown; allowed are {CODES[AttentionState.ACTIVE]:g} '
+        f'state={number:g} is unknown; allowed are {CODES[AttentionState.ACTIVE]:g} '
         f'(active), {low:g} (value only) and {high:g} (pruned)'
     )
 
 
 def encode_text(text: str) -> Tensor:
-    """Text as a tensor, (N,), in single precision, which a float16 holds too."""
+    """Encode text in a tensor that keeps every byte when cast to half precision.
+
+    Args:
+        text (str): The text.
+
+    Returns:
+        Tensor: Its bytes, (N,), in single precision.
+    """
     return torch.tensor(list(text.encode()), dtype=torch.float32)
 
 
 def decode_text(codes: Tensor) -> str:
-    """The text of :func:`encode_text`, after casts and averages too."""
+    """Decode the tensor of :func:`encode_text`, even after casts and averages."""
     numbers = codes.detach().float().round().clamp(0, 255).to(torch.uint8)
     return bytes(numbers.flatten().tolist()).decode(errors='replace')

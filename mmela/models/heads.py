@@ -5,11 +5,11 @@ from torch import Tensor, nn
 
 @MODELS.register_module()
 class DropoutLinearClsHead(LinearClsHead):
-    """MMPretrain's linear classifier behind a dropout, as EfficientNet has it.
+    """MMPretrain's linear classifier after a dropout, as in EfficientNet.
 
     Args:
         *args: Positional arguments of ``LinearClsHead``.
-        dropout (float): Probability of dropping a feature. Defaults to 0.2.
+        dropout (float): Dropout rate of the features. Defaults to 0.2.
         **kwargs: Keyword arguments of ``LinearClsHead``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""``backend='compile'``: attentions that ``torch.compile`` fuses, each by itself."""
+"""``backend='compile'``: compile each attention separately with ``torch.compile``."""
 
 import logging
 from types import FunctionType
@@ -12,27 +12,26 @@ from .layer_weighted_sum import is_compiling
 
 # The compiler behind torch.compile
 COMPILER = 'inductor'
-# torch 2.0 traces no autograd functions
+# torch 2.0 cannot trace autograd functions
 TOO_OLD = not hasattr(torch, 'compiler')
-# Types of devices that it has failed on
+# Device types on which compiling has failed
 _failed: List[str] = []
 
 
 class CompiledForward:
-    """Forward pass of a layer attention, compiled apart from the network's.
+    """Compiled forward pass of one layer attention.
 
-    A graph holds for one length of the lists in the memory. So a pruning decision has
-    the later attentions of a stage compiled once more, and no others. Images of another
-    size are one more graph, which is for all sizes.
+    A graph is valid for one length of the lists in the memory, so after a pruning only
+    the later attentions of that stage are compiled again. A second image size adds one
+    more graph, which then works for all sizes.
 
-    Where nothing can be compiled (no C++ compiler, no Triton, a torch or a Python that
-    ``torch.compile`` does not know), the attention runs eagerly, and one line in the
-    log says why. It also does while something watches it (hooks, tracing, a
-    dispatch mode), which a graph would pass by, and within a network that is being
-    compiled or exported as a whole, whose graph it is then part of.
+    If compiling fails (no C++ compiler, no Triton, an unsupported torch or Python), the
+    attention runs eagerly and one log line gives the reason. It also runs eagerly while
+    hooks, tracing or a dispatch mode watch it, since a graph would bypass them, and
+    while the whole network is being compiled or exported.
 
-    It keeps no reference to an attention, so copies of one, replicas and pickles need
-    nothing special; a copy is compiled anew.
+    It holds no reference to an attention, so copies, replicas and pickles need no
+    special care; a copy is compiled again.
     """
 
     _lengths: Tuple[int, ...] = ()
@@ -48,13 +47,13 @@ class CompiledForward:
 
         Args:
             attention (nn.Module): The attention.
-            eager (callable): Runs it eagerly, hooks included; takes ``x`` and
-                ``memory``.
+            eager (callable): Function of ``x`` and ``memory`` that runs the attention
+                eagerly, with its hooks.
             x (Tensor): Output of the block, (B, C, H, W).
             memory (StageMemory): Memory of the stage, which is extended.
 
         Returns:
-            Tensor: What is retrieved, (B, C, H, W).
+            Tensor: The retrieved features, (B, C, H, W).
         """
         device = x.device.type
         if device in ('meta', *_failed) or not can_compile() or _is_watched(attention):
@@ -70,7 +69,7 @@ class CompiledForward:
         try:
             return function(attention, x, memory)
         except _compiler_error() as error:
-            # Raised before anything has run, so the memory is what it was
+            # Raised before anything ran, so the memory is unchanged
             return self._give_up(device, error, eager, x, memory)
 
     def _give_up(
@@ -80,8 +79,8 @@ class CompiledForward:
         _failed.append(device)
         reason = ' '.join(str(error).split())[:200]
         print_log(
-            f"backend='compile' cannot compile for {device!r}, so layer attention "
-            f'runs eagerly: {reason}',
+            f"backend='compile' fails on {device!r}, so layer attention runs "
+            f'eagerly there: {reason}',
             logger='current',
             level=logging.WARNING,
         )
@@ -89,11 +88,11 @@ class CompiledForward:
 
 
 def can_compile() -> bool:
-    """Whether a module may be compiled by itself at this moment.
+    """Whether a single module may be compiled now.
 
     Returns:
         bool: False while something records or intercepts operators, such as an
-        export, a trace, a FLOP counter, or ``torch.func``.
+        export, a trace, a FLOP counter or ``torch.func``.
     """
     return (
         not is_compiling()
@@ -104,9 +103,9 @@ def can_compile() -> bool:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether hooks would be passed by, or the module is not its own."""
+    """Whether a graph would bypass hooks, or the module is a replica."""
     return (
-        getattr(module, '_is_replica', False)  # of DataParallel, in a thread
+        getattr(module, '_is_replica', False)  # DataParallel runs it in a thread
         or 'forward' in vars(module)
         or any(
             m._forward_hooks
@@ -119,31 +118,31 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _compiled(forward: Any) -> Callable:
-    """A method compiled apart from all other uses of it.
+    """Compile a method independently of its other uses.
 
-    ``torch.compile`` counts the graphs of a code object and gives up after 8, so each
-    attention gets a code object of its own.
+    ``torch.compile`` gives up after 8 graphs of one code object, so each attention gets
+    its own code object.
 
     Raises:
-        RuntimeError: If torch cannot compile here.
+        RuntimeError: If torch is too old.
     """
     if TOO_OLD:
-        raise RuntimeError(f'torch {torch.__version__} is too old, 2.1 is needed')
-    own = FunctionType(
+        raise RuntimeError(f'torch {torch.__version__} is too old; 2.1 is needed')
+    copy = FunctionType(
         forward.__code__.replace(),
         forward.__globals__,
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,
     )
-    return torch.compile(own, backend=COMPILER)
+    return torch.compile(copy, backend=COMPILER)
 
 
 def _compiler_error() -> Type[Exception]:
-    """What a compiler raises that does not work here.
+    """The exception of a compiler that does not work here.
 
-    Nothing else is caught: an error of a run counts, and activation checkpointing
-    ends its second forward pass by an exception.
+    Other exceptions must pass: they are errors of the run, and activation
+    checkpointing ends its second forward pass with one.
     """
     from torch._dynamo.exc import TorchDynamoException
 

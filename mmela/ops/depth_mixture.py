@@ -1,7 +1,8 @@
-"""Softmax mixture of maps, in which each position has weights of its own.
+"""Softmax mixture of maps with separate weights for each position.
 
-In plain code, scores, weights, sum and all their gradients are passes over maps, one
-after the other. On a CPU, pieces that fit into the caches go through all of it.
+Plain PyTorch code passes over the maps for scores, weights, sum and each of their
+gradients. On a CPU, the code here does all of this for one piece of the maps at a time,
+small enough for the caches.
 """
 
 from typing import Any, Iterator, List, Optional, Sequence, Tuple
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from .layer_weighted_sum import is_compiling
 
-# Elements of a piece of a map
+# Number of elements in a piece of a map
 PIECE = 2**18
-# What RMSNorm adds to the mean square
+# RMSNorm adds this to the mean square
 EPS = 1e-6
 
 At = Tuple[slice, slice]
@@ -29,7 +30,7 @@ def depth_mixture(
     backend: str = 'auto',
     chained: bool = False,
 ) -> Tuple[Tensor, Tensor, Tensor, List[Tensor]]:
-    r"""Change a map from the weights that tokens have in it to those that it asks for.
+    r"""Change the weights of tokens in a map to those that a query gives.
 
     With :math:`s_i = (q \cdot v_i) r_i` and :math:`a = f\,\mathrm{softmax}(s)` at each
     position and head, computes :math:`x + \sum_i (a_i - c_i) v_i`, in at least single
@@ -37,44 +38,50 @@ def depth_mixture(
 
     Args:
         x (Tensor): The map :math:`x`, (B, C, H, W).
-        contained (Tensor): Weights :math:`c` of the tokens in it, (t, B, G, H, W).
+        contained (Tensor): Weights :math:`c` of the tokens in ``x``, (t, B, G, H, W).
         query (Tensor): :math:`q`, (C,).
         norms (Tensor): :math:`r`, (t, B, 1, H, W), in the data type of ``contained``,
             at least single precision.
-        values (Sequence[Tensor]): ``t`` tokens :math:`v_i`, each (B, C, H, W). One
-            more is what of the last token is in ``x`` at weight 1 and not :math:`c`.
+        values (Sequence[Tensor]): ``t`` tokens :math:`v_i`, (B, C, H, W) each. An
+            additional value is the part of the last token that is in ``x`` at weight 1
+            instead of :math:`c`.
         factor (float): :math:`f`. Defaults to 1.
-        backend (str): ``'reference'`` for plain code, which is also taken on other
-            devices than a CPU and where a graph is recorded. Defaults to ``'auto'``.
-        chained (bool): Have the tokens that are returned take part in this mixture,
-            so that all mixtures of a token add to one gradient of it, in place. For
-            tokens that nothing else shares a gradient with. Defaults to False.
+        backend (str): ``'reference'`` forces plain PyTorch code, which also runs on
+            devices other than a CPU and when a graph is recorded. Defaults to
+            ``'auto'``.
+        chained (bool): Return the tokens as outputs of this mixture, so that all
+            mixtures of a token add to the same gradient in place. Only set this if
+            nothing else uses the gradients of the tokens. Defaults to False.
 
     Returns:
         tuple[Tensor, Tensor, Tensor, list[Tensor]]: The map, (B, C, H, W), in the data
-        type of ``x``; scores, without gradient unless in plain code, and weights, each
-        (t, B, G, H, W); and the tokens, for the next mixture.
+        type of ``x``; the scores, which only have a gradient in plain code; the
+        weights; and the tokens for the next mixture. Scores and weights are
+        (t, B, G, H, W).
     """
     if backend == 'reference' or not _by_pieces(x):
         out, scores, weights = reference(x, contained, query, norms, factor, *values)
         return out, scores, weights, list(values[: len(norms)])
-    found = _Mixture.apply(x, contained, query, norms, factor, chained, *values)
-    return (*found[:3], list(found[3:] or values)[: len(norms)])
+    out, scores, weights, *tokens = _Mixture.apply(
+        x, contained, query, norms, factor, chained, *values
+    )
+    return out, scores, weights, list(tokens or values)[: len(norms)]
 
 
 def added_since(
     x: Tensor, before: Optional[Tensor], backend: str = 'auto'
 ) -> Tuple[Tensor, Tensor]:
-    """What was added to a map, and its inverse root mean square over the channels.
+    """Compute the difference of two maps and its inverse RMS over the channels.
 
     Args:
         x (Tensor): The map, (B, C, H, W).
-        before (Tensor, optional): What it was before, (B, C, H, W); None for zeros.
+        before (Tensor, optional): The map before, (B, C, H, W); None for zeros.
         backend (str): See :func:`depth_mixture`. Defaults to ``'auto'``.
 
     Returns:
         tuple[Tensor, Tensor]: The difference, (B, C, H, W), which shares no memory
-        with ``x``, and (B, 1, H, W) in at least single precision.
+        with ``x``, and its inverse root mean square, (B, 1, H, W), in at least single
+        precision.
     """
     if backend != 'reference' and _by_pieces(x):
         return _Added.apply(x, before)
@@ -83,7 +90,7 @@ def added_since(
 
 
 def inverse_rms(x: Tensor) -> Tensor:
-    """Inverse root mean square over the channels.
+    """Compute the inverse root mean square over the channels.
 
     Args:
         x (Tensor): (B, C, h, w).
@@ -97,7 +104,7 @@ def inverse_rms(x: Tensor) -> Tensor:
 
 
 def _by_pieces(x: Tensor) -> bool:
-    """Whether work on a map is done in pieces."""
+    """Whether to process a map in pieces."""
     return (
         x.device.type == 'cpu'
         and not is_compiling()
@@ -114,7 +121,7 @@ def reference(
     factor: float,
     *values: Tensor,
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """:func:`depth_mixture` in plain code."""
+    """:func:`depth_mixture` in plain PyTorch code."""
     scores = depth_scores(query, norms, values, contained.shape[2])
     weights = scores.softmax(0) * factor
     changes = changes_of(weights, contained, values)
@@ -124,25 +131,34 @@ def reference(
 def depth_scores(
     query: Tensor, norms: Tensor, keys: Sequence[Tensor], heads: int
 ) -> Tensor:
-    """Products of a query and keys.
+    """Multiply a query with keys.
 
     Args:
         query (Tensor): (C,).
-        norms (Tensor): What each product is multiplied by, (t, B, 1, h, w).
-        keys (Sequence[Tensor]): At least ``t`` keys, each (B, C, h, w).
-        heads (int): Heads ``G``.
+        norms (Tensor): Factor of each product, (t, B, 1, h, w).
+        keys (Sequence[Tensor]): At least ``t`` keys, (B, C, h, w) each.
+        heads (int): Number of heads ``G``.
 
     Returns:
         Tensor: (t, B, G, h, w), in the data type of ``norms``.
     """
     query = query.to(norms.dtype)[:, None, None]
-    # A product and a sum, not a matmul, which autocast would do in half
+    # Not a matmul, which autocast would compute in half precision
     products = [by_head(k * query, heads).sum(2) for k, _ in zip(keys, norms)]
     return torch.stack(products) * norms
 
 
 def changes_of(weights: Tensor, contained: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """Weights at which :func:`depth_mixture` adds each value, (t, ...)."""
+    """Weights with which :func:`depth_mixture` adds each value.
+
+    Args:
+        weights (Tensor): New weights of ``t`` tokens, (t, B, G, h, w).
+        contained (Tensor): Weights of the tokens in the map, (t, B, G, h, w).
+        values (Sequence[Tensor]): The values of :func:`depth_mixture`.
+
+    Returns:
+        Tensor: One weight for each value, (t, B, G, h, w) or (t + 1, B, G, h, w).
+    """
     changes = weights - contained
     if len(values) > len(weights):
         changes = torch.cat([changes, contained[-1:] - 1])
@@ -157,7 +173,7 @@ def add_scaled(
     Args:
         x (Tensor, optional): (B, C, H, W); None for zeros.
         weights (Tensor): (t, B, G, h, w), where h and w may be 1.
-        values (Sequence[Tensor]): ``t`` maps, each (B, C, H, W).
+        values (Sequence[Tensor]): ``t`` maps, (B, C, H, W) each.
 
     Returns:
         Tensor: (B, C, H, W), in the data type of the values.
@@ -228,8 +244,8 @@ class _Mixture(torch.autograd.Function):
         ctx.factor = factor
         ctx.set_materialize_grads(False)
         tokens = values if chained else ()
-        without = [v for v in tokens if not v.requires_grad]
-        ctx.mark_non_differentiable(scores, *without)
+        constant = [v for v in tokens if not v.requires_grad]
+        ctx.mark_non_differentiable(scores, *constant)
         return (out, scores, weights, *tokens)
 
     @staticmethod
@@ -238,14 +254,14 @@ class _Mixture(torch.autograd.Function):
         grad = torch.zeros_like(x) if grad is None else grad
         if grad_weights is None:
             grad_weights = torch.zeros_like(weights)
-        if torch.is_grad_enabled():  # of this gradient another is wanted
+        if torch.is_grad_enabled():  # for a second derivative
             args = x, contained, query, norms, ctx.factor, *values
-            out, _, found = reference(*args)
+            out, _, new_weights = reference(*args)
             needs = [n for i, n in enumerate(ctx.needs_input_grad) if i != 5]
-            asked = [a for a, need in zip(args, needs) if need]
+            inputs = [a for a, need in zip(args, needs) if need]
             grads = iter(
                 torch.autograd.grad(
-                    [out, found], asked, [grad, grad_weights], create_graph=True
+                    [out, new_weights], inputs, [grad, grad_weights], create_graph=True
                 )
             )
             *first, factor = [next(grads) if need else None for need in needs[:5]]
@@ -260,7 +276,7 @@ class _Mixture(torch.autograd.Function):
         grad_contained, grad_norms = torch.empty_like(scores), torch.empty_like(norms)
         layout = _layout(x)
         grad = grad.contiguous(memory_format=layout)
-        # Gradients of later mixtures, which nobody else has, are added to
+        # Add to gradients of later mixtures in place, because nothing else uses them
         earlier = [g is not None for g in grad_tokens] or [False] * len(values)
         grad_values = [
             grad_tokens[i].contiguous(memory_format=layout)
@@ -296,8 +312,8 @@ class _Mixture(torch.autograd.Function):
                         _add_outer(grad_rows, of_products[i], parts[i])
                         _add_back(total, rows, of_products[i])
                     piece.copy_(total)
-        own = by_head(grad_rows, heads).diagonal(dim1=0, dim2=1)  # (d, G)
-        grad_query = own.T.flatten().to(query.dtype)
+        by_row = by_head(grad_rows, heads).diagonal(dim1=0, dim2=1)  # (d, G)
+        grad_query = by_row.T.flatten().to(query.dtype)
         return (grad, grad_contained, grad_query, grad_norms, None, None, *grad_values)
 
 
@@ -310,7 +326,7 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 
 def _pieces(x: Tensor) -> Iterator[At]:
-    """Samples and positions that are worked on together."""
+    """Iterate over the samples and positions of each piece."""
     batch, channels, height, width = x.shape
     samples = max(1, PIECE // (channels * height * width))
     positions = height * width if samples > 1 else max(1, PIECE // channels)
@@ -324,7 +340,7 @@ def _cut(x: Tensor, at: At) -> Tensor:
 
 
 def _room(piece: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where a piece is computed: in place, unless in another data type."""
+    """Get a buffer for a piece: in place if the data type is the same."""
     return piece if piece.dtype == dtype else torch.empty_like(piece, dtype=dtype)
 
 
@@ -335,7 +351,7 @@ def _add_product(total: Tensor, weights: Tensor, x: Tensor) -> None:
 
 
 def _rows_by_head(query: Tensor, heads: int) -> Tensor:
-    """(C,) to (G, C), 0 outside of the channels of a head."""
+    """(C,) to (G, C), with 0 outside of the channels of a head."""
     return torch.block_diag(*query.view(heads, 1, -1))
 
 

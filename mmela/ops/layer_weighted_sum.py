@@ -1,4 +1,4 @@
-"""The weighted sum over layers, which is what MRLA-base adds to a network."""
+"""The weighted sum over layers, the core of MRLA-base."""
 
 import warnings
 from typing import Callable, Sequence, Tuple
@@ -14,51 +14,49 @@ BACKENDS = ('auto', 'reference', 'autograd', 'compile')
 def layer_weighted_sum(
     attn: Tensor, values: Sequence[Tensor], backend: str = 'auto'
 ) -> Tensor:
-    """Sum the values of several layers, each head with its own weights.
+    """Sum the values of several layers, with separate weights for each head.
 
     Computes ``O[b, c] = sum_s attn[b, g(c), s] * values[s][b, c]`` where
-    ``g(c) = c // (C / G)`` is the head of channel ``c`` (MRLA, eq. 9, without
-    the softmax). The values are neither concatenated nor copied; for the
-    backward pass only references to ``attn`` and the values are kept. Values
-    in half precision are summed in single precision.
+    ``g(c) = c // (C / G)`` is the head of channel ``c`` (MRLA, eq. 9, without the
+    softmax). It does not concatenate or copy the values, and keeps only references to
+    them and to ``attn`` for the backward pass. It sums half-precision values in single
+    precision.
 
     Args:
         attn (Tensor): Attention weights, (B, G, t).
         values (Sequence[Tensor]): ``t`` values of shape (B, C, H, W), where
             ``C`` is a multiple of ``G``.
-        backend (str): ``'reference'`` is plain code, for every transform that
-            torch has, ``'autograd'`` the same with sums in place. ``'auto'`` is
-            ``'reference'`` where a graph is recorded (``torch.compile``, tracing,
-            export), whose compiler does better by itself, and ``'autograd'``
-            elsewhere. ``'compile'`` is for a whole attention, see
+        backend (str): ``'reference'``: plain code, which works with every transform of
+            torch. ``'autograd'``: the same with in-place sums. ``'auto'``:
+            ``'reference'`` while a graph is recorded (``torch.compile``, tracing,
+            export), since its compiler optimizes better, and ``'autograd'``
+            otherwise. ``'compile'`` is for a whole attention, see
             :class:`CompiledForward`; for the sum it means ``'auto'``. Defaults to
             ``'auto'``.
 
     Returns:
-        Tensor: (B, C, H, W), in data type and memory format of the values.
+        Tensor: (B, C, H, W), with the dtype and memory format of the values.
 
     Raises:
-        ValueError: If there is no such backend, the number of values differs
-            from ``t`` or is 0, or ``C`` is no multiple of ``G``.
+        ValueError: If the backend is unknown, if the number of values is 0 or differs
+            from ``t``, or if ``C`` is not a multiple of ``G``.
     """
     backend = check_backend(backend)
     if attn.size(-1) != len(values) or not values:
         raise ValueError(
-            f'attn has weights for {attn.size(-1)} layers, '
-            f'but {len(values)} values are given'
+            f'attn has weights for {attn.size(-1)} layers, but there are '
+            f'{len(values)} values; give one value per layer'
         )
     channels, heads = values[0].size(1), attn.size(1)
     if channels % heads:
-        raise ValueError(
-            f'{channels} channels cannot be shared out among {heads} heads'
-        )
+        raise ValueError(f'{heads} heads do not divide {channels} channels')
     if backend == 'reference' or is_compiling() or torch.jit.is_tracing():
         return reference(attn, values)
     return _sum(attn, values, _Add.apply)
 
 
 def reference(attn: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """The sum in plain code, what all else is compared with.
+    """The sum in plain code, the reference for other implementations.
 
     Args:
         attn (Tensor): (B, G, t).
@@ -67,7 +65,7 @@ def reference(attn: Tensor, values: Sequence[Tensor]) -> Tensor:
     Returns:
         Tensor: (B, C, H, W).
     """
-    # No addcmul: in half precision it keeps a wide copy of each value
+    # Not addcmul, which keeps a single-precision copy of each half-precision value
     return _sum(attn, values, lambda total, weight, value: total + weight * value)
 
 
@@ -83,18 +81,18 @@ def check_backend(backend: str) -> str:
     """Check the name of a backend.
 
     Args:
-        backend (str): One of ``BACKENDS``, or ``'triton'``, which configs for
-            mmela 0.1 may have.
+        backend (str): One of ``BACKENDS``, or ``'triton'`` from a config for mmela
+            0.1.
 
     Returns:
-        str: The backend; ``'compile'`` in place of ``'triton'``, with a warning.
+        str: The backend; ``'compile'`` for ``'triton'``, with a warning.
 
     Raises:
-        ValueError: If it is none of them.
+        ValueError: If the backend is unknown.
     """
     if backend == 'triton':
         warnings.warn(
-            "backend='triton' is no more; 'compile' takes its place", stacklevel=3
+            "backend='triton' no longer exists; using 'compile' instead", stacklevel=3
         )
         return 'compile'
     check_choice('backend', backend, BACKENDS)
@@ -102,28 +100,27 @@ def check_backend(backend: str) -> str:
 
 
 def per_channel(attn: Tensor, value: Tensor) -> Tuple[Tensor, ...]:
-    """Give each channel the weights of its head.
+    """Expand weights of heads to channels.
 
     Args:
         attn (Tensor): Weights, (B, G, t).
         value (Tensor): A value, (B, C, H, W).
 
     Returns:
-        tuple[Tensor]: ``t`` tensors (B, C, 1, 1), in at least single precision;
-        they are tiny beside one value.
+        tuple[Tensor]: ``t`` tensors (B, C, 1, 1), in at least single precision.
     """
     wide = torch.promote_types(value.dtype, torch.float32)
     size = value.size(1) // attn.size(1)
-    # No repeat_interleave: the ONNX exporter of torch 2.0 gets its shape wrong
+    # Not repeat_interleave, whose shape the ONNX exporter of torch 2.0 gets wrong
     weights = attn.to(wide).unsqueeze(2).expand(-1, -1, size, -1).flatten(1, 2)
     return weights.permute(2, 0, 1)[..., None, None].unbind()
 
 
 def is_compiling() -> bool:
-    """Whether a graph is being recorded by ``torch.compile`` or exported.
+    """Whether ``torch.compile`` or an export is recording a graph.
 
     Returns:
-        bool: True while it is.
+        bool: True during the recording.
     """
     # torch 2.0 has no torch.compiler
     compiler = getattr(torch, 'compiler', None)
@@ -131,10 +128,9 @@ def is_compiling() -> bool:
 
 
 class _Add(torch.autograd.Function):
-    """``total + weight * value``, added in place.
+    """``total + weight * value``, computed in place.
 
-    A fresh tensor for each product and each sum takes a CPU as long to get as
-    to fill.
+    On a CPU, allocating a tensor for each product and sum takes as long as filling it.
     """
 
     @staticmethod

@@ -1,9 +1,9 @@
-"""The weighted sum over layers together with the normalization that follows.
+"""The weighted sum over layers, fused with the normalization that follows.
 
-One after the other, sum, normalization and ReLU each leave a map behind for the
-backward pass. Together they leave none, or one: the backward pass has the sum of
-few values anew from them, as they are kept in any case, that of many is kept, and
-the normalization is had from the sum.
+As separate operators, sum, normalization and ReLU each keep a map for the backward
+pass. Fused, they keep at most one: the backward pass recomputes short sums from the
+values, which are kept anyway; it keeps long sums; and it recomputes the normalization
+from the sum.
 """
 
 from typing import Any, Iterator, List, Optional, Sequence, Tuple
@@ -14,27 +14,26 @@ from torch import Tensor, nn
 
 from .layer_weighted_sum import is_compiling
 
-# Elements of a piece: some of them fit into the caches
+# Elements of a piece, so that several pieces fit into the caches
 PIECE = 2**19
-# Up to so many values their sum is had anew in the backward pass; of more, that
-# takes longer than it is worth
+# The backward pass recomputes sums of up to this many values; longer sums would take
+# too long
 MOST_SUMMED_AGAIN = 4
 
 
 def can_norm_sum(norm: Any, values: Sequence[Tensor]) -> bool:
-    """Whether :func:`normed_sum` can take the place of sum and normalization.
+    """Whether :func:`normed_sum` can replace sum and normalization.
 
-    It can on a CPU for a ``BatchNorm2d`` that nobody has hooked; in inference for a
-    ``SyncBatchNorm``, too, and on any device. A graph that is recorded has both by
-    themselves: compilers fuse them anyway, and for other programs the shift is as much
-    work as the normalization.
+    It can on a CPU for a ``BatchNorm2d`` without hooks; in inference, also for a
+    ``SyncBatchNorm`` and on any device. It does not while a graph is recorded:
+    compilers fuse both operators anyway, and otherwise the fused form saves no work.
 
     Args:
         norm (nn.Module, optional): The normalization.
         values (Sequence[Tensor]): The values.
 
     Returns:
-        bool: True if so.
+        bool: True if it can.
     """
     if (
         type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -67,15 +66,15 @@ def normed_sum(
 
     Args:
         weights (Sequence[Tensor]): ``t`` weights per channel, each (B, C, 1, 1),
-            in single or double precision. A single one is taken to be a
-            softmax, which is 1 and has no gradient.
+            in single or double precision. A single one counts as a softmax, which is
+            1 and has no gradient.
         values (Sequence[Tensor]): ``t`` values, each (B, C, H, W).
         norm (nn.BatchNorm2d | nn.SyncBatchNorm): The normalization, see
             :func:`can_norm_sum`.
         relu (bool): Whether a ReLU follows; its gradient at 0 is 1.
 
     Returns:
-        Tensor: (B, C, H, W), in data type and memory format of the values.
+        Tensor: (B, C, H, W), with the dtype and memory format of the values.
     """
     if _is_affine_map(norm):
         weights, shift = _folded(weights, norm)
@@ -87,14 +86,14 @@ def normed_sum(
 
 
 def _is_affine_map(norm: nn.Module) -> bool:
-    """Whether it only scales and shifts channels, and nobody asks for gradients."""
+    """Whether the norm only scales and shifts channels, without gradients."""
     return not norm.training and not torch.is_grad_enabled()
 
 
 def _folded(weights: Sequence[Tensor], norm: Any) -> Tuple[List[Tensor], Tensor]:
-    """The normalization as a part of the weights, and what is left to add.
+    """Fold the normalization into the weights and a shift.
 
-    ``(sum_s w_s V_s - mean) scale + bias`` is
+    ``(sum_s w_s V_s - mean) scale + bias`` equals
     ``sum_s (w_s scale) V_s + (bias - mean scale)``.
 
     Returns:
@@ -115,7 +114,8 @@ def _folded(weights: Sequence[Tensor], norm: Any) -> Tuple[List[Tensor], Tensor]
 def _sum_at_once(
     weights: Sequence[Tensor], values: Sequence[Tensor], shift: Tensor, relu: bool
 ) -> Tensor:
-    """:func:`_sum` with one pass over each value, for where pieces gain nothing."""
+    """:func:`_sum` with one pass over each value, for devices that gain no speed
+    from pieces."""
     total = torch.addcmul(shift, weights[0], values[0])
     for weight, value in zip(weights[1:], values[1:]):
         total.addcmul_(weight, value)
@@ -124,18 +124,18 @@ def _sum_at_once(
 
 
 def just_below_zero(dtype: torch.dtype) -> float:
-    """A negative number that ``dtype`` tells from 0 and no result reaches."""
+    """A negative number in ``dtype``, closer to 0 than any result."""
     if dtype == torch.float16:
-        return -(2.0**-24)  # its smallest normal number is not that small
+        return -(2.0**-24)  # its smallest normal number is much larger
     return -torch.finfo(dtype).smallest_normal
 
 
 def relu_open_at_zero(out: Tensor, inplace: bool = False) -> Tensor:
     """ReLU whose gradient at 0 is 1.
 
-    With ``zero_init`` all that it gets is 0, and the gradient 0 of ``F.relu``
-    there would keep it so for ever. No ``clamp_min``, whose backward pass is five
-    times as slow on a CPU.
+    With ``zero_init`` all its inputs are 0, and the gradient of ``F.relu`` at 0, which
+    is 0, would stop all learning. It avoids ``clamp_min``, whose backward pass is five
+    times slower on a CPU.
 
     Args:
         out (Tensor): Any shape.
@@ -155,7 +155,7 @@ class _NormedSum(torch.autograd.Function):
         stats = norm.running_mean, norm.running_var
         args = norm.training, norm.momentum, norm.eps
         out, mean, invstd = torch.native_batch_norm(total, weight, bias, *stats, *args)
-        if not norm.training:  # it returns none
+        if not norm.training:  # it returns no statistics
             mean, invstd = stats[0].clone(), (stats[1] + norm.eps).rsqrt()
         kept = total if half > MOST_SUMMED_AGAIN else None
         ctx.save_for_backward(weight, bias, mean, invstd, kept, *tensors)
@@ -168,18 +168,18 @@ class _NormedSum(torch.autograd.Function):
         var = invstd**-2
         half = len(tensors) // 2
         weights, values = tensors[:half], tensors[half:]
-        if torch.is_grad_enabled():  # of this gradient another is wanted
+        if torch.is_grad_enabled():  # a second derivative is wanted
             stats = (None, None) if ctx.training else (mean, var - ctx.eps)
             out = _plain(weights, values, stats, weight, bias, ctx.eps, ctx.relu)
             inputs = [x for x in (weight, bias, *tensors) if x.requires_grad]
-            found = iter(
+            grads = iter(
                 torch.autograd.grad(
                     out, inputs, grad, create_graph=True, allow_unused=True
                 )
             )
             needs = ctx.needs_input_grad[2:]
-            return (None, None, *(next(found) if n else None for n in needs))
-        # What the gradients of the values may take the memory of
+            return (None, None, *(next(grads) if n else None for n in needs))
+        # Tensors whose memory the gradients of the values may reuse
         spare: List[Tensor] = []
         total = kept
         if total is None:
@@ -211,7 +211,7 @@ def _plain(
     eps: float,
     relu: bool,
 ) -> Tensor:
-    """:func:`normed_sum` as autograd takes it apart by itself."""
+    """:func:`normed_sum` in operators that autograd can differentiate."""
     total = values[0]
     if len(values) > 1:
         products = (w * v for w, v in zip(weights, values))
@@ -221,13 +221,13 @@ def _plain(
 
 
 def _pieces(value: Tensor) -> Iterator[slice]:
-    """Samples that are worked on together."""
+    """Slices of samples to process together."""
     step = max(1, PIECE // value[0].numel())
     return (slice(i, i + step) for i in range(0, len(value), step))
 
 
 def _scratch(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory for a piece."""
+    """Allocate memory for a piece."""
     return torch.empty_like(value[next(_pieces(value))], dtype=dtype)
 
 
@@ -237,9 +237,9 @@ def _sum(
     shift: Optional[Tensor] = None,
     relu: bool = False,
 ) -> Tensor:
-    """``sum_s weights[s] * values[s]`` in the data type of the weights.
+    """``sum_s weights[s] * values[s]``, computed in the dtype of the weights.
 
-    With ``shift`` (C, 1, 1), that is added, and a ReLU may follow.
+    It adds ``shift``, (C, 1, 1), and applies a ReLU, if asked to.
     """
     if len(values) == 1 and shift is None:
         return values[0]
@@ -281,7 +281,7 @@ def _gradients(
     grad_values: List[Optional[Tensor]] = []
     for x, need in zip(weights, needs):
         grad_weights.append(torch.empty_like(x) if need else None)
-    # From the last on, which takes the memory of `grad` once that is read
+    # In reverse order, because the last one reuses the memory of `grad`
     for x, need in zip(values[::-1], needs[::-1]):
         out = spare.pop() if spare else torch.empty_like(x)
         grad_values.insert(0, out if need else None)

@@ -1,4 +1,4 @@
-"""Which layer attentions are redundant: pure functions of KL divergences."""
+"""Decide which layer attentions are redundant: pure functions of KL divergences."""
 
 from .divergence import Divergence, attention_kl, safe_log, split_kl
 from .ebqm import PooledDecision, ebqm

@@ -11,13 +11,13 @@ class Divergence:
     """KL divergence between two adjacent attentions, in its two parts.
 
     Attributes:
-        shape (float): How differently they mix the tokens that both see, see
-            :func:`split_kl`; in nats.
-        own (float): How much the later one looks at what the earlier one
-            lacks, in nats.
+        shape (float): How differently they mix the tokens that both see, in
+            nats; see :func:`split_kl`.
+        own (float): How much weight the later one puts on tokens that the
+            earlier one lacks, in nats.
         shared (int): Tokens ``t`` that both see.
-        more (int): Tokens ``n`` that only the later one sees; 0 where both see the
-            same.
+        more (int): Number of tokens ``n`` that only the later one sees; 0 if both see
+            the same.
     """
 
     shape: float
@@ -32,25 +32,25 @@ class Divergence:
 
     @property
     def baseline(self) -> float:
-        """float: Its value where both weigh all tokens alike,
-        ``log((t + n) / t)``: a function of the position alone."""
+        """float: Its value if both weigh all tokens equally,
+        ``log((t + n) / t)``, which depends on the position alone."""
         return math.log((self.shared + self.more) / self.shared)
 
 
 def split_kl(log_p, log_q, eps: float = 1e-8) -> Tuple[Any, Any]:
     r"""Split the KL divergence of :func:`attention_kl` into its two parts.
 
-    With ``P`` the earlier attention, ``Q`` the later one, ``Q'`` that one
-    renormalised over the tokens of ``P``, and ``q`` the weight that it gives
-    to the others,
+    Let ``P`` be the earlier attention, ``Q`` the later one, ``Q'`` the later one
+    renormalised over the tokens of ``P``, and ``q`` the weight that ``Q`` gives to
+    the other tokens. Then exactly
 
     .. math::
         D(P \Vert Q) = \underbrace{D(P \Vert Q')}_{shape}
         + \underbrace{-\log(1 - q)}_{own}
 
-    exactly; the term of ``eps`` counts as a part of ``own``, as it depends on
-    the tokens that ``P`` lacks alone. The shape is >= 0, and 0 where both mix
-    the tokens alike, so always where ``P`` has but one.
+    The term of ``eps`` counts towards ``own``, because it depends only on the
+    tokens that ``P`` lacks. The shape is >= 0; it is 0 if both mix the tokens the
+    same way, and so always if ``P`` has a single token.
 
     Args:
         log_p (ndarray | Tensor): Log-probabilities of the earlier block,
@@ -75,7 +75,7 @@ def split_kl(log_p, log_q, eps: float = 1e-8) -> Tuple[Any, Any]:
     if more < tokens:
         raise ValueError(
             f'the later block attends over {more} tokens and the earlier one '
-            f'over {tokens}; it must not be fewer'
+            f'over {tokens}; the later one must not have fewer'
         )
     library: Any = np
     logsumexp: Any = special.logsumexp
@@ -84,28 +84,28 @@ def split_kl(log_p, log_q, eps: float = 1e-8) -> Tuple[Any, Any]:
 
         library, logsumexp = torch, torch.logsumexp
     p, where = library.exp(log_p), library.where
-    # p log(p / q) -> 0 for p -> 0, but 0 * inf is NaN: whether log p is -inf
-    # or p has underflowed, leave no infinity to multiply by.
+    # p log(p / q) -> 0 for p -> 0, but 0 * inf is NaN: mask the infinities where
+    # log p is -inf or p has underflowed.
     zero = p == 0
     shared = log_q[..., :tokens]
     kept = logsumexp(shared, -1)  # log(1 - q)
-    # Where nothing is kept there is no mixture to compare.
+    # If nothing is kept there is no mixture to compare.
     scale = where(library.isinf(kept), 0.0, kept)
     log_ratio = where(zero, 0.0, log_p) - where(zero, 0.0, shared - scale[..., None])
     shape = where(library.isinf(kept), 0.0, (p * log_ratio).sum(-1))
     padding = eps * (math.log(eps) - log_q[..., tokens:])
-    # Rounding leaves sums of exactly cancelling terms a little below 0.
+    # Rounding can push sums of cancelling terms slightly below 0.
     return where(shape < 0, 0.0, shape), padding.sum(-1) - kept
 
 
 def attention_kl(log_p, log_q, eps: float = 1e-8):
     """KL divergence between the attention weights of two adjacent blocks.
 
-    The later block attends over tokens that the earlier one lacks. Each of
-    those gets the probability ``eps`` in the earlier distribution, which is
-    not normalised again (ELA, eq. 8). Log-probabilities keep the result finite
-    where a softmax underflows to 0. A token to which the earlier block gives
-    exactly 0 adds nothing; one to which only the later block does makes the
+    The later block attends over tokens that the earlier one lacks. Each of these
+    gets the probability ``eps`` in the earlier distribution, which is not
+    renormalised (ELA, eq. 8). Log-probabilities keep the result finite where a
+    softmax underflows to 0. A token with probability exactly 0 in the earlier block
+    adds nothing; a token with probability 0 in the later block alone makes the
     divergence infinite, see :func:`safe_log`.
 
     Args:
@@ -118,7 +118,7 @@ def attention_kl(log_p, log_q, eps: float = 1e-8):
         that :func:`split_kl` returns.
 
     Raises:
-        ValueError: As :func:`split_kl` does.
+        ValueError: As in :func:`split_kl`.
     """
     shape, own = split_kl(log_p, log_q, eps)
     return shape + own
@@ -127,16 +127,16 @@ def attention_kl(log_p, log_q, eps: float = 1e-8):
 def safe_log(probs):
     """Logarithm of probabilities that may have underflowed to 0.
 
-    For distributions that are averaged before :func:`attention_kl`, whose
-    log-probabilities are no longer at hand.
+    Use it for distributions that were averaged before :func:`attention_kl`, since
+    their log-probabilities are lost.
 
     Args:
         probs (ndarray | Tensor): Probabilities, of any shape and a
             floating-point dtype.
 
     Returns:
-        ndarray | Tensor: Their logarithm, finite: what is below the smallest
-        normal number of the dtype is taken as that number.
+        ndarray | Tensor: Their logarithm. It is finite, because probabilities are
+        clamped to the smallest normal number of the dtype.
     """
     if isinstance(probs, np.ndarray):
         return np.log(np.maximum(probs, np.finfo(probs.dtype).tiny))

@@ -9,17 +9,17 @@ from ..arguments import check_number
 
 @dataclass(frozen=True)
 class PooledDecision:
-    """What is decided on pooled values; arrays have their shape, (L,).
+    """A decision on pooled values. Its arrays have their shape, (L,).
 
     Attributes:
         skip (ndarray): Whether a layer is skipped.
-        selected (ndarray): Whether its value is in the set S, those up to the
+        selected (ndarray): Whether its value is in the set S of values up to the
             quantile.
         normalized (ndarray): Value after min-max normalisation within S, NaN
             outside S.
         mapped (ndarray): CDF of the normalised value, NaN outside S.
         quantile (float): The ``gamma``-quantile of all values; NaN if there
-            are none.
+            are no values.
     """
 
     skip: np.ndarray
@@ -33,7 +33,7 @@ def check_kl(kl: Sequence[float], names: Optional[Sequence[str]] = None) -> np.n
     """Check KL divergences.
 
     Returns:
-        ndarray: They in double precision, (L,).
+        ndarray: The values in double precision, (L,).
 
     Raises:
         ValueError: If a value is NaN or infinite; the error names the layer.
@@ -44,8 +44,8 @@ def check_kl(kl: Sequence[float], names: Optional[Sequence[str]] = None) -> np.n
     for index in np.flatnonzero(~np.isfinite(kl)).tolist():
         name = names[index] if names is not None else f'layer {index}'
         raise ValueError(
-            f'KL divergence of {name} is {kl[index]}; it must be '
-            'finite. Has the training diverged?'
+            f'the KL divergence of {name} is {kl[index]}; it must be finite. Check '
+            'whether the training has diverged'
         )
     return kl
 
@@ -67,7 +67,7 @@ def map_quantiles(
     quantile = float(np.quantile(kl, gamma))
     selected = kl <= quantile
     values = kl[selected]
-    # Without a spread there is nothing to tell redundant layers by.
+    # Equal values give no order, so nothing is skipped.
     if values.size >= 2 and values.max() > values.min():
         normalized[selected] = (values - values.min()) / (values.max() - values.min())
         mapped[selected] = cdf(normalized[selected])
@@ -84,9 +84,9 @@ def ebqm(
 ) -> PooledDecision:
     """Enhanced Beta Quantile Mapping (ELA, algorithm 1).
 
-    Of the values up to their ``gamma``-quantile, those are skipped whose
-    normalised value has a Beta-CDF below ``mu``. Nothing is skipped if fewer
-    than two values are up to the quantile or these are all equal.
+    It normalises the values up to their ``gamma``-quantile and skips those whose
+    Beta CDF is below ``mu``. It skips nothing if fewer than two values are up to the
+    quantile or if they are all equal.
 
     Args:
         kl (Sequence[float]): KL divergence of each layer, (L,).
@@ -100,7 +100,7 @@ def ebqm(
             0.2 for COCO. Defaults to 0.2.
 
     Returns:
-        PooledDecision: Which layers are skipped, and the numbers behind it.
+        PooledDecision: Which layers are skipped, with the numbers behind it.
 
     Raises:
         ValueError: If an argument is out of range or a value is not finite.

@@ -21,28 +21,26 @@ CRITERIA = ('total', 'shape', 'random', 'position')
 
 
 class PruningPolicy(metaclass=CheckedArguments):
-    """Base of the policies: pooling, limits and reasons.
+    """Base class of the policies, with pooling, limits and reasons.
 
     Args:
-        scope (str): Decide on the values of the whole ``'network'`` together
-            or of each ``'stage'`` by itself. Defaults to ``'network'``.
-        min_active_per_stage (int): Attentions that stay in each stage, the
-            first, which is never pruned, included. Defaults to 1.
-        max_pruned (int, optional): Most attentions that one decision prunes.
-            Defaults to None.
-        criterion (str): What is judged. ``'total'``: the KL divergence, as in
-            the paper. ``'shape'``: its part that says whether both attentions
-            mix what they share alike, see
-            :func:`~mmela.pruning.split_kl`; an attention whose predecessor
-            sees one token has no shape and is kept. Two controls tell what the
-            choice itself is worth, as they prune the same number of
-            attentions: ``'random'`` deals the divergences of a pool out by
-            chance, ``'position'`` in the order of ``log((t + n) / t)``, which
-            falls along a stage; of equal ones the earlier layer gets the
-            smaller. Defaults to ``'total'``.
+        scope (str): Pool the values of the whole ``'network'``, or of each
+            ``'stage'``. Defaults to ``'network'``.
+        min_active_per_stage (int): Attentions that stay active in each stage,
+            including the first one, which is never pruned. Defaults to 1.
+        max_pruned (int, optional): Maximum number of attentions that one decision
+            prunes. Defaults to None, which means no limit.
+        criterion (str): The value to judge. ``'total'``: the KL divergence, as in
+            the paper. ``'shape'``: its shape part, see
+            :func:`~mmela.pruning.split_kl`; an attention whose predecessor sees
+            one token has no shape and is kept. Two controls show what the choice
+            itself is worth, because they prune the same number of attentions:
+            ``'random'`` permutes the divergences of a pool, ``'position'`` sorts
+            them by ``log((t + n) / t)``, which falls along a stage; in a tie the
+            earlier layer gets the smaller one. Defaults to ``'total'``.
 
-    Where a limit binds, the smallest judged values are pruned first; of equal
-    ones the earlier layer.
+    If a limit applies, the smallest judged values are pruned first, and in a tie
+    the earlier layer.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -72,8 +70,8 @@ class PruningPolicy(metaclass=CheckedArguments):
 
     @property
     def config(self) -> dict:
-        """dict: Config of this policy, its defaults included; a subclass keeps
-        its arguments as attributes of the same names."""
+        """dict: Config of this policy, with defaults. A subclass has to store its
+        arguments as attributes of the same names."""
         return dict(type=type(self).__name__, **vars(self))
 
     def __repr__(self) -> str:
@@ -94,26 +92,26 @@ class PruningPolicy(metaclass=CheckedArguments):
         """
 
     def map(self, x: np.ndarray) -> Optional[np.ndarray]:
-        """Map normalised values in [0, 1] to what the threshold is for.
+        """Map normalised values in [0, 1] to the scale of the threshold.
 
         Args:
             x (ndarray): Normalised values, (M,).
 
         Returns:
-            ndarray | None: Mapped values, which grow with ``x``, (M,); None
-            for a policy without such a function, which is the default.
+            ndarray | None: Mapped values, which increase with ``x``, (M,). None,
+            the default, for a policy without such a function.
         """
         return None
 
     def threshold_divergence(self, layers: Sequence[LayerDecision]) -> Optional[float]:
-        """The value below which this policy found attentions redundant.
+        """The value below which this policy judged attentions redundant.
 
         Args:
-            layers (Sequence[LayerDecision]): What it decided.
+            layers (Sequence[LayerDecision]): Its decisions.
 
         Returns:
-            float | None: In nats; None where there is no such value, as the
-            policy counts layers, or judges each stage by itself.
+            float | None: The value in nats; None if the policy counts layers or
+            judges each stage by itself, since there is no single value then.
         """
         grid = np.linspace(0, 1, 201)
         curve = self.map(grid)
@@ -129,7 +127,7 @@ class PruningPolicy(metaclass=CheckedArguments):
         (low, first), (high, last) = min(points), max(points)
         if first == last:
             return None
-        # Back from mapped to normalised values, and from these to divergences
+        # Invert the mapping, then the normalisation
         at = np.interp(self.threshold, curve, grid)
         return float(low + (high - low) / (last - first) * (at - first))
 
@@ -144,12 +142,11 @@ class PruningPolicy(metaclass=CheckedArguments):
 
         Args:
             divergences (Sequence[Divergence | float | None]): KL divergence of
-                each active attention from the one before it, in the order of
-                the network, (L,). None where it is not measured, as for the
-                first of a stage; such an attention is kept. A float is the
-                total alone.
+                each active attention from the previous one, in the order of the
+                network, (L,). None if not measured, as for the first one of a
+                stage; such an attention is kept. A float gives the total alone.
             stages (Sequence[str], optional): Name of the stage of each, (L,).
-                Defaults to one stage.
+                Defaults to a single stage.
             names (Sequence[str], optional): Names of the attentions, (L,).
                 Defaults to ``layer 0`` and so on.
             seed (int | Sequence[int]): For ``criterion='random'``. Defaults
@@ -159,9 +156,8 @@ class PruningPolicy(metaclass=CheckedArguments):
             tuple[LayerDecision]: The decisions and the numbers behind them.
 
         Raises:
-            ValueError: If a divergence is NaN or infinite, the lengths
-                differ, or the criterion needs the parts of a divergence that
-                is a float.
+            ValueError: If a divergence is NaN or infinite, if the lengths differ,
+                or if the criterion needs the parts of a divergence that is a float.
         """
         divergences = list(divergences)
         count = len(divergences)
@@ -170,7 +166,7 @@ class PruningPolicy(metaclass=CheckedArguments):
         if not len(stages) == len(names) == count:
             raise ValueError(
                 f'divergences has {count} entries, stages {len(stages)} and names '
-                f'{len(names)}; they must agree'
+                f'{len(names)}; they must have the same length'
             )
         layers: List[LayerDecision] = []
         pools: Dict[str, List[int]] = {}
@@ -222,7 +218,7 @@ class PruningPolicy(metaclass=CheckedArguments):
     def _judged(
         self, layers: Sequence[LayerDecision], rng: np.random.Generator
     ) -> np.ndarray:
-        """The values of a pool that the criterion has the policy judge, (M,)."""
+        """Values of a pool by the criterion, (M,)."""
         totals = np.array([layer.divergence for layer in layers], dtype=np.float64)
         if self.criterion == 'total':
             return totals
@@ -233,17 +229,17 @@ class PruningPolicy(metaclass=CheckedArguments):
             if getattr(layer, key) is None:
                 raise ValueError(
                     f'criterion={self.criterion!r} needs the parts of a divergence, '
-                    f'but that of {layer.name} is the number {layer.divergence}'
+                    f'but {layer.name} has only the total {layer.divergence}'
                 )
-        found = np.array([getattr(layer, key) for layer in layers], dtype=np.float64)
+        parts = np.array([getattr(layer, key) for layer in layers], dtype=np.float64)
         if self.criterion == 'shape':
-            return found
-        dealt = np.empty_like(totals)
-        dealt[np.argsort(found, kind='stable')] = np.sort(totals)
-        return dealt
+            return parts
+        by_position = np.empty_like(totals)
+        by_position[np.argsort(parts, kind='stable')] = np.sort(totals)
+        return by_position
 
     def _explain(self, layer: LayerDecision) -> LayerDecision:
-        """Give the reason for a decision on a measured attention."""
+        """Add the reason for a decision on a measured attention."""
         if not layer.selected:
             reason = 'kept: above the quantile'
         elif self.threshold is None:
@@ -256,7 +252,7 @@ class PruningPolicy(metaclass=CheckedArguments):
         return replace(layer, reason=reason)
 
     def _limit(self, layers: List[LayerDecision]) -> Tuple[LayerDecision, ...]:
-        """Keep what the limits forbid to prune, the largest values."""
+        """Keep the attentions with the largest values where a limit applies."""
         left: Dict[str, int] = {}
         for layer in layers:
             left[layer.stage] = left.get(layer.stage, 0) + 1
@@ -266,7 +262,7 @@ class PruningPolicy(metaclass=CheckedArguments):
             if layer.pruned and layer.value is not None
         ]
         pruned = 0
-        for _, index in sorted(wanted):  # ties go by position
+        for _, index in sorted(wanted):  # in a tie the earlier layer goes first
             stage = layers[index].stage
             if self.max_pruned is not None and pruned >= self.max_pruned:
                 reason = f'kept: max_pruned={self.max_pruned}'
@@ -284,14 +280,14 @@ def build_policy(cfg: Union[dict, PruningPolicy, None] = None) -> PruningPolicy:
     """Build a pruning policy.
 
     Args:
-        cfg (dict | PruningPolicy, optional): Its config, or itself. Defaults
-            to ``dict(type='EBQM')``.
+        cfg (dict | PruningPolicy, optional): Its config, or a policy, which is
+            returned. Defaults to ``dict(type='EBQM')``.
 
     Returns:
         PruningPolicy: The policy.
 
     Raises:
-        ValueError: If the config is none, the type is unknown, or an argument
+        ValueError: If ``cfg`` has no type, the type is unknown, or an argument
             is unknown or out of range.
     """
     if isinstance(cfg, PruningPolicy):
@@ -303,7 +299,7 @@ def build_policy(cfg: Union[dict, PruningPolicy, None] = None) -> PruningPolicy:
         raise ValueError(f'policy={cfg!r} has no type; allowed are {allowed}')
     arguments = dict(cfg)
     kind = arguments.pop('type')
-    # Not by the registry: from a file, a name may be that of anything.
+    # Not by the registry, which would import any name that a file gives.
     policy = known.get(kind.split('mmela.')[-1]) if isinstance(kind, str) else kind
     if not (isinstance(policy, type) and issubclass(policy, PruningPolicy)):
         raise ValueError(
@@ -319,7 +315,7 @@ def build_policy(cfg: Union[dict, PruningPolicy, None] = None) -> PruningPolicy:
 def _measured(
     layer: LayerDecision, divergence: Union[Divergence, float]
 ) -> LayerDecision:
-    """Note what was measured."""
+    """Add a measured divergence to a decision."""
     if not isinstance(divergence, Divergence):
         return replace(layer, divergence=float(divergence))
     return replace(
@@ -332,12 +328,12 @@ def _measured(
 
 
 def _optional(value: float) -> Optional[float]:
-    """None for the NaN of an array."""
+    """The value as a float; None for NaN."""
     return None if np.isnan(value) else float(value)
 
 
 def _truncated(cdf, x: np.ndarray) -> np.ndarray:
-    """A CDF truncated to [0, 1], the range of the normalised values."""
+    """Evaluate a CDF truncated to [0, 1], the range of the normalised values."""
     low, high = cdf(0.0), cdf(1.0)
     return (cdf(x) - low) / (high - low)
 
@@ -346,11 +342,10 @@ def _truncated(cdf, x: np.ndarray) -> np.ndarray:
 class EBQM(PruningPolicy):
     """Enhanced Beta Quantile Mapping (ELA, algorithm 1) and its ablations.
 
-    The paper also replaces the Beta CDF by others (table 6) and gives no
-    parameters for them. Here Normal and Gamma take the mean and variance of
-    the Beta distribution that they replace and are truncated to [0, 1];
-    softmax and sigmoid are scaled to [0, 1]. So all mappings take 0 to 0 and
-    1 to 1, and only their shapes differ.
+    The paper also replaces the Beta CDF with others (table 6), but gives no
+    parameters for them. Here Normal and Gamma take the mean and variance of the Beta
+    distribution and are truncated to [0, 1]; softmax and sigmoid are scaled to
+    [0, 1]. So every mapping takes 0 to 0 and 1 to 1, and only the shapes differ.
 
     Args:
         gamma (float): Quantile in (0, 1]. Defaults to 0.5.
@@ -410,9 +405,9 @@ class EBQM(PruningPolicy):
 
 @PRUNING_POLICIES.register_module()
 class Threshold(PruningPolicy):
-    """Prune where the min-max normalised KL divergence is below a threshold.
+    """Prune attentions whose min-max normalised KL divergence is below a threshold.
 
-    The threshold-based method of ELA, table 4.
+    This is the threshold-based method of ELA, table 4.
 
     Args:
         mu (float): Threshold in [0, 1]. Defaults to 0.3.
@@ -439,13 +434,13 @@ class Threshold(PruningPolicy):
 
 @PRUNING_POLICIES.register_module()
 class FixedCount(PruningPolicy):
-    """Prune a fixed number of attentions, those of the smallest divergence.
+    """Prune a fixed number of attentions, those with the smallest divergences.
 
-    The fixed layer pruning of ELA, table 4.
+    This is the fixed layer pruning of ELA, table 4.
 
     Args:
-        count (int): Attentions to prune, per stage if ``scope='stage'``. If
-            there are not so many, all that are measured.
+        count (int): Attentions to prune, per stage if ``scope='stage'``. If fewer
+            are measured, all of them are pruned.
         **kwargs: Of :class:`PruningPolicy`.
 
     Raises:
@@ -467,18 +462,17 @@ class FixedCount(PruningPolicy):
 class QuantileMapping(PruningPolicy):
     r"""Classic quantile mapping to a target distribution (ELA, appendix A).
 
-    A value of empirical cumulative probability ``p`` is mapped to
-    :math:`F^{-1}(p)` and pruned if that is below ``mu``. The paper compares
-    Gamma (GQM) and Exponential (EQM) targets in table 7, without their
-    parameters and without saying what is compared with the threshold; both are
-    decided here. The largest value has ``p = 1``, which a target without
-    upper end maps to infinity; ``p`` is therefore taken as at most
-    ``1 - 1 / (2 n)`` of ``n`` values, which keeps their order.
+    A value with the empirical cumulative probability ``p`` maps to
+    :math:`F^{-1}(p)` and is pruned if that is below ``mu``. The paper compares Gamma
+    (GQM) and Exponential (EQM) targets in table 7, but does not give their parameters
+    or say what is compared with the threshold; both are our choice. The largest value
+    has ``p = 1``, which an unbounded target maps to infinity, so ``p`` is at most
+    ``1 - 1 / (2 n)`` for ``n`` values. This keeps their order.
 
-    ``p`` depends on the ranks alone, however far apart the values are. So but
-    for ties, the share of attentions pruned is fixed: close to :math:`F(mu)`,
-    by default 44 % (Gamma) or 26 % (Exponential). A decision reports ``p`` as
-    the normalised value.
+    ``p`` depends only on the ranks, not on how far apart the values are. Apart from
+    ties, the share of pruned attentions is therefore fixed, close to :math:`F(mu)`:
+    by default 44 % (Gamma) or 26 % (Exponential). A decision reports ``p`` as the
+    normalised value.
 
     Args:
         target (str): ``'gamma'`` or ``'exponential'``. Defaults to

@@ -1,4 +1,4 @@
-"""What a pruning decided, by which numbers: from the policy to the page."""
+"""The record of a pruning decision and of the numbers behind it."""
 
 import itertools
 import json
@@ -27,29 +27,29 @@ NUMBERS = (
     'threshold',
     'quantile',
 )
-# What format 1 kept once for all decisions
+# Settings that format 1 stored once for all decisions
 _SETTINGS = ('policy', 'reduction', 'eps', 'keep_value')
 
 
 @dataclass(frozen=True)
 class LayerDecision:
-    """What a policy decided on one active layer attention.
+    """A policy's decision on one active layer attention.
 
     Attributes:
         name (str): Name of the attention, ``backbone.layer1.0.layer_attn``.
         stage (str): Name of its stage, ``backbone.layer1``.
-        divergence (float | None): KL divergence from the active attention
-            before it in nats; None where it was not measured.
-        shape (float | None): The part of it that says whether both mix alike
-            what they share, see :func:`~mmela.pruning.split_kl`; None where
-            it is not known.
-        own (float | None): The other part: how much the attention looks at
+        divergence (float | None): KL divergence in nats from the previous active
+            attention; None if not measured.
+        shape (float | None): Its shape part: how differently the two attentions
+            mix the tokens that they share, see :func:`~mmela.pruning.split_kl`;
+            None if unknown.
+        own (float | None): Its other part: how much weight the attention puts on
             its own token.
         baseline (float | None): The divergence of uniform attention there.
-        value (float | None): What the policy judged by its criterion, the
-            divergence or what stands for it.
-        normalized (float | None): What the policy made of it before mapping.
-        mapped (float | None): What was compared with ``threshold``.
+        value (float | None): The value that the policy judged by its criterion:
+            the divergence or a substitute.
+        normalized (float | None): That value normalised, before mapping.
+        mapped (float | None): The number compared with ``threshold``.
         threshold (float | None): None for a policy without one.
         quantile (float | None): The largest value that a candidate of its
             pool may have.
@@ -74,18 +74,18 @@ class LayerDecision:
     reason: str = 'kept: not measured'
 
     def to_dict(self) -> Dict[str, Any]:
-        """Plain values, which JSON can hold."""
+        """Convert to plain values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict) -> 'LayerDecision':
-        """Read and check what :meth:`to_dict` gave, in format 1 too.
+        """Read and check the result of :meth:`to_dict`, or of format 1.
 
         Raises:
-            ValueError: If it is something else.
+            ValueError: If a key is missing or unknown, or a value is invalid.
         """
         data = dict(check_type('a layer', data, dict))
-        if 'kl' in data:  # format 1 kept no candidates and no quantile
+        if 'kl' in data:  # format 1 stored no candidates and no quantile
             data['divergence'] = data.pop('kl')
             data['pruned'] = data.pop('skip', None)
             data['selected'] = (
@@ -93,7 +93,7 @@ class LayerDecision:
                 and data.get('reason') != 'kept: above the quantile'
             )
             data = {key: data[key] for key in cls.__annotations__ if key in data}
-        # There was no criterion but the divergence itself.
+        # Earlier versions judged the divergence itself.
         data.setdefault('value', data.get('divergence'))
         try:
             layer = cls(**data)
@@ -106,9 +106,11 @@ class LayerDecision:
             if value is not None and not math.isfinite(check_type(key, value, float)):
                 raise ValueError(f'{key}={value} is not finite')
         if (layer.mapped is None) != (layer.normalized is None):
-            raise ValueError(f'{layer.name} is normalised or mapped, but not both')
+            raise ValueError(
+                f'{layer.name} must have both normalized and mapped, or neither'
+            )
         if layer.divergence is None and layer.mapped is not None:
-            raise ValueError(f'{layer.name} is mapped, but has no divergence')
+            raise ValueError(f'{layer.name} has mapped, but no divergence')
         for key in ('selected', 'pruned'):
             check_type(key, getattr(layer, key), bool)
         check_type('reason', layer.reason, str)
@@ -124,17 +126,17 @@ class PruningDecision:
         policy (dict): Config of the policy, defaults included.
         reduction (str): How divergences were averaged.
         eps (float): Probability of tokens that the earlier attention lacks.
-        keep_value (bool): Whether key and value of what is pruned stay.
+        keep_value (bool): Whether a pruned attention keeps its key and value.
         window (tuple[int, int] | None): First and last epoch or iteration
-            that was measured; None outside of a training.
+            measured; None outside of a training.
         unit (str | None): ``'epoch'`` or ``'iteration'``.
         iteration (int | None): Training iterations done before it.
-        put_off (int): By how many epochs or iterations the window was put off
-            as the attentions had not learned yet.
+        put_off (int): Epochs or iterations by which the window was put off
+            because the attentions had not learned yet.
         deviation (float | None): See :func:`~mmela.pruning.deviation`; None
-            where nothing was measured.
-        movement (float | None): How far query and key have come from their
-            random start, as of :func:`~mmela.pruning.has_learned`.
+            if nothing was measured.
+        movement (float | None): Relative distance of query and key from their
+            random start, see :func:`~mmela.pruning.has_learned`.
     """
 
     layers: Tuple[LayerDecision, ...]
@@ -156,8 +158,8 @@ class PruningDecision:
 
     @property
     def warning(self) -> Optional[str]:
-        """str | None: Why the decision says nothing of the data, a sentence
-        without its full stop; None where it does, or is a control."""
+        """str | None: Why the decision is close to arbitrary, without the final
+        full stop; None if it is not, or if the criterion is a control."""
         control = self.policy.get('criterion') in ('random', 'position')
         if self.learned is not False or control:
             return None
@@ -165,7 +167,7 @@ class PruningDecision:
 
     @property
     def planned(self) -> Optional[Tuple[int, int]]:
-        """tuple[int, int] | None: The window before it was put off."""
+        """tuple[int, int] | None: The window as configured, before put-offs."""
         if self.window is None:
             return None
         return self.window[0] - self.put_off, self.window[1] - self.put_off
@@ -181,36 +183,36 @@ class PruningDecision:
         return tuple(layer.name for layer in self.layers if not layer.pruned)
 
     def to_dict(self) -> Dict[str, Any]:
-        """Plain values, which JSON can hold."""
+        """Convert to plain values for JSON."""
         return json.loads(json.dumps(dict(asdict(self), learned=self.learned)))
 
     @classmethod
     def from_dict(
         cls, data: dict, hook: Optional[Dict[str, Any]] = None
     ) -> 'PruningDecision':
-        """Read and check what :meth:`to_dict` gave, in format 1 too.
+        """Read and check the result of :meth:`to_dict`, or of format 1.
 
         Args:
             data (dict): The decision.
-            hook (dict, optional): Settings of the hook, which format 1 kept
+            hook (dict, optional): Settings of the hook, which format 1 stored
                 once for all decisions. Defaults to None.
 
         Raises:
-            ValueError: If it is something else.
+            ValueError: If a key is missing or a value is invalid.
         """
-        given = {key: hook[key] for key in _SETTINGS if hook and key in hook}
-        given.update(check_type('a decision', data, dict))
+        values = {key: hook[key] for key in _SETTINGS if hook and key in hook}
+        values.update(check_type('a decision', data, dict))
         layers = []
-        for index, layer in enumerate(check_type('layers', given.get('layers'), list)):
+        for index, layer in enumerate(check_type('layers', values.get('layers'), list)):
             with within(f'layers[{index}]'):
                 layers.append(LayerDecision.from_dict(layer))
                 if layers[-1].name in [other.name for other in layers[:-1]]:
-                    raise ValueError(f'name={layers[-1].name!r} is there twice')
-        given['layers'] = tuple(layers)
-        if given.get('window') is not None:
-            given['window'] = check_window(given['window'])
+                    raise ValueError(f'name={layers[-1].name!r} appears twice')
+        values['layers'] = tuple(layers)
+        if values.get('window') is not None:
+            values['window'] = check_window(values['window'])
         try:
-            decision = cls(**{k: given[k] for k in cls.__annotations__ if k in given})
+            decision = cls(**{k: values[k] for k in cls.__annotations__ if k in values})
         except TypeError as error:
             raise ValueError(f'a decision: {error}') from error
         check_type('policy', decision.policy, dict)
@@ -219,7 +221,7 @@ class PruningDecision:
         check_number('eps', decision.eps, 0, 1, open_low=True, open_high=True)
         check_type('keep_value', decision.keep_value, bool)
         if decision.unit not in (None, 'epoch', 'iteration'):
-            raise ValueError(f'unit={decision.unit!r} is not epoch or iteration')
+            raise ValueError(f"unit={decision.unit!r} is not 'epoch' or 'iteration'")
         for key, kind in dict(
             iteration=int, put_off=int, deviation=float, movement=float
         ).items():
@@ -234,7 +236,7 @@ class PruningReport:
     """``pruning.json``: the decisions of a run.
 
     Attributes:
-        hook (dict): Settings of the hook as it ran last: ``windows``,
+        hook (dict): Settings of the hook in its latest run: ``windows``,
             ``by_epoch``, ``policy``, ``keep_value``, ``reduction``, ``eps``.
         decisions (tuple[PruningDecision]): In order.
     """
@@ -243,10 +245,10 @@ class PruningReport:
     decisions: Tuple[PruningDecision, ...] = ()
 
     def write(self, path: Union[str, Path]) -> None:
-        """Write the file, at once or not at all.
+        """Write the file completely or not at all.
 
         Args:
-            path (str | Path): Where to.
+            path (str | Path): The file.
         """
         content = dict(
             format=FORMAT,
@@ -257,14 +259,14 @@ class PruningReport:
 
     @classmethod
     def read(cls, path: Union[str, Path]) -> 'PruningReport':
-        """Read and check a file, of format 1 too.
+        """Read and check a file of format 1 or 2.
 
         Args:
             path (str | Path): The file.
 
         Raises:
             OSError: If it cannot be read.
-            ValueError: If it is no report of the hook.
+            ValueError: If it is not a valid report of the hook.
         """
         try:
             content = json.loads(Path(path).read_text(encoding='utf-8'))
@@ -283,7 +285,7 @@ class PruningReport:
             return cls(hook, tuple(read_decisions(key, content.get(key), hook)))
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f'{path} is no report of the pruning hook: {error}'
+                f'{path} is not a report of the pruning hook: {error}'
             ) from error
 
 
@@ -291,16 +293,16 @@ def read_decisions(key: str, data: Any, hook: Dict[str, Any]) -> List[PruningDec
     """Read and check the decisions of a run.
 
     Args:
-        key (str): Their field in the file.
-        data (Any): The decisions, each as of :meth:`PruningDecision.to_dict`.
-        hook (dict): Settings of the hook, which format 1 kept once for all.
+        key (str): Name of the field in the file.
+        data (Any): The decisions, see :meth:`PruningDecision.to_dict`.
+        hook (dict): Settings of the hook, which format 1 stored only once.
 
     Returns:
-        list[PruningDecision]: In order.
+        list[PruningDecision]: The decisions in order.
 
     Raises:
-        ValueError: If they are something else, or contradict each other: what is
-            pruned stays pruned. The message names the field.
+        ValueError: If the data are malformed, or if a decision lists an attention that
+            an earlier one has pruned. The message names the field.
     """
     decisions: List[PruningDecision] = []
     for index, item in enumerate(check_type(key, data, list)):
@@ -314,17 +316,17 @@ def read_decisions(key: str, data: Any, hook: Dict[str, Any]) -> List[PruningDec
                 if again:
                     raise ValueError(
                         f'layers has {", ".join(sorted(again))}, which '
-                        f'{key}[{number}] has pruned already'
+                        f'{key}[{number}] has already pruned'
                     )
             decisions.append(decision)
     return decisions
 
 
 def keep_earlier(path: Union[str, Path]) -> None:
-    """Rename a report that an earlier run has left in the same place.
+    """Rename the report of an earlier run, with its date in the name.
 
     Args:
-        path (str | Path): Where the new report goes.
+        path (str | Path): Path of the new report.
     """
     path = Path(path)
     if not path.exists():
@@ -340,13 +342,13 @@ def keep_earlier(path: Union[str, Path]) -> None:
 
 @contextmanager
 def within(part: str) -> Iterator[None]:
-    """Have what is wrong in a part of a file name that part.
+    """Put the name of a part of a file in front of its errors.
 
     Args:
-        part (str): Such as ``layers[2]``.
+        part (str): Name of the part, such as ``layers[2]``.
 
     Raises:
-        ValueError: Of what is checked within, with the part in front.
+        ValueError: If the body raises one.
     """
     try:
         yield
@@ -355,32 +357,32 @@ def within(part: str) -> Iterator[None]:
 
 
 def check_name(name: str) -> str:
-    """Check that a name may become part of a file name or of a terminal line.
+    """Check that a name is safe in file names and on a terminal.
 
     Raises:
-        ValueError: If it has other characters than those of module names.
+        ValueError: If it has characters that module names do not have.
     """
     if not isinstance(name, str) or not re.fullmatch(r'[\w.\-]+', name):
         raise ValueError(
-            f'{name!r} is no name of a module: letters, digits, dots, underscores '
-            'and hyphens'
+            f'{name!r} is not a module name; allowed are letters, digits, dots, '
+            'underscores and hyphens'
         )
     return name
 
 
 def check_type(key: str, value: Any, kind: type) -> Any:
-    """Check the type of a value from a file, and that it can be computed with.
+    """Check the type of a value from a file, and that an integer is not too large.
 
     Args:
-        key (str): Its field.
+        key (str): Name of the field.
         value (Any): The value.
-        kind (type): Its type; a float may be an integer.
+        kind (type): The type; a float may be an integer.
 
     Returns:
         Any: The value.
 
     Raises:
-        ValueError: If it is of another type; the message names the field.
+        ValueError: If the value has another type; the message names the field.
     """
     fits = isinstance(value, (int, float) if kind is float else kind)
     odd = isinstance(value, bool) and kind is not bool
@@ -399,13 +401,13 @@ def check_window(bounds: Any) -> Tuple[int, int]:
         tuple[int, int]: The window.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not a window.
     """
     if not isinstance(bounds, (list, tuple)) or len(bounds) != 2:
         raise ValueError(f'window={bounds!r:.99} is not a pair of integers')
     first, last = (check_type('a bound of a window', bound, int) for bound in bounds)
     if not 1 <= first <= last:
         raise ValueError(
-            f'window={bounds!r:.99} does not start from 1 on and end later'
+            f'window={bounds!r:.99} must start at 1 or later, and not end before'
         )
     return first, last

@@ -1,4 +1,4 @@
-"""Whether divergences say anything about the data."""
+"""Decide whether divergences reflect what attentions have learned."""
 
 from typing import Optional, Sequence
 
@@ -13,24 +13,24 @@ MIN_MOVEMENT = 0.4
 def deviation(divergences: Sequence[Optional[Divergence]]) -> Optional[float]:
     """How far divergences are from those of uniform attention.
 
-    Attention that has learned nothing is uniform where its scores are small,
-    and its divergence is then the baseline ``log((t + n) / t)``. From one
-    block to the next that changes by 41, 29, 22 and 18 % in a stage of six: a
-    deviation below a quarter (:data:`MIN_DEVIATION`) leaves the order to the
-    positions. The median is taken as a single attention that has learned tells
-    nothing of those that a policy prunes. Where both attend over the same tokens
-    the baseline is 0, and nothing is known.
+    Untrained attention with small scores is uniform, and its divergence is the
+    baseline ``log((t + n) / t)``. In a stage of six blocks that baseline changes by
+    41, 29, 22 and 18 % from one block to the next, so below a deviation of a quarter
+    (:data:`MIN_DEVIATION`) the positions decide the order. The median is used because
+    one attention that has learned does not vouch for those that a policy prunes. If
+    both attentions have the same number of tokens, the baseline is 0 and they do not
+    count.
 
     Args:
-        divergences (Sequence[Divergence | None]): Of the attentions of a
-            network; None where it is not measured.
+        divergences (Sequence[Divergence | None]): Divergences of the attentions
+            of a network; None for those not measured.
 
     Returns:
         float | None: Median of ``abs(total / baseline - 1)``; None without a
         measured divergence that has a baseline.
     """
-    found = [abs(d.total / d.baseline - 1) for d in divergences if d and d.more]
-    return float(np.median(found)) if found else None
+    relative = [abs(d.total / d.baseline - 1) for d in divergences if d and d.more]
+    return float(np.median(relative)) if relative else None
 
 
 def has_learned(
@@ -39,14 +39,14 @@ def has_learned(
     """Whether a decision depends on what attentions have learned.
 
     Args:
-        deviation (float | None): Of :func:`deviation`. Below
+        deviation (float | None): Result of :func:`deviation`. Below
             :data:`MIN_DEVIATION` the position decides.
-        movement (float | None): How far query and key have come from their
-            random start, relative to it; None where that is not known, which
-            is no objection. Below :data:`MIN_MOVEMENT` the random start
-            decides, which is far from uniform too on large features: of the
-            product of query and key, ``(1 + m)**2`` times that of the start,
-            learning has then brought less than one half (``m < 2**0.5 - 1``).
+        movement (float | None): Relative distance of query and key from their
+            random start; None if unknown, and then it is not checked. Below
+            :data:`MIN_MOVEMENT` the random start decides, which can be far from
+            uniform on large features: the product of query and key is then at
+            most ``(1 + m)**2`` times the initial one, so learning accounts for
+            less than half of it (``m < 2**0.5 - 1``).
 
     Returns:
         bool | None: None if nothing is measured.
@@ -58,28 +58,28 @@ def has_learned(
 
 
 def learning_state(deviation: Optional[float], movement: Optional[float]) -> str:
-    """Say why :func:`has_learned` is False.
+    """Explain why :func:`has_learned` is False.
 
     Args:
         deviation (float | None): See :func:`has_learned`.
         movement (float | None): See :func:`has_learned`.
 
     Returns:
-        str: A sentence without its full stop.
+        str: Sentences, the last one without its full stop.
     """
-    found = []
+    reasons = []
     if deviation is not None and deviation < MIN_DEVIATION:
-        found.append(
-            f'their divergences are within {deviation:.0%} of those of uniform '
-            f'attention, and less than {MIN_DEVIATION:.0%} says nothing: what is '
-            'pruned depends on the position or on chance'
+        reasons.append(
+            f'divergences are within {deviation:.0%} of uniform attention '
+            f'({MIN_DEVIATION:.0%} needed)'
         )
     if movement is not None and movement < MIN_MOVEMENT:
-        found.append(
-            f'query and key have moved by {movement:.1%} from their random start, '
-            f'and up to {MIN_MOVEMENT:.0%} what is pruned depends on that'
+        reasons.append(
+            f'query and key have moved {movement:.1%} from their random start '
+            f'({MIN_MOVEMENT:.0%} needed)'
         )
     return (
-        f'The layer attentions have not learned yet: {"; ".join(found)}. What helps: '
-        'later windows, put_off_until, a larger learning rate of query and key'
+        'Attention has not learned yet, so this pruning is close to arbitrary: '
+        f'{", and ".join(reasons)}. Use later windows, set put_off_until, or raise '
+        'the learning rate of query and key'
     )

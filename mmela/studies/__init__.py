@@ -1,1 +1,1 @@
-"""Studies: variants times seeds of ordinary configs, run, compared, written down."""
+"""Studies: run variants of ordinary configs with several seeds, and compare them."""

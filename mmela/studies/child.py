@@ -1,8 +1,8 @@
-"""Run a tool that ends with the process that started it.
+"""Run a tool that ends together with the process that started it.
 
-``python child.py TOOL [arguments]`` runs the tool until its own standard input
-closes, which the system does however the process at the other end dies. It
-runs by its path, so that the tool decides what is imported.
+``python child.py TOOL [arguments]`` runs the tool until its standard input closes. The
+system closes it however the process at the other end dies. Start this file by its path,
+so that the tool decides what is imported.
 """
 
 import os
@@ -13,7 +13,7 @@ import threading
 
 
 def end_with(parent: int) -> None:
-    """Wait for the end of a pipe, then end this process and its children.
+    """Wait until a pipe closes, then kill this process and its children.
 
     Args:
         parent (int): File descriptor of the pipe.

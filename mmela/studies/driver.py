@@ -1,4 +1,4 @@
-"""The runs of a study side by side, on this machine or on a Ray cluster."""
+"""Run the runs of a study in parallel, on this machine or on a Ray cluster."""
 
 import os
 import signal
@@ -26,12 +26,12 @@ from ..command_line import one_line
 from .run import Job
 from .train import Limits, ending, train
 
-PAUSE = 0.5  # seconds between two looks at the runs
+PAUSE = 0.5  # seconds between two checks of the runs
 Failures = Dict[str, str]
 
 
 def visible_gpus() -> List[str]:
-    """Names of the GPUs for ``CUDA_VISIBLE_DEVICES``, an entry for each."""
+    """Name of each GPU for ``CUDA_VISIBLE_DEVICES``."""
     count = torch.cuda.device_count()
     given = os.environ.get('CUDA_VISIBLE_DEVICES', '')
     names = [name.strip() for name in given.split(',') if name.strip()]
@@ -39,7 +39,7 @@ def visible_gpus() -> List[str]:
 
 
 def visible_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, 'sched_getaffinity'):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -51,7 +51,7 @@ class LocalExecutor(ThreadPoolExecutor):
     Shutting it down ends the runs.
 
     Args:
-        slots (int): How many run side by side; they share the GPUs.
+        slots (int): Number of parallel runs. They share the GPUs.
     """
 
     def __init__(self, slots: int) -> None:
@@ -80,22 +80,22 @@ class LocalExecutor(ThreadPoolExecutor):
 
 
 class RayExecutor(Executor):
-    """Tasks of a Ray cluster.
+    """Tasks on a Ray cluster.
 
     Shutting it down ends them.
 
     Args:
         address (str): Address for ``ray.init``: ``auto``, ``HOST:PORT``,
-            ``ray://HOST:PORT``, or ``local`` for one on this machine.
-        limits (Limits): What a run may take.
-        gpus (float, optional): GPUs of a run. Defaults to one where the
+            ``ray://HOST:PORT``, or ``local`` for a cluster on this machine.
+        limits (Limits): Limits of a run.
+        gpus (float, optional): Number of GPUs per run. Defaults to one if the
             cluster has GPUs.
 
     Attributes:
-        slots (int): How many runs fit side by side.
+        slots (int): Number of runs that fit in parallel.
 
     Raises:
-        ValueError: If Ray is not installed, there is no cluster, or no run
+        ValueError: If Ray is not installed, if there is no cluster, or if no run
             fits on it.
     """
 
@@ -106,23 +106,25 @@ class RayExecutor(Executor):
             import ray
         except ImportError:
             raise ValueError(
-                '--address needs Ray, which is not installed: pip install '
-                '"ray>=2.9", or install mmela with its extra "study"'
+                '--address needs Ray, which is not installed; install it with: pip '
+                'install "ray>=2.9", or "mmela[study]"'
             ) from None
-        # Workers import the mmela of this process, from the shared file system
+        # Workers import the same mmela from the shared file system
         paths = filter(None, [str(PACKAGE.parent), os.environ.get('PYTHONPATH')])
         environ = {'env_vars': {'PYTHONPATH': os.pathsep.join(paths)}}
         host, _, port = address.replace('ray://', '').rpartition(':')
         try:
-            if host and port.isdigit():  # Ray would try for minutes
+            if host and port.isdigit():  # Ray would retry for minutes
                 socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address, runtime_env=environ, log_to_driver=False)
         except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(f'no Ray cluster at {address!r}: {error}') from error
+            raise ValueError(
+                f'there is no Ray cluster at {address!r}: {error}'
+            ) from error
         has = ray.cluster_resources()
         if gpus is None:
             gpus = 1.0 if has.get('GPU', 0) else 0.0
-        # A run is on one node, so the sum over nodes of what fits on each
+        # A run needs a single node, so count the runs that fit on each node
         self.slots = 0
         for node in ray.nodes():
             if node['Alive']:
@@ -132,12 +134,12 @@ class RayExecutor(Executor):
         if not self.slots:
             ray.shutdown()
             raise ValueError(
-                f'no node of the cluster has {limits.threads} CPUs and {gpus:g} GPUs '
-                f'for a run; the cluster has {has.get("CPU", 0):g} CPUs, '
-                f'{has.get("GPU", 0):g} GPUs'
+                f'a run needs {limits.threads} CPUs and {gpus:g} GPUs on one node, '
+                f'which no node has; the cluster has {has.get("CPU", 0):g} CPUs and '
+                f'{has.get("GPU", 0):g} GPUs in total'
             )
         self._ray = ray
-        # Again where a worker or a node dies
+        # Ray retries a task if a worker or a node dies
         self._task = ray.remote(
             num_cpus=limits.threads, num_gpus=gpus, max_retries=limits.retries
         )
@@ -156,11 +158,11 @@ class RayExecutor(Executor):
 
 
 class Display:
-    """A bar for each run and one for all, or plain lines where no terminal is.
+    """Progress bars for each run and for all runs, or plain lines without a terminal.
 
     Args:
         jobs (Sequence[Job]): All runs.
-        retries (int): How often a run that died is started again.
+        retries (int): Maximum number of restarts of a run that died.
     """
 
     def __init__(self, jobs: Sequence[Job], retries: int) -> None:
@@ -185,21 +187,21 @@ class Display:
         self.console.print(f'{time.strftime("%H:%M:%S")} {text}')
 
     def look(self, job: Job) -> None:
-        """Say which processes of a run have started since the last look."""
+        """Print which processes of a run have started since the last call."""
         attempts = job.record.attempts
         for index in range(self._seen[job.name], len(attempts)):
             tried = index - self._before[job.name]
             if tried:
                 self.say(
-                    f'{job.name} ended with {ending(attempts[index - 1])}; it is '
-                    f'started again ({tried} of {self._retries})'
+                    f'{job.name} ended with {ending(attempts[index - 1])}; '
+                    f'restarting ({tried} of {self._retries})'
                 )
             else:
                 self.say(f'{job.name} starts: {job.work_dir}')
         self._seen[job.name] = len(attempts)
 
     def show(self, jobs: Collection[Job]) -> None:
-        """Bring the bars of the runs that were submitted up to date."""
+        """Update the bars of submitted runs."""
         for job in jobs:
             self.look(job)
         if self.bars.disable:
@@ -218,11 +220,11 @@ class Display:
         self.bars.update(self._all, completed=self._done + shares, text=text)
 
     def finished(self, job: Job, result: str) -> None:
-        """Count one more.
+        """Count a finished run.
 
         Args:
-            job (Job): What has ended.
-            result (str): How, in a word or two.
+            job (Job): The run.
+            result (str): A short description of its result.
         """
         self.look(job)
         self._done += 1
@@ -243,11 +245,11 @@ def ended_by_signals() -> Iterator[None]:
     ]
 
     def end(number: int, frame: object) -> None:
-        for each in numbers:  # nothing disturbs the end
+        for each in numbers:  # let the cleanup finish
             signal.signal(each, signal.SIG_IGN)
         raise SystemExit(
-            f'stopped by {signal.Signals(number).name}; the same command goes on from '
-            'the last checkpoints'
+            f'stopped by {signal.Signals(number).name}; run the same command again to '
+            'continue from the last checkpoints'
         )
 
     before = [signal.signal(number, end) for number in numbers]
@@ -264,19 +266,19 @@ def run_all(
     limits: Limits,
     describe: Callable[[Job], str],
 ) -> Failures:
-    """Train what is not done, each run after the one that it starts from.
+    """Train all runs that are not done, each after the run that it starts from.
 
     Args:
         jobs (Sequence[Job]): The runs.
-        executor (Executor): What trains them; it is shut down at the end.
-        limits (Limits): What a run may take.
-        describe (Callable[[Job], str]): What to say of a run that finished.
+        executor (Executor): Executor for the runs; it is shut down at the end.
+        limits (Limits): Limits of a run.
+        describe (Callable[[Job], str]): Function that describes a finished run.
 
     Returns:
-        dict[str, str]: Why runs failed, by their names.
+        dict[str, str]: Reasons of failures by name of the run.
 
     Raises:
-        SystemExit: On SIGINT, SIGTERM and SIGHUP, after all runs were ended.
+        SystemExit: On SIGINT, SIGTERM and SIGHUP, after all runs have ended.
     """
     display = Display(jobs, limits.retries)
     waiting = [job for job in jobs if not job.done]
@@ -305,7 +307,7 @@ def run_all(
                 job = running.pop(future)
                 try:
                     reason = future.result()
-                except Exception as error:  # of the run or of Ray: others go on
+                except Exception as error:  # one run or Ray failed; others continue
                     reason = f'{type(error).__name__}: {one_line(error)[:500]}'
                 if reason is None:
                     display.finished(job, describe(job))

@@ -1,4 +1,4 @@
-"""The page of a study: what was asked, run and found."""
+"""Write the page of a study: the question, the runs and the results."""
 
 import html
 import re
@@ -37,7 +37,7 @@ def write_page(
     """Write the page and its picture.
 
     Args:
-        study (Study): The study; its texts are those of a person, in Markdown.
+        study (Study): The study; its texts are written by hand, in Markdown.
         jobs (Sequence[Job]): The runs.
         runs (Sequence[dict]): A row for each run.
         layers (Sequence[dict]): A row for each layer and decision.
@@ -46,7 +46,7 @@ def write_page(
         command (str): The command that ran the study.
 
     Returns:
-        list[Path]: What was written.
+        list[Path]: The written files.
     """
     shown = [v for v in study.variants.values() if not v.hidden]
     pictures: Tuple[Path, ...] = ()
@@ -111,7 +111,7 @@ def _table(shown: Sequence[Variant], runs: Sequence[Row]) -> str:
         times = list(finals(runs, variant.name, 'step_time').values())
         rows[-1] += [mean('best', digits), active, _with_range(times, 3)]
         rows[-1] += [mean('memory', 0), NONE if wall is None else duration(wall)]
-    # Nothing is logged of memory on a CPU, nor is there a best of every metric
+    # Drop empty columns: a CPU logs no memory, and not every metric has a best value
     known = [
         i
         for i, name in enumerate(head)
@@ -122,7 +122,7 @@ def _table(shown: Sequence[Variant], runs: Sequence[Row]) -> str:
 
 
 def _with_range(values: Sequence[float], digits: int) -> str:
-    """Mean of values, with the least and the greatest if there are several."""
+    """Format the mean of values, with the range if there are several."""
     text = _number(spread(values).mean, digits)
     if len(values) > 1:
         text += f' ({_number(min(values), digits)} to {_number(max(values), digits)})'
@@ -151,7 +151,7 @@ def _seeds(study: Study, shown: Sequence[Variant], runs: Sequence[Row]) -> str:
 def _pruning(
     shown: Sequence[Variant], runs: Sequence[Row], layers: Sequence[Row]
 ) -> Tuple[str, str]:
-    """Tables of how far the seeds agree, and of what each pruned."""
+    """Tables of the agreement between seeds, and of the pruned attentions."""
     rows, masks = [], []
     for variant in shown:
         for a in agreements(layers, variant.name):
@@ -194,7 +194,7 @@ def _machines(runs: Sequence[Row]) -> Counter:
 
 
 def _plot(study: Study, shown: Sequence[Variant], runs: Sequence[Row]):
-    """A dot for each seed, the mean and its confidence interval."""
+    """Plot a dot for each seed, and the mean with its confidence interval."""
 
     def plot(figure: Figure, theme: Theme) -> None:
         figure.set_size_inches(WIDTH, 0.8 + 0.42 * len(shown))
@@ -226,7 +226,7 @@ def _plot(study: Study, shown: Sequence[Variant], runs: Sequence[Row]):
 
 
 def portable(path: Path) -> str:
-    """A path as seen from the checkout; the name alone outside of it."""
+    """A path relative to the checkout; only the file name outside of it."""
     for root in (PACKAGE.parent, PACKAGE / '.mim'):
         try:
             return path.resolve().relative_to(root.resolve()).as_posix()
@@ -236,7 +236,7 @@ def portable(path: Path) -> str:
 
 
 def _digits(runs: Iterable[Row]) -> int:
-    """Digits after the point that tell results apart: percent or a share."""
+    """Decimal places for the results: 2 for percentages, 4 for fractions."""
     values = [abs(row['final']) for row in runs if row['final'] is not None]
     return 2 if max(values, default=0) > 1.5 else 4
 
@@ -255,7 +255,7 @@ def _list(values: Sequence[Any]) -> str:
 
 
 def escape(text: str) -> str:
-    """A text of a record, so that Markdown shows it as it is."""
+    """Escape a text so that Markdown shows it literally."""
     return re.sub(r'([\\`*_{}\[\]$~#!])', r'\\\1', html.escape(one_line(text), False))
 
 
@@ -264,6 +264,6 @@ def _cell(text: str) -> str:
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; nothing where it would be empty."""
+    """Format a table; an empty string without rows."""
     lines = [head, ['---'] * len(head), *rows] if rows else []
     return '\n'.join(f'| {" | ".join(map(_cell, line))} |' for line in lines)

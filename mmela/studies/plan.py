@@ -1,4 +1,4 @@
-"""What would be run, and how long it takes."""
+"""Plan the runs of a study, and estimate how long they take."""
 
 import shlex
 import statistics
@@ -13,14 +13,14 @@ from .run import Job
 
 
 def prepare(commands: Sequence[str]) -> None:
-    """Run the commands of a study that come before all runs.
+    """Run the preparation commands of a study.
 
     Args:
-        commands (Sequence[str]): The commands; ``{root}`` is the checkout, and
-            ``python`` this Python.
+        commands (Sequence[str]): The commands. ``{root}`` stands for the checkout and
+            ``python`` for this Python.
 
     Raises:
-        ValueError: If one fails.
+        ValueError: If a command fails.
     """
     root = find('tools/train.py').parents[1]
     for command in commands:
@@ -30,24 +30,24 @@ def prepare(commands: Sequence[str]) -> None:
         try:
             code = subprocess.run(words, stdin=subprocess.DEVNULL).returncode
         except OSError as error:
-            raise ValueError(f'the preparation {command!r} fails: {error}') from error
+            raise ValueError(f'preparation {command!r} failed: {error}') from error
         if code:
-            raise ValueError(f'the preparation {command!r} ends with exit code {code}')
+            raise ValueError(f'preparation {command!r} failed with exit code {code}')
 
 
 def estimates(jobs: Sequence[Job], all_jobs: Sequence[Job]) -> Dict[str, float]:
-    """Estimate the seconds that runs still take.
+    """Estimate the remaining time of runs.
 
-    The pace is that of finished runs of the variant, or else the middle one of
-    what other variants of the study took per epoch or iteration.
+    The pace is the median time per epoch or iteration of finished runs of the same
+    variant, or else of all variants of the study.
 
     Args:
         jobs (Sequence[Job]): Runs to estimate.
         all_jobs (Sequence[Job]): Runs to learn from.
 
     Returns:
-        dict[str, float]: Seconds by work directory; nothing for runs about
-        which nothing is known.
+        dict[str, float]: Seconds by work directory, without runs that cannot be
+        estimated.
     """
     paces: Dict[Tuple[str, str], List[float]] = {}
     for job in all_jobs:
@@ -69,7 +69,7 @@ def estimates(jobs: Sequence[Job], all_jobs: Sequence[Job]) -> Dict[str, float]:
 
 
 def first_step(job: Job) -> int:
-    """Epoch or iteration that a run starts after, by what it resumes from."""
+    """Epochs or iterations already done in the checkpoint that a run resumes from."""
     if job.start is None or job.start.how != 'resume':
         return 0
     number = Path(job.start.checkpoint).stem.rpartition('_')[2]
@@ -77,7 +77,7 @@ def first_step(job: Job) -> int:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a reader: ``1 h 05 min``."""
+    """Format seconds for a reader: ``1 h 05 min``."""
     if seconds < 60:
         return f'{seconds:.0f} s'
     minutes = round(seconds / 60)
@@ -87,15 +87,15 @@ def duration(seconds: float) -> str:
 
 
 def plan(jobs: Sequence[Job], all_jobs: Sequence[Job], slots: int) -> Iterator[str]:
-    """Tell what would be run.
+    """Describe the runs of a study without running them.
 
     Args:
         jobs (Sequence[Job]): The runs.
         all_jobs (Sequence[Job]): Runs to learn times from.
-        slots (int): How many run side by side.
+        slots (int): Number of parallel runs.
 
     Yields:
-        str: A line.
+        str: A line of the plan.
     """
     left = [job for job in jobs if not job.done]
     seconds = estimates(left, all_jobs)
@@ -109,15 +109,15 @@ def plan(jobs: Sequence[Job], all_jobs: Sequence[Job], slots: int) -> Iterator[s
             known = seconds.get(job.work_dir)
             text += ', time unknown' if known is None else f', about {duration(known)}'
             if checkpoint:
-                text += f', goes on from {checkpoint.name}'
+                text += f', continues from {checkpoint.name}'
             elif job.start:
                 start = job.start
                 text += f', {start.how} {start.checkpoint} of {start.variant}'
         yield text.rstrip()
-    yield f'{len(jobs) - len(left)} of {len(jobs)} runs done, {slots} side by side'
+    yield f'{len(jobs) - len(left)} of {len(jobs)} runs done, {slots} in parallel'
     if left and len(seconds) == len(left):
-        # No earlier than the longest of them
+        # At least as long as the longest run
         total = max(sum(seconds.values()) / slots, *seconds.values())
-        yield f'about {duration(total)} to go'
+        yield f'about {duration(total)} remaining'
     elif left:
-        yield 'time to go unknown: no finished run tells how long an epoch takes'
+        yield 'remaining time unknown, because no run has finished yet'

@@ -1,4 +1,4 @@
-"""What the runs of a study gave: tidy tables and statistics."""
+"""Collect the results of a study: tidy tables and statistics."""
 
 import csv
 from itertools import combinations
@@ -54,16 +54,16 @@ Row = Dict[str, Any]
 
 
 def collect(study: Study, jobs: Iterable[Job]) -> Tuple[List[Row], List[Row]]:
-    """Read what runs left in their work directories.
+    """Read the results of runs from their work directories.
 
     Args:
         study (Study): The study.
         jobs (Iterable[Job]): The runs.
 
     Returns:
-        tuple[list[dict], list[dict]]: A row for each run, and one for each
-        layer of each pruning decision. What is not known is None; numbers of
-        the end are those of runs that are done.
+        tuple[list[dict], list[dict]]: A row for each run, and a row for each layer of
+        each pruning decision. Unknown values are None; only finished runs have final
+        numbers.
     """
     runs, layers = [], []
     for job in jobs:
@@ -101,7 +101,7 @@ def _add_results(row: Row, metric: str, job: Job, results: Run) -> None:
     final = job.final_metrics()
     row['final'] = final.get(metric)
     if not final:
-        row['status'] = 'no last validation'
+        row['status'] = 'no final validation'
     for name, value in final.items():
         row[_metric_column(name)] = value
     row['best_at'], row['best'] = results.best(metric) or (None, None)
@@ -111,7 +111,7 @@ def _add_results(row: Row, metric: str, job: Job, results: Run) -> None:
 
 
 def _metric_column(name: str) -> str:
-    """Column of a metric, which may be called as another column is."""
+    """Column of a metric; prefixed if its name is already in use."""
     return f'metric {name}' if name in (*COLUMNS, *MORE) else name
 
 
@@ -158,7 +158,7 @@ def write_tables(runs: List[Row], layers: List[Row], path: Path) -> List[Path]:
         path (Path): ``NAME.csv``.
 
     Returns:
-        list[Path]: What was written.
+        list[Path]: The written files.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     known = (*COLUMNS, *MORE)
@@ -181,17 +181,17 @@ def write_tables(runs: List[Row], layers: List[Row], path: Path) -> List[Path]:
 
 
 class Spread(NamedTuple):
-    """A sample of numbers.
+    """Statistics of a sample.
 
     Attributes:
-        n (int): How many.
-        mean (float | None): None of no numbers.
-        deviation (float | None): Standard deviation; None of fewer than two.
-        low (float | None): Lower end of the 95 % confidence interval of the
-            mean by Student's t; None of fewer than two.
-        high (float | None): Upper end.
-        p (float | None): Of the t test that the mean is 0; None of fewer than
-            two, or where all are 0.
+        n (int): Number of values.
+        mean (float | None): Mean; None without values.
+        deviation (float | None): Standard deviation; None for fewer than two values.
+        low (float | None): Lower end of the 95 % confidence interval of the mean, by
+            Student's t; None for fewer than two values.
+        high (float | None): Upper end of the interval.
+        p (float | None): p value of the t test for a mean of 0; None for fewer than
+            two values, or if all are 0.
     """
 
     n: int
@@ -203,13 +203,13 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Describe numbers.
+    """Compute the statistics of a sample.
 
     Args:
-        values (Sequence[float]): The numbers.
+        values (Sequence[float]): The values.
 
     Returns:
-        Spread: Their mean and how sure it is.
+        Spread: The statistics.
     """
     if len(values) < 2:
         return Spread(len(values), *map(float, values))
@@ -223,7 +223,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def finals(runs: Iterable[Row], variant: str, key: str = 'final') -> Dict[int, float]:
-    """A number of a variant by seed, of the seeds that have it.
+    """Collect a number of a variant by seed.
 
     Args:
         runs (Iterable[dict]): A row for each run.
@@ -231,7 +231,7 @@ def finals(runs: Iterable[Row], variant: str, key: str = 'final') -> Dict[int, f
         key (str): Column of the number. Defaults to ``'final'``.
 
     Returns:
-        dict[int, float]: The number by seed.
+        dict[int, float]: The number by seed, for the seeds that have it.
     """
     return {
         row['seed']: row[key]
@@ -246,33 +246,33 @@ def difference(runs: Sequence[Row], variant: str, against: str) -> Spread:
     Args:
         runs (Sequence[dict]): A row for each run.
         variant (str): A variant.
-        against (str): The one that it is compared with.
+        against (str): The variant to compare with.
 
     Returns:
-        Spread: Of the differences of the seeds that both have; its ``p`` is
-        that of the paired t test.
+        Spread: Statistics of the differences over the seeds that both have; ``p``
+        belongs to the paired t test.
     """
     a, b = finals(runs, variant), finals(runs, against)
     return spread([a[seed] - b[seed] for seed in a if seed in b])
 
 
 def expected_jaccard(first: int, second: int, both: int, m: int, k: int) -> float:
-    """Jaccard index that two random choices have on average.
+    """Expected Jaccard index of two random choices.
 
     Args:
-        first (int): Attentions that the first may choose.
-        second (int): Those that the second may choose.
-        both (int): Those that both may choose.
-        m (int): How many the first chooses.
-        k (int): How many the second chooses.
+        first (int): Number of attentions that the first may choose from.
+        second (int): Number of attentions that the second may choose from.
+        both (int): Number of attentions that both may choose.
+        m (int): Number that the first chooses.
+        k (int): Number that the second chooses.
 
     Returns:
-        float: The exact expectation. Two empty choices agree: 1.
+        float: The exact expectation; 1 for two empty choices.
     """
     if not m + k:
         return 1.0
     mean = 0.0
-    # How many that both may choose the first one takes, and of them the second
+    # j: chosen by the first among the common ones; i: of these, chosen by the second
     for j in range(min(both, m) + 1):
         for i in range(min(j, k) + 1):
             chance = stats.hypergeom.pmf(j, first, both, m)
@@ -282,19 +282,18 @@ def expected_jaccard(first: int, second: int, both: int, m: int, k: int) -> floa
 
 
 class Agreement(NamedTuple):
-    """How far the seeds of a variant agree on what is pruned.
+    """Agreement of the seeds of a variant on which attentions are pruned.
 
     Attributes:
-        window (str): The decision; where it was put off, of each seed.
-        learned (list[bool | None]): Whether each seed saw what attention has
-            learned.
-        pruned (list[int]): How many each seed prunes.
-        candidates (list[int]): Of how many that have a divergence.
-        jaccard (float | None): Mean Jaccard index over pairs of seeds; None of
-            fewer than two.
-        chance (float | None): What random choices of the same numbers have.
-        correlation (list[float]): Of each seed, Pearson's correlation of the
-            divergences with the baseline; of those seeds that have one.
+        window (str): Window of the decision; one for each seed if they differ.
+        learned (list[bool | None]): For each seed, whether attention had learned.
+        pruned (list[int]): Number of pruned attentions of each seed.
+        candidates (list[int]): Number of attentions with a divergence, for each seed.
+        jaccard (float | None): Mean Jaccard index over pairs of seeds; None for fewer
+            than two seeds.
+        chance (float | None): Expected index of random choices of the same numbers.
+        correlation (list[float]): Pearson's correlation of the divergences with the
+            baseline, for each seed where it is defined.
     """
 
     window: str
@@ -314,15 +313,15 @@ def agreements(layers: Iterable[Row], variant: str) -> List[Agreement]:
         variant (str): The variant.
 
     Returns:
-        list[Agreement]: For each decision.
+        list[Agreement]: One entry for each decision.
     """
     seeds: Dict[int, Dict[str, List[Row]]] = {}
     for row in layers:
         if row['variant'] == variant and row['divergence'] is not None:
             windows = seeds.setdefault(row['seed'], {})
             windows.setdefault(row['window'], []).append(row)
-    found = []
-    # The first decision of each seed, then the second, whatever their windows
+    result = []
+    # Compare the first decisions of all seeds, then the second ones, and so on
     for number in range(max(map(len, seeds.values()), default=0)):
         each = [list(s.items())[number] for s in seeds.values() if len(s) > number]
         decisions = [rows for _, rows in each]
@@ -342,7 +341,7 @@ def agreements(layers: Iterable[Row], variant: str) -> List[Agreement]:
                     ]
                 )
             )
-        found.append(
+        result.append(
             Agreement(
                 ', '.join(dict.fromkeys(window for window, _ in each)),
                 [rows[0]['learned'] for rows in decisions],
@@ -353,11 +352,11 @@ def agreements(layers: Iterable[Row], variant: str) -> List[Agreement]:
                 [c for c in map(_correlation, decisions) if c is not None],
             )
         )
-    return found
+    return result
 
 
 def _correlation(rows: List[Row]) -> Optional[float]:
-    """Correlation of divergences with the baseline; None where undefined."""
+    """Correlation of divergences with the baseline; None if undefined."""
     pairs = [(r['divergence'], r['baseline']) for r in rows if r['baseline']]
     if len(pairs) < 3 or any(np.ptp(column) == 0 for column in zip(*pairs)):
         return None

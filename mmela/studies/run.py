@@ -1,4 +1,4 @@
-"""One run of a study: what is asked for and what there is of it."""
+"""A run of a study: its settings and its state on disk."""
 
 import json
 import os
@@ -25,7 +25,7 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e11)]
 
 
 class Machine(msgspec.Struct):
-    """What a run was made on.
+    """The machine and software of a run.
 
     Attributes:
         cpu (str): The processor.
@@ -48,13 +48,13 @@ class Attempt(msgspec.Struct):
     """A process that trained a run.
 
     Attributes:
-        started (float): When, in seconds since 1970.
-        machine (Machine): Where.
-        threads (int): Threads that it was given.
-        seconds (float | None): How long it took; None while it goes on, or
-            if it was killed together with the driver.
-        exit (int | None): Its exit code, negative for a signal.
-        timed_out (bool): Whether it was ended by the time limit.
+        started (float): Start time in seconds since 1970.
+        machine (Machine): The machine.
+        threads (int): Number of threads.
+        seconds (float | None): Duration; None while it runs, or if it was killed
+            together with the driver.
+        exit (int | None): Exit code, negative for a signal.
+        timed_out (bool): Whether the time limit ended it.
     """
 
     started: Seconds
@@ -66,12 +66,12 @@ class Attempt(msgspec.Struct):
 
 
 class Record(msgspec.Struct):
-    """What the driver noted in the work directory of a run.
+    """The driver's record in the work directory of a run.
 
     Attributes:
-        settings (dict | None): The config that it began with; None if the
-            checkpoints there are of something else.
-        start (Start | None): What it started from.
+        settings (dict | None): The initial config; None if the checkpoints there do
+            not come from a study.
+        start (Start | None): The run that it started from.
         done (bool): Whether it has finished.
         attempts (list[Attempt]): The processes, oldest first.
     """
@@ -83,17 +83,17 @@ class Record(msgspec.Struct):
 
 
 def read_record(work_dir: Union[str, Path]) -> Record:
-    """Read what the driver noted in a work directory.
+    """Read the driver's record in a work directory.
 
     Args:
         work_dir (str | Path): The directory.
 
     Returns:
-        Record: The record; an empty one where there is none.
+        Record: The record; an empty one if the file does not exist.
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is damaged.
+        ValueError: If the file is damaged.
     """
     path = Path(work_dir, RECORD)
     if not path.exists():
@@ -102,24 +102,24 @@ def read_record(work_dir: Union[str, Path]) -> Record:
         return msgspec.convert(json.loads(path.read_text('utf-8')), Record)
     except (RecursionError, ValueError, msgspec.MsgspecError) as error:
         raise ValueError(
-            f'{path} is no record of a run: {one_line(error)}. Move its folder away'
+            f'{path} is not a record of a run: {one_line(error)}. Move its folder away'
         ) from error
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run of a study, of plain values only, as it may go to another machine.
+    """A run of a study. It holds only plain values, so it can go to another machine.
 
     Attributes:
         variant (str): Name of the variant.
         seed (int): The seed.
         work_dir (str): Its work directory.
-        cwd (str): Where it is run, which paths of data are seen from.
+        cwd (str): Working directory, which relative data paths refer to.
         tool (str): The training tool.
         config (str): The config.
-        options (tuple[str]): Changes to it.
+        options (tuple[str]): Changes to the config.
         after (str | None): Work directory of the run that it starts from.
-        start (Start | None): How to start from it.
+        start (Start | None): How to start from that run.
         settings (dict): The config with its changes.
         unit (str): ``'epoch'`` or ``'iter'``.
         length (int): Epochs or iterations.
@@ -140,7 +140,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """str: How messages call it."""
+        """str: Name of the run in messages."""
         return f'{self.variant} seed {self.seed}'
 
     @property
@@ -150,11 +150,11 @@ class Job:
 
     @property
     def record(self) -> Record:
-        """Record: What the driver noted, see :func:`read_record`."""
+        """Record: The driver's record, see :func:`read_record`."""
         return read_record(self.work_dir)
 
     def write(self, record: Record) -> None:
-        """Write the record, at once or not at all."""
+        """Write the record completely or not at all."""
         text = json.dumps(msgspec.to_builtins(record), indent=1)
         write_text(self.folder / RECORD, text)
 
@@ -164,16 +164,16 @@ class Job:
         return self.record.done
 
     def changes(self) -> List[str]:
-        """Compare what there is with what the study asks for.
+        """Compare the existing run with the settings of the study.
 
         Returns:
             list[str]: A line for each setting that differs.
         """
         record = self.record
         if not record.done and not any(self.folder.glob('*.pth')):
-            return []  # nothing that would be mixed or lost
+            return []  # there is nothing to mix or lose
         if record.settings is None:
-            return ['it was not made by a study, so its settings are unknown']
+            return ['its settings are unknown, because no study made it']
         old, new = (
             flatten({**each.settings, 'start': msgspec.to_builtins(each.start)})
             for each in (record, self)
@@ -185,27 +185,27 @@ class Job:
         ]
 
     def results(self) -> Optional[Run]:
-        """Run | None: Its logs; None where there are none yet."""
+        """Run | None: Its logs; None if there are none yet."""
         try:
             return Run(self.folder)
         except FileNotFoundError:
             return None
 
     def final_metrics(self) -> Dict[str, float]:
-        """dict[str, float]: The validation at its end; empty without one."""
+        """dict[str, float]: Metrics of the final validation; empty without one."""
         results = self.results()
         return {} if results is None else results.metrics.get(self.length, {})
 
     def checkpoint(self) -> Optional[Path]:
-        """Find where to go on.
+        """Find the checkpoint to continue from.
 
-        What was killed while it wrote a checkpoint has left half a file, and
-        mmengine may have removed the one before it already. What was killed in
-        its last validation has to go on from an earlier checkpoint, as mmengine
-        validates after an epoch only.
+        A run that was killed while writing a checkpoint leaves an incomplete file, and
+        mmengine may already have deleted the previous one. A run that was killed in its
+        last validation has to continue from an earlier checkpoint, since mmengine only
+        validates after an epoch.
 
         Returns:
-            Path | None: The last whole checkpoint to go on from, if any.
+            Path | None: The last complete checkpoint before the end, if any.
         """
         steps = {}
         for path in self.folder.glob(f'{self.unit}_*.pth'):
@@ -216,12 +216,12 @@ class Job:
         return next((path for path in whole if zipfile.is_zipfile(path)), None)
 
     def is_complete(self) -> bool:
-        """Whether it was trained to its end, noted or not."""
+        """Whether it was trained to its end, even if the record does not say so."""
         last = self.folder / f'{self.unit}_{self.length}.pth'
         return self.done or (zipfile.is_zipfile(last) and bool(self.final_metrics()))
 
     def progress(self) -> Tuple[float, str]:
-        """How far it is: the share that is done, and as a text."""
+        """Progress of the training, as a fraction and as text."""
         try:
             with open(self.folder / LOG, 'rb') as log:
                 log.seek(max(0, log.seek(0, os.SEEK_END) - 20000))
@@ -238,29 +238,30 @@ class Job:
         return (int(epoch) - 1 + share) / self.length, text
 
     def log_end(self, lines: int = 15) -> str:
-        """The end of its log, and where the rest is."""
+        """The last lines of its log, with the path of the log."""
         path = self.folder / LOG
         text = path.read_text('utf-8', 'replace') if path.is_file() else ''
         return '\n'.join([f'the end of {path}:', *text.splitlines()[-lines:]])
 
 
 def _show(leaves: Dict[str, Any], key: str) -> str:
-    return repr(leaves[key]) if key in leaves else 'not there'
+    return repr(leaves[key]) if key in leaves else 'missing'
 
 
 def make_jobs(
     study: Study, out: Path, seeds: Sequence[int], tool: Optional[str] = None
 ) -> List[Job]:
-    """The runs of a study: all variants of a seed before the next seed.
+    """List the runs of a study: all variants of one seed, then the next seed.
 
     Args:
         study (Study): The study.
         out (Path): Folder of all studies.
         seeds (Sequence[int]): The seeds.
-        tool (str, optional): The training tool. Defaults to mmela's.
+        tool (str, optional): The training tool. Defaults to ``tools/train.py`` of
+            mmela.
 
     Returns:
-        list[Job]: The runs, each after the one that it starts from.
+        list[Job]: The runs, each after the run that it starts from.
     """
     root = out.resolve() / study.name
     ordered: List[str] = []
@@ -300,11 +301,11 @@ def make_jobs(
 
 
 def select(jobs: Sequence[Job], only: Optional[Sequence[str]] = None) -> List[Job]:
-    """The runs of some variants, with those that they start from.
+    """Select the runs of some variants, and the runs that they start from.
 
     Args:
         jobs (Sequence[Job]): All runs.
-        only (Sequence[str], optional): The variants. Defaults to all.
+        only (Sequence[str], optional): Names of the variants. Defaults to all.
 
     Returns:
         list[Job]: The runs, in order.

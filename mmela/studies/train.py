@@ -1,4 +1,4 @@
-"""The training of one run: a process, again where it dies."""
+"""Train one run in a process, and restart the process if it dies."""
 
 import os
 import platform
@@ -23,17 +23,17 @@ from .run import LOG, Attempt, Job, Machine
 
 CHILD = Path(__file__).with_name('child.py')
 LOCK = '.study.lock'
-PATIENCE = 10  # seconds that what was just killed may take to end
+PATIENCE = 10  # seconds to wait for a killed process to end
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may take.
+    """Limits of a run.
 
     Attributes:
-        threads (int): Threads of a process.
-        retries (int): How often a process that died is followed by another.
-        hours (float): How long a process may take.
+        threads (int): Number of threads of a process.
+        retries (int): Maximum number of restarts after a process died.
+        hours (float): Time limit of a process.
     """
 
     threads: int = 1
@@ -50,17 +50,17 @@ def train(
     """Train a run to its end, from its last checkpoint if it has one.
 
     Args:
-        job (Job): The run. Nothing happens if it is complete.
-        limits (Limits): What it may take.
-        device (str, optional): Its ``CUDA_VISIBLE_DEVICES``. Defaults to None,
-            what is visible here.
-        stop (threading.Event, optional): Ends it when set. Defaults to None.
+        job (Job): The run. If it is complete, nothing happens.
+        limits (Limits): Its limits.
+        device (str, optional): Its ``CUDA_VISIBLE_DEVICES``. Defaults to None, which
+            keeps the current value.
+        stop (threading.Event, optional): Event that ends the run. Defaults to None.
 
     Returns:
-        str | None: Why it failed, if it did.
+        str | None: The reason if it failed.
 
     Raises:
-        OSError: If the checkpoint that it starts from is not there.
+        OSError: If the checkpoint that it starts from does not exist.
         ValueError: If its record is damaged.
     """
     stop = stop or threading.Event()
@@ -74,16 +74,16 @@ def train(
                 if attempt is None or attempt.exit == 0:
                     return None
     except Timeout:
-        return f'another process trains in {job.folder}'
+        return f'another process is training in {job.folder}'
     return f'{ending(attempt)}; {job.log_end()}'
 
 
 def _attempt(
     job: Job, limits: Limits, device: Optional[str], stop: threading.Event
 ) -> Optional[Attempt]:
-    """Train by one process; None where nothing is left to do."""
+    """Train with one process; None if nothing is left to do."""
     record, log = job.record, job.folder / LOG
-    for earlier in record.attempts:  # of a driver that was killed
+    for earlier in record.attempts:  # of a killed driver
         if earlier.seconds is None and log.exists():
             earlier.seconds = max(0.0, log.stat().st_mtime - earlier.started)
     checkpoint = job.checkpoint()
@@ -91,7 +91,7 @@ def _attempt(
         record.done = True
         job.write(record)
         return None
-    if checkpoint is None:  # else what it began with stays noted
+    if checkpoint is None:  # otherwise keep the initial settings
         record.settings, record.start = job.settings, job.start
     command = _command(job, checkpoint)
     attempt = Attempt(time.time(), machine(), limits.threads)
@@ -102,7 +102,7 @@ def _attempt(
         output.flush()
         process = subprocess.Popen(
             [sys.executable, str(CHILD), *command[1:]],
-            stdin=subprocess.PIPE,  # it ends when this closes
+            stdin=subprocess.PIPE,  # the process ends when this closes
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=job.cwd,
@@ -130,7 +130,9 @@ def _command(job: Job, checkpoint: Optional[Path]) -> List[str]:
     if checkpoint is None and job.start is not None and job.after is not None:
         origin = Path(job.after, job.start.checkpoint)
         if not origin.is_file():
-            raise FileNotFoundError(f'{job.name} starts from {origin}: no such file')
+            raise FileNotFoundError(
+                f'{job.name} starts from {origin}, which does not exist'
+            )
         if job.start.how == 'resume':
             checkpoint = origin
         else:
@@ -143,7 +145,7 @@ def _command(job: Job, checkpoint: Optional[Path]) -> List[str]:
 def _environ(threads: int, device: Optional[str]) -> dict:
     environ = dict(os.environ)
     environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
-    # The mmela of this process; and what deterministic cuBLAS asks for
+    # Use the same mmela; deterministic cuBLAS needs the workspace setting
     paths = [str(PACKAGE.parent), environ.get('PYTHONPATH', '')]
     environ['PYTHONPATH'] = os.pathsep.join(filter(None, paths))
     environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
@@ -153,7 +155,7 @@ def _environ(threads: int, device: Optional[str]) -> dict:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """End what is left of a process, its loaders of data included."""
+    """Kill a process and its data loader workers."""
     if hasattr(os, 'killpg'):
         try:
             os.killpg(process.pid, signal.SIGKILL)
@@ -164,7 +166,7 @@ def _kill(process: subprocess.Popen) -> None:
 
 
 def ending(attempt: Attempt) -> str:
-    """How a process ended: its exit code, the signal, or the time limit."""
+    """Describe how a process ended: exit code, signal or time limit."""
     if attempt.timed_out:
         return 'the time limit'
     if attempt.exit is None or attempt.exit >= 0:
@@ -174,13 +176,13 @@ def ending(attempt: Attempt) -> str:
 
 @lru_cache(maxsize=None)
 def machine() -> Machine:
-    """What runs are made on here."""
+    """Describe this machine and its software."""
     model = platform.processor() or platform.machine()
     if Path('/proc/cpuinfo').is_file():
         text = Path('/proc/cpuinfo').read_text('utf-8', 'replace')
-        found = re.search(r'^model name\s*: *(.+)$', text, re.MULTILINE)
-        model = found.group(1) if found else model
-    # Not asked by torch, which would take memory on the GPU
+        match = re.search(r'^model name\s*: *(.+)$', text, re.MULTILINE)
+        model = match.group(1) if match else model
+    # Not through torch, which would allocate memory on the GPU
     gpu = _output('nvidia-smi', '--query-gpu=name', '--format=csv,noheader')
     git = ('git', '-C', str(PACKAGE.parent))
     revision = _output(*git, 'rev-parse', '--short=12', 'HEAD')
@@ -197,7 +199,7 @@ def machine() -> Machine:
 
 
 def _output(*command: str) -> Optional[str]:
-    """What a command prints; None if it fails."""
+    """Output of a command; None if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, check=True, text=True)
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""Pages as templates, each a file of this folder."""
+"""Templates of pages, one file each in this folder."""
 
 from typing import Callable
 
@@ -9,12 +9,12 @@ def template(name: str, **filters: Callable) -> Template:
     """Load a template.
 
     Args:
-        name (str): Its file; ``.html`` has all values escaped but those that
-            are marked as safe.
+        name (str): Its file. In ``.html``, all values are escaped unless they are
+            marked as safe.
         **filters (Callable): Filters that it uses.
 
     Returns:
-        Template: What ``render`` fills in; it refuses to leave a name open.
+        Template: The template. Rendering it with an undefined name is an error.
     """
     environment = Environment(
         loader=PackageLoader('mmela', 'templates'),

@@ -1,1 +1,1 @@
-"""Commands of ``mmela`` that have no other place: arguments, and one call."""
+"""Commands of ``mmela`` that belong to no other package."""

@@ -1,14 +1,14 @@
-"""Unpack an archive of CIFAR-10 or CIFAR-100 into what the configs read.
+"""Unpack an archive of CIFAR-10 or CIFAR-100 for the configs.
 
-Two kinds of archives are known:
+It supports two kinds of archives:
 
-  cifar-10-python.tar.gz, cifar-100-python.tar.gz: the official ones. Their
-    checksums are compared, and OUT gets the folder in them, which the configs
-    *_cifar10.py and *_cifar100.py read.
-  archives of image files, train/<class>/<name> and test/<class>/<name>: OUT
-    gets these folders, which the configs *_cifar10-folder.py read.
+  cifar-10-python.tar.gz, cifar-100-python.tar.gz: the official ones. The tool
+    checks their checksums and unpacks their folder to OUT, for the configs
+    *_cifar10.py and *_cifar100.py.
+  archives of image files, train/<class>/<name> and test/<class>/<name>: the
+    tool unpacks these folders to OUT, for the configs *_cifar10-folder.py.
 
-Nothing is left behind when something goes wrong, and nothing is overwritten.
+It never overwrites files, and leaves nothing behind after an error.
 
 Example:
   mmela cifar cifar-10-python.tar.gz data/cifar10
@@ -37,7 +37,7 @@ IMAGE = re.compile(
 
 
 def md5(path: Path) -> str:
-    """MD5 checksum of a file, which CIFAR's authors publish."""
+    """MD5 checksum of a file, the kind that CIFAR's authors publish."""
     digest = hashlib.md5()
     with open(path, 'rb') as file:
         for chunk in iter(lambda: file.read(1 << 20), b''):
@@ -51,23 +51,23 @@ def unpack(archive: Path, out: Path, per_class: Optional[int] = None) -> str:
     Args:
         archive (Path): The archive.
         out (Path): Folder to write.
-        per_class (int, optional): Only so many images of each class and split,
-            the first by name; for archives of image files. Defaults to None,
-            which means all.
+        per_class (int, optional): For archives of image files, the number of images
+            per class and split, the first ones by name. Defaults to None, which
+            means all.
 
     Returns:
-        str: What was written, in words.
+        str: Summary of the written files.
 
     Raises:
         FileExistsError: If the folder exists and is not empty.
-        ValueError: If the archive cannot be read, is of another kind or has
-            another checksum, or ``per_class`` is less than 1 or given for an
-            official archive.
+        ValueError: If the archive cannot be read, is of another kind or has a wrong
+            checksum, or if ``per_class`` is less than 1 or given for an official
+            archive.
     """
     if per_class is not None and per_class < 1:
         raise ValueError(f'--per-class {per_class} is less than 1')
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f'{out} exists already')
+        raise FileExistsError(f'{out} already exists; give a new or empty folder')
     try:
         with tarfile.open(archive) as tar:
             members = [m for m in tar if m.isfile() or m.isdir()]
@@ -78,22 +78,22 @@ def unpack(archive: Path, out: Path, per_class: Optional[int] = None) -> str:
     if folder in OFFICIAL:
         if per_class is not None:
             raise ValueError(
-                '--per-class is for archives of image files; '
-                f'{archive} is an official archive'
+                f'--per-class is for archives of image files, but {archive} is an '
+                'official archive'
             )
-        found = md5(archive)
-        if found != OFFICIAL[folder]:
+        checksum = md5(archive)
+        if checksum != OFFICIAL[folder]:
             raise ValueError(
-                f'{archive} has the MD5 checksum {found}, the '
-                f'official one {OFFICIAL[folder]}'
+                f'{archive} has the MD5 checksum {checksum}, but the official one has '
+                f'{OFFICIAL[folder]}; download it again'
             )
         chosen, summary = members, f'{folder} with {len(members)} entries'
     else:
         chosen = choose_images(members, per_class)
         if not chosen:
             raise ValueError(
-                f'{archive} is neither {" nor ".join(OFFICIAL)}, nor does it '
-                'hold train/<class>/<name> and test/<class>/<name> images'
+                f'{archive} is neither {" nor ".join(OFFICIAL)}, nor does it have '
+                'images train/<class>/<name> and test/<class>/<name>'
             )
         count = Counter(IMAGE.fullmatch(m.name)['split'] for m in chosen)
         summary = f'{count["train"]} images for training, {count["test"]} for testing'
@@ -105,7 +105,7 @@ def unpack(archive: Path, out: Path, per_class: Optional[int] = None) -> str:
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
         target = Path(temporary) / 'data'
         bar = ProgressBar(len(names))
-        # In the order of the archive: a compressed one cannot be rewound
+        # In the order of the archive, because a compressed one cannot be rewound
         with tarfile.open(archive) as tar:
             for member in tar:
                 if member.name in names:
@@ -121,7 +121,7 @@ def unpack(archive: Path, out: Path, per_class: Optional[int] = None) -> str:
 def choose_images(
     members: List[tarfile.TarInfo], per_class: Optional[int]
 ) -> List[tarfile.TarInfo]:
-    """Image files of an archive, up to so many per class and split."""
+    """Choose image files of an archive, at most ``per_class`` per class and split."""
     images = sorted(
         (m for m in members if IMAGE.fullmatch(m.name)), key=lambda m: m.name
     )
@@ -143,19 +143,20 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument(
         '--per-class',
         type=int,
-        help='only so many images of each class and split, the first by name',
+        help='number of images per class and split, the first ones by name (default: '
+        'all)',
     )
     parser.add_argument(
         '--keep',
         action='store_true',
-        help='do nothing where OUT holds something already, instead of failing',
+        help='do nothing if OUT already has files, instead of failing',
     )
     args = parser.parse_args(argv)
     if args.keep and args.out.is_dir() and any(args.out.iterdir()):
-        print(f'{args.out} is there already')
+        print(f'{args.out} already exists')
         return
     if not args.archive.is_file():
-        raise SystemExit(f'error: no file {args.archive}')
+        raise SystemExit(f'error: there is no file {args.archive}')
     try:
         summary = unpack(args.archive, args.out, args.per_class)
     except (FileExistsError, ValueError) as error:

@@ -1,13 +1,13 @@
-"""Count what networks cost: parameters, FLOPs and memory for training.
+"""Count the cost of networks: parameters, FLOPs and memory for training.
 
-A network is a config, or the work directory of a run. With --over, each is
-counted at several image sizes, or with several values of a setting, and the
-costs are drawn against them; --minus subtracts what a plain network costs
-there. Of runs, it is drawn what they reach against what they cost.
+A network is a config, or the work directory of a run. With --over, the tool
+counts each network at several image sizes, or with several values of a setting,
+and plots the costs; --minus subtracts the cost of a plain network. For runs, it
+plots their accuracy against their cost.
 
-FLOPs are multiply-adds of one image, elementwise products and self-attention
-included (the model zoo leaves them out). Memory is what a training step keeps of
-one image for its backward pass. Both are counted, not measured.
+FLOPs are multiply-adds for one image, including elementwise products and
+self-attention (the model zoo leaves these out). Memory is what a training step
+keeps for the backward pass of one image. Both are counted, not measured.
 
 Examples:
   mmela cost my_config.py \\
@@ -50,23 +50,23 @@ def parse_args(argv=None) -> argparse.Namespace:
         '--over',
         nargs='+',
         metavar=('KEY', 'VALUE'),
-        help='"size" and image sizes as N or HxW, or a setting of the configs and '
-        'its values',
+        help='"size" followed by image sizes N or HxW, or a setting of the configs '
+        'followed by its values',
     )
     parser.add_argument(
         '--minus',
         metavar='NETWORK',
-        help='a network whose cost is subtracted, at the same value of --over',
+        help='network whose cost to subtract, at the same value of --over',
     )
     parser.add_argument(
         '--labels',
         nargs='+',
         metavar='NAME',
-        help='names of the networks; runs of one name are put together (default: '
-        'the names of their configs)',
+        help='names of the networks; runs with the same name are combined (default: '
+        'names of the configs)',
     )
     parser.add_argument(
-        '--metric', help='validation metric of the runs (default: their first)'
+        '--metric', help='validation metric of the runs (default: the first one)'
     )
     parser.add_argument(
         '--out',
@@ -79,22 +79,24 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def parse_size(text: str) -> Tuple[int, int]:
-    """Height and width from N or HxW."""
+    """Parse height and width from N or HxW."""
     parts = text.lower().split('x')
     if len(parts) > 2 or not all(p.isdigit() and int(p) for p in parts):
-        raise ValueError(f'--over size {text}: a size is a number such as 224, or HxW')
+        raise ValueError(
+            f'--over size {text}: {text!r} is not a size; give N, such as 224, or HxW'
+        )
     return int(parts[0]), int(parts[-1])
 
 
 def steps(over: Optional[List[str]]) -> List[Tuple[str, Any]]:
-    """What --over asks for: what stands on the axis, and the value."""
+    """Parse --over: the text on the axis and the value, for each step."""
     if over is None:
         return [('', None)]
     key, *texts = over
     if not texts:
         raise ValueError(f'--over {key} needs values')
     if len(set(texts)) < len(texts):
-        raise ValueError(f'--over {" ".join(over)} names a value twice')
+        raise ValueError(f'--over {" ".join(over)} has a value twice')
     if key == SIZE:
         return [(text, parse_size(text)) for text in texts]
     values = []
@@ -107,7 +109,7 @@ def steps(over: Optional[List[str]]) -> List[Tuple[str, Any]]:
 
 
 def read(network: str) -> Tuple['Config', str, Optional['Run']]:
-    """Config of a network, its name, and the run if it is one."""
+    """Read the config of a network, its name, and the run if it is a work directory."""
     from mmengine.config import Config
 
     from ..analysis.work_dir import Run
@@ -119,7 +121,7 @@ def read(network: str) -> Tuple['Config', str, Optional['Run']]:
     path = find_config(network) if run is None else run.work_dir / run.config_name
     try:
         cfg = Config.fromfile(path)
-    except Exception as error:  # a config is code: it may raise anything
+    except Exception as error:  # a config is code and may raise anything
         raise ValueError(f'{network} cannot be read: {one_line(error)}') from error
     if not isinstance(cfg.get('model'), dict):
         raise ValueError(f'{network} has no model')
@@ -127,10 +129,10 @@ def read(network: str) -> Tuple['Config', str, Optional['Run']]:
 
 
 def changed(cfg: 'Config', options: Dict[str, Any]) -> 'Config':
-    """A config with other settings.
+    """Copy a config with changed settings.
 
     Raises:
-        ValueError: If a setting is in a place that the config does not have.
+        ValueError: If the config has no place for a setting.
     """
     for key in options:
         place: Any = cfg
@@ -147,7 +149,7 @@ def changed(cfg: 'Config', options: Dict[str, Any]) -> 'Config':
 
 
 def cost(cfg: 'Config', size: Tuple[int, int]) -> Dict[str, float]:
-    """Count what the model of a config costs."""
+    """Count the cost of a config's model."""
     from mmengine.registry import MODELS
 
     from ..analysis.complexity import (
@@ -158,7 +160,7 @@ def cost(cfg: 'Config', size: Tuple[int, int]) -> Dict[str, float]:
     )
 
     rpn = (cfg.model.get('test_cfg') or {}).get('rpn')
-    if rpn:  # as many proposals in any network, whatever its weights
+    if rpn:  # the same number of proposals in every network, whatever its weights
         rpn.nms = dict(type='nms', iou_threshold=1.0)
     with MODELS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
         model = ForImages(registry.build(cfg.model))
@@ -174,7 +176,7 @@ def count_all(args: argparse.Namespace) -> List[dict]:
     """Count every network at every step.
 
     Returns:
-        list[dict]: Rows of the table, one for each network and step.
+        list[dict]: Rows of the table, one for each network and step of --over.
     """
     from mmengine.utils import ProgressBar
 
@@ -199,12 +201,12 @@ def count_all(args: argparse.Namespace) -> List[dict]:
             options[key] = value
         cfg = changed(cfg, options)
         size = value if key == SIZE else input_size(cfg)
-        # Runs that differ in their seed alone cost the same
+        # Runs that differ only in their seed cost the same
         name = (str(cfg.model), str(size))
         if name not in known:
             try:
                 known[name] = cost(cfg, size)
-            except Exception as error:  # somebody else's code may raise anything
+            except Exception as error:  # a user's network may raise anything
                 place = f' with {key} {tick}' if key else ''
                 raise ValueError(
                     f'{Path(cfg.filename).name}{place} cannot be counted: '
@@ -245,11 +247,11 @@ def count_all(args: argparse.Namespace) -> List[dict]:
 
 
 def pictures(rows: List[dict], args: argparse.Namespace) -> Dict[str, 'Plot']:
-    """The pictures that the rows allow, by name."""
+    """Make the plots for the rows, by name."""
     from ..analysis.cost_plots import QUANTITIES, growth_plot, trade_off_plot
 
     less = rows[0]['minus']
-    found = {}
+    plots = {}
     if args.over:
         key = args.over[0]
         by_size = key == SIZE
@@ -266,14 +268,14 @@ def pictures(rows: List[dict], args: argparse.Namespace) -> Dict[str, 'Plot']:
         label = 'image size (the axis is linear in the pixels)' if by_size else key
         for quantity in QUANTITIES:
             if len({row[quantity] for row in rows}) > len(args.networks):
-                found[quantity] = growth_plot(points, quantity, label, less)
+                plots[quantity] = growth_plot(points, quantity, label, less)
     elif all(row['metric'] for row in rows):
         networks: Dict[str, dict] = {}
         for row in rows:
             known = networks.setdefault(row['network'], dict(row, scores=[]))
             known['scores'].append(row['score'])
-        found['trade_off'] = trade_off_plot(networks, rows[0]['metric'])
-    return found
+        plots['trade_off'] = trade_off_plot(networks, rows[0]['metric'])
+    return plots
 
 
 def main(argv=None) -> None:

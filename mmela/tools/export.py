@@ -1,10 +1,10 @@
-"""Export the network of a checkpoint: to ONNX, torch.export or TorchScript.
+"""Export the network of a checkpoint to ONNX, torch.export or TorchScript.
 
-Whole classifiers and detectors go to ONNX (.onnx) or to a program of torch.export
-(.pt2), with pre-processing, decoding and non-maximum suppression inside. With
---backbone the backbone alone goes to ONNX or TorchScript (.pt).
+Whole classifiers and detectors become ONNX (.onnx) or a torch.export program
+(.pt2), including pre-processing, decoding and non-maximum suppression. With
+--backbone, only the backbone becomes ONNX or TorchScript (.pt).
 
-Batch and image size stay free. Pruned attentions are not part of the result.
+The result takes any batch size and image size, and has no pruned attentions.
 ONNX needs onnx and onnxscript: pip install "mmela[export]".
 
 Examples:
@@ -29,12 +29,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         '--backbone',
         action='store_true',
-        help='export the backbone alone, which takes normalized images',
+        help='export only the backbone, which takes normalized images',
     )
     parser.add_argument(
         '--normalized',
         action='store_true',
-        help='have a whole network take normalized images in float32 (default: '
+        help='make a whole network take normalized images in float32 (default: '
         'images as the config loads them, in uint8)',
     )
     parser.add_argument(
@@ -42,8 +42,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         type=int,
         nargs=2,
         metavar=('HEIGHT', 'WIDTH'),
-        help='image size to trace with in pixels (default: 320 416, of a backbone '
-        '224 224)',
+        help='image size in pixels for tracing (default: 320 416, or 224 224 with '
+        '--backbone)',
     )
     return parser.parse_args(argv)
 
@@ -51,7 +51,9 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = parse_args(argv)
     if args.backbone and args.normalized:
-        raise SystemExit('error: --backbone takes normalized images: no --normalized')
+        raise SystemExit(
+            'error: remove --normalized; with --backbone, images are always normalized'
+        )
     from ..command_line import one_line_errors
     from ..convert.export import check_export, export_backbone, export_network
     from ..convert.networks import (
@@ -71,8 +73,8 @@ def main(argv=None) -> None:
     if args.backbone:
         model_cfg = model_cfg.get('backbone')
         state_dict = part_of(state_dict, 'backbone.')
-        for path, found in ((args.checkpoint, state_dict), (args.config, model_cfg)):
-            if not found:
+        for path, part in ((args.checkpoint, state_dict), (args.config, model_cfg)):
+            if not part:
                 raise SystemExit(f'error: {path} has no backbone')
     options = dict(progress=True)
     if args.size:
@@ -92,5 +94,5 @@ def main(argv=None) -> None:
     attentions = layer_attentions(model).values()
     pruned = sum(a.attention_state == AttentionState.PRUNED for a in attentions)
     if pruned:
-        line += f', without the {pruned} pruned of {len(attentions)} layer attentions'
+        line += f', without {pruned} pruned of {len(attentions)} layer attentions'
     print(line)

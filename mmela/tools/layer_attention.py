@@ -1,14 +1,13 @@
-"""Show what the layer attentions of a checkpoint do, in pictures and numbers.
+"""Measure the layer attentions of a checkpoint, in pictures and numbers.
 
-Runs images through the backbone and writes, where they apply: attention maps
-of each stage, the KL divergence between adjacent attentions and what the
-pruning policy of the config makes of it, the similarity of features and of
-queries of adjacent blocks, and for MRLA-light how much of early layers reaches
-the last. layer_attention.json holds all numbers. Pruned networks and such that
-are not pruned yet may both be given.
+It runs images through the backbone and writes, where applicable: attention maps
+of each stage; the KL divergence between adjacent attentions and the decision of
+the config's pruning policy; the similarity of features and of queries between
+adjacent blocks; and for MRLA-light, the contribution of each layer to the last
+output. layer_attention.json has all numbers. The network may be pruned or not.
 
 Without --out, the files go to layer_attention/NAME/ beside the checkpoint
-NAME.pth, where mmela report finds them.
+NAME.pth, where mmela report reads them.
 
 Example:
   mmela layer-attention my_config.py \\
@@ -29,7 +28,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         '--data',
         nargs='+',
         metavar='DIR_OR_IMAGE',
-        help='images to run, through the test pipeline of the config '
+        help='images to run, with the test pipeline of the config '
         '(default: the validation data of the config)',
     )
     parser.add_argument(
@@ -37,7 +36,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         type=int,
         default=100,
         metavar='N',
-        help='images to run, evenly spaced over the data (default: %(default)s)',
+        help='number of images, evenly spaced in the data (default: %(default)s)',
     )
     parser.add_argument('--out', metavar='DIR', help='folder for pictures and numbers')
     parser.add_argument(
@@ -48,7 +47,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def progress(batches, images: int):
-    """Pass batches on and show how many images are done."""
+    """Yield batches and show the progress."""
     from mmengine.utils import ProgressBar
 
     bar = ProgressBar(images)
@@ -60,7 +59,7 @@ def progress(batches, images: int):
 
 
 def analyse(args: argparse.Namespace) -> Path:
-    """Measure, draw and write; returns the folder."""
+    """Measure the attentions, and write pictures and numbers; returns the folder."""
     from ..analysis.attention import (
         hook_settings,
         measure_attention,
@@ -112,8 +111,8 @@ def analyse(args: argparse.Namespace) -> Path:
         layers = PruningDecision.from_dict(result['decision']).layers
         active = sum(s['states'].count('active') for s in result['stages'].values())
         print(
-            f'{active} of {len(layers)} attentions are active. What the '
-            f'policy ({source}) would decide now:'
+            f'{active} of {len(layers)} attentions are active. The policy ({source}) '
+            'would now decide:'
         )
         print(decision_table(layers))
     pictures = list(attention_pictures(result))
@@ -122,8 +121,8 @@ def analyse(args: argparse.Namespace) -> Path:
     for note in result['left_out']:
         print(f'Left out: {note}.')
     print(
-        f'Images measured: {count}; {len(pictures)} pictures, each also '
-        f'for dark pages, and layer_attention.json in {out}'
+        f'Measured {count} images. {out} has {len(pictures)} pictures, each also for '
+        'dark pages, and layer_attention.json'
     )
     return out
 

@@ -1,15 +1,15 @@
-"""Make a data set of images with a lesion mask each, for segmentation.
+"""Make a segmentation data set of images with one lesion mask each.
 
-`render` draws photographs of skin with one dark, ragged lesion, hairs, and
-marks that are none. `convert` takes a published data set such as Kvasir-SEG
-or ISIC, scales it to one size, and splits it at random into a part to train
-on and a part to validate on. Both write
+`render` draws images of skin with one dark, ragged lesion, hairs, and marks that
+are not lesions. `convert` scales a published data set such as Kvasir-SEG or ISIC
+to one size, and splits it at random into training and validation images. Both
+write
 
     OUT_DIR/images/{train,val}/NAME.png    the image
-    OUT_DIR/masks/{train,val}/NAME.png     1 where the lesion is, 0 elsewhere
+    OUT_DIR/masks/{train,val}/NAME.png     1 in the lesion, 0 elsewhere
 
-which is what MMSegmentation's BaseSegDataset reads. The same arguments give
-the same data. How to lay out the published data sets: docs/segmentation.md.
+for MMSegmentation's BaseSegDataset. The same arguments give the same data.
+docs/segmentation.md describes the layout of published data sets.
 
 Examples:
   mmela lesions render data/lesions
@@ -30,7 +30,7 @@ from mmela_light.arguments import tool_parser
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff')
 OPTIONS = rendering.options(train=96, val=32, size=96, smallest=32)
-# What ISIC appends to the name of an image for that of its mask
+# Suffix that ISIC adds to the name of an image for its mask
 MASK_ENDING = '_segmentation'
 
 # An image (H, W, 3), BGR, and its mask (H, W) of 0 and 1, both uint8
@@ -41,7 +41,7 @@ Sample = Tuple[np.ndarray, np.ndarray]
 
 
 def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
-    """Noise of about [-1, 1] that varies over ``size / cells`` pixels."""
+    """Draw noise of about [-1, 1] that varies over ``size / cells`` pixels."""
     coarse = rng.uniform(-1, 1, (cells, cells)).astype(np.float32)
     return cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
 
@@ -49,7 +49,7 @@ def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray
 def _ragged(
     rng: np.random.Generator, size: int, center: np.ndarray, radius: float
 ) -> np.ndarray:
-    """Signed distance-like map of a blob, below 0 inside; (H, W)."""
+    """Draw a blob as a map like a signed distance, negative inside; (H, W)."""
     ys, xs = np.mgrid[:size, :size].astype(np.float32)
     turn, stretch = rng.uniform(0, np.pi), rng.uniform(1, 1.6)
     dx, dy = xs - center[0], ys - center[1]
@@ -76,7 +76,7 @@ def _render(rng: np.random.Generator, size: int) -> Sample:
     )
     image += shade[..., None]
 
-    # Marks that are no lesion: reddish, and lighter than a lesion
+    # Marks that are not lesions: reddish, and lighter
     for _ in range(rng.integers(0, 4)):
         mark = _ragged(
             rng, size, rng.uniform(0, size, 2), rng.uniform(0.03, 0.09) * size
@@ -114,30 +114,30 @@ def _render(rng: np.random.Generator, size: int) -> Sample:
     return image.clip(0, 255).astype(np.uint8), mask
 
 
-# -- reading what others have published --------------------------------------
+# -- reading published data sets ------------------------------------------------
 
 
 def _read(path: Path, flags: int) -> np.ndarray:
-    # Through memory: OpenCV itself cannot read from every path.
+    # Through memory, because OpenCV cannot read from every path
     pixels = np.frombuffer(path.read_bytes(), np.uint8)
     image = cv2.imdecode(pixels, flags) if pixels.size else None
     if image is None:
-        raise ValueError(f'{path} is no image that OpenCV can read')
+        raise ValueError(f'{path} is not an image that OpenCV can read')
     return image
 
 
 def _load(image_path: Path, mask_path: Path, size: int) -> Sample:
-    """Read one image and its mask, at the size wanted."""
+    """Read one image and its mask, and resize them."""
     image = _read(image_path, cv2.IMREAD_COLOR)
     mask = _read(mask_path, cv2.IMREAD_GRAYSCALE)
     if image.shape[:2] != mask.shape:
         raise ValueError(
-            f'{mask_path} is {mask.shape[1]} x {mask.shape[0]} pixels, its '
-            f'image {image.shape[1]} x {image.shape[0]}'
+            f'{mask_path} has {mask.shape[1]} x {mask.shape[0]} pixels, but its image '
+            f'has {image.shape[1]} x {image.shape[0]}'
         )
     if mask.max() == 1:
         mask = mask * 255
-    # Kvasir-SEG has its masks as JPEG, so in between 0 and 255 too.
+    # The masks of Kvasir-SEG are JPEG files, so they have values between 0 and 255
     mask = (mask > 127).astype(np.uint8)
     shape = (size, size)
     shrinks = max(image.shape[:2]) > size
@@ -150,46 +150,45 @@ def _load(image_path: Path, mask_path: Path, size: int) -> Sample:
 
 
 def _list_images(folder: Path) -> Dict[str, Path]:
-    """Stem to path of the images in a folder."""
+    """List the images in a folder by stem."""
     if not folder.is_dir():
-        raise FileNotFoundError(f'no folder {folder}')
-    found: Dict[str, Path] = {}
+        raise FileNotFoundError(f'there is no folder {folder}')
+    images: Dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in SUFFIXES:
-            if path.stem in found:
-                raise ValueError(f'{found[path.stem]} and {path} have the same name')
-            found[path.stem] = path
-    return found
+            if path.stem in images:
+                raise ValueError(f'{images[path.stem]} and {path} have the same name')
+            images[path.stem] = path
+    return images
 
 
 def _pair(
     images: Sequence[os.PathLike], masks: Sequence[os.PathLike]
 ) -> List[Tuple[str, Path, Path]]:
-    """Name, image and mask for each mask in the folders, by name."""
+    """Pair masks with their images: name, image and mask, sorted by name."""
     if len(images) != len(masks):
         raise ValueError(
-            f'{len(images)} folders of images, but {len(masks)} '
-            'of masks; give as many of the one as of the other'
+            f'there are {len(images)} folders of images, but {len(masks)} of masks; '
+            'give one folder of masks for each folder of images'
         )
     pairs: Dict[str, Tuple[str, Path, Path]] = {}
     for image_folder, mask_folder in zip(map(Path, images), map(Path, masks)):
-        found = _list_images(image_folder)
+        by_name = _list_images(image_folder)
         for stem, mask in _list_images(mask_folder).items():
             name = stem
-            if name not in found and name.lower().endswith(MASK_ENDING):
+            if name not in by_name and name.lower().endswith(MASK_ENDING):
                 name = name[: -len(MASK_ENDING)]
-            if name not in found:
+            if name not in by_name:
                 raise ValueError(f'{mask} has no image {name} in {image_folder}')
             if name in pairs:
                 raise ValueError(
-                    f'{pairs[name][2]} and {mask} are both masks of an image {name}'
+                    f'{pairs[name][2]} and {mask} are both masks of image {name}'
                 )
-            pairs[name] = (name, found[name], mask)
+            pairs[name] = (name, by_name[name], mask)
     if len(pairs) < 2:
         raise ValueError(
-            f'{len(pairs)} images with a mask found in '
-            f'{", ".join(map(str, images))}; at least 2 are '
-            'needed, one of them to validate on'
+            f'{", ".join(map(str, images))} has {len(pairs)} images with a mask; at '
+            'least 2 are needed, one of them for validation'
         )
     return [pairs[name] for name in sorted(pairs)]
 
@@ -200,12 +199,12 @@ def _pair(
 def _write_all(
     out_dir: os.PathLike, samples: Sequence[Tuple[str, str, Callable[[], Sample]]]
 ) -> None:
-    """Write a data set, which appears complete or not at all.
+    """Write a data set completely or not at all.
 
     Args:
         out_dir (str | Path): Its folder.
-        samples (Sequence[tuple]): Split, name, and a function that makes the
-            image and the mask, for each image.
+        samples (Sequence[tuple]): Split, name, and a function that makes image and
+            mask, for each image.
     """
     from mmengine.utils import track_iter_progress
 
@@ -221,9 +220,7 @@ def _write_all(
 
 def _check_free(out_dir: os.PathLike) -> None:
     if rendering.is_taken(out_dir):
-        raise FileExistsError(
-            f'{out_dir} exists already; give a folder that does not exist or is empty'
-        )
+        raise FileExistsError(f'{out_dir} already exists; give a new or empty folder')
 
 
 def render(
@@ -232,20 +229,19 @@ def render(
     """Draw a data set.
 
     Args:
-        out_dir (str | Path): Folder of the data set, which must not exist or
-            be empty.
+        out_dir (str | Path): Folder of the data set, new or empty.
         train (int): Number of training images. Defaults to 96.
         val (int): Number of validation images. Defaults to 32.
         size (int): Width and height in pixels, 32 to 2048. Defaults to 96.
-        seed (int): Seed of all that is random. Defaults to 0.
+        seed (int): Random seed. Defaults to 0.
 
     Returns:
-        tuple[int, int]: Number of training and of validation images.
+        tuple[int, int]: Numbers of training and of validation images.
 
     Raises:
         TypeError: If a number is not an integer.
-        ValueError: If a number is not in its range.
-        FileExistsError: If something is at ``out_dir``.
+        ValueError: If a number is out of range.
+        FileExistsError: If ``out_dir`` is not empty.
     """
     rendering.check(OPTIONS, train=train, val=val, size=size, seed=seed)
     _check_free(out_dir)
@@ -274,33 +270,31 @@ def convert(
 ) -> Tuple[int, int]:
     """Convert a published data set.
 
-    An image belongs to the mask of the same name, or of that name with
-    ``_segmentation`` appended. Images without a mask are left out.
+    The mask of an image has the same name, with or without the suffix
+    ``_segmentation``. Images without a mask are left out.
 
     Args:
-        out_dir (str | Path): Folder of the data set, which must not exist or
-            be empty.
+        out_dir (str | Path): Folder of the data set, new or empty.
         images (Sequence[str | Path]): Folders of images.
-        masks (Sequence[str | Path]): Their folders of masks, in this order.
-            A pixel is of the lesion where it is brighter than 127, or 1 in a
-            mask of 0 and 1.
-        train_share (float): Share of the images to train on, above 0 and
-            below 1. Defaults to 0.7.
-        size (int): Width and height of what is written, in pixels, 32 to
-            2048. The aspect ratio is not kept. Defaults to 256.
+        masks (Sequence[str | Path]): Their folders of masks, in the same order. A
+            pixel belongs to the lesion if its value exceeds 127, or is 1 in a mask of
+            0 and 1.
+        train_share (float): Fraction of training images, in (0, 1). Defaults to 0.7.
+        size (int): Width and height of the written images in pixels, 32 to 2048. The
+            aspect ratio is not kept. Defaults to 256.
         seed (int): Seed of the split. Defaults to 42.
 
     Returns:
-        tuple[int, int]: Number of training and of validation images.
+        tuple[int, int]: Numbers of training and of validation images.
 
     Raises:
-        TypeError: If a number is not one.
-        ValueError: If a number is not in its range, or a file does not fit.
-        FileNotFoundError: If there is no such folder.
-        FileExistsError: If something is at ``out_dir``.
+        TypeError: If a number has the wrong type.
+        ValueError: If a number is out of range, or a file does not fit.
+        FileNotFoundError: If a folder does not exist.
+        FileExistsError: If ``out_dir`` is not empty.
     """
     if not 0 < train_share < 1:
-        raise ValueError(f'train_share must be above 0 and below 1, got {train_share}')
+        raise ValueError(f'train_share={train_share} is not in (0, 1)')
     rendering.check(OPTIONS, size=size, seed=seed)
     _check_free(out_dir)
     pairs = _pair(images, masks)
@@ -354,14 +348,14 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         type=float,
         default=0.7,
         metavar='X',
-        help='share of the images to train on (default: 0.7)',
+        help='fraction of training images (default: 0.7)',
     )
     sub.add_argument(
         '--size',
         type=int,
         default=256,
         metavar='N',
-        help='width and height of what is written, in pixels (default: 256)',
+        help='width and height of the written images in pixels (default: 256)',
     )
     sub.add_argument(
         '--seed',
@@ -381,7 +375,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             process.
 
     Raises:
-        SystemExit: With one clear line if the arguments are not acceptable.
+        SystemExit: With a one-line error if an argument is invalid.
     """
     args = vars(parse_args(argv))
     command = dict(render=render, convert=convert)[args.pop('command')]

@@ -1,8 +1,7 @@
-"""Put operators into the folder of an mmcv that has none, or take them out.
+"""Write operators into the folder of an mmcv without them, or remove them.
 
-From torch 2.5 on nothing needs this where mmela is installed. It is for an older
-torch, and for programs there that import mmcv.ops before mmela, such as
-MMDetection's own test.py.
+With torch 2.5 or newer you do not need this. With an older torch, use it for
+programs that import mmcv.ops before mmela, such as MMDetection's test.py.
 
 Example:
   mmela operators write

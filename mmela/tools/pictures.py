@@ -1,11 +1,11 @@
 """Draw pictures of a run for a talk or a README.
 
-kl.png: KL divergence of each layer attention from the one before, what was
-pruned, and the threshold of the policy, at the pruning that removed most.
-attention_maps.png: attention weights of the stage that changed most between
-the first and the last measurement of mmela layer-attention that
-lie in the work directory. Each is drawn for dark pages too, *_dark.png.
-before_after.jpg: detections before the first pruning and at the end beside the
+kl.png: KL divergence of each layer attention from the previous one, the pruned
+attentions and the threshold of the policy, at the pruning that removed most.
+attention_maps.png: attention weights of the stage that changed most between the
+first and the last measurement of mmela layer-attention in the work directory.
+Both are also drawn for dark pages, *_dark.png.
+before_after.jpg: detections before the first pruning and at the end, beside the
 annotated objects, if mmela report has measured them.
 
 Example:
@@ -33,18 +33,18 @@ def parse_args(argv=None) -> argparse.Namespace:
         type=int,
         default=[1, 2],
         metavar='N',
-        help='which rows of detections, as in the report (default: 1 2)',
+        help='rows of detections, numbered as in the report (default: 1 2)',
     )
     parser.add_argument('out', metavar='OUT', help='folder for the pictures')
     return parser.parse_args(argv)
 
 
 def divergences(work_dir: Path) -> 'Plot':
-    """KL divergences at the pruning that removed most attentions.
+    """Plot the KL divergences at the pruning that removed most attentions.
 
     Raises:
         OSError: If ``pruning.json`` cannot be read.
-        ValueError: If it is no such file, or nothing was pruned.
+        ValueError: If the file is invalid, or nothing was pruned.
     """
     from ..pruning import PruningReport
     from ..visualization.decision_plots import kl_plot
@@ -54,14 +54,14 @@ def divergences(work_dir: Path) -> 'Plot':
         PruningReport.read(path).decisions, key=lambda d: len(d.pruned), default=None
     )
     if decision is None or not decision.pruned:
-        raise ValueError(f'nothing was pruned by {path}')
+        raise ValueError(f'{path} has no decision that pruned anything')
     return kl_plot(decision)
 
 
 def changed_stage(before: Dict[str, dict], after: Dict[str, dict]) -> str:
     """Name of the stage with maps that lost most attentions.
 
-    Of equals, the one with the most blocks.
+    In a tie, it is the one with the most blocks.
 
     Raises:
         ValueError: If no stage has maps in both measurements.
@@ -79,11 +79,11 @@ def changed_stage(before: Dict[str, dict], after: Dict[str, dict]) -> str:
 
 
 def attention_maps(work_dir: Path) -> 'Plot':
-    """Maps of one stage in the first and in the last measurement.
+    """Plot the maps of one stage in the first and in the last measurement.
 
     Raises:
-        ValueError: If there are not two measurements, or these have no stage
-            with maps in common.
+        ValueError: If there are fewer than two measurements, or they share no stage
+            with maps.
     """
     from ..analysis.attention_plots import map_pair_plot
     from ..analysis.report import read_analyses
@@ -92,8 +92,8 @@ def attention_maps(work_dir: Path) -> 'Plot':
     analyses = read_analyses(work_dir)
     if len(analyses) < 2:
         raise ValueError(
-            f'{work_dir} has {len(analyses)} layer_attention.json, needed are '
-            'two: see mmela layer-attention'
+            f'{work_dir} has {len(analyses)} layer_attention.json, but two are '
+            'needed; make them with mmela layer-attention'
         )
     (_, first, _, before), (_, last, _, after) = analyses[0], analyses[-1]
     stage = changed_stage(before['stages'], after['stages'])
@@ -109,10 +109,10 @@ def attention_maps(work_dir: Path) -> 'Plot':
 
 
 def detections(work_dir: Path, path: Path, rows: Sequence[int]) -> None:
-    """Draw detections before and after, as a photograph is kept.
+    """Draw detections before and after as a JPEG.
 
     Raises:
-        ValueError: If there are no such images.
+        ValueError: If a row does not exist.
     """
     from matplotlib.figure import Figure
 
@@ -123,7 +123,7 @@ def detections(work_dir: Path, path: Path, rows: Sequence[int]) -> None:
     result = read_before_after(work_dir)
     number = len(result['shown'])
     if not set(rows) <= set(range(1, number + 1)):
-        raise ValueError(f'--images={list(rows)}: there are 1 to {number}')
+        raise ValueError(f'--images={list(rows)}: allowed are 1 to {number}')
     plot = detections_plot(work_dir, result, [row - 1 for row in rows])
     figure = Figure(dpi=100, facecolor=LIGHT.paper, layout='constrained')
     plot(figure, LIGHT)

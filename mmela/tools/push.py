@@ -1,9 +1,9 @@
 """Upload a pruned network to the Hugging Face Hub.
 
-Uploads the slim network as safetensors, its config, what pruned it and a card with
-metrics, masks and the table of each pruning. Log in before, by `hf auth login`.
-Everything that loads a checkpoint where mmela is imported then loads
-hf://USER/REPO.
+It uploads the slim network as safetensors, its config, its pruning decisions, and a
+card with metrics, masks and the table of each pruning. Log in first with
+`hf auth login`. Wherever mmela is imported, hf://USER/REPO then works as a
+checkpoint.
 
 Example:
   mmela push work_dirs/ela/my_config.py \\
@@ -30,21 +30,21 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--metrics',
-        help='JSON file of metrics, such as mmela test writes into its work '
-        'directory (default: those of the validation at the checkpoint)',
+        help='JSON file of metrics, such as the one that mmela test writes to its '
+        'work directory (default: metrics of the validation at the checkpoint)',
     )
     parser.add_argument('--license', help='license of the weights, such as apache-2.0')
     parser.add_argument(
-        '--private', action='store_true', help='make a new repository private'
+        '--private', action='store_true', help='create a new repository as private'
     )
     parser.add_argument(
-        '--out', help='write the files into this new folder instead of uploading them'
+        '--out', help='write the files to this new folder instead of uploading them'
     )
     return parser.parse_args(argv)
 
 
 def validated(work_dir: Path, meta: dict) -> dict:
-    """Metrics of the validation that a checkpoint was saved at, if there was one."""
+    """Metrics of the validation at a checkpoint; empty if there was none."""
     from ..analysis.work_dir import Run
 
     try:
@@ -56,18 +56,18 @@ def validated(work_dir: Path, meta: dict) -> dict:
 
 
 def read_metrics(path: str) -> dict:
-    """Numbers of a JSON file.
+    """Read the numbers of a JSON file.
 
     Raises:
-        ValueError: If it holds no object with numbers.
+        ValueError: If the file is not a JSON object with numbers.
     """
     try:
         content = json.loads(Path(path).read_text('utf-8'))
         metrics = {k: v for k, v in content.items() if isinstance(v, (int, float))}
     except (AttributeError, ValueError) as error:
-        raise ValueError(f'{path} is no JSON object: {error}') from error
+        raise ValueError(f'{path} is not a JSON object: {error}') from error
     if not metrics:
-        raise ValueError(f'{path} holds no number')
+        raise ValueError(f'{path} has no number')
     return metrics
 
 
@@ -84,14 +84,16 @@ def main(argv=None) -> None:
 
         validate_repo_id(args.repo)
         if args.repo.count('/') != 1:
-            raise ValueError(f'{args.repo!r} is not of the form USER/REPO')
+            raise ValueError(f'{args.repo!r} does not have the form USER/REPO')
         slim = slim_network(args.config, args.checkpoint, *filter(None, [args.out]))
         if args.metrics:
             metrics = read_metrics(args.metrics)
         else:
             metrics = validated(work_dir, slim.meta)
         if not metrics:
-            print(f'no metrics of this checkpoint in {work_dir}: the card has none')
+            print(
+                f'{work_dir} has no metrics for this checkpoint, so the card has none'
+            )
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(args.out or temporary)
             write_repository(folder, args.repo, slim, metrics, work_dir, args.license)

@@ -1,20 +1,20 @@
 """Render a small instance data set of shapes in COCO format.
 
-Each of six shapes stands for a COCO category, and the annotation files list
-all 80 of them, so that a config for COCO runs on the shapes and back by a
-change of data_root alone:
+Each of six shapes stands for a COCO category, and the annotation files list all
+80 categories, so a config for COCO runs on the shapes if you only change
+data_root:
 
   disc: sports ball   ring: donut        rectangle: book
   triangle: pizza     crescent: banana   cross: airplane
 
-There are sparse scenes, crowded ones whose objects hide each other, crowd
-regions (iscrowd=1) and empty images, on textured and cluttered ground. Boxes
-and masks are of the visible part of an object; what is almost hidden is left
-out of the picture. Masks are polygons that follow the pixels exactly, crowd
-regions are run lengths. The same arguments give the same pixels and
-annotations everywhere.
+There are sparse scenes, crowded scenes with occlusions, crowd regions
+(iscrowd=1) and empty images, on a textured and cluttered background. Boxes and
+masks cover the visible part of an object; objects that would be almost hidden
+are not drawn. Masks are polygons that follow the pixels exactly, crowd regions
+are run lengths. The same arguments give the same pixels and annotations on every
+machine.
 
-The folder is that of COCO: annotations/instances_{train,val}2017.json,
+The folder has the layout of COCO: annotations/instances_{train,val}2017.json,
 train2017/ and val2017/.
 
 Example:
@@ -35,7 +35,7 @@ from pycocotools import mask as mask_api
 from mmela_light import rendering
 from mmela_light.arguments import tool_parser
 
-# Raise it when the same arguments come to give other data.
+# Increase it when the same arguments give different data
 VERSION = 1
 GENERATOR = 'mmela make_shapes'
 OPTIONS = rendering.options(train=320, val=60, size=192, smallest=64)
@@ -55,7 +55,7 @@ CATEGORIES = {
     'appliance': 'microwave,oven,toaster,sink,refrigerator',
     'indoor': 'book,clock,vase,scissors,teddy bear,hair drier,toothbrush',
 }
-# COCO numbers its categories up to 90 and leaves these out.
+# COCO numbers its categories up to 90 and skips these
 UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 
 
@@ -64,13 +64,13 @@ def _arc(start: float, stop: float, radius: float, x: float = 0) -> list:
     return [(x + radius * np.cos(a), radius * np.sin(a)) for a in angles]
 
 
-# Outlines by COCO name, within the circle of radius 1; a second one is a hole.
+# Outlines by COCO name, within the unit circle; a second outline is a hole
 SHAPES = {
     'sports ball': [_arc(0, 1, 1)],
     'donut': [_arc(0, 1, 1), _arc(0, 1, .5)],
     'book': [[(-.85, -.53), (.85, -.53), (.85, .53), (-.85, .53)]],
     'pizza': [[(1, 0), (-.5, -.87), (-.5, .87)]],
-    # The inner arc goes through the tips of the outer one.
+    # The inner arc goes through the tips of the outer one
     'banana': [_arc(.125, .875, 1) + _arc(.809, .191, .76, .424)],
     'airplane': [[(-1, -.3), (-.3, -.3), (-.3, -1), (.3, -1), (.3, -.3),
                   (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3),
@@ -79,7 +79,7 @@ SHAPES = {
 
 
 def coco_categories() -> List[dict]:
-    """The 80 categories of COCO as its annotation files list them."""
+    """The 80 categories of COCO in the form of its annotation files."""
     ids = (i for i in range(1, 91) if i not in UNUSED_IDS)
     return [
         dict(supercategory=group, id=next(ids), name=name)
@@ -92,7 +92,7 @@ def coco_categories() -> List[dict]:
 
 
 def _draw_mask(rng, name: str, size: int, center, radius: float) -> np.ndarray:
-    """Mask (size, size) of a shape, turned and squeezed at random."""
+    """Draw the mask of a shape, (size, size), rotated and squeezed at random."""
     angle = rng.random() * 2 * np.pi
     cos, sin = np.cos(angle), np.sin(angle)
     squeeze = 0.75 + 0.25 * rng.random()
@@ -100,8 +100,8 @@ def _draw_mask(rng, name: str, size: int, center, radius: float) -> np.ndarray:
     for outline in SHAPES[name]:
         points = np.array(outline) * [radius, radius * squeeze]
         points = points @ [[cos, sin], [-sin, cos]] + center
-        # Whole 1/16 pixels: what libraries of mathematics differ by is gone.
-        # And not filled by OpenCV, whose releases differ along the edges.
+        # Round to 1/16 pixel, to remove differences between math libraries. Do not
+        # fill with OpenCV, whose versions differ at the edges.
         points = np.rint(points * 16) / 16
         rle = mask_api.frPyObjects([points.ravel().tolist()], size, size)
         mask ^= mask_api.decode(mask_api.merge(rle)).astype(bool)
@@ -109,7 +109,7 @@ def _draw_mask(rng, name: str, size: int, center, radius: float) -> np.ndarray:
 
 
 def _draw_ground(rng, size: int) -> np.ndarray:
-    """Image (size, size, 3) of coarse and fine texture and some lines."""
+    """Draw a background, (size, size, 3), of coarse and fine texture and lines."""
     image = np.full((size, size, 3), rng.integers(40, 180, 3), np.int16)
     for cells, contrast in ((3, 60), (12, 30), (48, 20)):
         grid = rng.integers(0, contrast, (cells, cells, 3)).astype(np.uint8)
@@ -122,7 +122,7 @@ def _draw_ground(rng, size: int) -> np.ndarray:
 
 
 def _paint(rng, image: np.ndarray, mask: np.ndarray) -> None:
-    """Fill a mask with a colour that stands out, plain or striped."""
+    """Fill a mask with a contrasting colour, plain or striped."""
     ground = image[mask].mean(0).round()
     color = ground
     while np.abs(color - ground).sum() < 150:
@@ -144,21 +144,21 @@ def _place(
     spread,
     name: Optional[str] = None,
 ):
-    """Put one object behind all others.
+    """Place one object behind all others.
 
     Args:
-        rng (numpy.random.Generator): Source of chance.
-        free (ndarray): Pixels (size, size) that nothing covers yet. The
-            object's are taken from it.
-        low (float): Least radius, in pixels.
-        high (float): Greatest radius, in pixels.
-        middle (ndarray): Where objects gather, (x, y) in pixels.
-        spread (float): How far from there they may be, in pixels.
+        rng (numpy.random.Generator): Random generator.
+        free (ndarray): Pixels, (size, size), that nothing covers yet. The pixels of
+            the object are removed from it.
+        low (float): Minimum radius, in pixels.
+        high (float): Maximum radius, in pixels.
+        middle (ndarray): Centre of the objects, (x, y) in pixels.
+        spread (float): Maximum distance from the centre, in pixels.
         name (str, optional): Category. Defaults to a random one.
 
     Returns:
-        tuple | None: Category and visible mask, or None if too little of the
-        object would be seen.
+        tuple | None: Category and visible mask; None if too little of the object
+        would be visible.
     """
     name = name or list(SHAPES)[rng.integers(len(SHAPES))]
     radius = low + (high - low) * rng.random()
@@ -172,12 +172,12 @@ def _place(
 
 
 def _render(rng, size: int, index: int):
-    """Image (size, size, 3) and its objects: (name, mask, iscrowd) each."""
+    """Draw an image, (size, size, 3), and its objects: (name, mask, iscrowd)."""
     free = np.ones((size, size), bool)
     objects, parts = [], []
     image = _draw_ground(rng, size)
     whole = np.array([size / 2, size / 2]), 0.45 * size
-    # By turns, so that small sets have every kind of scene too.
+    # In turns, so that small sets have every kind of scene, too
     if index % 16 == 5:
         count = 0
     elif index % 2:
@@ -214,9 +214,9 @@ def mask_to_polygons(mask: np.ndarray) -> List[List[int]]:
         mask (ndarray): Mask (h, w).
 
     Returns:
-        list[list[int]]: Polygons without holes (x, y, x, y, ...), in pixels,
-        from which pycocotools makes exactly the mask again. A part that has a
-        hole is cut in two.
+        list[list[int]]: Polygons without holes (x, y, x, y, ...), in pixels, which
+        pycocotools converts back to exactly this mask. A part with a hole is cut in
+        two.
     """
     edges = np.diff(np.pad(mask.astype(np.int8), ((0, 0), (1, 1))))
     ys, starts = np.nonzero(edges == 1)
@@ -226,7 +226,7 @@ def mask_to_polygons(mask: np.ndarray) -> List[List[int]]:
     while todo:
         shape = todo.pop()
         if shape.geom_type == 'Polygon' and not shape.interiors:
-            # In this form a polygon starts at a corner, in any GEOS version.
+            # In this form a polygon starts at a corner in every GEOS version
             shape = shape.normalize().simplify(0)
             points = np.array(shape.exterior.coords)[:-1]
             polygons.append(points.astype(int).ravel().tolist())
@@ -242,14 +242,14 @@ def mask_to_polygons(mask: np.ndarray) -> List[List[int]]:
 
 
 def mask_to_counts(mask: np.ndarray) -> List[int]:
-    """Run lengths of a mask as COCO writes those of crowd regions.
+    """Compute run lengths of a mask in COCO's format for crowd regions.
 
     Args:
         mask (ndarray): Mask (h, w).
 
     Returns:
-        list[int]: Lengths in pixels, column by column, of what is outside,
-        inside, outside and so on.
+        list[int]: Lengths in pixels, column by column: outside, inside, outside and
+        so on.
     """
     flat = mask.ravel(order='F')
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
@@ -313,8 +313,8 @@ def _write_split(folder: Path, split: str, count: int, info: dict) -> None:
         )
 
 
-def _found(folder: Path) -> Dict[str, Optional[dict]]:
-    """``info`` of the splits of a data set that is already there."""
+def _existing(folder: Path) -> Dict[str, Optional[dict]]:
+    """``info`` of the splits of an existing data set."""
     infos = {}
     for split in ('train', 'val'):
         infos[split] = None
@@ -327,7 +327,7 @@ def _found(folder: Path) -> Dict[str, Optional[dict]]:
             ):
                 infos[split] = info
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            pass  # not there, or not ours
+            pass  # missing, or not from this tool
     return infos
 
 
@@ -339,27 +339,26 @@ def make_shapes(
     seed: int = 0,
     force: bool = False,
 ) -> bool:
-    """Render a data set of shapes, unless the very same is already there.
+    """Render a data set of shapes, unless the same one already exists.
 
     Args:
-        out_dir (str | Path): Folder of the data set. It appears complete or
+        out_dir (str | Path): Folder of the data set, which is written completely or
             not at all.
         train (int): Number of training images. Defaults to 320.
         val (int): Number of validation images. Defaults to 60.
         size (int): Width and height of the images, in pixels, 64 to 2048.
             Defaults to 192.
-        seed (int): Seed of all that is random. Defaults to 0.
-        force (bool): Replace a data set that this tool made with other
-            arguments or that lacks files. Anything else is never replaced.
-            Defaults to False.
+        seed (int): Random seed. Defaults to 0.
+        force (bool): Replace a data set that this tool made with other arguments, or
+            that is incomplete. Nothing else is ever replaced. Defaults to False.
 
     Returns:
-        bool: True if it was rendered, False if it was there.
+        bool: True if it was rendered, False if it already existed.
 
     Raises:
         TypeError: If a number is not an integer.
-        ValueError: If a number is not in its range.
-        FileExistsError: If something else is at ``out_dir``.
+        ValueError: If a number is out of range.
+        FileExistsError: If ``out_dir`` has something else.
     """
     parameters = dict(train=train, val=val, size=size, seed=seed)
     rendering.check(OPTIONS, **parameters)
@@ -373,21 +372,21 @@ def make_shapes(
     out_dir = Path(out_dir).absolute()
     occupied = rendering.is_taken(out_dir)
     if occupied:
-        found = _found(out_dir)
-        if found == dict(train=info, val=info):
+        existing = _existing(out_dir)
+        if existing == dict(train=info, val=info):
             return False
-        ours = [i for i in found.values() if i]
-        if not ours:
+        infos = [i for i in existing.values() if i]
+        if not infos:
             raise FileExistsError(
-                f'{out_dir} exists and is no data set of this tool; give a '
-                'folder that does not exist or is empty'
+                f'{out_dir} exists, but is not a data set of this tool; give a new or '
+                'empty folder'
             )
         if not force:
             raise FileExistsError(
-                f'{out_dir} has shapes of version {ours[0].get("version")!r} with '
-                f'{ours[0].get("parameters")}, perhaps incomplete; asked for are '
-                f'version {VERSION} with {parameters}. Use --force to replace '
-                'them, or another folder'
+                f'{out_dir} has shapes of version {infos[0].get("version")!r} with '
+                f'{infos[0].get("parameters")}, perhaps incomplete, but you asked for '
+                f'version {VERSION} with {parameters}. Use --force to replace them, or '
+                'give another folder'
             )
 
     try:
@@ -395,8 +394,8 @@ def make_shapes(
             _write_split(new, 'train', train, info)
             _write_split(new, 'val', val, info)
     except FileExistsError:
-        if _found(out_dir) == dict(train=info, val=info):
-            return False  # another process has rendered the same meanwhile
+        if _existing(out_dir) == dict(train=info, val=info):
+            return False  # another process has rendered the same one meanwhile
         raise
     return True
 
@@ -407,8 +406,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--force',
         action='store_true',
-        help='replace shapes made with other arguments; a folder that is not '
-        "this tool's is never replaced",
+        help='replace shapes made with other arguments; other folders are never '
+        'replaced',
     )
     return parser.parse_args(argv)
 
@@ -421,7 +420,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             process.
 
     Raises:
-        SystemExit: With one clear line if the arguments are not acceptable.
+        SystemExit: With a one-line error if an argument is invalid.
     """
     args = parse_args(argv)
     try:
@@ -430,5 +429,5 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         raise SystemExit(f'error: {error}') from error
     print(
         f'{args.out_dir}: {args.train} training and {args.val} validation '
-        f'images {"rendered" if rendered else "are there already"}'
+        f'images {"rendered" if rendered else "already exist"}'
     )

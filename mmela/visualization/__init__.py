@@ -1,1 +1,1 @@
-"""Drawing, and the pictures of a decision, which the hook sends to trackers too."""
+"""Drawing, and the pictures of a decision that the hook sends to trackers."""

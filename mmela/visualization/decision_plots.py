@@ -1,4 +1,4 @@
-"""Pictures of one pruning: divergences, and what the policy makes of them."""
+"""Pictures of one pruning decision: divergences and the mapping of the policy."""
 
 from itertools import groupby
 from typing import List, Optional, Sequence, Tuple
@@ -16,15 +16,14 @@ def kl_plot(
     decision: PruningDecision,
     labels: Tuple[str, str] = ('kept', 'pruned'),
 ) -> Plot:
-    """KL divergence of each attention as a bar, the pruned ones marked.
+    """KL divergence of each attention as a bar, with pruned ones marked.
 
-    A dot is its shape part, a tick what it is in uniform attention.
+    A dot marks the shape part, a tick the divergence of uniform attention.
 
     Args:
         decision (PruningDecision): The decision.
-        labels (tuple[str, str]): What to call the layers that the policy
-            keeps and those that it skips. Defaults to
-            ``('kept', 'pruned')``.
+        labels (tuple[str, str]): Labels of the layers that the policy keeps and of
+            those that it prunes. Defaults to ``('kept', 'pruned')``.
 
     Returns:
         Callable[[Figure, Theme], None]: Plot for :func:`draw`.
@@ -105,7 +104,7 @@ def kl_plot(
                 color=theme.ink,
                 bbox=dict(facecolor=theme.paper, edgecolor='none', pad=0.6),
             )
-        # With one for each stage, none stands for all.
+        # Not drawn if each stage has its own quantile
         if len(quantiles) == 1 and by_total:
             gamma = decision.policy.get('gamma')
             axes.axvline(
@@ -133,17 +132,17 @@ def kl_plot(
         )
         for boundary in boundaries[:-1]:
             axes.axhline(boundary - 0.5, color=theme.faint, lw=0.8, zorder=0)
-        axes.set_xlabel('KL divergence from the attention before (nats)')
+        axes.set_xlabel('KL divergence from the previous attention (nats)')
         count = len(axes.get_legend_handles_labels()[0])
         if count:
-            # With more, the names would be wider than the picture.
+            # More columns would be wider than the picture
             legend_above(axes, 2 if threshold is not None or count > 3 else 3)
 
     return plot
 
 
 def table_plot(decision: PruningDecision) -> Plot:
-    """The table of a decision, for pages that show pictures and no text.
+    """The table of a decision as a picture, for trackers that show no text.
 
     Args:
         decision (PruningDecision): The decision.
@@ -165,7 +164,7 @@ def table_plot(decision: PruningDecision) -> Plot:
             va='center',
             color=theme.ink,
         )
-        # The width of a letter depends on the resolution.
+        # The width of letters depends on the resolution
         size = label.get_window_extent(figure.canvas.get_renderer()).size
         figure.set_size_inches(*(size / figure.dpi + 0.2))
 
@@ -173,14 +172,15 @@ def table_plot(decision: PruningDecision) -> Plot:
 
 
 def known_policy(decision: PruningDecision) -> Optional[PruningPolicy]:
-    """The policy of a decision, to draw its curve.
+    """Rebuild the policy of a decision to draw its curve.
 
     Args:
         decision (PruningDecision): The decision.
 
     Returns:
-        PruningPolicy | None: None if it is unknown here, maps by no curve, or
-        is not the one that decided: files of format 1 name only the last.
+        PruningPolicy | None: The policy. None if it is unknown here, has no mapping, or
+        does not reproduce the decision, since files of format 1 only store the last
+        policy.
     """
     try:
         policy = build_policy(decision.policy)
@@ -197,7 +197,7 @@ def known_policy(decision: PruningDecision) -> Optional[PruningPolicy]:
 
 
 def _why(reason: str) -> str:
-    """Shorten the reason for which an attention has no divergence."""
+    """Shorten the reason why an attention has no divergence."""
     kept = 'kept: '
     return reason[len(kept) :].split(',')[0] if reason.startswith(kept) else reason
 
@@ -206,7 +206,7 @@ def mapping_plot(
     decision: PruningDecision,
     labels: Tuple[str, str] = ('kept', 'pruned'),
 ) -> Plot:
-    """Normalised against mapped values, with the threshold.
+    """Mapped over normalised values, with the threshold.
 
     Args:
         decision (PruningDecision): A decision with at least one mapped value.
@@ -255,7 +255,7 @@ def mapping_plot(
         top = max([1, *(x.mapped for x in layers)])
         low, high = -0.05 * top, 1.05 * top
         axes.set(xlim=(-0.04, 1.04), ylim=(low, high))
-        # Names beside the picture, apart from each other and in order
+        # Names beside the axes, spread apart and in order
         gap = (high - low) / max(len(layers), 12)
         heights = _spread(
             [x.mapped for x in layers], gap, low + gap / 2, high - gap / 2
@@ -296,7 +296,7 @@ def mapping_plot(
 def _spread(
     values: Sequence[float], gap: float, low: float, high: float
 ) -> List[float]:
-    """Move sorted values apart to at least ``gap``, within bounds."""
+    """Move sorted values at least ``gap`` apart, within bounds."""
     placed: List[float] = []
     for value in values:
         floor = placed[-1] + gap if placed else low

@@ -1,4 +1,4 @@
-"""How the pictures look, on light pages and on dark ones."""
+"""Draw pictures in a common style for light and for dark pages."""
 
 import os
 from dataclasses import dataclass
@@ -15,21 +15,21 @@ from PIL import Image
 
 from ..files import replacing
 
-# Inches: on a phone a picture is shown at about this width
+# Width in inches, close to that of a phone
 WIDTH = 4.6
 MARKERS = 'osD^vP*X'
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours that can be told apart without colour vision (Okabe and Ito).
+    """Colours that are distinct without colour vision (Okabe and Ito).
 
     Attributes:
-        paper (str): Background, that of the page.
+        paper (str): Background of the page.
         ink (str): Text and axes.
         faint (str): Grid and shading.
-        kept (str): What is kept.
-        pruned (str): What is pruned.
+        kept (str): Kept attentions.
+        pruned (str): Pruned attentions.
         lines (tuple[str]): Further lines.
     """
 
@@ -65,9 +65,9 @@ def draw(plot: Plot, path: Path) -> Tuple[Path, Path]:
     """Draw a picture twice, for a light and a dark page.
 
     Args:
-        plot (Callable[[Figure, Theme], None]): Draws on a figure.
-        path (Path): Where the light picture goes, ``NAME.png``; the dark one
-            goes to ``NAME_dark.png``.
+        plot (Callable[[Figure, Theme], None]): Function that draws on a figure.
+        path (Path): Path of the light picture, ``NAME.png``. The dark one becomes
+            ``NAME_dark.png``.
 
     Returns:
         tuple[Path, Path]: Both paths.
@@ -75,7 +75,7 @@ def draw(plot: Plot, path: Path) -> Tuple[Path, Path]:
     paths = path, path.with_name(f'{path.stem}_dark.png')
     for theme, target in zip((LIGHT, DARK), paths):
         image = Image.fromarray(render(plot, theme))
-        # A third of the size, and no difference to be seen
+        # A third of the file size, without a visible difference
         image = image.quantize(128, method=Image.Quantize.MEDIANCUT)
         with replacing(target) as temporary:
             image.save(temporary, optimize=True)
@@ -86,11 +86,11 @@ def render(plot: Plot, theme: Theme = LIGHT) -> np.ndarray:
     """Draw a picture into memory.
 
     Args:
-        plot (Callable[[Figure, Theme], None]): Draws on a figure.
-        theme (Theme): For which page. Defaults to a light one.
+        plot (Callable[[Figure, Theme], None]): Function that draws on a figure.
+        theme (Theme): The colours. Defaults to those of a light page.
 
     Returns:
-        ndarray: (h, w, 3), RGB from 0 to 255.
+        ndarray: The picture, (h, w, 3), RGB from 0 to 255.
     """
     figure = Figure(
         figsize=(WIDTH, 3), dpi=160, facecolor=theme.paper, layout='constrained'
@@ -104,7 +104,7 @@ def render(plot: Plot, theme: Theme = LIGHT) -> np.ndarray:
 
 
 def _dress(axes: Axes, theme: Theme) -> None:
-    """Colour what the plots leave at its default."""
+    """Apply a theme to the parts of a plot that have default colours."""
     axes.set_facecolor('none')
     axes.set_axisbelow(True)
     axes.tick_params(colors=theme.ink, labelsize=8, which='both')
@@ -121,12 +121,12 @@ def _dress(axes: Axes, theme: Theme) -> None:
 
 
 def plain_text(value: str) -> str:
-    """Keep matplotlib from reading a name as mathematics."""
+    """Escape dollar signs, which matplotlib reads as mathematics."""
     return value.replace('$', r'\$')
 
 
 def legend_above(axes: Axes, columns: int) -> None:
-    """Put the legend above a picture, where it hides nothing."""
+    """Put the legend above the axes, where it covers nothing."""
     axes.legend(
         loc='lower left',
         bbox_to_anchor=(0, 1),
@@ -146,19 +146,17 @@ def draw_over_image(
     title: str,
     box: Optional[Sequence[float]] = None,
 ) -> None:
-    """Write a picture of an image and of maps that lie over it.
+    """Draw an image and maps over it to a PNG file.
 
     Args:
         path (PathLike): The PNG file.
-        image (ndarray): (h, w, 3), RGB from 0 to 1.
-        columns (dict[str, dict[str, ndarray]]): For each network, by the
-            heading of its column, its maps by the names of their rows, each
-            (h', w') from 0 to 1.
-        notes (dict[str, dict[str, str]]): For each network what to write
-            below the map of a row.
+        image (ndarray): The image, (h, w, 3), RGB from 0 to 1.
+        columns (dict[str, dict[str, ndarray]]): Maps of each network, (h', w') from 0
+            to 1, by the heading of its column and the name of the row.
+        notes (dict[str, dict[str, str]]): Text below each map, by the same keys.
         title (str): Heading of the whole picture.
-        box (Sequence[float], optional): Left, top, width and height in pixels of
-            what to mark in red. Defaults to None.
+        box (Sequence[float], optional): Left, top, width and height in pixels of a
+            red box. Defaults to None.
     """
     rows = list(next(iter(columns.values())))
     height, width = image.shape[:2]
@@ -186,7 +184,7 @@ def draw_over_image(
             if row == 0:
                 lines = [fill(line, 34) for line in name.split('\n')]
                 axes.set_title(plain_text('\n'.join(lines)), fontsize=9)
-    # Grey, so that all colours over it are those of the maps
+    # Grey, so that all colours come from the maps
     grey = np.repeat(image.mean(-1, keepdims=True), 3, -1)
     for axes in panels.flat:
         over = bool(axes.images)

@@ -1,11 +1,11 @@
-"""Small networks of the forms that layer attention can be attached to."""
+"""Small networks of all kinds that layer attention can be attached to."""
 
 import torch
 from torch import nn
 
 
 class Conv(nn.Module):
-    """A residual block of maps; with a downsample if channels change."""
+    """A residual block of maps, with a downsample if the channels change."""
 
     def __init__(self, ins, outs, stride=1):
         super().__init__()
@@ -20,7 +20,7 @@ class Conv(nn.Module):
 
 
 class Mixing(nn.Module):
-    """Adds in a part of it to what it is handed over, as PVT of mmdet does."""
+    """Adds to its input in a submodule, like mmdet's PVT."""
 
     def __init__(self, dims):
         super().__init__()
@@ -63,7 +63,7 @@ class Patches(nn.Module):
 
 
 class Branches(nn.Module):
-    """Two branches that exchange what they have, as HRNet's."""
+    """Two branches that exchange features, like HRNet's."""
 
     def __init__(self):
         super().__init__()
@@ -93,7 +93,7 @@ class TwoBranches(nn.Module):
 
 
 class Nested(nn.Module):
-    """Groups in groups, and a split as in CSP."""
+    """Nested groups, and a split like in CSP."""
 
     def __init__(self):
         super().__init__()
@@ -111,7 +111,7 @@ class Nested(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Modules one after the other."""
+    """Modules that run in sequence."""
 
     def __init__(self, *modules):
         super().__init__()

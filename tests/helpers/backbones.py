@@ -1,92 +1,92 @@
-"""Small backbones of every kind, with every layer attention."""
+"""Small backbones of every kind, with the attentions that fit each one."""
 
 import copy
+import itertools
 
 import pytest
 import torch
+from mmengine.config import ConfigDict
+from mmengine.registry import MODELS, DefaultScope
 
-from mmela.arguments import arguments_of
-from mmela.registry import find_layer_attention
-from tests.helpers.zoo import AFTER_BLOCKS
+from tests.helpers.zoo import AFTER_BLOCKS, ATTENTIONS
 
-ATTENTIONS = {
-    name: AFTER_BLOCKS[name]
-    for name in (
-        *('MLA', 'MRLABase', 'MRLALight', 'MRLALight-output'),
-        *('KCLA', 'KCLA-within', 'AttnRes'),
-    )
+NARROW = dict(depth=18, base_channels=16, stem_channels=16)
+BOTTLENECKS = dict(depth=50, base_channels=8, stem_channels=8)
+GROUPS = dict(BOTTLENECKS, groups=4)
+REGNET = dict(arch=dict(w0=16, wa=16.0, wm=2.0, group_w=8, depth=7, bot_mul=1.0))
+TRANSFORMER = dict(
+    arch=dict(embed_dims=32, num_layers=6, num_heads=2, feedforward_channels=64),
+    img_size=64,
+    drop_path_rate=0.1,
+    layers_per_stage=4,
+)
+RESNETS = {
+    ('mmdet', 'ResNet'): dict(NARROW, norm_eval=False, out_indices=(0, 2)),
+    ('mmdet', 'ResNetV1d'): dict(NARROW, norm_eval=False),
+    ('mmdet', 'ResNeXt'): dict(GROUPS, base_width=16, norm_eval=False),
+    ('mmdet', 'Res2Net'): dict(BOTTLENECKS, base_width=26, scales=4, norm_eval=False),
+    ('mmdet', 'RegNet'): dict(REGNET, norm_eval=False),
+    ('mmpretrain', 'ResNet'): dict(NARROW, drop_path_rate=0.3, out_indices=(0, 2, 3)),
+    ('mmpretrain', 'ResNetV1d'): dict(NARROW, drop_path_rate=0.3),
+    ('mmpretrain', 'ResNeXt'): dict(GROUPS, width_per_group=16),
+    ('mmpretrain', 'SEResNet'): dict(BOTTLENECKS, out_indices=(1, 3)),
+    ('mmpretrain', 'SEResNeXt'): dict(GROUPS, width_per_group=16),
+    ('mmpretrain', 'Res2Net'): dict(
+        BOTTLENECKS, base_width=4, scales=4, out_indices=(1,)
+    ),
+    ('mmpretrain', 'RegNet'): REGNET,
+    ('mmpretrain', 'ResNet_CIFAR'): dict(NARROW, drop_path_rate=0.3),
+    ('mmpretrain', 'BottleneckResNet_CIFAR'): dict(
+        depth=29, base_channels=8, stem_channels=8, out_indices=(0, 2)
+    ),
+    ('mmseg', 'ResNet'): dict(NARROW, norm_eval=False),
+    ('mmseg', 'ResNetV1c'): dict(NARROW, norm_eval=False),
+    ('mmseg', 'UNetResNet'): dict(depth=18, stage_channels=(8, 16, 24, 24)),
 }
-NARROW = dict(depth=50, base_channels=8, head_dim=8)
-REGNET = dict(w0=16, wa=16.0, wm=2.0, group_w=8, depth=9, bot_mul=1.0)
-MMPRETRAIN = {
-    'ELAResNet': dict(NARROW, stem_channels=8, out_indices=(0, 2, 3)),
-    'ELAResNetV1d': dict(NARROW, stem_channels=8),
-    'ELAResNeXt': dict(NARROW, stem_channels=8, groups=4, width_per_group=16),
-    'ELASEResNet': dict(NARROW, stem_channels=8, out_indices=(1, 3)),
-    'ELASEResNeXt': dict(NARROW, stem_channels=8, groups=4, width_per_group=16),
-    'ELARes2Net': dict(
-        NARROW, stem_channels=8, base_width=4, scales=4, out_indices=(1,)
+OTHERS = {
+    ('mmdet', 'PyramidVisionTransformerV2'): dict(
+        embed_dims=8, num_layers=[2, 2, 2, 2], drop_path_rate=0.1, out_indices=(1, 3)
     ),
-    'ELARegNet': dict(arch=REGNET, head_dim=8),
-    'ELAResNet_CIFAR': dict(NARROW, stem_channels=8),
-    'ELABottleneckResNet_CIFAR': dict(
-        depth=29, base_channels=8, stem_channels=8, head_dim=8, out_indices=(0, 2)
+    ('mmpretrain', 'EfficientNet'): dict(
+        arch='b0', drop_path_rate=0.2, out_indices=(3, 6)
     ),
-    'ELAEfficientNet': dict(
-        arch='b1', head_dim=8, out_indices=(3, 6), drop_path_rate=0.2
+    ('mmpretrain', 'VisionTransformer'): dict(
+        TRANSFORMER, layers_per_stage=3, out_type='featmap', out_indices=[2, 5]
     ),
-    'ELAVisionTransformer': dict(
-        arch=dict(embed_dims=32, num_layers=6, num_heads=2, feedforward_channels=64),
-        layers_per_stage=3,
-        img_size=64,
-        out_type='featmap',
-        out_indices=[2, 5],
-        drop_path_rate=0.1,
-        head_dim=16,
-    ),
-    'ELACeiT': dict(
-        arch=dict(embed_dims=32, num_layers=6, num_heads=2, feedforward_channels=64),
-        layers_per_stage=3,
-        img_size=64,
-        drop_path_rate=0.1,
-        head_dim=16,
-    ),
+    ('mmpretrain', 'CeiT'): TRANSFORMER,
 }
-MMDET = {
-    'ELAResNet': dict(NARROW, stem_channels=8, out_indices=(0, 2)),
-    'ELAResNetV1d': dict(NARROW, stem_channels=8),
-    'ELAResNeXt': dict(NARROW, stem_channels=8, groups=4, base_width=16),
-    'ELARes2Net': dict(
-        NARROW, stem_channels=8, base_width=26, scales=4, norm_eval=False
-    ),
-    'ELARegNet': dict(arch=REGNET, head_dim=8),
-    'ELAPyramidVisionTransformerV2': dict(
-        embed_dims=8,
-        num_layers=[2, 2, 2, 2],
-        drop_path_rate=0.1,
-        head_dim=8,
-        out_indices=(1, 3),
-    ),
-}
-# Whose heads cannot share out the channels of the stage before
-NOT_DIVISIBLE = {'ELAEfficientNet', 'ELARegNet', 'ELAPyramidVisionTransformerV2'}
+BACKBONES = {**RESNETS, **OTHERS}
+# Attentions for ResNet blocks that also fit another network
+ALSO_FITTING = [('EfficientNet', 'DIA'), ('EfficientNet', 'Plugin')]
+# AA cannot replace their grouped 3x3 convolutions
+GROUPED = ('ResNeXt', 'SEResNeXt', 'Res2Net', 'RegNet')
+FITTING = [
+    pytest.param(*key, name, id=f'{key[0]}-{key[1]}-{name}')
+    for key, name in itertools.product(BACKBONES, ATTENTIONS)
+    if (key in RESNETS and not (name == 'AA' and key[1] in GROUPED))
+    or name in AFTER_BLOCKS
+    or (key[1], name) in ALSO_FITTING
+]
 
 
-def registry(scope):
-    if scope == 'mmdet':
+def build_in(scope, cfg):
+    """Build a config in a toolbox's registry, always with the same weights."""
+    if scope != 'mmpretrain':
         pytest.importorskip('mmcv.ops', exc_type=ImportError)
-    return pytest.importorskip(f'{scope}.registry').MODELS
-
-
-def build(scope, backbone, attention):
-    kwargs = dict(MMPRETRAIN if scope == 'mmpretrain' else MMDET)[backbone]
-    kwargs = copy.deepcopy(kwargs)
-    head_dim = kwargs.pop('head_dim')
-    if 'head_dim' in arguments_of(find_layer_attention(attention['type'])):
-        attention = dict(attention, head_dim=head_dim)
-    if attention['type'] == 'KCLA' and backbone in NOT_DIVISIBLE:
-        attention['cross_stage'] = False
+    pytest.importorskip(f'{scope}.models')
     torch.manual_seed(0)
-    return registry(scope).build(
-        dict(type=backbone, layer_attention=attention, **kwargs)
-    )
+    with DefaultScope.overwrite_default_scope(scope):
+        return MODELS.build(ConfigDict(copy.deepcopy(cfg)))
+
+
+def build_plain(scope, name, **kwargs):
+    """Build a backbone of the table without attention."""
+    cfg = dict(BACKBONES[scope, name], type=name, **kwargs)
+    cfg.pop('layers_per_stage', None)
+    return build_in(scope, cfg)
+
+
+def build(scope, name, attention, **kwargs):
+    """Build ``ELA<X>`` of a backbone of the table."""
+    cfg = dict(BACKBONES[scope, name], type=f'ELA{name}', layer_attention=attention)
+    return build_in(scope, dict(cfg, **kwargs))

@@ -1,11 +1,11 @@
-"""Hostile checkpoints by the thousand, for a process of their own.
+"""Thousands of hostile checkpoints, for a separate process.
 
-Each file is made up at random, from the parts that numpy, mmengine and torch
-write, put together wrongly, or is a real checkpoint with damaged bytes. It is
-loaded as users do, and what comes out is used. The process must end normally,
-and nothing may be called but what reads a checkpoint.
+Each file is a random, wrong combination of the parts that numpy, mmengine and torch
+write, or a real checkpoint with damaged bytes. It is loaded like a user's checkpoint,
+and the result is used. The process must end normally, and may only call functions
+that read checkpoints.
 
-Run by a test, and by hand for larger counts:
+A test runs this; for larger counts, run:
   python -m tests.helpers.checkpoint_fuzz SEED COUNT
 """
 
@@ -41,7 +41,7 @@ GLOBALS = [
     'mmela.compat.checkpoints SavedArray',
     'mmela.compat.checkpoints SavedDtype',
     'mmela.compat.checkpoints SavedHistory',
-    # of torch, what takes arrays or any object
+    # torch's functions that take arrays or any object
     'torch Tensor',
     'torch.nn.parameter Parameter',
     'torch._utils _rebuild_device_tensor_from_numpy',
@@ -50,7 +50,7 @@ GLOBALS = [
     'torch._tensor _rebuild_from_type_v2',
     'collections OrderedDict',
     'builtins set',
-    # never allowed
+    # never allowed to run
     'os system',
     'builtins eval',
     'builtins print',
@@ -64,7 +64,7 @@ STATISTICS = ['min', 'max', 'current', 'mean', '__init__', '__class__', '_x', 'u
 
 
 def random_bytes(rng: random.Random, count: int) -> bytes:
-    """So many bytes; before Python 3.9, ``randbytes`` is missing."""
+    """``randbytes``, which Python lacks before 3.9."""
     return bytes(rng.getrandbits(8) for _ in range(count))
 
 
@@ -72,8 +72,8 @@ class Writer:
     """Writes one random pickle, protocol 2, for torch's restricted reader.
 
     Args:
-        rng (random.Random): Source of chance.
-        chaos (float): Probability that a part is replaced by any other.
+        rng (random.Random): Random generator.
+        chaos (float): Probability of replacing a part with any other part.
     """
 
     def __init__(self, rng: random.Random, chaos: float) -> None:
@@ -129,7 +129,7 @@ class Writer:
             return rng.choice([b'N', b'\x88', b'\x89', b')', b']', b'}', b'\x8f'])
         return self.integer(rng.choice(INTEGERS + [2**62, 2**63, -(2**63)]))
 
-    # What a checkpoint holds. A part may become anything, and be kept.
+    # Parts of a checkpoint. A part may become anything, and be reused.
 
     def part(self, usual: bytes, depth: int) -> bytes:
         return self.any(depth - 1) if self.rng.random() < self.chaos else usual
@@ -141,7 +141,7 @@ class Writer:
         return value
 
     def build(self, value: bytes, state: bytes) -> bytes:
-        """BUILD once, or never, or again with another state."""
+        """Write BUILD once, never, or twice with different states."""
         times = 1 if self.rng.random() > self.chaos else self.rng.randrange(4)
         for _ in range(times):
             value = self.keep(value) + state + b'b'
@@ -168,7 +168,7 @@ class Writer:
         order = '|' if code.endswith('1') else '<'
         state = [self.integer(3), self.text(order), b'N', b'N', b'N']
         state += [self.integer(-1), self.integer(-1), self.integer(0)]
-        if self.rng.random() < 4 * self.chaos:  # flags such as that of objects
+        if self.rng.random() < 4 * self.chaos:  # flags, such as the one of objects
             state[7] = self.integer(self.rng.choice([1, 2, 8, 16, 27, 63, 127]))
             state[5] = self.integer(self.rng.choice([-1, *INTEGERS]))
         state = self.tuple(*(self.part(item, depth) for item in state))
@@ -222,7 +222,7 @@ class Writer:
         return self.dict(**{str(i): item for i, item in enumerate(items)})
 
     def tensor(self, depth: int) -> bytes:
-        """A tensor that shares an array's memory, or one from storage."""
+        """Write a tensor that shares an array's memory, or a tensor from storage."""
         if self.rng.random() < 0.5:
             name = 'torch._utils _rebuild_device_tensor_from_numpy'
             dtype, device = self.name('torch float32'), self.text('cpu')
@@ -245,7 +245,7 @@ class Writer:
 
 
 def archive(pickle: bytes) -> bytes:
-    """A file of torch around a pickle, with one storage of four floats."""
+    """Put a pickle into torch's file format, with one storage of four floats."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, 'w', zipfile.ZIP_STORED) as zipped:
         zipped.writestr('archive/data.pkl', pickle)
@@ -256,7 +256,7 @@ def archive(pickle: bytes) -> bytes:
 
 
 def real_checkpoint() -> bytes:
-    """What mmengine writes, in small."""
+    """Write a small checkpoint with mmengine."""
     history = HistoryBuffer([1.0, 2.0, 3.0], [1, 1, 2])
     file = io.BytesIO()
     torch.save(
@@ -277,7 +277,7 @@ def real_checkpoint() -> bytes:
 
 
 def damage(rng: random.Random, content: bytes) -> bytes:
-    """Change, cut out, repeat or drop some bytes."""
+    """Change, cut out, repeat or drop bytes."""
     content = bytearray(content)
     for _ in range(rng.choice([1, 1, 2, 4, 16])):
         place = rng.randrange(len(content) + 1)
@@ -298,7 +298,7 @@ def damage(rng: random.Random, content: bytes) -> bytes:
 
 
 def use(value) -> None:
-    """Do with what was loaded what a run does with it."""
+    """Use the loaded object like a run does."""
     copied = copy.deepcopy(value)
     repr(value), str(copied)
     torch.save(value, io.BytesIO())
@@ -320,7 +320,7 @@ def use(value) -> None:
 
 
 def attempt(function, *args):
-    """An error is no crash."""
+    """Call a function; an error is not a crash."""
     try:
         return function(*args)
     except Exception as error:
@@ -346,7 +346,9 @@ def main(seed: int, count: int) -> None:
         real,
         archive(b'\x80\x02' + Writer(random, 0).array(3, 'f8') + b'.'),
     ):
-        use(torch.load(io.BytesIO(content), weights_only=True))  # imports all it needs
+        use(
+            torch.load(io.BytesIO(content), weights_only=True)
+        )  # first load imports everything needed
     statistics = dict(HistoryBuffer._statistics_methods)
 
     outcomes: Counter = Counter()
@@ -364,7 +366,7 @@ def main(seed: int, count: int) -> None:
             content = archive(
                 Writer(rng, rng.choice([0.005, 0.02, 0.05, 0.2])).pickle()
             )
-        if len(sys.argv) > 3:  # where the last case is found after a crash
+        if len(sys.argv) > 3:  # keeps the last case after a crash
             with open(sys.argv[3], 'wb', buffering=0) as file:
                 file.write(content)
             calls.clear()

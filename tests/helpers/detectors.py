@@ -1,6 +1,6 @@
 """Small detectors from mmdet's own configs.
 
-As a program, in a process of its own: what they compute, see ``main``.
+As a program, it prints their results, see ``main``.
 """
 
 import json
@@ -9,7 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
-import mmela  # noqa: F401  (first: it provides operators where mmcv has none)
+import mmela  # noqa: F401  (first, because it provides mmcv's operators)
 
 CONFIGS = {
     'faster_rcnn': 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
@@ -19,7 +19,7 @@ CONFIGS = {
 
 
 def build(name):
-    """A detector with ResNet-18, the same weights in every process."""
+    """Build a detector with ResNet-18 and the same weights in every process."""
     import mmdet
     import torch
     from mmdet.registry import MODELS
@@ -47,7 +47,7 @@ def build(name):
 
 
 def run(name):
-    """Losses, the sum of the gradients' sizes, and detections."""
+    """Compute losses, the sum of the gradients' norms, and detections."""
     import torch
     from mmdet.testing import demo_mm_inputs
 
@@ -78,7 +78,7 @@ def run(name):
 
 
 def main():
-    """Print what all of them compute, and which operators they used."""
+    """Print the results of all detectors, and the operators they used."""
     import mmcv.ops
     import torch
 

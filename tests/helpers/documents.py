@@ -1,4 +1,4 @@
-"""The pages of the documentation: code blocks, what marks them, links, headings."""
+"""Code blocks, their marks, links and headings of the documentation."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ PAGES = sorted(
         *(p for p in ROOT.glob('configs/**/*.md')),
     ]
 )
-# What `<!-- not run: REASON -->` before a block may say
+# Allowed reasons in `<!-- not run: REASON -->` before a block
 REASONS = (
     'long',  # minutes to hours; `nox -s long` runs it
     'a study',  # minutes to days; `mmela study` runs it
@@ -28,7 +28,7 @@ REASONS = (
     'needs a cluster',
     'needs an account',
     'needs other software',
-    'a form',  # names in capitals stand for those of the reader
+    'a form',  # the reader replaces names in capitals
 )
 RUN = ('bash', 'python', 'diff', 'yaml')
 FENCE = re.compile(
@@ -43,10 +43,10 @@ class Block(NamedTuple):
 
     Attributes:
         page (Path): The page.
-        line (int): Line of its fence, from 1.
-        language (str): As its fence says.
-        text (str): What is in it, without the indentation of the fence.
-        mark (str): Why it is not run or where it is, empty if it is run here.
+        line (int): Line number of its fence.
+        language (str): Language from its fence.
+        text (str): Content without the indentation of the fence.
+        mark (str): Why it is not run, or where it is; empty if it is run here.
     """
 
     page: Path
@@ -61,7 +61,7 @@ class Block(NamedTuple):
 
 
 def blocks(page) -> List[Block]:
-    """Code blocks of a page in a language that can be run, in their order."""
+    """List the code blocks of a page in languages that can run, in order."""
     text = page.read_text('utf-8')
     found = []
     for match in FENCE.finditer(text):
@@ -77,18 +77,18 @@ def blocks(page) -> List[Block]:
 
 
 def commands(block) -> List[List[str]]:
-    """The commands of a block for bash, split as a shell does."""
+    """Split the commands of a bash block like a shell."""
     lines = block.text.replace('\\\n', ' ').splitlines()
     return [words for words in (shlex.split(x, comments=True) for x in lines) if words]
 
 
 def applied(diff) -> str:
-    """What a diff leads to."""
+    """Get the new text of a diff."""
     return ''.join(x[1:] + '\n' for x in diff.splitlines() if not x.startswith('-'))
 
 
 def is_config(code) -> bool:
-    """Whether Python code does nothing but to set variables, as a config does."""
+    """Whether Python code only sets variables, like a config."""
     return all(
         isinstance(node, ast.Assign)
         and all(isinstance(target, ast.Name) for target in node.targets)
@@ -97,20 +97,20 @@ def is_config(code) -> bool:
 
 
 def without_code(text) -> str:
-    """The text of a page without its code blocks and code in lines."""
+    """Remove code blocks and inline code from the text of a page."""
     text = re.sub(r'^( *)```.*?^\1```$', '', text, flags=re.M | re.S)
     return re.sub(r'`[^`\n]+`', 'code', text)
 
 
 def links(page) -> List[str]:
-    """Targets of the links and pictures of a page."""
+    """List the targets of a page's links and pictures."""
     text = re.sub(r'^( *)```.*?^\1```$', '', page.read_text('utf-8'), flags=re.M | re.S)
     found = re.findall(r'\]\(([^()\s]+)\)', text)
     return found + re.findall(r'(?:src|srcset|href)="([^"]+)"', text)
 
 
 def anchors(page) -> List[str]:
-    """Names that the headings of a page have on GitHub."""
+    """List the anchors of a page's headings on GitHub."""
     text = re.sub(r'^( *)```.*?^\1```$', '', page.read_text('utf-8'), flags=re.M | re.S)
     found = []
     for heading in re.findall(r'^#+ (.*)$', text, re.M):

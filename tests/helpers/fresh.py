@@ -1,7 +1,7 @@
-"""Code and scripts in fresh processes, which a server with torch at hand forks.
+"""Run code and scripts in fresh processes, forked from a server that has torch.
 
-A start of Python with torch and mmengine takes seconds, and a fork of a process that
-has imported them, and nothing else, a hundredth of that.
+Starting Python with torch and mmengine takes seconds. Forking a process that has only
+imported them takes a hundredth of that.
 """
 
 import os
@@ -20,10 +20,10 @@ CONTEXT.set_forkserver_preload(['torch', 'mmengine.runner'])
 
 
 def hurry():
-    """Have mmengine not do again for each run what takes half of a short one.
+    """Cache slow work of mmengine, which takes half the time of a short run.
 
-    For each config it looks up, it reads all of pip's records and parses a toolbox's
-    whole index; for each checkpoint, log and file it has yapf lay out the config, and
+    mmengine reads all of pip's records and a toolbox's whole index for each config that
+    it looks up. For each checkpoint, log and file, it formats the config with yapf, and
     asks git for the commit.
     """
     from mmengine.config import config, utils
@@ -40,14 +40,14 @@ def hurry():
 
 
 class Done(NamedTuple):
-    """How a process ended; ``output`` is all that it wrote, errors too."""
+    """Exit code and output of a process, including stderr."""
 
     returncode: int
     output: str
 
 
 def run(what, *args, cwd=ROOT, timeout=500):
-    """Run the code of a string or the script of a path, with arguments."""
+    """Run code from a string, or a script from a path, with arguments."""
     output = Path(get_temp_dir()) / uuid4().hex
     argv = [str(arg) for arg in (what if isinstance(what, Path) else '-c', *args)]
     code = None if isinstance(what, Path) else what
@@ -61,7 +61,7 @@ def run(what, *args, cwd=ROOT, timeout=500):
 
 
 def check(what, *args, **kwargs):
-    """What code or a script has written, which must end well."""
+    """Run code or a script, which must succeed, and return its output."""
     done = run(what, *args, **kwargs)
     assert done.returncode == 0, done.output[-3000:]
     return done.output

@@ -1,4 +1,4 @@
-"""A stand-in for the HTTP interface of the Hugging Face Hub, on this machine."""
+"""A local stand-in for the HTTP interface of the Hugging Face Hub."""
 
 import base64
 import hashlib
@@ -43,7 +43,7 @@ class Handler(BaseHTTPRequestHandler):
             if name in hub.repos:
                 return self.answer(dict(error='exists', url=url), 409)
             hub.repos[name] = {}
-            # The first by huggingface_hub before version 2
+            # huggingface_hub before version 2 uses the first one
             private = data.get('private') or data.get('visibility') == 'private'
             hub.private[name] = private
             return self.answer(dict(url=url, name=name))
@@ -98,10 +98,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class StandInHub:
-    """Repositories by name; a dict of contents by path each.
+    """Repositories by name, each a dict of contents by path.
 
-    Files are committed whole, as the Hub has it for small ones: what it does
-    with large ones is between it and huggingface_hub.
+    Files are committed whole, like small files on the Hub. Large files are not
+    supported.
     """
 
     commit = 'c0ffee' + '0' * 34

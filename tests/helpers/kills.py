@@ -1,11 +1,11 @@
-"""Runs and studies killed at random moments, and resumed until they end.
+"""Kill runs and studies at random moments, and resume them until they end.
 
-A killed run must end as one without a kill: the same decisions in ``pruning.json``
-and the same weights to the last bit; a killed study with the same numbers, each epoch
-trained once. Each process is forked from one that has imported everything, so that a
-kill falls within the training and not within imports.
+A killed run must end like one without a kill: with the same decisions in
+``pruning.json`` and bit for bit the same weights. A killed study must have the same
+numbers, with each epoch trained once. Each process is forked from one that has imported
+everything, so that a kill hits the training and not the imports.
 
-Run by a test, and by hand for larger counts:
+A test runs this; for larger counts, run:
   python -m tests.helpers.kills SEED COUNT [NAME ...]
 """
 
@@ -55,7 +55,7 @@ def averaged(cfg):
     return cfg
 
 
-# By name: number of processes, the pruning hook, other settings, a last change
+# Number of processes, pruning hook, other settings and a last change, by name
 RUNS = {
     'plain': (1, HOOK, {}, None),
     'long window': (1, dict(HOOK, windows=[(2, 4)]), {}, None),
@@ -85,7 +85,7 @@ RUNS = {
 
 
 class Processes:
-    """The processes of one start of a run, or the driver of a study."""
+    """Processes of one start of a run, or the driver of a study."""
 
     def __init__(self, count, target, log):
         self.alive = [self._fork(target, rank, log) for rank in range(count)]
@@ -113,7 +113,7 @@ class Processes:
             os._exit(code)
 
     def poll(self):
-        """Whether all have ended."""
+        """Whether all processes have ended."""
         for pid in list(self.alive):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
@@ -122,7 +122,7 @@ class Processes:
         return not self.alive
 
     def kill(self, rng):
-        """One of them, and the others soon after, as a launcher does."""
+        """Kill one process, and the others soon after, like a launcher does."""
         for pid in rng.sample(self.alive, len(self.alive)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -137,7 +137,7 @@ def free_port():
 
 
 def start_run(name, work_dir, port, rank):
-    """Train a run of :data:`RUNS`, from where it stands."""
+    """Start or resume a run of :data:`RUNS`."""
     count, hook, kwargs, change = RUNS[name]
     torch.set_num_threads(1)
     if count > 1:
@@ -150,7 +150,7 @@ def start_run(name, work_dir, port, rank):
 
 
 def result_of_run(work_dir):
-    """Decisions and weights of a run that has ended."""
+    """Get the decisions and weights of a finished run."""
     last = (Path(work_dir) / 'last_checkpoint').read_text()
     checkpoint = torch.load(Path(work_dir) / Path(last).name)
     weights = dict(checkpoint['state_dict'], **checkpoint.get('ema_state_dict', {}))
@@ -175,12 +175,12 @@ def study_jobs(work_dir):
 
 
 def result_of_study(work_dir):
-    """Numbers of a study, and the epochs in the order in which they were trained."""
+    """Get the numbers of a study, and its epochs in the order of training."""
     return [(job.name, job.done, job.results().metrics) for job in study_jobs(work_dir)]
 
 
 def attempt(name, folder, kill_after, rng, port):
-    """Start once, kill after so many seconds; whether it ended by itself."""
+    """Start, kill after ``kill_after`` seconds; whether it has ended by itself."""
     log = f'{folder}.log'
     if name == 'study':
         processes = Processes(1, lambda rank: start_study(folder, rank), log)
@@ -204,19 +204,19 @@ def attempt(name, folder, kill_after, rng, port):
 
 
 def campaign(seed, count, names=(), most=3):
-    """Kill until there were so many kills.
+    """Repeat runs until a total number of kills is reached.
 
     Args:
-        seed (int): Of the moments.
-        count (int): Kills, over all.
-        names (Sequence[str]): Of :data:`RUNS`, and ``'study'``. Defaults to all.
-        most (int): Kills of one run.
+        seed (int): Seed of the random moments.
+        count (int): Total number of kills.
+        names (Sequence[str]): Names in :data:`RUNS`, or ``'study'``. Defaults to all.
+        most (int): Maximum number of kills of one run.
 
     Returns:
-        dict[str, list[int]]: By name, kills and runs that ended well.
+        dict[str, list[int]]: Numbers of kills and of successful runs, by name.
 
     Raises:
-        AssertionError: If a run fails or ends otherwise than one without a kill.
+        AssertionError: If a run fails, or its result differs from one without a kill.
     """
     rng = random.Random(seed)
     names = list(names) or [*RUNS, 'study']

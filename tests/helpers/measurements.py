@@ -1,4 +1,4 @@
-"""Measurements of layer attentions, made up."""
+"""Made-up measurements of layer attentions."""
 
 import json
 
@@ -8,7 +8,7 @@ from mmela.pruning import EBQM, LayerDecision, PruningDecision
 
 
 def stage(states, heads=2, **kwargs):
-    """A stage with even weights over what can be attended to."""
+    """A stage with uniform attention weights."""
     rows = [[None] * len(states) for _ in states]
     for i, state in enumerate(states):
         seen = [j for j in range(i + 1) if states[j] in ('active', 'value_only')]
@@ -34,14 +34,14 @@ def stage(states, heads=2, **kwargs):
 
 
 def measurement(stages):
-    """Divergences of random size and what the default policy makes of them."""
+    """Random divergences with the decision of the default policy."""
     layers = [
         (f'{name}.{block}.layer_attn', name, state)
         for name, values in stages.items()
         for block, state in enumerate(values['states'])
     ]
     kl = np.random.default_rng(0).gamma(1.0, size=len(layers))
-    # The first of a stage has none.
+    # The first attention of a stage has no divergence
     values = [
         None if i == 0 or layers[i - 1][1] != stage else kl[i]
         for i, (_, stage, _) in enumerate(layers)
@@ -61,7 +61,7 @@ def measurement(stages):
 
 
 def write_measurement(work_dir, epoch, stages):
-    """``layer_attention.json`` where the report looks for it."""
+    """Write ``layer_attention.json`` to the path that the report reads."""
     path = work_dir / 'layer_attention' / f'epoch_{epoch}'
     path.mkdir(parents=True)
     content = dict(

@@ -1,4 +1,4 @@
-"""Small networks on disk, with config and checkpoint."""
+"""Small networks on disk: config and checkpoint."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ BACKBONE = dict(
 
 
 def needs_grad_cam():
-    # Not a requirement: pip install grad-cam==1.5.5
+    # Optional: pip install grad-cam==1.5.5
     pytest.importorskip('pytorch_grad_cam', exc_type=ImportError)
 
 
@@ -54,7 +54,7 @@ def classifier(**kwargs):
 
 
 def transformer(head='VisionTransformerClsHead', **kwargs):
-    """A vision transformer of MMPretrain on 4x4 patches and more, in eval mode."""
+    """MMPretrain's vision transformer with 4x4 patches by default, in eval mode."""
     init_default_scope('mmpretrain')
     torch.manual_seed(0)
     arch = dict(embed_dims=12, num_layers=2, num_heads=3, feedforward_channels=16)

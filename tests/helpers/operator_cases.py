@@ -1,4 +1,4 @@
-"""mmela's operators for mmcv and compiled ones, with the same random input."""
+"""Compare mmela's operators for mmcv with compiled ones on the same random input."""
 
 import contextlib
 import math
@@ -16,7 +16,7 @@ Call = Callable[[], List[Tensor]]
 
 @contextlib.contextmanager
 def provided_operators() -> Iterator[None]:
-    """Have mmcv.ops use mmela's operators, whatever mmcv has."""
+    """Make mmcv.ops use mmela's operators, even if mmcv is compiled."""
     import_module('mmcv.ops')
     before = {
         module: module.ext_module
@@ -43,7 +43,7 @@ class Random:
         self.generator = torch.Generator().manual_seed(seed)
 
     def pick(self, *options):
-        """One of the options."""
+        """Choose one of the options."""
         return options[torch.randint(len(options), (), generator=self.generator)]
 
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -53,17 +53,17 @@ class Random:
         return torch.randn(shape, generator=self.generator).to(dtype)
 
     def boxes(self, number: int, size: float, rounded: bool) -> Tensor:
-        """Corners (N, 4), some outside; rounded, some equal or without area."""
+        """Boxes (N, 4), some outside the image; rounded ones may be equal or empty."""
         corners = (self.uniform(number, 2) * 1.2 - 0.1) * size
         sides = self.uniform(number, 2) ** 2 * size
         boxes = torch.cat([corners, corners + sides], 1)
-        if rounded:  # many an IoU, and many a bin's size, is a round number
+        if rounded:  # makes many IoUs and bin sizes round numbers
             boxes = (boxes / size * 10).round() * size / 10
         return boxes
 
 
 def _with_gradients(call: Callable, *inputs: Optional[Tensor]) -> List[Tensor]:
-    """Output, and gradients by the inputs that are there."""
+    """Output, and gradients for the inputs that are not None."""
     inputs = [x if x is None else x.clone().requires_grad_() for x in inputs]
     output = call(*inputs)
     direction = torch.linspace(-1, 1, output.numel()).view_as(output).to(output)
@@ -97,7 +97,7 @@ def soft_nms(random: Random) -> Call:
     from mmcv.ops import soft_nms
 
     boxes, scores, threshold = _nms_input(random)
-    boxes[:, 2:] += 0.01  # without area, compiled scores are NaN
+    boxes[:, 2:] += 0.01  # compiled scores of boxes without area are NaN
     options = dict(
         method=random.pick('naive', 'gaussian', 'linear'),
         offset=random.pick(1, 0),
@@ -128,7 +128,7 @@ def _roi_align(random: Random, mode: str, dtype: torch.dtype) -> Call:
     rois = torch.cat([index, boxes], 1).to(dtype)
     output = random.pick(1, (2, 5), 7)
     # In float64, compiled mmcv rounds to float32 before it adapts the number of
-    # samples to a box; and there is no maximum of a number that adapts.
+    # samples to a box. max does not support an adaptive number.
     adapt = mode == 'avg' and dtype == torch.float32
     ratio = random.pick(1, 3, 2, *[0] * adapt)
     aligned = random.pick(False, True)
@@ -145,8 +145,8 @@ def roi_align(random: Random) -> Call:
 
 
 def roi_align_max(random: Random) -> Call:
-    # In float32, rounding decides which of nearly equal samples is largest, and
-    # gets the gradient. It also decides whether one on a round number is inside.
+    # In float32, rounding decides which of nearly equal samples is the maximum and
+    # gets the gradient. It also decides whether a sample on a border is inside.
     return _roi_align(random, 'max', torch.float64)
 
 
@@ -166,7 +166,7 @@ def _convolution(random: Random) -> Tuple[dict, Dict[str, Tensor]]:
     like = torch.nn.functional.conv2d(features, weight, groups=groups, **step)
     points = deform_groups * kernel[0] * kernel[1]
     offset = random.normal(images, 2 * points, *like.shape[2:], dtype=dtype) * 2
-    # Between pixels: the gradient jumps on one, where rounding decides.
+    # Sample between pixels. On a pixel the gradient jumps, and rounding decides.
     offset = (offset * 10).round() / 10 + 0.05
     mask = random.uniform(images, points, *like.shape[2:], dtype=dtype)
     bias = random.normal(channels, dtype=dtype)
@@ -227,9 +227,9 @@ def difference(name: str, seed: int) -> Tuple[float, torch.dtype]:
 
     Returns:
         tuple[float, torch.dtype]: Largest difference of an output or gradient
-        relative to the largest value in it, or to 1 if that is smaller;
-        infinite where shapes or integers differ. And float64 or float32, in
-        which it was computed.
+        relative to its largest value, or to 1 if that is smaller; infinite if
+        shapes or integers differ. Second, the data type of the computation,
+        float64 or float32.
     """
     call = OPERATORS[name](Random(seed))
     expected = call()

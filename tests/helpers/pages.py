@@ -1,11 +1,11 @@
-"""What an HTML page holds."""
+"""Content of an HTML page."""
 
 from html.parser import HTMLParser
 from pathlib import Path
 
 
 class Page(HTMLParser):
-    """What a page refers to, its text and its table cells."""
+    """References, text and table cells of a page."""
 
     def __init__(self, path):
         super().__init__()
@@ -38,7 +38,7 @@ class Page(HTMLParser):
 
 
 def check_offline(page):
-    """Nothing is loaded but what the page holds."""
+    """Check that the page loads nothing from outside."""
     assert page.sources
     for source in page.sources:
         assert source.startswith('data:'), source[:80]

@@ -1,9 +1,9 @@
-"""The networks that the authors of MRLA, DLA and KCLA published, written plainly.
+"""Plain versions of the networks published by the authors of MRLA, DLA and KCLA.
 
-A network is a state dict in the published key layout and a forward pass in
-evaluation mode on plain tensors, head by head from the equations, or from the
-authors' code where that differs, which the forward pass then says. Nothing here
-uses mmela, and no module of torch.
+A network is a state dict with the published keys, and a forward pass in evaluation
+mode on plain tensors. The forward pass follows the equations head by head. If the
+authors' code differs from them, it follows the code and says so. Nothing here uses
+mmela or torch modules.
 """
 
 import math
@@ -21,7 +21,7 @@ CELLS = dict(dla_light=3, dla_base=3, dia=4)
 
 
 def eca_size(channels):
-    """The odd one of t and t + 1 with t = floor((log2(C) + 1) / 2)."""
+    """The odd number among t and t + 1, with t = floor((log2(C) + 1) / 2)."""
     t = int((math.log2(channels) + 1) / 2)
     return t + 1 - t % 2
 
@@ -39,10 +39,10 @@ class PublishedNetwork:
         width (int): Inner channels of the first stage.
         stem_width (int): Output channels of the stem.
         num_classes (int): Number of classes.
-        light_name (str): How MRLA-light names its layer.
-        groups (int): Groups of the 3x3 convolutions, which are then twice as wide,
-            as in 32x4d.
-        reduction (int): By what the cells of DLA and DIA are narrower.
+        light_name (str): Name of MRLA-light's layer.
+        groups (int): Groups of the 3x3 convolutions. With groups, these are twice as
+            wide, as in 32x4d.
+        reduction (int): Channel reduction in the cells of DLA and DIA.
         seed (int): Seed of the weights.
     """
 
@@ -146,7 +146,7 @@ class PublishedNetwork:
         self._make_norm('bn1', width)
 
     def _make_cell(self, stage, channels):
-        """Two bottlenecks, and DLA-L's convolution."""
+        """Create two bottlenecks and DLA-L's convolution."""
         cell = self.cell_name(stage)
         width = channels // self.reduction
         sizes = ((0, width, channels), (2, CELLS[self.arch] * channels, width))
@@ -175,7 +175,7 @@ class PublishedNetwork:
             [(channels, inner, 1), (per_group, inner, 3), (inner, outer, 1)], 1
         ):
             self._make_conv(f'{name}.conv{i}', c_out, c_in, size)
-            # Small at the end of a branch: 16 blocks do not blow up the sum
+            # Small at the end of a branch, to keep the sum over 16 blocks small
             self._make_norm(f'{name}.bn{i}', c_out, 0.4 if i == 3 else 1.0)
         if stride > 1 or channels != outer:
             self._make_conv(f'{name}.downsample.0', outer, channels, 1)
@@ -195,7 +195,7 @@ class PublishedNetwork:
             state[f'{name}.positional_encoding'] = self._randn(1, channels, 1, 1) / 4
             state[f'{name}.scale'] = self._randn(1, 1, channels)
         if self.arch not in ('kcla', 'kcla_first'):
-            # What takes the place of the output is no small part of it
+            # An attention that replaces the output must not be small
             scale = 2.0 if self.arch == 'mla_eq4' else 0.4
             self._make_norm(self.norm_name(stage, block), channels, scale)
             if self.arch == 'mrla_light':
@@ -220,7 +220,7 @@ class PublishedNetwork:
             state[f'{name}.{self.part("key")}.weight'] = self._randn(1, 1, size)
 
     def part(self, name):
-        """What the version of KCLA calls a part of its attention."""
+        """Name of a part of the attention in this version of KCLA."""
         first = dict(
             head='select_temp', reduce='adjust_channel.0', norm='membn', key='memWk'
         )
@@ -229,7 +229,7 @@ class PublishedNetwork:
 
     @staticmethod
     def scales(heads):
-        """From 0.7 to 1 / 0.7, each the same multiple of the one before."""
+        """A geometric sequence from 0.7 to 1 / 0.7."""
         if heads == 1:
             return [0.7]
         ratio = (1 / 0.7 / 0.7) ** (1 / (heads - 1))
@@ -262,7 +262,7 @@ class PublishedNetwork:
         return x.split(self.head_dim, dim=1)
 
     def forward(self, x):
-        """Outputs of the stages, and the scores of the classes."""
+        """Compute the outputs of the stages and the class scores."""
         if self.stem == '3x3':
             x = self.norm('bn1', self.conv('conv1', x)).relu()
         else:
@@ -332,11 +332,11 @@ class PublishedNetwork:
         return self.norm(self.norm_name(stage, block), out).relu()
 
     def mla_eq4(self, stage, block, x, identity, memory):
-        """MRLA, eq. 4, for ImageNet: takes the place of the block's output.
+        """MRLA, eq. 4, for ImageNet: replaces the block's output.
 
-        Not as the equation: the authors' code takes the keys of t blocks, one behind
-        the other, for those of t tokens of the first head, then of the second, and
-        the values likewise.
+        The authors' code differs from the equation: it reads the concatenated keys of t
+        blocks as those of t tokens of the first head, then of the second head, and so
+        on. It does the same with the values.
         """
         query, keys, values = self.own_transforms(stage, block, x, memory)
         keys = torch.cat([torch.cat(key, 1) for key in keys], 1).split(self.head_dim, 1)
@@ -369,7 +369,7 @@ class PublishedNetwork:
     linear_no_relu = linear  # an older version of the same file
 
     def hydra(self, stage, block, x, identity, memory):
-        """KCLA's Hydra attention: each channel a head, vectors of norm 1."""
+        """KCLA's Hydra attention: each channel is a head, and vectors have norm 1."""
         query, keys, values = self.own_transforms(stage, block, x, memory)
         query = torch.cat(query, 1)
         query = query / query.norm(dim=1, keepdim=True)
@@ -381,7 +381,7 @@ class PublishedNetwork:
         return self.norm(self.norm_name(stage, block), out)
 
     def focused(self, stage, block, x, identity, memory):
-        """KCLA's focused attention: squares with the norm that there was before."""
+        """KCLA's focused attention: squares, rescaled to the previous norm."""
         name = self.attention_name(stage, block)
         x = x + self.state_dict[f'{name}.positional_encoding']
         query, keys, values = self.own_transforms(stage, block, x, memory)
@@ -420,7 +420,7 @@ class PublishedNetwork:
     mrla_base_no_relu = mrla_base
 
     def mrla_light(self, stage, block, x, identity, memory):
-        """MRLA, eq. 8, with the identity input as what came before."""
+        """MRLA, eq. 8, which adds the identity input."""
         name = self.attention_name(stage, block)
         pooled = x.mean((2, 3))
         query = self.over_channels(f'{name}.Wq', pooled)
@@ -454,11 +454,11 @@ class PublishedNetwork:
         return memory['state'][0]
 
     def dia(self, stage, block, x, identity, memory):
-        """All is done within the block."""
+        """DIA, which runs within the block."""
         return torch.zeros_like(x)
 
     def dla_light(self, stage, block, x, identity, memory):
-        """DLA, section 3.4: MRLA-light with what came before brought up to date."""
+        """DLA, section 3.4: MRLA-light with an updated earlier output."""
         self.step(stage, x.mean((2, 3)), memory)
         gate = self.cell(stage, identity.mean((2, 3)), memory['state'])[0]
         name = f'{self.cell_name(stage)}.{self.excite}'
@@ -476,7 +476,7 @@ class PublishedNetwork:
         return self.norm(self.norm_name(stage, block), before + torch.cat(out, 1))
 
     def dla_base(self, stage, block, x, identity, memory):
-        """DLA, section 3.3: MRLA-base whose keys and values are brought up to date."""
+        """DLA, section 3.3: MRLA-base with updated keys and values."""
         self.step(stage, x.mean((2, 3)), memory)
         for i, key in enumerate(memory.get('keys', [])):
             key = torch.cat(key, 1)
@@ -488,14 +488,14 @@ class PublishedNetwork:
         return self.mrla_base(stage, block, x, identity, memory)
 
     def kcla_first(self, stage, block, x, identity, memory):
-        """The authors' first detectors: what :meth:`kcla` says of them."""
+        """The authors' first detectors, see :meth:`kcla`."""
         return self.kcla(stage, block, x, identity, memory)
 
     def kcla(self, stage, block, x, identity, memory):
         """KCLA, eq. 10 and 11, and algorithm 1 between stages.
 
-        In the first detectors the temperatures go the other way and have the
-        root of d, and the query is scored along the sum of the stage's keys.
+        In the first detectors, the temperatures are inverse and include the root of d,
+        and the query is scored along the sum of the stage's keys.
         """
         name = self.attention_name(stage, block)
         heads = x.shape[1] // self.head_dim
@@ -562,10 +562,10 @@ class PublishedDeiT:
 
     Args:
         light (bool): MRLA-light instead of MRLA-base.
-        dims (int): Channels of the tokens, 64 a head.
-        depth (int): Number of blocks, four to a stage.
-        patch (int): Side of a patch.
-        side (int): Patches along a side of the image.
+        dims (int): Channels of the tokens, with 64 per head.
+        depth (int): Number of blocks, with four per stage.
+        patch (int): Patch size.
+        side (int): Number of patches along a side of the image.
         num_classes (int): Number of classes.
     """
 
@@ -677,7 +677,7 @@ class PublishedDeiT:
         return torch.cat([token, out], 1)
 
     def forward(self, images):
-        """Class token after the last normalization, and the scores."""
+        """Compute the class token after the last normalization and the class scores."""
         weight = self.state_dict['patch_embed.proj.weight']
         x = images.unfold(2, self.patch, self.patch).unfold(3, self.patch, self.patch)
         x = x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
@@ -702,8 +702,9 @@ class PublishedUNet:
 
     Args:
         widths (tuple[int]): Channels of the stem and of the four stages.
-        newest (bool): The newest version instead of the first: what goes into the
-            next stage is grouped by heads, and only first blocks see any before.
+        newest (bool): The newest version instead of the first. It groups the features
+            for the next stage by heads, and only the first block of a stage sees the
+            previous stage.
     """
 
     strides = (2, 2, 2, 1)
@@ -711,7 +712,7 @@ class PublishedUNet:
 
     def __init__(self, widths=(16, 32, 64, 128, 128), newest=False):
         self.newest = newest
-        # For its weights and its plain operations
+        # Provides weights and plain operations
         self.net = net = PublishedNetwork('kcla', (), '7x7', 16, stem_width=widths[0])
         state = self.state_dict = net.state_dict
         for key in [key for key in state if key.startswith('fc.')]:
@@ -763,7 +764,7 @@ class PublishedUNet:
     def attention(self, stage, block, x, memory):
         """KCLA, eq. 10 and 11 without the linear layer among the heads."""
         net, name = self.net, f'encoder.layer{stage}.attention.{block}'
-        # The authors divide by what they name the temperature
+        # The authors' temperature is a divisor
         scales = 1 / self.state_dict[f'{name}.norm_d'].flatten()
 
         def weigh(y):
@@ -798,7 +799,7 @@ class PublishedUNet:
         return net.norm(f'{name}.bn_attention', torch.cat(out, 1)), new
 
     def forward(self, x):
-        """Score of a lesion, (B, 1, H, W)."""
+        """Compute the score of a lesion, (B, 1, H, W)."""
         net, memory = self.net, []
         x = net.norm('encoder.bn1', self.conv('encoder.conv1', x)).relu()
         maps = [x]

@@ -1,10 +1,10 @@
-"""Damaged records, logs, configs and checkpoints by the thousand, each read and used.
+"""Thousands of damaged records, logs, configs and checkpoints, each read and used.
 
 A file is damaged in one of two ways: a value, key or list in it is replaced, removed,
-renamed or repeated; or its bytes are cut, changed, repeated or emptied. What reads it
-must end well, or with one line that names the file, and write nothing.
+renamed or repeated; or its bytes are cut, changed, repeated or emptied. Its reader must
+succeed, or fail with a one-line error that names the file, and write nothing.
 
-Run by a test, and by hand for larger counts:
+A test runs this; for larger counts, run:
   python -m tests.helpers.record_fuzz SEED COUNT [READER ...]
 """
 
@@ -44,7 +44,7 @@ VALUES += ['', 'a', '1', '../../x', '\x1b[31m', '<b>', [], {}, [1, 2], {'a': 1},
 
 
 def places(value, found):
-    """Containers within a value, with the keys or indices in them."""
+    """List the containers in a value, with their keys or indices."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, item in items:
         found.append((value, key))
@@ -72,7 +72,7 @@ def damage_values(rng, content):
 
 
 def damaged_text(rng, path, load, dump):
-    """Damage a text file, by its values or its bytes."""
+    """Damage the values or the bytes of a text file."""
     content = path.read_bytes()
     if rng.random() < 0.6:
         text = dump(damage_values(rng, load(content.decode())))
@@ -101,11 +101,11 @@ def damaged_lines(rng, path):
     damaged_text(rng, path, load, dump)
 
 
-# -- readers: make sound files in a folder, damage one and return it, read it --------
+# -- readers: write intact files to a folder, damage one and return it, read it ------
 
 
 class Decisions:
-    """pruning.json, of today and of version 0.1."""
+    """pruning.json of this version and of version 0.1."""
 
     def make(self, folder):
         make_work_dir(folder)
@@ -277,7 +277,7 @@ class Network:
     def damage(self, rng, folder):
         path = folder / 'slim.py'
         if rng.random() < 0.5:
-            # Values alone: bytes of a config are code
+            # Only values, because the bytes of a config are code
             cfg = Config.fromfile(path).to_dict()
             cfg = damage_values(rng, cfg)
             lines = cfg.items() if isinstance(cfg, dict) else [('model', cfg)]
@@ -294,7 +294,7 @@ class Network:
 
 
 class Checkpoints:
-    """What a checkpoint holds of the pruning hook."""
+    """State of the pruning hook in a checkpoint."""
 
     SETTINGS = dict(windows=[(1, 1), (3, 3)], by_epoch=True, keep_value=False)
 
@@ -323,7 +323,7 @@ class Checkpoints:
     def read(self, path):
         try:
             SavedPruning.read(torch.load(path), self.SETTINGS)
-        except ValueError as error:  # the hook puts the name of the file before
+        except ValueError as error:  # the hook adds the file name
             raise ValueError(f'{path}: {error}') from error
 
 
@@ -335,18 +335,19 @@ READERS = {
 
 
 def try_files(name, seed, count):
-    """Damage and read so many files.
+    """Damage and read files.
 
     Args:
-        name (str): Of :data:`READERS`.
-        seed (int): Of the damage.
-        count (int): How many.
+        name (str): Name in :data:`READERS`.
+        seed (int): Seed of the damage.
+        count (int): Number of files.
 
     Returns:
-        Counter: How many were read, and refused.
+        Counter: Numbers of files read and rejected.
 
     Raises:
-        AssertionError: If one ends otherwise; the message has its number.
+        AssertionError: If reading ends in any other way; the message has the number of
+            the file.
     """
     outcomes = Counter()
     with tempfile.TemporaryDirectory() as root:

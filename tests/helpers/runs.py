@@ -1,4 +1,4 @@
-"""What a run with the pruning hook leaves behind."""
+"""Results of a run with the pruning hook."""
 
 from pathlib import Path
 
@@ -37,12 +37,12 @@ def divergences(decision):
 
 
 def padded_kl(p, q, eps=1e-8):
-    """ELA, eq. 8, by scipy, which normalises: undo that by hand."""
+    """ELA, eq. 8, by scipy, without its normalization."""
     head, rest = np.split(q, [p.shape[-1]], axis=-1)
     kl = entropy(p, head, axis=-1) - np.log(head.sum(-1))
     return kl + (eps * np.log(eps / rest)).sum(-1)
 
 
 def log_of(runner):
-    """What a run has logged."""
+    """Read the log of a run."""
     return ''.join(p.read_text() for p in Path(runner._log_dir).glob('*.log'))

@@ -1,4 +1,4 @@
-"""Stages of blocks to which single attentions are attached, as wiring does it."""
+"""Stages of blocks with single attentions attached."""
 
 from torch import nn
 
@@ -7,7 +7,7 @@ from mmela.layers.stage import Place, Stage, attach_hooks, ensure_tap
 
 
 class BlockStage(nn.Sequential):
-    """Blocks one after the other; those that are given an attention run it."""
+    """Blocks in sequence, some with an attention."""
 
     def __init__(self, *blocks, before=None):
         super().__init__(*blocks)
@@ -17,7 +17,7 @@ class BlockStage(nn.Sequential):
             before.place.hands_over = True
 
     def attach(self, index, attention):
-        """Give a block its attention; in the order in which the blocks run."""
+        """Attach an attention to a block. Call this in the order of the blocks."""
         block = self[index]
         shortcut = getattr(block, 'downsample', None) and 'downsample'
         number = self.place.size
@@ -47,7 +47,7 @@ class BlockStage(nn.Sequential):
 
 
 def run_one(attention, x, memory):
-    """What a block that returned ``x`` passes on after its attention."""
+    """Get the output of a block that returns ``x``, after its attention."""
     if attention.place is None:
         attention.place = Place(Stage(['0']), '0', 0)
     return attention.update(x, memory, (x,), x)

@@ -33,7 +33,7 @@ STUDY = dict(
 
 
 def write_study(folder, config=CONFIG, **changes):
-    """Write a study file and its config; None takes a key away."""
+    """Write a study file and its config; a change to None removes the key."""
     content = {k: v for k, v in {**STUDY, **changes}.items() if v is not None}
     (folder / 'tiny.py').write_text(config)
     path = folder / 'tiny.yml'
@@ -42,18 +42,18 @@ def write_study(folder, config=CONFIG, **changes):
 
 
 def tiny_jobs(folder, out='out', seeds=(0,), **changes):
-    """The runs of a study, by the tool that stands in for the training."""
+    """Create the runs of a study that uses the stand-in for training."""
     study = read_study(write_study(folder, seeds=list(seeds), **changes))
     return study, make_jobs(study, folder / out, list(seeds), str(TOOL))
 
 
 def processes(job):
-    """Ids of the process that trains a run, and of its parent."""
+    """Ids of a run's training process and its parent."""
     return tuple(map(int, (job.folder / 'process').read_text().split()))
 
 
 def wait_for(condition):
-    """Wait for what another process does."""
+    """Wait until another process makes a condition true."""
     end = time.time() + 120
     while not condition():
         assert time.time() < end, 'nothing happens'
@@ -61,7 +61,7 @@ def wait_for(condition):
 
 
 def is_gone(pid):
-    """Whether a process has ended, though nobody may have asked how."""
+    """Whether a process has ended, even if nobody has collected its exit code."""
     status = Path(f'/proc/{pid}/stat')
     return (
         not status.exists() or status.read_text().rpartition(')')[2].split()[0] == 'Z'

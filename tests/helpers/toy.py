@@ -100,7 +100,7 @@ def toy_config(
     norm_eval=False,
     **kwargs,
 ):
-    """Config of a run; ``hook`` holds the pruning hook's arguments."""
+    """Create the config of a run; ``hook`` has the pruning hook's arguments."""
     attention = (
         dict(type=layer_attention, head_dim=head_dim) if layer_attention else None
     )
@@ -127,7 +127,7 @@ def toy_config(
         custom_hooks=[],
         randomness=dict(seed=0),
         log_level='WARNING',
-        # Or runs of one second would share a log
+        # Otherwise runs started in the same second would share a log
         experiment_name=f'toy_{uuid4().hex}',
     )
     if hook is not None:
@@ -137,7 +137,7 @@ def toy_config(
 
 
 def train(cfg, **kwargs):
-    """Run a config, changed by ``kwargs``, and return the runner."""
+    """Train with a config, changed by ``kwargs``, and return the runner."""
     cfg = Config(dict(cfg, **kwargs))
     cfg.experiment_name = f'toy_{uuid4().hex}'
     runner_type = FlexibleRunner if 'strategy' in cfg else Runner

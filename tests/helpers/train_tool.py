@@ -1,8 +1,8 @@
-"""Stands in for tools/train.py: trains a number within milliseconds.
+"""Stand-in for tools/train.py that trains a single number within milliseconds.
 
-Checkpoints, logs and arguments are those of a training. The config says what
-goes wrong: it is killed once in epoch ``die_at``, always ends with exit code 3
-in epoch ``fail_at``, and waits in epoch 2 until there is a file ``hold``.
+Checkpoints, logs and arguments are like those of a real training. The config can make
+it fail: it is killed once in epoch ``die_at``, always exits with code 3 in epoch
+``fail_at``, and waits in epoch 2 until a file ``hold`` exists.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Work directories of runs that never were."""
+"""Made-up work directories of runs."""
 
 import json
 
@@ -17,7 +17,7 @@ CONFIG = (
 
 
 def pruning(window, iteration, names, seed, policy=POLICY, spread=1.0):
-    """A decision as the hook records it."""
+    """A decision like the hook records it."""
     kl = np.exp(spread * np.random.default_rng(seed).normal(size=len(names)))
     stages = ['.'.join(name.split('.')[:2]) for name in names]
     values = []
@@ -36,7 +36,7 @@ def pruning(window, iteration, names, seed, policy=POLICY, spread=1.0):
 
 
 def write_log(work_dir, stamp, epochs, metrics=True, seconds=0.5, loss=4.0):
-    """Write the log of one start: 20 iterations an epoch, each fifth one."""
+    """Write the log of one start: every fifth of 20 iterations per epoch."""
     records = []
     for epoch in epochs:
         for i in range(5, 21, 5):
@@ -82,7 +82,7 @@ def write_decisions(work_dir, decisions, policy=POLICY):
 
 
 def make_work_dir(work_dir, blocks=BLOCKS, policy=POLICY, spread=1.0):
-    """A run of 4 epochs, pruned after 1 and 3."""
+    """A run of 4 epochs with pruning after epochs 1 and 3."""
     names = [
         f'backbone.{stage}.{i}.layer_attn'
         for stage, depth in blocks.items()
@@ -102,6 +102,6 @@ def make_work_dir(work_dir, blocks=BLOCKS, policy=POLICY, spread=1.0):
         )
     torch.save(dict(meta={}, state_dict=state), work_dir / 'epoch_4.pth')
     torch.save({}, work_dir / 'best_coco_bbox_mAP_epoch_3.pth')
-    # A folder that has been moved since
+    # As if the folder has been moved
     (work_dir / 'last_checkpoint').write_text('elsewhere/work/epoch_4.pth')
     return [first, second]

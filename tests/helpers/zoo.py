@@ -1,4 +1,4 @@
-"""Small networks of every origin, and every layer attention of the registry."""
+"""Small networks from all sources, and every registered layer attention."""
 
 import copy
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
@@ -47,6 +47,9 @@ WITHIN_BLOCKS = {
 """Attentions that work within the residual blocks of ResNets and relatives."""
 
 ATTENTIONS = {**AFTER_BLOCKS, **WITHIN_BLOCKS}
+PAPERS = ('MLA', 'MRLABase', 'MRLALight', 'KCLA', 'AttnRes')
+"""Attentions of the papers; the others are variants of them."""
+
 STARTS_PLAIN = [
     name for name in AFTER_BLOCKS if name not in ('MLA-replace', 'AttnRes-groups')
 ]
@@ -54,7 +57,7 @@ STARTS_PLAIN = [
 
 
 class Kind(NamedTuple):
-    """A network of the zoo: how to build it, and the input that it takes."""
+    """A network of the zoo: its constructor and its input."""
 
     make: Callable[[], nn.Module]
     size: Tuple[int, int] = (48, 64)
@@ -189,7 +192,7 @@ RESNETS = ('mmdet.ResNet', 'mmpretrain.ResNet', 'mmseg.ResNetV1c')
 
 
 def plain(name: str, seed: int = 0) -> nn.Module:
-    """A network of the zoo with weights and statistics of some training."""
+    """A network of the zoo with weights and statistics as after training."""
     torch.manual_seed(seed)
     network = NETWORKS[name].make()
     return stir(network, seed).eval() or network
@@ -201,13 +204,13 @@ def image(name: str, batch: int = 2, seed: int = 1) -> Tensor:
 
 
 def attach(network: nn.Module, name: str, attention: str = 'MRLABase', **kwargs):
-    """Give a network of the zoo attentions, with weights as after some training."""
+    """Attach attentions to a network of the zoo, with weights as after training."""
     options = {k: kwargs.pop(k) for k in ('blocks',) if k in kwargs}
     config = dict(ATTENTIONS[attention], **kwargs)
     attach_layer_attention(network, config, input_size=NETWORKS[name].size, **options)
     if not kwargs.get('zero_init'):
         for seed, module in enumerate(layer_attentions(network).values()):
-            stir(module, seed)  # each in its own way
+            stir(module, seed)  # each with a different seed
     return network
 
 
@@ -219,7 +222,7 @@ def attached(name: str, attention: str = 'MRLABase', **kwargs) -> nn.Module:
 
 
 def stir(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Norms and queries as after some training, so that nothing is 0, 1 or uniform."""
+    """Change norms and queries as if trained, so that nothing is 0, 1 or uniform."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(tensor, low, high):
@@ -243,13 +246,13 @@ def stir(network: nn.Module, seed: int = 0) -> nn.Module:
             draw(module.query, -1.5, 1.5)
     for module in network.modules():
         if isinstance(module, LinearizedMLA):
-            # Their weights add up to no particular number, and soon to infinity.
+            # Their weights are not normalized, so the sum would soon overflow
             module.value.weight.data.mul_(0.01)
     return network
 
 
 def tensors(output) -> List[Tensor]:
-    """All tensors of a network's output, whatever its form."""
+    """List all tensors in a network's output of any structure."""
     if torch.is_tensor(output):
         return [output]
     if isinstance(output, dict):
@@ -264,7 +267,7 @@ def run(network: nn.Module, x: Tensor) -> List[Tensor]:
 
 
 def equal(one: List[Tensor], other: List[Tensor]) -> bool:
-    """Whether two outputs are the same, bit by bit."""
+    """Whether two outputs are bit for bit the same."""
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
@@ -302,7 +305,7 @@ def slim(network: nn.Module, build: Callable[..., nn.Module]) -> nn.Module:
 
 
 def snapshot(network: nn.Module) -> Dict[str, Optional[object]]:
-    """All of a network that an attach could change: modules, tensors, hooks, modes."""
+    """Everything attaching could change: modules, tensors, hooks and modes."""
     seen: Dict[str, object] = {}
     for name, module in network.named_modules():
         seen[name] = (module, type(module), module.training, sorted(vars(module)))

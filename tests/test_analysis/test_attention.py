@@ -491,7 +491,7 @@ def test_hook_settings():
 @pytest.mark.parametrize(
     'kwargs, match',
     [
-        (dict(batches=[]), 'no image'),
+        (dict(batches=[]), 'no images'),
         (dict(policy=dict(type='Nothing')), 'Nothing'),
         (dict(policy=dict(type='EBQM', mu=7)), 'mu=7'),
         (dict(reduction='median'), 'median'),

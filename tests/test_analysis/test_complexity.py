@@ -142,7 +142,7 @@ def test_run(tmp_path, backbone):
     'text, reason',
     [
         ('x = 1', 'no model.backbone'),
-        ('no python (', 'cannot be run'),
+        ('no python (', 'does not run'),
         ("model = dict(backbone=dict(type='Unheard'))", 'Unheard'),
     ],
 )

@@ -78,8 +78,8 @@ def test_equals_the_network(name):
 @pytest.mark.parametrize(
     'layer, query, match',
     [
-        ('layers.1', (0.5, 1.2), '0.5 1.2 is not in the image'),
-        ('layers.2', (0.5, 0.5), 'layers.2 is no layer .*layers.0, layers.1'),
+        ('layers.1', (0.5, 1.2), '0.5 1.2 is outside the image'),
+        ('layers.2', (0.5, 0.5), 'no layer layers.2; .*layers.0, layers.1'),
     ],
 )
 def test_errors(layer, query, match):
@@ -92,5 +92,5 @@ def test_errors(layer, query, match):
 def test_no_transformer():
     model = nn.Module()
     model.backbone = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match='Linear is no vision transformer'):
+    with pytest.raises(ValueError, match='Linear is not a vision transformer'):
         patch_attention(model, batch(), ['layers.0'], (0.5, 0.5))

@@ -71,12 +71,12 @@ def test_errors(tmp_path):
         return caught.value.code
 
     make_work_dir(tmp_path)
-    assert 'has 0 layer_attention.json, needed are two' in error()
+    assert 'has 0 layer_attention.json, but two are needed' in error()
     report = json.loads((tmp_path / 'pruning.json').read_text())
     for layer in [x for d in report['decisions'] for x in d['layers']]:
         layer['pruned'] = False
     (tmp_path / 'pruning.json').write_text(json.dumps(report))
-    assert 'nothing was pruned' in error()
+    assert 'has no decision that pruned anything' in error()
 
 
 # -- tools/demo.py ---------------------------------------------------------

@@ -105,7 +105,7 @@ def test_numbers(synthetic):
         'Checkpoint epoch_4.pth',
         '0.2083 s (middle half 0.1667 to 0.25, 8 logged values) after; no',
         "gamma=0.5, alpha=2, beta=5, mu=0.2, mapping='beta')",
-        'Reduction: mean_kl; eps 1e-08; a pruned attention is removed whole',
+        'Reduction: mean_kl; eps 1e-08; a pruned attention is removed',
         'Windows: 1 to 1, 3 to 3 (epochs)',
         CONFIG.split()[-1],
     ):
@@ -173,13 +173,13 @@ def test_without_pruning_metrics_config_and_checkpoint(tmp_path):
     write_log(tmp_path, '20260102_030405', [1], metrics=False)
     page = Page(make_report(tmp_path))
     check_offline(page)
-    assert 'Nothing was pruned' in page.text
+    assert 'nothing was pruned' in page.text
     assert 'no validation metrics' in page.text
     assert 'no dumped config' in page.text
     assert 'no checkpoint' in page.text
     assert check_pictures(tmp_path) == {'loss.png', 'loss_dark.png'}
     text = summarize(tmp_path)
-    assert 'No attention was pruned' in text
+    assert 'no pruning decision' in text
     assert 'no validation metrics' in text
     assert 'pruning.json' not in text and 'None' not in text
 
@@ -381,11 +381,11 @@ def test_names_are_names(tmp_path, name):
     report = tmp_path / 'run' / 'pruning.json'
     sound = report.read_text()
     report.write_text(sound.replace('backbone.layer1', json.dumps(name)[1:-1]))
-    with pytest.raises(ValueError, match=f'{report} .*no name of a module'):
+    with pytest.raises(ValueError, match=f'{report} .*not a module name'):
         make_report(tmp_path / 'run')
     report.write_text(sound)
     path = write_measurement(tmp_path / 'run', 2, {name: stage(['active'] * 3)})
-    with pytest.raises(ValueError, match=f'{path} .*no name of a module'):
+    with pytest.raises(ValueError, match=f'{path} .*not a module name'):
         make_report(tmp_path / 'run')
 
 
@@ -428,7 +428,7 @@ def test_unreadable_checkpoint_and_foreign_decisions(tmp_path):
     (tmp_path / 'my_config.py').write_text('no python (')
     text = Page(make_report(tmp_path)).text
     assert 'epoch_4.pth cannot be read' in text
-    assert 'may be of an earlier run' in text
+    assert 'may come from an earlier run' in text
     (tmp_path / 'pruning.json').write_text('[]')
     with pytest.raises(ValueError, match=str(tmp_path / 'pruning.json')):
         make_report(tmp_path)
@@ -729,6 +729,6 @@ def test_damaged_comparison_is_one_line(tmp_path, old, new):
     assert read_before_after(tmp_path)['sides']['after']['active'] == 1
     assert old in text
     path.write_text(text.replace(old, new, 1))
-    with pytest.raises(ValueError, match='is not of') as error:
+    with pytest.raises(ValueError, match='was not written by') as error:
         make_report(tmp_path)
     assert str(path) in str(error.value) and '\n' not in str(error.value)

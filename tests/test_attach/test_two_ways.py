@@ -1,20 +1,28 @@
 """``ELA<X>`` is ``WithLayerAttention`` over ``<X>`` by another name."""
 
-import copy
 import itertools
 import logging
+import re
 
 import pytest
 import torch
 from mmengine.logging import MMLogger
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import MODELS
 
 from mmela.layers import AttentionState
 from mmela.pruning import EBQM, FixedCount
 from mmela.registry import LAYER_ATTENTIONS
-from mmela.structure import layer_attentions, prune
+from mmela.structure import attention_stages, layer_attentions, prune
+from tests.helpers.backbones import (
+    ALSO_FITTING,
+    BACKBONES,
+    FITTING,
+    OTHERS,
+    RESNETS,
+    build_in,
+    build_plain,
+)
 from tests.helpers.zoo import (
-    AFTER_BLOCKS,
     ATTENTIONS,
     WITHIN_BLOCKS,
     decide,
@@ -25,52 +33,6 @@ from tests.helpers.zoo import (
     tensors,
 )
 
-NARROW = dict(depth=18, base_channels=16, stem_channels=16)
-BOTTLENECKS = dict(depth=50, base_channels=8, stem_channels=8)
-GROUPS = dict(BOTTLENECKS, groups=4)
-REGNET = dict(arch=dict(w0=16, wa=16.0, wm=2.0, group_w=8, depth=7, bot_mul=1.0))
-TRANSFORMER = dict(
-    arch=dict(embed_dims=32, num_layers=6, num_heads=2, feedforward_channels=64),
-    img_size=64,
-    drop_path_rate=0.1,
-)
-RESNETS = {
-    ('mmdet', 'ResNet'): dict(NARROW, norm_eval=False),
-    ('mmdet', 'ResNetV1d'): dict(NARROW, norm_eval=False),
-    ('mmdet', 'ResNeXt'): dict(GROUPS, base_width=16, norm_eval=False),
-    ('mmdet', 'Res2Net'): dict(BOTTLENECKS, base_width=26, scales=4, norm_eval=False),
-    ('mmdet', 'RegNet'): dict(REGNET, norm_eval=False),
-    ('mmpretrain', 'ResNet'): dict(NARROW, drop_path_rate=0.3),
-    ('mmpretrain', 'ResNetV1d'): dict(NARROW, drop_path_rate=0.3),
-    ('mmpretrain', 'ResNeXt'): dict(GROUPS, width_per_group=16),
-    ('mmpretrain', 'SEResNet'): BOTTLENECKS,
-    ('mmpretrain', 'SEResNeXt'): dict(GROUPS, width_per_group=16),
-    ('mmpretrain', 'Res2Net'): dict(BOTTLENECKS, base_width=4, scales=4),
-    ('mmpretrain', 'RegNet'): REGNET,
-    ('mmpretrain', 'ResNet_CIFAR'): dict(NARROW, drop_path_rate=0.3),
-    ('mmpretrain', 'BottleneckResNet_CIFAR'): dict(
-        depth=29, base_channels=8, stem_channels=8
-    ),
-    ('mmseg', 'ResNet'): dict(NARROW, norm_eval=False),
-    ('mmseg', 'ResNetV1c'): dict(NARROW, norm_eval=False),
-    ('mmseg', 'UNetResNet'): dict(depth=18, stage_channels=(8, 16, 24, 24)),
-}
-OTHERS = {
-    ('mmdet', 'PyramidVisionTransformerV2'): dict(
-        embed_dims=8, num_layers=[2, 2, 2, 2], drop_path_rate=0.1
-    ),
-    ('mmpretrain', 'EfficientNet'): dict(arch='b0', drop_path_rate=0.2),
-    ('mmpretrain', 'VisionTransformer'): TRANSFORMER,
-    ('mmpretrain', 'CeiT'): TRANSFORMER,
-}
-BACKBONES = {**RESNETS, **OTHERS}
-# What works within the blocks of ResNets and yet fits another network.
-ALSO_FITTING = [('EfficientNet', 'DIA'), ('EfficientNet', 'Plugin')]
-FITTING = [
-    pytest.param(*key, name, id=f'{key[0]}-{key[1]}-{name}')
-    for key, name in itertools.product(BACKBONES, ATTENTIONS)
-    if key in RESNETS or name in AFTER_BLOCKS or (key[1], name) in ALSO_FITTING
-]
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
@@ -79,18 +41,11 @@ def quiet():
     MMLogger.get_current_instance().setLevel(logging.ERROR)
 
 
-def build(scope, cfg):
-    if scope == 'mmdet':
-        pytest.importorskip('mmcv.ops', exc_type=ImportError)
-    pytest.importorskip(f'{scope}.models')
-    torch.manual_seed(0)
-    with DefaultScope.overwrite_default_scope(scope):
-        return MODELS.build(copy.deepcopy(cfg))
-
-
 def ways(scope, name, attention, config=None, **kwargs):
     """How to build a network in each of the two ways, with more arguments."""
     backbone = dict(BACKBONES[scope, name], **(config or {}))
+    for key in backbone.keys() & {'layers_per_stage'}:
+        kwargs[key] = backbone.pop(key)
     by_name = dict(type=f'ELA{name}', layer_attention=attention, **kwargs)
     wrapped = dict(backbone, type=name)
     by_name.update(backbone)
@@ -102,8 +57,8 @@ def ways(scope, name, attention, config=None, **kwargs):
         **kwargs,
     )
     return (
-        lambda **more: build(scope, dict(by_name, **more)),
-        lambda **more: build(scope, dict(wrapper, **more)),
+        lambda **more: build_in(scope, dict(by_name, **more)),
+        lambda **more: build_in(scope, dict(wrapper, **more)),
     )
 
 
@@ -116,9 +71,9 @@ def pair(*args, **kwargs):
 
 
 def described(network):
-    """What of attentions is no tensor: classes, heads, stochastic depth, shares."""
+    """What of attentions is no tensor: stages, classes, heads, drop rates, shares."""
     first = {}
-    found = {}
+    found = {n: list(s.named) for n, s in attention_stages(network).items()}
     for name, attention in layer_attentions(network).items():
         shared = [
             (key, first.setdefault(id(param), f'{name}.{key}'))
@@ -170,7 +125,7 @@ def test_the_same_parameters_and_attentions(scope, name, attention):
     ]
     assert not differences(*trained)
     assert not differences(described(one), described(other))
-    assert len(described(one)) > 1
+    assert len(layer_attentions(one)) > 1
 
 
 @pytest.mark.parametrize(
@@ -212,6 +167,9 @@ def test_the_same_decisions_and_slim_networks(scope, name):
             vars(layer) for layer in theirs.layers
         ]
         assert mine.pruned == theirs.pruned
+    stages = attention_stages(one).items()
+    order = [(name, stage) for stage, members in stages for name in members.named]
+    assert [(layer.name, layer.stage) for layer in mine.layers] == order
     assert len(mine.pruned) == 2
     makes = ways(scope, name, dict(type='MRLABase'))
     for network, make in zip((one, other), makes):
@@ -345,6 +303,8 @@ def test_both_refuse_what_works_within_the_blocks_of_resnets(scope, name, attent
             make()
         messages.append(str(error.value))
     assert messages[0] == messages[1]
+    reasons = 'works on .* returns BLC|is no block of ResNet|adds nothing'
+    assert re.search(reasons, messages[0])
 
 
 @pytest.mark.parametrize(
@@ -374,7 +334,7 @@ def test_a_checkpoint_of_one_way_starts_the_other(tmp_path, scope, name, pruned)
 @pytest.mark.parametrize('scope, name', BACKBONES)
 def test_it_is_the_backbone(scope, name):
     """Its class, attributes, methods and keys, with ``layer_attn`` in its blocks."""
-    plain = build(scope, dict(BACKBONES[scope, name], type=name))
+    plain = build_plain(scope, name)
     for make in ways(scope, name, dict(type='MRLABase')):
         network = make()
         assert isinstance(network, type(plain))

@@ -14,8 +14,8 @@ from mmela.layers import AttentionState, LayerAttention
 from mmela.pruning import FixedCount
 from mmela.structure import attention_stages, layer_attentions, prune
 from tests.helpers.attachable import Nested, Patches, Trunk, TwoBranches
-from tests.helpers.backbones import ATTENTIONS
 from tests.helpers.toy import ToyNetwork
+from tests.helpers.zoo import ATTENTIONS, PAPERS
 
 NETWORKS = {
     'nested': Nested,
@@ -23,6 +23,7 @@ NETWORKS = {
     'tokens': lambda: Patches(8, 1),
     'channels-last': lambda: Patches(8, last=True),
 }
+KINDS = (*PAPERS, 'MRLALight-output', 'KCLA-within')
 SIZE = (16, 24)
 
 
@@ -42,7 +43,7 @@ def outputs(network):
 
 
 @pytest.mark.parametrize(
-    'name, attention', list(itertools.product(NETWORKS, ATTENTIONS)), ids=str
+    'name, attention', list(itertools.product(NETWORKS, KINDS)), ids=str
 )
 def test_zero_init_changes_nothing_and_learns(name, attention):
     torch.manual_seed(0)
@@ -163,10 +164,10 @@ def test_blocks_by_name(blocks, expected):
         ([1], 'is not'),
         (['layers.0', ['layers.1']], 'is not'),
         (['layers.0', 'layers.0'], "'layers.0' more than once"),
-        (['blocks.*'], r"no module 'blocks.\*' runs in the backbone; there are proj"),
-        ([['layers.0', 'proj']], r'blocks\[0\]: .* have one width and resolution'),
+        (['blocks.*'], r"no module 'blocks.\*' runs in the backbone; choose from proj"),
+        ([['layers.0', 'proj']], r'blocks\[0\]: .* have the same width and resolution'),
         (['layers.0.norm'], 'layers.0.norm runs more than once'),
-        ([[], []], 'is for 2 stages, but the backbone has 1'),
+        ([[], []], 'lists 2 stages, but the backbone has 1'),
     ],
 )
 def test_bad_blocks(blocks, message):
@@ -177,12 +178,13 @@ def test_bad_blocks(blocks, message):
 def test_where_nothing_fits():
     network = Trunk(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3))
     with pytest.raises(
-        ValueError, match='no blocks .* Conv2d, Seq.* Name the blocks: blocks='
+        ValueError,
+        match='has no blocks .* Conv2d, Seq.* Name the blocks yourself: blocks=',
     ):
         attach(network)
-    with pytest.raises(ValueError, match='runs with images of none of the sizes'):
+    with pytest.raises(ValueError, match='runs at none of the sizes'):
         attach(nn.Linear(7, 7))
-    with pytest.raises(ValueError, match='has layer attentions already'):
+    with pytest.raises(ValueError, match='already has layer attentions'):
         attach(attach(Patches(8)))
 
 
@@ -231,7 +233,7 @@ def test_identity_of_a_block_with_a_downsample():
     (stage,) = attention_stages(light).values()
     assert list(stage.blocks) == ['body.0', 'body.1.0', 'body.1.1']
     assert len(layer_attentions(light)) == 2
-    with pytest.raises(ValueError, match='body.0 takes an input of another'):
+    with pytest.raises(ValueError, match='the input of body.0 does not have the shape'):
         attach(network, 'MRLALight', blocks=['body.0', 'body.1.*'])
 
 
@@ -402,10 +404,10 @@ def test_names_of_the_table_can_be_pruned():
     ]
     with pytest.raises(TypeError, match=r"names='layer2.2' is a string; .*\['layer2.2"):
         prune(model, 'layer2.2')
-    with pytest.raises(KeyError, match="'layer2.9'.* those of student.layer2.0, "):
+    with pytest.raises(KeyError, match="'layer2.9'.*with one: student.layer2.0, "):
         prune(model, ['layer2.2', 'layer2.9'])
     assert layer_attentions(model)['student.layer2.2.layer_attn'].active
     model['teacher'] = ToyNetwork(dict(type='MRLABase', head_dim=4))
     both = 'student.layer2.2.layer_attn, teacher.layer2.2.layer_attn'
-    with pytest.raises(KeyError, match=f"'layer2.2' is one of {both}"):
+    with pytest.raises(KeyError, match=f"'layer2.2' may be any of {both}"):
         prune(model, ['layer2.2'])

@@ -286,23 +286,25 @@ def test_drop_path_leaves_the_branch():
 
 def test_errors():
     stage = BlockStage(Block(with_cp=True))
-    with pytest.raises(ValueError, match='with_cp=True computes a block twice'):
+    with pytest.raises(ValueError, match='with_cp=True runs a block twice'):
         stage.attach(0, DIA(C))
     block = nn.ModuleDict(dict(linear_conv=nn.Conv2d(C, C, 1)))  # as EfficientNet
-    with pytest.raises(ValueError, match='a ModuleDict is no block of ResNet'):
+    with pytest.raises(
+        ValueError, match='ModuleDict is not a block of the ResNet family'
+    ):
         BlockStage(block).attach(0, BA(C))
-    with pytest.raises(ValueError, match='a Linear ends is not known'):
+    with pytest.raises(ValueError, match='Linear has no known residual branch'):
         BlockStage(nn.Linear(2, 2)).attach(0, DIA(C))
-    with pytest.raises(ValueError, match='reduction=17 of 16 channels'):
+    with pytest.raises(ValueError, match='reduction=17 leaves none of 16 channels'):
         DIA(C, reduction=17)
-    with pytest.raises(ValueError, match='reduction=17 of 16 channels'):
+    with pytest.raises(ValueError, match='reduction=17 leaves none of 16 channels'):
         BA(C, reduction=17)
     with pytest.raises(ValueError, match='hidden=0'):
         RLAg(C, hidden=0)
-    with pytest.raises(ValueError, match='drop_path=0.1: RLAg adds nothing'):
+    with pytest.raises(ValueError, match='drop_path=0.1 cannot be set, because RLAg'):
         RLAg(C, drop_path=0.1)
     with pytest.raises(TypeError, match='plugin must be a dict'):
         Plugin(C)
     block = make_stage(DIA)[1]
-    with pytest.raises(RuntimeError, match='block 1 runs in a pass in which'):
+    with pytest.raises(RuntimeError, match='block 1 runs, but not all'):
         block(torch.randn(2, C, 4, 4))

@@ -266,11 +266,11 @@ def test_hook_overhead(tmp_path, capsys):
     assert list(results['steps']) == ['no hook', 'outside', 'inside']
     assert len(results['imports']) == 2
     assert results['measuring'] > 0
-    assert 'measuring by itself' in capsys.readouterr().out
+    assert 'measuring alone' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    'variants, text', [(['plain'], 'plain'), (['ela', 'mrla-base'], 'give one')]
+    'variants, text', [(['plain'], 'plain'), (['ela', 'mrla-base'], 'give exactly one')]
 )
 def test_hook_overhead_needs_what_can_be_pruned(variants, text):
     with pytest.raises(SystemExit, match=f'^error: .*{text}'):

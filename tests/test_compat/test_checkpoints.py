@@ -308,7 +308,7 @@ class TestLoadCheckpoint:
         assert content['state_dict']['a'].tolist() == [0, 1, 2]
         assert content['meta'] == {}
         path.write_bytes(path.read_bytes()[:20])
-        with pytest.raises(ValueError, match='x.safetensors is no checkpoint or is'):
+        with pytest.raises(ValueError, match='x.safetensors is not a checkpoint or is'):
             load_checkpoint(path)
 
     def test_safetensors_is_not_installed(self, tmp_path, monkeypatch):
@@ -331,7 +331,7 @@ class TestLoadCheckpoint:
         path = tmp_path / 'x.pth'
         for content in (b'', b'text', saved(dict(a=torch.ones(9)))[:300]):
             path.write_bytes(content)
-            with pytest.raises(ValueError, match='x.pth is no checkpoint'):
+            with pytest.raises(ValueError, match='x.pth is not a checkpoint'):
                 load_checkpoint(path)
         with pytest.raises(FileNotFoundError):
             load_checkpoint(tmp_path / 'nowhere.pth')
@@ -340,5 +340,7 @@ class TestLoadCheckpoint:
         path = tmp_path / 'x.pth'
         torch.save(dict(x=Path), path)
         monkeypatch.setattr(checkpoints, '_LOADS_SAFELY', False)
-        with pytest.warns(UserWarning, match='runs code .*x.pth may hold.*safetensors'):
+        with pytest.warns(
+            UserWarning, match='runs code .*x.pth may contain.*safetensors'
+        ):
             assert load_checkpoint(path) == dict(x=Path)

@@ -56,7 +56,9 @@ def test_one_family_is_fine(installed):
 )
 def test_a_mixture_is_told(installed, found, name):
     installed(**found)
-    with pytest.warns(UserWarning, match=f'both have the files of {name}:') as seen:
+    with pytest.warns(
+        UserWarning, match=f'overwrite each other.s files of {name};'
+    ) as seen:
         forks.warn_of_mixtures()
     assert len(seen) == 1
     assert all(d.replace('_', '-') in str(seen[0].message) for d in found)

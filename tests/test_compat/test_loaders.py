@@ -64,7 +64,9 @@ def test_from_an_address(tmp_path):
 
 
 def test_more_than_tensors_is_refused(tmp_path):
-    with pytest.raises(ValueError, match='extra is a dict: safetensors holds tensors'):
+    with pytest.raises(
+        ValueError, match='extra is a dict; safetensors can only hold tensors'
+    ):
         write_safetensors(tmp_path / 'x.safetensors', dict(extra={}), {})
     assert not (tmp_path / 'x.safetensors').exists()
 
@@ -75,7 +77,7 @@ def test_damaged(tmp_path):
     whole = path.read_bytes()
     for content in (b'', whole[:20], whole[:-1], whole.replace(b'{\\"', b'[\\"')):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match='x.safetensors is no checkpoint or is'):
+        with pytest.raises(ValueError, match='x.safetensors is not a checkpoint or is'):
             CheckpointLoader.load_checkpoint(str(path))
     with pytest.raises(FileNotFoundError):
         CheckpointLoader.load_checkpoint(str(tmp_path / 'none.safetensors'))
@@ -149,5 +151,5 @@ class TestHub:
 
     @pytest.mark.parametrize('path', ['hf://', 'hf://net', 'hf://ann/net@', 'hf:///x'])
     def test_no_such_form(self, path):
-        with pytest.raises(ValueError, match='is not of the form hf://USER/REPO'):
+        with pytest.raises(ValueError, match='does not have the form hf://USER/REPO'):
             local_checkpoint(path)

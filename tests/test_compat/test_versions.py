@@ -20,7 +20,9 @@ def test_check_versions_of_what_is_missing():
     required = compat._REQUIRED
     compat._REQUIRED = {'no_such_package': 'pip install it'}
     try:
-        with pytest.raises(ImportError, match='no_such_package.*: pip install it'):
+        with pytest.raises(
+            ImportError, match='no_such_package.*install it with: pip install it'
+        ):
             check_versions({'no_such_package': ('1.0', '2.0')})
     finally:
         compat._REQUIRED = required

@@ -26,14 +26,16 @@ def push(*args):
     main(list(map(str, args)))
 
 
-def decision(iteration, name):
+def decision(iteration, name, gone=None):
     layers = tuple(
         LayerDecision(f'{stage}.{block}.layer_attn', stage, 0.25 * iteration)
         for stage in ('backbone.layer1', 'backbone.layer2')
         for block in range(2)
     )
     layers = tuple(
-        LayerDecision(**{**x.to_dict(), 'pruned': x.name == name}) for x in layers
+        LayerDecision(**{**x.to_dict(), 'pruned': x.name == name})
+        for x in layers
+        if x.name != gone
     )
     where = dict(window=(iteration, iteration), unit='epoch', iteration=iteration)
     return PruningDecision(layers, dict(type='EBQM'), **where)
@@ -64,7 +66,9 @@ def run(tmp_path):
         lines.append({'accuracy/top1': 70.0 + epoch, 'time': 1.0, 'step': epoch})
     (logs / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)))
     settings = LayerAttentionPruningHook(windows=[(1, 1), (3, 3)]).settings
-    report = PruningReport(settings, (decision(1, PRUNED), decision(3, None)))
+    report = PruningReport(
+        settings, (decision(1, PRUNED), decision(3, None, gone=PRUNED))
+    )
     report.write(tmp_path / 'pruning.json')
     return config, checkpoint
 
@@ -86,7 +90,7 @@ def test_push(hub, run, capsys):
     assert '| accuracy/top1 | 72 |' in card.content
     assert '| backbone.layer1 | 0 ~~1~~ |' in card.content
     assert '| backbone.layer2 | (0) 1 |' in card.content
-    assert 'of which 7 of 8 are left after epoch 2' in card.content
+    assert '7 of 8 attentions are left after epoch 2' in card.content
     # The decision after epoch 3 is not that of this checkpoint.
     assert '## Pruning after epoch 1\n' in card.content
     assert card.content.count('## Pruning') == 1
@@ -121,7 +125,7 @@ def test_folder_and_metrics(run, tmp_path, capsys):
     push(*run, 'ann/net', '--out', out, '--metrics', tmp_path / 'm.json')
     assert 'README.md, config.py, model.safetensors' in capsys.readouterr().out
     assert '| accuracy/top1 | 12.5 |' in (out / 'README.md').read_text()
-    with pytest.raises(SystemExit, match='repo exists already'):
+    with pytest.raises(SystemExit, match='repo already exists'):
         push(*run, 'ann/net', '--out', out)
 
 
@@ -129,7 +133,7 @@ def test_elsewhere_there_is_nothing(run, tmp_path, capsys):
     other = tmp_path / 'other'
     other.mkdir()
     push(*run, 'ann/net', '--out', tmp_path / 'repo', '--work-dir', other)
-    assert 'no metrics of this checkpoint' in capsys.readouterr().out
+    assert 'has no metrics for this checkpoint' in capsys.readouterr().out
     card = (tmp_path / 'repo' / 'README.md').read_text()
     assert '## Metrics' not in card and '## Pruning' not in card
     assert not (tmp_path / 'repo' / 'pruning.json').exists()
@@ -138,9 +142,9 @@ def test_elsewhere_there_is_nothing(run, tmp_path, capsys):
 def test_errors_are_one_line(hub, run, tmp_path, monkeypatch):
     (tmp_path / 'm.json').write_text('[]')
     for args, match in [
-        (('net',), "error: 'net' is not of the form USER/REPO"),
+        (('net',), "error: 'net' does not have the form USER/REPO"),
         (('ann/net!',), 'error: Repo id must use alphanumeric'),
-        (('ann/net', '--metrics', tmp_path / 'm.json'), 'm.json is no JSON object'),
+        (('ann/net', '--metrics', tmp_path / 'm.json'), 'm.json is not a JSON object'),
         (('ann/net', '--metrics', tmp_path / 'none.json'), 'No such file'),
     ]:
         with pytest.raises(SystemExit, match=match) as error:

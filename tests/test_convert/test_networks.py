@@ -167,7 +167,7 @@ def test_a_dict_with_methods_of_the_file(tmp_path):
     (tmp_path / 'x.pth').write_bytes(
         archive(b'\x80\2' + ordered + b'}' + item + b'sb.')
     )
-    with pytest.raises(ValueError, match='holds no state dict'):
+    with pytest.raises(ValueError, match='has no state dict'):
         read_state_dict(tmp_path / 'x.pth')
 
 
@@ -178,12 +178,12 @@ def test_load_fitting_says_what_does_not_fit():
     for change, match in [
         (dict(weight=torch.zeros(1)), 'x.pth does not fit c.py: .*size mismatch'),
         (dict(weight=None), 'x.pth does not fit c.py: '),
-        (dict(other=torch.zeros(1)), '1 keys have no place such as other'),
+        (dict(other=torch.zeros(1)), '1 keys are not in the network, such as other'),
     ]:
         with pytest.raises(ValueError, match=match):
             load_fitting(module, {**state_dict, **change}, 'c.py', 'x.pth')
     del state_dict['bias']
-    with pytest.raises(ValueError, match='1 keys are missing such as bias'):
+    with pytest.raises(ValueError, match='1 keys are missing, such as bias'):
         load_fitting(module, state_dict, 'c.py', 'x.pth')
 
 
@@ -200,8 +200,8 @@ def test_refused_checkpoint_in_test(network, tmp_path, monkeypatch):
     other = tmp_path / 'x.safetensors'
     other.touch()
     for path, match in [
-        (damaged, '^error: .*damaged.pth is no checkpoint'),
-        (other, '^error: .*x.safetensors is no checkpoint'),
+        (damaged, '^error: .*damaged.pth is not a checkpoint'),
+        (other, '^error: .*x.safetensors is not a checkpoint'),
     ]:
         monkeypatch.setattr('sys.argv', ['test.py', str(config), str(path)])
         with pytest.raises(SystemExit, match=match) as error:

@@ -177,5 +177,7 @@ def test_backbone_in_a_list(tmp_path, registry):
 
 
 def test_config_without_the_backbone():
-    with pytest.raises(ValueError, match='backbone student.backbone, but its config'):
+    with pytest.raises(
+        ValueError, match="backbone at 'student.backbone', but its config"
+    ):
         slim_config(Config(dict(model=dict(x=1))), {'student.backbone': [[0]]})

@@ -67,13 +67,19 @@ def build_classifier(pruned=()):
     return model
 
 
-def test_classifier(tmp_path):
+@pytest.fixture(scope='module')
+def exported_classifier(tmp_path_factory):
+    model = build_classifier([PRUNED])
+    path = tmp_path_factory.mktemp('classifier') / 'detector.onnx'  # as the page has it
+    export_network(model, path, (40, 48), info=dict(classes=['a', 'b', 'c', 'd']))
+    return model, path
+
+
+def test_classifier(exported_classifier):
     """Also: of the pruned attention no node is left."""
     import onnx
 
-    model = build_classifier([PRUNED])
-    path = tmp_path / 'classifier.onnx'
-    export_network(model, path, (40, 48), info=dict(classes=['a', 'b', 'c', 'd']))
+    model, path = exported_classifier
     onnx_model = onnx.load(path)
     assert nodes_of(onnx_model, PRUNED) == (0, 0)
     nodes, weights = nodes_of(onnx_model, KEPT)
@@ -109,11 +115,10 @@ def test_program_of_normalized_images(tmp_path):
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_int8_by_onnxruntime(tmp_path, monkeypatch):
+def test_int8_by_onnxruntime(exported_classifier, monkeypatch):
     import onnx
 
-    monkeypatch.chdir(tmp_path)
-    export_network(build_classifier([PRUNED]), 'detector.onnx', (40, 48))
+    monkeypatch.chdir(exported_classifier[1].parent)
     pictures = [images(1, 64, 64 + n).numpy() for n in range(8)]
     run_documented('quantize_static', images=pictures)
     types = [node.op_type for node in onnx.load('detector_int8.onnx').graph.node]
@@ -336,13 +341,11 @@ def test_program_of_a_detector(program):
         assert matched(one, other) == matched(other, one) == 1
 
 
-def test_program_finds_nothing(tmp_path):
-    detector = build_detector(DETECTORS['retinanet'])
-    detector.bbox_head.test_cfg.score_thr = 1.0
-    path = tmp_path / 'detector.pt2'
-    export_network(detector, path, (224, 288))
-    x = images(1, 224, 288)
-    (found,) = ExportedDetector(path)(list(x), samples(x))
+def test_program_finds_nothing(program):
+    detector, path = program
+    black = torch.zeros(1, 3, 224, 288, dtype=torch.uint8)
+    assert len(predictions(detector, black)[0]) == 0
+    (found,) = ExportedDetector(path)(list(black), samples(black))
     assert len(found.pred_instances) == 0
 
 

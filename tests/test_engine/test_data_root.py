@@ -94,7 +94,7 @@ def test_training_images_for_lacking_validation_images(cfg, tmp_path):
     warnings = set_data_root(cfg)
     assert len(warnings) == 2
     assert roots(cfg) == [f'{root}/'] * 3
-    assert f'no {root}/annotations/val.json: the val metrics' in warnings[0]
+    assert f'no {root}/annotations/val.json, so the val metrics' in warnings[0]
     for split in ('val', 'test'):
         dataset = cfg[f'{split}_dataloader'].dataset
         assert dataset.ann_file == 'annotations/train.json'
@@ -136,18 +136,18 @@ def test_categories_of_the_data_set(cfg, tmp_path):
 @pytest.mark.parametrize(
     'texts, match',
     [
-        (dict(train=''), 'train.json is no annotation file of COCO'),
-        (dict(train='{"images": [1, '), 'train.json is no annotation file of COCO'),
-        (dict(train='[]'), 'train.json is no annotation file of COCO'),
-        (dict(train=dict(images=[])), "no 'categories'"),
-        (dict(train=content(), val=''), 'val.json is no annotation file of COCO'),
+        (dict(train=''), 'train.json is not a COCO annotation file'),
+        (dict(train='{"images": [1, '), 'train.json is not a COCO annotation file'),
+        (dict(train='[]'), 'train.json is not a COCO annotation file'),
+        (dict(train=dict(images=[])), "it has no 'categories'"),
+        (dict(train=content(), val=''), 'val.json is not a COCO annotation file'),
         (dict(train=content(images=0)), 'train.json has no image'),
         (dict(train=content(objects=0)), 'train.json has no object'),
         (
             dict(train=dict(content(), annotations=[dict(category_id=1)])),
             'train.json has no object',
         ),
-        (dict(train=content(('cat', 'cat'))), 'categories of the same name'),
+        (dict(train=content(('cat', 'cat'))), 'categories with the same name'),
         (
             dict(train=content(), val=content(('dog', 'cat'))),
             'val.json has the categories dog, cat, but .*train.json has cat, dog',
@@ -165,7 +165,7 @@ def test_what_nothing_can_be_trained_on(cfg, tmp_path, texts, match):
 def test_no_head_to_size(cfg, tmp_path):
     cfg.model = dict(num_classes=5)
     cfg.data_root = make(tmp_path, train=content(('bolt',)))
-    with pytest.raises(ValueError, match='1 categories .* nothing .*num_classes=2'):
+    with pytest.raises(ValueError, match='1 categories .* no num_classes=2'):
         set_data_root(cfg)
 
 
@@ -199,8 +199,8 @@ def test_runner(tmp_path, demo, shapes):
     loader = runner.build_dataloader(runner.cfg.val_dataloader)
     assert len(loader.dataset) == 6
     (log,) = (tmp_path / 'work').rglob('*.log')
-    assert 'metrics are of the training images' in log.read_text()
-    assert 'The classes are' not in log.read_text()  # those of COCO
+    assert 'metrics use the training images' in log.read_text()
+    assert 'The classes come' not in log.read_text()  # those of COCO
     assert roots(demo) == ['data/shapes/'] * 3  # the caller's stays as it is
 
 

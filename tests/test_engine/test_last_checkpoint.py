@@ -26,7 +26,7 @@ def test_goes_on_from_the_newest_that_is_whole(whole, tmp_path, note):
     (run / 'last_checkpoint').write_text(note.format(dir=run))
     runner = train(toy_config(run, epochs=4), resume=True)
     assert runner.epoch == 4
-    assert f'the newest whole checkpoint is {run}/epoch_2.pth' in log_of(runner)
+    assert f'Resuming from the newest complete one, {run}/epoch_2.pth' in log_of(runner)
     assert (run / 'last_checkpoint').read_text() == str(run / 'epoch_4.pth')
 
 
@@ -36,7 +36,7 @@ def test_begins_where_none_is_whole(whole, tmp_path):
     (run / 'last_checkpoint').write_text('')
     runner = train(toy_config(run, epochs=1), resume=True)
     assert runner.epoch == 1
-    assert 'no whole checkpoint is in' in log_of(runner)
+    assert 'has no complete checkpoint' in log_of(runner)
 
 
 def test_whole_ones_are_left_alone(whole, tmp_path):
@@ -44,7 +44,7 @@ def test_whole_ones_are_left_alone(whole, tmp_path):
     run = tmp_path / 'run'
     (run / 'last_checkpoint').write_text(str(run / 'epoch_1.pth'))
     runner = train(toy_config(run, epochs=3), resume=True)
-    assert 'which is not whole' not in log_of(runner)
+    assert 'missing or incomplete' not in log_of(runner)
 
 
 @pytest.mark.parametrize('counts, warned', [(2, True), (3, False), (1, False)])

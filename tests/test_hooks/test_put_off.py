@@ -36,7 +36,7 @@ def test_decision_without_a_signal_warns(tmp_path):
     (decision,) = decisions(tmp_path)
     assert decision.learned is False and decision.movement == 0
     assert decision.pruned == tuple(pruned(runner.model)) != ()
-    assert log_of(runner).count('have not learned yet') == 1
+    assert log_of(runner).count('has not learned yet') == 1
     (layer,) = [x for x in decision.layers if x.name == 'layer1.1.layer_attn']
     assert layer.baseline == pytest.approx(0.693147, abs=1e-6)
     assert layer.shape == pytest.approx(0, abs=1e-9)
@@ -49,10 +49,10 @@ def test_put_off_to_the_last_epoch(tmp_path):
     assert decision.put_off == 2 and decision.iteration == 9
     assert decision.pruned
     text = log_of(runner)
-    assert 'window (1, 1) is put off to (2, 2)' in text
-    assert 'window (2, 2) is put off to (3, 3)' in text
+    assert 'Window (1, 1) is put off to (2, 2)' in text
+    assert 'Window (2, 2) is put off to (3, 3)' in text
     # The last epoch alone was measured: 12 samples
-    assert text.count('have not learned yet') == 3
+    assert text.count('has not learned yet') == 3
 
 
 def test_put_off_by_the_length_of_a_window(tmp_path):
@@ -77,7 +77,7 @@ def test_window_gives_way_to_the_next(tmp_path):
     runner = train(config(tmp_path, windows=[(1, 1), (3, 3)], until=4))
     (decision,) = decisions(tmp_path)
     assert (decision.window, decision.planned) == ((4, 4), (3, 3))
-    assert 'window (2, 2) is given up for window (3, 3)' in log_of(runner)
+    assert 'Window (2, 2) is dropped in favour of window (3, 3)' in log_of(runner)
 
 
 @pytest.mark.parametrize('epoch', [1, 2, 3])
@@ -122,8 +122,8 @@ def test_sums_of_an_earlier_version_are_dropped(tmp_path):
     torch.save(checkpoint, path)
     cfg = config(tmp_path / 'resumed', windows=[(1, 3)])
     runner = train(cfg, load_from=str(path), resume=True)
-    assert 'of an earlier version: they are dropped' in log_of(runner)
-    assert 'measured from 2 on' in log_of(runner)
+    assert 'or an earlier version of mmela saved them' in log_of(runner)
+    assert 'measured only from epoch 2 on' in log_of(runner)
     (decision,) = decisions(tmp_path / 'resumed')
     assert decision.window == (1, 3)
 
@@ -135,5 +135,5 @@ def test_values_that_put_nothing_off_are_refused(tmp_path, until):
 
 
 def test_value_after_the_training_is_refused(tmp_path):
-    with pytest.raises(ValueError, match='put_off_until=9 is after the last of 4'):
+    with pytest.raises(ValueError, match='put_off_until=9 exceeds the 4'):
         train(config(tmp_path, until=9))

@@ -104,8 +104,8 @@ def test_users_checkpoint_in_an_iteration_window(steps, tmp_path, name):
 def test_sums_of_another_point_are_dropped(steps, tmp_path):
     """As where a user gives the checkpoint a count of their own."""
     runner = resume(still(tmp_path, STEPS, iterations=True), steps / 'count.pth')
-    assert 'stand after iteration 4 and the run after 2, or are of' in log_of(runner)
-    assert 'measured from 3 on' in log_of(runner)
+    assert 'they cover 4 iterations and the run has done 2' in log_of(runner)
+    assert 'measured only from iteration 3 on' in log_of(runner)
 
 
 @pytest.fixture(scope='module')
@@ -174,7 +174,7 @@ def test_another_policy_after_a_resume(tmp_path):
 def test_only_checkpoint_warns(tmp_path):
     hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1))
     runner = train(toy_config(tmp_path, HOOK, default_hooks=hooks))
-    assert 'max_keep_ckpts=1: mmengine removes' in log_of(runner)
+    assert 'max_keep_ckpts=1: mmengine deletes' in log_of(runner)
 
 
 @pytest.mark.parametrize('windows, rest', [([(1, 1)], True), ([(1, 1), (4, 4)], False)])
@@ -184,7 +184,7 @@ def test_past_windows_warn(tmp_path, windows, rest):
     runner = resume(
         toy_config(tmp_path / 'resumed', hook), tmp_path / 'plain' / 'epoch_2.pth'
     )
-    assert 'Windows [(1, 1)] are past without a decision' in log_of(runner)
+    assert 'windows [(1, 1)] have passed without a decision' in log_of(runner)
     assert ('no window is left' in log_of(runner)) == rest
 
 
@@ -226,14 +226,14 @@ def test_decisions_that_contradict_the_network(saved, tmp_path):
             set_state(state_dict, name, AttentionState.ACTIVE)
 
     says = resumed_from(saved, tmp_path, revive)
-    assert f'{", ".join(pruned[:2])} are active, but pruned by a decision' in says
+    assert f'{", ".join(pruned[:2])} are active, but a decision has pruned them' in says
     assert 'Resume from another checkpoint' in says
 
     def prune_another(record, state_dict):
         set_state(state_dict, kept[-1], AttentionState.PRUNED)
 
     says = resumed_from(saved, tmp_path, prune_another)
-    assert f': {kept[-1]} are pruned, but kept by the last decision.' in says
+    assert f': {kept[-1]} are pruned, but the last decision has kept them.' in says
 
     def rename(record, state_dict):
         record['history'][0]['layers'][0]['name'] = 'layer9.0.layer_attn'
@@ -250,8 +250,12 @@ WRONG_RECORDS = [
     ('history.0.layers.1.divergence', '0.1', r'history\[0\]: layers\[1\]: divergence='),
     ('history.0.layers.1.divergence', NAN, r'layers\[1\]: divergence=nan is not fin'),
     ('history.0.layers.1.pruned', 1, r'layers\[1\]: pruned=1 is not of type bool'),
-    ('history.0.layers.2.name', 'layer1.0.layer_attn', r'layers\[2\]: .* there twice'),
-    ('history.0.window', [3, 1], r'history\[0\]: window=\[3, 1\] does not'),
+    (
+        'history.0.layers.2.name',
+        'layer1.0.layer_attn',
+        r'layers\[2\]: .* appears twice',
+    ),
+    ('history.0.window', [3, 1], r'history\[0\]: window=\[3, 1\] must'),
     ('history.0.window', None, r'history\[0\]: a decision has no window'),
     ('history.0.eps', 2.0, r'history\[0\]: eps=2.0 is not a number in \(0, 1\)'),
     ('history.0.iteration', -1, r'history\[0\]: iteration=-1 is not a number in \[0'),
@@ -268,7 +272,11 @@ WRONG_RECORDS = [
     ('window.sums.eps', None, 'window: sums: eps=None is not of type float'),
     ('window.sums.attentions.layer1', 4, 'window: sums: attentions: layer1=4 is not'),
     ('window.sums.sums.layer1', [1.0], 'window: sums: sums: layer1=.* of type Tensor'),
-    ('window.sums.sums.layer1', -torch.ones(7).double(), 'sums of layer1 are no sums'),
+    (
+        'window.sums.sums.layer1',
+        -torch.ones(7).double(),
+        'sums of layer1 are not float64',
+    ),
 ]
 
 

@@ -87,7 +87,11 @@ def test_follower_gets_the_structure(tmp_path, keep_value):
             'layer2.1.layer_attn is .*PRUNED.*ACTIVE',
         ),
         (dict(student='teacher'), {}, 'student.layer1 is trained but follows another'),
-        (dict(teacher='student.head'), {}, 'student.head, in which no'),
+        (
+            dict(teacher='student.head'),
+            {},
+            'because no layer attention is measured in student.head',
+        ),
     ],
 )
 def test_what_cannot_follow_is_refused_before_training(

@@ -207,7 +207,7 @@ def test_compile_keeps_one_graph_and_recompiles_once_per_pruning():
         return graph.forward
 
     torch._dynamo.reset()
-    model = ToyNetwork(dict(type='MRLABase', head_dim=4))
+    model = ToyNetwork(dict(type='MRLABase', head_dim=4), depth=3)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     x, target = torch.randn(2, 8, 6, 6), torch.zeros(2)
     counts = []
@@ -224,10 +224,15 @@ def test_compile_keeps_one_graph_and_recompiles_once_per_pruning():
     assert counts == [2, 4, 6]
 
 
-def test_compiled_run(tmp_path, plain):
+def test_compiled_run(tmp_path):
     torch._dynamo.reset()
-    runner = train(toy_config(tmp_path, HOOK, compile=dict(backend='eager')))
-    assert_same_run(runner, plain)
+    runners = []
+    eager = dict(compile=dict(backend='eager'))
+    for name, kwargs in dict(plain={}, compiled=eager).items():
+        cfg = toy_config(tmp_path / name, HOOK, **kwargs)
+        cfg.model.depth = 3
+        runners.append(train(cfg))
+    assert_same_run(*runners)
 
 
 def test_flexible_runner(tmp_path, plain):

@@ -333,7 +333,7 @@ def test_parameters_and_fingerprint():
         (dict(heads=3), r'heads=3 does not divide the 8 channels .* \[1, 2, 4, 8\]'),
         (dict(heads=0), 'heads=0 does not divide'),
         (dict(every=0), 'every=0 is not an integer >= 1'),
-        (dict(zero_init=True), "zero_init=True .* set total='sum'"),
+        (dict(zero_init=True), "zero_init=True needs total='sum'"),
         (dict(drop_path=0.1, every=2), 'drop_path=0.1 needs every=1, got every=2'),
         (dict(drop_path=1.0), r'drop_path=1.0 is not a number in \[0, 1\)'),
         (dict(backend='cuda'), "backend='cuda' is unknown"),

@@ -180,10 +180,10 @@ def test_the_stage_before_must_run_before():
     first = make_stage()
     second = make_stage(before=first)
     x = torch.randn(2, C, 8, 8)
-    with pytest.raises(RuntimeError, match='which is not there'):
+    with pytest.raises(RuntimeError, match='which does not exist'):
         second(x)
     second(first(x))
-    with pytest.raises(RuntimeError, match='which is not there'):
+    with pytest.raises(RuntimeError, match='which does not exist'):
         second(x)
 
 
@@ -203,7 +203,7 @@ def test_lost_gradient_is_an_error():
         (dict(temperature=0), r'temperature=0 is not a number in \(0, inf\)'),
         (dict(direction='mean'), "direction='mean' is unknown.*'own', 'sum'"),
         (dict(eps=-1), r'eps=-1 is not a number in \[0, inf\)'),
-        (dict(previous_channels=6), 'the 6 channels .* the 4 heads'),
+        (dict(previous_channels=6), 'the 4 heads .* the 6 channels'),
     ],
 )
 def test_errors(kwargs, message):

@@ -78,7 +78,9 @@ def test_replace():
     assert (expected < 0).any()
     assert attention.fingerprint() == 'MLA(head_dim=8, relu=False, replace=True)'
     for name in ('drop_path', 'zero_init', 'relu'):
-        with pytest.raises(ValueError, match=f'adds nothing .* so {name}='):
+        with pytest.raises(
+            ValueError, match=f'{name}=.*replace=True, which adds nothing'
+        ):
             MLA(16, head_dim=8, replace=True, **{name: 0.5 if '_p' in name else True})
 
 

@@ -204,5 +204,5 @@ def test_errors():
         MRLALight(C, head_dim=D, fc_reduction=3)
     with pytest.raises(ValueError, match="previous='x' is unknown"):
         MRLALight(C, head_dim=D, previous='x')
-    with pytest.raises(ValueError, match='needs the identity'):
+    with pytest.raises(ValueError, match='finds no identity input'):
         MRLALight(C, head_dim=D)(torch.randn(1, C, 2, 2), MRLALight.Memory())

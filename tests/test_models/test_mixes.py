@@ -11,8 +11,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from mmela.layers import MLA, MRLABase
-from tests.helpers.backbones import ATTENTIONS, build
+from tests.helpers.backbones import build
 from tests.helpers.stages import BlockStage
+from tests.helpers.zoo import ATTENTIONS
 
 C, D = 8, 4
 WAYS = ('eager', 'reference', 'autograd', 'compiled', 'disabled', 'checkpointed')
@@ -123,10 +124,10 @@ def test_reported_mixes():
 @pytest.mark.parametrize(
     'backbone, attention',
     [
-        ('ELAResNet', 'MRLABase'),
-        ('ELAResNet', 'MRLALight'),
-        ('ELAResNet', 'KCLA'),
-        ('ELAEfficientNet', 'MRLABase'),
+        ('ResNet', 'MRLABase'),
+        ('ResNet', 'MRLALight'),
+        ('ResNet', 'KCLA'),
+        ('EfficientNet', 'MRLABase'),
     ],
 )
 def test_one_graph(backbone, attention):

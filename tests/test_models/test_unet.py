@@ -188,7 +188,7 @@ class TestHead:
         ids=str,
     )
     def test_bad_channels(self, kwargs):
-        with pytest.raises(ValueError, match='one entry less'):
+        with pytest.raises(ValueError, match='one entry fewer'):
             self.build(**kwargs)
 
 
@@ -344,14 +344,14 @@ class TestConvert:
     def test_wrong_size_leaves_nothing(self, isic):
         path = isic / 'truth' / 'ISIC_0000003_segmentation.png'
         cv2.imwrite(str(path), np.zeros((4, 4), np.uint8))
-        with pytest.raises(ValueError, match='4 x 4 pixels, its image 60 x'):
+        with pytest.raises(ValueError, match='has 4 x 4 pixels, but its image'):
             self.convert(isic)
         assert {p.name for p in isic.iterdir()} == {'input', 'truth'}
 
     def test_no_image(self, isic):
         path = isic / 'truth' / 'ISIC_0000003_segmentation.png'
         path.write_bytes(b'')
-        with pytest.raises(ValueError, match='no image that OpenCV can read'):
+        with pytest.raises(ValueError, match='not an image that OpenCV can read'):
             self.convert(isic)
 
     def test_existing_data_stay(self, isic):
@@ -363,7 +363,7 @@ class TestConvert:
 
     def test_command_line(self, isic, capsys):
         main = tool.main
-        with pytest.raises(SystemExit, match='^error: no folder'):
+        with pytest.raises(SystemExit, match='^error: there is no folder'):
             main(
                 [
                     'convert',
@@ -374,7 +374,7 @@ class TestConvert:
                     str(isic / 'truth'),
                 ]
             )
-        with pytest.raises(SystemExit, match='^error: 1 folders of images'):
+        with pytest.raises(SystemExit, match='^error: there are 1 folders of images'):
             main(
                 [
                     'convert',

@@ -157,11 +157,11 @@ def test_traced_graph_has_torch_operators_alone():
 
 def test_bad_input():
     values = [torch.randn(1, 6, 2, 2)] * 2
-    with pytest.raises(ValueError, match='3 layers, but 2 values'):
+    with pytest.raises(ValueError, match='3 layers, but there are 2 values'):
         layer_weighted_sum(torch.rand(1, 2, 3), values)
-    with pytest.raises(ValueError, match='0 layers, but 0 values'):
+    with pytest.raises(ValueError, match='0 layers, but there are 0 values'):
         layer_weighted_sum(torch.rand(1, 2, 0), [])
-    with pytest.raises(ValueError, match='6 channels .* 4 heads'):
+    with pytest.raises(ValueError, match='4 heads do not divide 6 channels'):
         layer_weighted_sum(torch.rand(1, 4, 2), values)
     with pytest.raises(ValueError, match="backend='cuda' .*'compile'"):
         layer_weighted_sum(torch.rand(1, 2, 2), values, 'cuda')

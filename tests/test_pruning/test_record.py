@@ -133,13 +133,13 @@ def change(**kwargs):
         (change(decision__layers=None), 'layers'),
         (change(decision__layers=[3]), 'a layer'),
         (change(decision__layers=[{}]), 'name'),
-        (change(layer__name='../../etc'), 'no name of a module'),
-        (change(layer__name='a\x1b[31m'), r"'a\\x1b\[31m' is no name"),
-        (change(layer__stage='<b>'), 'no name of a module'),
+        (change(layer__name='../../etc'), 'not a module name'),
+        (change(layer__name='a\x1b[31m'), r"'a\\x1b\[31m' is not a module name"),
+        (change(layer__stage='<b>'), 'not a module name'),
         (change(layer__kl='0.1'), "divergence='0.1'"),
         (change(layer__kl=float('nan')), 'not finite'),
         (change(layer__kl=None), 'no divergence'),
-        (change(layer__mapped=None), 'not both'),
+        (change(layer__mapped=None), 'both normalized and mapped'),
         (change(layer__skip=1), 'pruned=1'),
         (change(layer__reason=None), 'reason'),
     ],
@@ -148,7 +148,7 @@ def test_what_is_no_report(tmp_path, content, match):
     path = written(tmp_path / 'pruning.json', content)
     with pytest.raises(ValueError, match=match) as error:
         PruningReport.read(path)
-    assert str(error.value).startswith(f'{path} is no report of the pruning hook: ')
+    assert str(error.value).startswith(f'{path} is not a report of the pruning hook: ')
 
 
 def test_keep_earlier(tmp_path):

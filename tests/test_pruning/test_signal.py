@@ -45,8 +45,8 @@ def test_has_learned(found, moved, learned):
 
 def test_warning_names_what_decides():
     decision = PruningDecision((), {}, deviation=0.09, movement=1.0)
-    assert 'within 9% of those of uniform attention' in decision.warning
-    assert 'position' in decision.warning and 'random start' not in decision.warning
+    assert 'within 9% of uniform attention (25% needed)' in decision.warning
+    assert 'random start' not in decision.warning
     decision = PruningDecision((), {}, deviation=2.0, movement=0.034)
-    assert 'moved by 3.4% from their random start' in decision.warning
-    assert 'position' not in decision.warning
+    assert 'moved 3.4% from their random start (40% needed)' in decision.warning
+    assert 'uniform' not in decision.warning

@@ -62,5 +62,5 @@ def test_a_killed_ray_worker(local, tmp_path):
 
 def test_no_cluster(monkeypatch):
     monkeypatch.delenv('RAY_ADDRESS', raising=False)
-    with pytest.raises(ValueError, match="no Ray cluster at '127.0.0.1:1'"):
+    with pytest.raises(ValueError, match="there is no Ray cluster at '127.0.0.1:1'"):
         RayExecutor('127.0.0.1:1', Limits())

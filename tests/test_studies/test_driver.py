@@ -48,7 +48,7 @@ def test_a_killed_worker_is_started_again(tmp_path, capsys):
         assert metrics(job) == metrics(other) and len(metrics(job)) == 3
         assert trained(job) == trained(other) == [1, 2, 3]
         assert [a.exit for a in job.record.attempts] == [-9, 0]
-    assert 'signal SIGKILL; it is started again (1 of 2)' in capsys.readouterr().out
+    assert 'signal SIGKILL; restarting (1 of 2)' in capsys.readouterr().out
 
 
 def test_a_run_that_fails(tmp_path, capsys):

@@ -46,7 +46,7 @@ def timed(tmp_path):
         variants=dict(base=TINY, a=dict(TINY, start=start)),
         compare=[],
     )
-    assert list(plan(jobs, jobs, 2))[-1].startswith('time to go unknown')
+    assert list(plan(jobs, jobs, 2))[-1].startswith('remaining time unknown')
     done(jobs[0], 10.0, 20.0)
     return jobs
 
@@ -65,7 +65,7 @@ def test_plan(timed):
     lines = list(plan(timed, timed, 2))
     assert lines[0].split() == ['base', 'seed', '0', 'done']
     assert lines[1].endswith('3 epochs, about 20 s, resume epoch_1.pth of base')
-    assert lines[-2:] == ['1 of 4 runs done, 2 side by side', 'about 35 s to go']
+    assert lines[-2:] == ['1 of 4 runs done, 2 in parallel', 'about 35 s remaining']
 
 
 @pytest.mark.parametrize(

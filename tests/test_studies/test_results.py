@@ -181,10 +181,10 @@ def test_no_validation_at_the_end(made, tmp_path, keep):
     log.write_text(''.join(json.dumps(line) + '\n' for line in kept))
     runs, rows = collect(study, jobs)
     assert runs[0]['final'] is None and runs[0].get('coco/bbox_mAP') is None
-    assert runs[0]['status'] == 'no last validation' and runs[0]['best'] > 0
+    assert runs[0]['status'] == 'no final validation' and runs[0]['best'] > 0
     write_page(study, jobs, runs, rows, [], tmp_path / 'tiny.md', 'a')
     text = (tmp_path / 'tiny.md').read_text()
-    assert 'ela seed 0 (no last validation)' in text
+    assert 'ela seed 0 (no final validation)' in text
 
 
 def test_metrics_do_not_take_the_place_of_columns(made, tmp_path):

@@ -132,7 +132,7 @@ def test_one_process_at_a_time(job, monkeypatch):
     monkeypatch.setattr(training, 'PATIENCE', 0.1)
     job.folder.mkdir(parents=True)
     with FileLock(job.folder / LOCK):
-        assert train(job, ONCE) == f'another process trains in {job.folder}'
+        assert train(job, ONCE) == f'another process is training in {job.folder}'
     assert train(job, ONCE) is None
 
 
@@ -186,7 +186,7 @@ def test_changed_before_anything_was_trained(tmp_path):
 
 def test_of_something_else(job):
     checkpoint(job.folder, 1)
-    assert 'not made by a study' in job.changes()[0]
+    assert 'no study made it' in job.changes()[0]
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,9 @@ def test_a_damaged_record_names_its_file(job, text, name):
     (job.folder / RECORD).write_text(text)
     with pytest.raises(ValueError) as error:
         read_record(job.work_dir)
-    assert str(error.value).startswith(f'{job.folder / RECORD} is no record of a run')
+    assert str(error.value).startswith(
+        f'{job.folder / RECORD} is not a record of a run'
+    )
     assert name in str(error.value) or name in repr(error.value.__cause__)
     assert '\n' not in str(error.value)
 
@@ -253,7 +255,7 @@ def test_any_damage_of_a_record(job):
         try:
             record = read_record(job.work_dir)
         except ValueError as error:
-            assert str(error).startswith(f'{path} is no record')
+            assert str(error).startswith(f'{path} is not a record')
         else:
             assert isinstance(record.done, bool)
             assert all(a.started >= 0 and a.machine.cpu for a in record.attempts)

@@ -136,7 +136,7 @@ def test_what_is_no_longer_there(tmp_path):
     variants = {'plain': PLAIN, 'a': start(checkpoint='epoch_2.pth')}
     read_study(write_study(tmp_path, config, variants=variants, compare=[]))
     variants['a'] = start(checkpoint='epoch_1.pth')
-    with pytest.raises(ValueError, match='keeps only epoch_2.pth, epoch_3.pth'):
+    with pytest.raises(ValueError, match='only keeps epoch_2.pth, epoch_3.pth'):
         read_study(write_study(tmp_path, config, variants=variants, compare=[]))
 
 
@@ -165,7 +165,7 @@ def test_a_variant_twice(tmp_path):
     """yaml would take the second."""
     path = write_study(tmp_path)
     path.write_text(path.read_text().replace('other:', 'plain:', 1))
-    with pytest.raises(ValueError, match="'plain' is .*twice"):
+    with pytest.raises(ValueError, match="'plain' twice"):
         read_study(path)
 
 

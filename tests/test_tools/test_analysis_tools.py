@@ -78,7 +78,7 @@ def test_classifier_on_a_folder(network, images, tmp_path, capsys):
     }
     text = capsys.readouterr().out
     assert '6 of 8 attentions are active' in text
-    assert 'pruned before' in text and str(out) in text
+    assert 'already pruned' in text and str(out) in text
     # One of the two divergences is above the quantile.
     assert 'Left out: curve of the policy' in text
 
@@ -200,7 +200,7 @@ def test_detector_cam(tmp_path, shapes, capsys):
     with Image.open(tmp_path / 'cam' / f'0_{image.stem}.png') as picture:
         assert picture.width > picture.height
     assert f'0_{image.stem}.png' in capsys.readouterr().out
-    with pytest.raises(SystemExit, match='nothing is detected .* 0.99 or'):
+    with pytest.raises(SystemExit, match='nothing is detected .* at least 0.99'):
         tool(
             'cam',
             config,
@@ -282,26 +282,26 @@ def test_query_of_two_networks(transformer, images, tmp_path, monkeypatch):
     with Image.open(out / '0_b_query.png') as picture:
         assert picture.width > picture.height
     for extra, match in [
-        (['--query', 2, 0], '2.0 0.0 is not in the image'),
-        (['--query', 0, 0, '--heads', 3], '--heads 3: layers.1 has 0 to 2'),
-        (['--query', 0, 0, '--layers', 'layer1.1'], 'layer1.1 is no layer'),
+        (['--query', 2, 0], '2.0 0.0 is outside the image'),
+        (['--query', 0, 0, '--heads', 3], '--heads 3: layers.1 has only heads 0 to 2'),
+        (['--query', 0, 0, '--layers', 'layer1.1'], 'no layer layer1.1'),
     ]:
         with pytest.raises(SystemExit, match=match):
             tool('cam', *arguments, *extra, '--out', out)
 
 
 def test_query_of_a_resnet(network, images, tmp_path):
-    with pytest.raises(SystemExit, match='ELAResNet is no vision transformer'):
+    with pytest.raises(SystemExit, match='ELAResNet is not a vision transformer'):
         tool('cam', *network, images, '--query', 0, 0, '--out', tmp_path / 'cam')
 
 
 def test_cam_errors_are_one_line(network, images, tmp_path):
     needs_grad_cam()
     for args, match in [
-        (['--layers', 'layer7.0'], 'layer7.0 is no block'),
-        (['--target', 4], 'target=4 is no class'),
+        (['--layers', 'layer7.0'], 'no block layer7.0'),
+        (['--target', 4], 'target=4 is not a class'),
         (['--batch-size', 0], '--batch-size=0'),
-        (['--compare', network[0], 'nowhere.pth'], 'no file nowhere.pth'),
+        (['--compare', network[0], 'nowhere.pth'], 'there is no file nowhere.pth'),
     ]:
         with pytest.raises(SystemExit, match=match) as error:
             tool(
@@ -352,10 +352,10 @@ def test_errors_are_one_line(network, images, tmp_path):
     Config(classifier() | dict(custom_hooks=[hook])).dump(bad_policy)
     data = ['--data', images, '--device', 'cpu']
     for args, match in [
-        (('no.py', checkpoint, *data), 'no file no.py'),
+        (('no.py', checkpoint, *data), 'there is no file no.py'),
         ((config, checkpoint), 'has no val_dataloader; .* --data'),
-        ((config, tmp_path / 'bad.pth', *data), 'bad.pth is no checkpoint'),
-        ((config, tmp_path / 'other.pth', *data), 'keys are missing such as'),
+        ((config, tmp_path / 'bad.pth', *data), 'bad.pth is not a checkpoint'),
+        ((config, tmp_path / 'other.pth', *data), 'keys are missing, such as'),
         ((config, wide[1], *data), 'does not fit .* size mismatch'),
         ((*plain, *data), 'has no layer attention'),
         ((*network, '--data', tmp_path / 'empty'), 'no image in .*empty'),

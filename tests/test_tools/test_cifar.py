@@ -49,10 +49,10 @@ def test_images(images, tmp_path, capsys):
     assert len(files(out)) == 3 * (4 + 2)
     assert not (out / 'README').exists()
     assert '12 images for training, 6 for testing' in capsys.readouterr().out
-    with pytest.raises(SystemExit, match='exists already'):
+    with pytest.raises(SystemExit, match='already exists'):
         cifar.main([str(images), str(out)])
     cifar.main([str(images), str(out), '--keep'])  # for commands run again
-    assert 'is there already' in capsys.readouterr().out
+    assert 'already exists' in capsys.readouterr().out
 
 
 def test_a_fixed_part_of_the_images(images, tmp_path):
@@ -141,7 +141,7 @@ def test_other_archives(tmp_path):
     path.write_bytes(b'no archive')
     with pytest.raises(SystemExit, match='cannot be read'):
         cifar.main([str(path), str(tmp_path / 'out')])
-    with pytest.raises(SystemExit, match='no file'):
+    with pytest.raises(SystemExit, match='there is no file'):
         cifar.main([str(tmp_path / 'missing'), str(tmp_path / 'out')])
     assert not (tmp_path / 'out').exists()
 

@@ -34,11 +34,12 @@ def network(tmp_path, config_dir):
     name = 'faster_rcnn/faster-rcnn_r50_ela_fpn_1x_coco.py'
     cfg = Config.fromfile(config_dir / name)
     cfg.model.backbone.update(
+        depth=34,
         base_channels=8,
         init_cfg=None,
         layer_attention=dict(type='MRLABase', head_dim=8),
     )
-    cfg.model.neck.update(in_channels=[32, 64, 128, 256])
+    cfg.model.neck.update(in_channels=[8, 16, 32, 64])
     cfg.model.roi_head.bbox_head.fc_out_channels = 16
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
@@ -170,7 +171,7 @@ def test_prune_after_training(network, tmp_path, shapes):
     assert {name for _, name in kl[:4]} == set(found)
     # Beside a run, its report is not taken for that of the tool.
     (tmp_path / 'pruning.json').write_text('of the run')
-    with pytest.raises(SystemExit, match='pruning.json exists already'):
+    with pytest.raises(SystemExit, match='pruning.json already exists'):
         tool('prune', config, checkpoint, tmp_path / 'pruning.pth')
     assert (tmp_path / 'pruning.json').read_text() == 'of the run'
 
@@ -180,20 +181,20 @@ def test_errors_are_one_line(network, tmp_path):
     plain = tmp_path / 'plain.pth'
     torch.save(dict(state_dict=dict(x=torch.zeros(1))), plain)
     for name, args, match in [
-        ('slim', (config, 'nowhere.pth', 'out.pth'), 'no file nowhere.pth'),
+        ('slim', (config, 'nowhere.pth', 'out.pth'), 'there is no file nowhere.pth'),
         ('slim', (config, plain, 'out.pth'), 'plain.pth does not fit'),
-        ('slim', (config, checkpoint, checkpoint), 'exists already'),
+        ('slim', (config, checkpoint, checkpoint), 'already exists'),
         ('slim', (config, checkpoint, 'out.py'), 'both checkpoint and config'),
-        ('prune', (config, checkpoint, 'out.json'), 'out.json is a checkpoint'),
+        ('prune', (config, checkpoint, 'out.json'), 'out.json must not end'),
         ('export', (config, plain, 'out.onnx', '--backbone'), 'has no backbone'),
         ('export', (config, plain, 'out.onnx'), 'plain.pth does not fit'),
         ('export', (config, checkpoint, 'out.xyz'), 'must end with .onnx'),
         (
             'export',
             (config, checkpoint, 'o.pt', '--backbone', '--normalized'),
-            'no --n',
+            'remove --normalized',
         ),
-        ('prune', (config, 'nowhere.pth', 'out.pth'), 'no file nowhere.pth'),
+        ('prune', (config, 'nowhere.pth', 'out.pth'), 'there is no file nowhere.pth'),
         ('prune', (config, checkpoint, 'out.pth', '--batches', '0'), 'batches=0'),
         (
             'prune',

@@ -43,7 +43,7 @@ def test_operators_of_configs(folder, monkeypatch, capsys):
     assert '| `nms` | 4 | yes |' in out
     assert '| `softnms` | 1 | yes |' in out
     assert '| `deform_roi_pool_backward`, `deform_roi_pool_forward` | 1 | no |' in out
-    assert '4 of 6 configs use provided operators only.' in out
+    assert '4 of 6 configs use only provided operators.' in out
     assert 'carafe.py: carafe_backward, carafe_forward' in out
 
 

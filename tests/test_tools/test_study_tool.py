@@ -51,7 +51,7 @@ def test_changed_settings(study):
     changed = dict(options={'die_at': 9})
     for extra in ([], ['--dry-run']):
         code, _ = study(*extra, **changed)
-        assert code.startswith('error: these runs were made with other settings')
+        assert code.startswith('error: the settings of these runs differ')
         assert 'plain seed 0' in code and 'die_at: 0 -> 9' in code
     code, out = study('--accept-changed', **changed)
     assert code == 0 and ' starts: ' not in out and 'die_at: 0 -> 9' in out

@@ -1,19 +1,19 @@
-"""Show which parts of an image count for the features of a network.
+"""Show which parts of an image the features of a network use.
 
-Score-CAM: each channel of a block's output masks the image; the better the
-network still recognises the masked image, the more the channel weighs. The
-output is taken after the block's layer attention. A classifier is asked about
-the class that it predicts, or --target; a detector about its detections. With
---compare, other networks, such as the same one pruned or without layer attention,
-are asked about the same, side by side. Below each map stands the KL divergence
-between the attention weights of the block and those of the active one before it,
-on this image.
+Score-CAM masks the image with each channel of a block's output; the better the
+network still recognises the masked image, the higher the weight of the channel.
+The output includes the block's layer attention. The target of a classifier is its
+predicted class, or --target; the targets of a detector are its detections. With
+--compare, other networks, for example the same one pruned or without layer
+attention, are shown beside it for the same target. The number below each map is the
+KL divergence between the attention weights of the block and those of the previous
+active one, on this image.
 
-With --query, it is shown instead where one patch looks in the self-attention of a
-vision transformer such as DeiT.
+With --query, the tool instead shows the self-attention of one patch in a vision
+transformer such as DeiT.
 
 Score-CAM needs pytorch-grad-cam: pip install grad-cam==1.5.5. A block of 2048 channels
-takes 2048 forward passes: on a CPU, use small images or --max-channels.
+needs 2048 forward passes; on a CPU, use small images or --max-channels.
 
 Example:
   mmela cam my_config.py epoch_1.pth cat.jpg dog.jpg \\
@@ -57,8 +57,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         nargs=2,
         type=float,
         metavar=('X', 'Y'),
-        help='show instead where the patch at this place looks in the self-attention '
-        'of a transformer; 0.5 0.5 is the centre of the image',
+        help='show the self-attention of the patch at this position in a transformer '
+        'instead; 0.5 0.5 is the centre of the image',
     )
     parser.add_argument(
         '--heads',
@@ -85,14 +85,14 @@ def parse_args(argv=None) -> argparse.Namespace:
         '--target',
         type=int,
         metavar='N',
-        help='class that a classifier is asked about (default: the one that '
-        'the first network predicts)',
+        help='target class of a classifier (default: the prediction of the first '
+        'network)',
     )
     parser.add_argument(
         '--score-thr',
         type=float,
         default=0.3,
-        help='least score of the detections that a detector is asked about '
+        help='minimum score of the target detections of a detector '
         '(default: %(default)s)',
     )
     parser.add_argument(
@@ -105,7 +105,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         '--batch-size',
         type=int,
         default=16,
-        help='masked images run at a time (default: %(default)s)',
+        help='number of masked images per batch (default: %(default)s)',
     )
     parser.add_argument(
         '--device', help='such as cpu or cuda:0 (default: an accelerator, if any)'
@@ -115,7 +115,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def load(args: argparse.Namespace) -> Tuple['Compose', Dict[str, 'nn.Module']]:
-    """The networks by the headings of their columns, and the test pipeline."""
+    """Load the test pipeline, and the networks by the headings of their columns."""
     from mmela.analysis.inputs import check_device, image_pipeline, load_network
 
     device = check_device(args.device)
@@ -151,8 +151,8 @@ def explain(args: argparse.Namespace) -> None:
     if len({cam.is_detector(model) for model in models}) > 1:
         names = [args.config, *(config for config, _ in args.compare)]
         raise ValueError(
-            f'{", ".join(names)} are detectors and classifiers, which answer '
-            'different questions'
+            f'{", ".join(names)} mix detectors and classifiers, which cannot be '
+            'compared'
         )
     blocks = args.layers or cam.last_blocks(models[0])
     for model in models:
@@ -202,7 +202,7 @@ def explain(args: argparse.Namespace) -> None:
 
 
 def look(args: argparse.Namespace) -> None:
-    """Draw where the patch at --query looks, in all images."""
+    """Draw the self-attention of the patch at --query for all images."""
     from mmela.analysis.inputs import find_images, image_batches, input_picture
     from mmela.analysis.patch_attention import layer_names, patch_attention
     from mmela.files import write_text
@@ -221,7 +221,7 @@ def look(args: argparse.Namespace) -> None:
         for name, model in networks.items():
             columns[name], notes[name] = {}, {}
             looks = patch_attention(model, batch, layers, args.query)
-            for layer, head, weights, found in chosen_heads(looks, args.heads):
+            for layer, head, weights, attended in chosen_heads(looks, args.heads):
                 row = f'{layer}, head {head}'
                 columns[name][row] = weights / weights.max()
                 notes[name][row] = f'largest {weights.max():.2g}'
@@ -230,23 +230,26 @@ def look(args: argparse.Namespace) -> None:
                         network=name.replace('\n', ' '),
                         layer=layer,
                         head=head,
-                        patch=found.patch,
+                        patch=attended.patch,
                         weights=weights.tolist(),
-                        extra_tokens=float(found.extra[head]),
+                        extra_tokens=float(attended.extra[head]),
                     )
                 )
         if len({tuple(maps) for maps in columns.values()}) > 1:
-            raise ValueError('the networks differ in their heads; choose by --heads')
+            raise ValueError(
+                'the networks have different numbers of heads; choose heads that all '
+                'have with --heads'
+            )
         picture = input_picture(batch)
         height, width = (n / m for n, m in zip(picture.shape, weights.shape))
-        row, column = found.patch
+        row, column = attended.patch
         path = out / f'{index}_{images[index].stem}_query.png'
         draw_over_image(
             path,
             picture,
             columns,
             notes,
-            f'{images[index].name}: where patch ({row}, {column}) looks',
+            f'{images[index].name}: self-attention of patch ({row}, {column})',
             (column * width, row * height, width, height),
         )
         write_text(path.with_suffix('.json'), json.dumps(numbers, indent=1))
@@ -256,13 +259,15 @@ def look(args: argparse.Namespace) -> None:
 def chosen_heads(
     looks: Dict[str, 'PatchLook'], heads: Optional[Sequence[int]]
 ) -> Iterator[Tuple[str, int, np.ndarray, 'PatchLook']]:
-    """Layer, head, weights of its patches, and what else is known of the layer."""
-    for layer, found in looks.items():
-        count = len(found.weights)
+    """Iterate over layers and chosen heads, with the weights of the patches."""
+    for layer, attended in looks.items():
+        count = len(attended.weights)
         for head in range(count) if heads is None else heads:
             if not 0 <= head < count:
-                raise ValueError(f'--heads {head}: {layer} has 0 to {count - 1}')
-            yield layer, head, found.weights[head], found
+                raise ValueError(
+                    f'--heads {head}: {layer} has only heads 0 to {count - 1}'
+                )
+            yield layer, head, attended.weights[head], attended
 
 
 def main(argv=None) -> None:

@@ -1,17 +1,17 @@
-"""Which backbones layer attention can be attached to, by trying.
+"""Test which backbones layer attention can be attached to.
 
-Builds each backbone of the configs that a toolbox ships, or the smallest model
-of each family of timm, gives it layer attention with ``blocks='auto'`` and
-``zero_init=True``, and checks that
+Builds each backbone of the configs that a toolbox ships, or the smallest model of each
+family of timm. Attaches layer attention with ``blocks='auto'`` and ``zero_init=True``,
+and checks that
 
-- the keys of the backbone stay, and the outputs are equal bit by bit,
-- after a training step every attention has got a gradient,
-- an attention is pruned as measured, or by name where none is measured, and
+- the keys of the backbone do not change, and the outputs are equal bit for bit,
+- every attention gets a gradient in a training step,
+- an attention can be pruned by its divergence, or by name if none is measured, and
 - the slim network, built from explicit names, has the same outputs.
 
-Weights are random, images small and deep networks less deep. What was found is
-kept in --results, so that a run that was stopped goes on, and --table writes it
-as Markdown.
+Weights are random, images are small, and deep networks have fewer layers. --results
+keeps the results, so that a stopped run can continue, and --table writes them as
+Markdown.
 
 Example:
   python tools/analysis/coverage.py mmdet mmpretrain mmseg timm \\
@@ -46,7 +46,7 @@ from mmela.structure import attention_stages, layer_attentions, prune
 
 TOOLBOXES = ('mmdet', 'mmpretrain', 'mmseg')
 SMALL = [(64, 96), (128, 160)]
-# What does not change the structure of a backbone
+# Arguments that do not change the structure of a backbone
 ASIDE = ('init_cfg', 'frozen_stages', 'norm_eval', 'with_cp', 'pretrained')
 
 
@@ -59,43 +59,44 @@ def parse_args(argv=None) -> argparse.Namespace:
         '--results',
         default='work_dirs/coverage.json',
         metavar='FILE',
-        help='results so far, which are not computed again (default: %(default)s)',
+        help='file of results; backbones that it has are skipped '
+        '(default: %(default)s)',
     )
     parser.add_argument('--table', metavar='FILE', help='Markdown file to write')
-    parser.add_argument('--only', help='backbones whose name contains this')
+    parser.add_argument('--only', help='only try backbones whose name contains this')
     parser.add_argument(
-        '--first', action='store_true', help='try one variant of each kind alone'
+        '--first', action='store_true', help='only try one variant of each kind'
     )
     parser.add_argument(
-        '--retry', action='store_true', help='try again what has failed'
+        '--retry', action='store_true', help='try failed backbones again'
     )
     parser.add_argument(
         '--seconds',
         type=int,
         default=180,
-        help='limit for one backbone (default: %(default)s)',
+        help='time limit for one backbone (default: %(default)s)',
     )
     return parser.parse_args(argv)
 
 
 def backbones_of_configs(toolbox):
-    """Backbones of the configs that a toolbox ships.
+    """Find the backbones of the configs that a toolbox ships.
 
     Args:
-        toolbox (str): Its import name.
+        toolbox (str): Import name of the toolbox.
 
     Returns:
-        dict[str, tuple[dict, int]]: By name and arguments, their configs and
-        the number of files.
+        dict[str, tuple[dict, int]]: Config and number of files of each backbone, by
+        name and arguments.
     """
     root = Path(import_module(toolbox).__file__).parent / '.mim' / 'configs'
-    found = {}
+    backbones = {}
     for path in sorted(root.rglob('*.py')):
         if '_base_' in path.parts or 'datasets' in path.parts:
             continue
         try:
             cfg = Config.fromfile(path)
-        except Exception as error:  # some need packages, some are broken
+        except Exception as error:  # missing packages or broken configs
             print(f'{path.name} cannot be read: {one_line(error)}')
             continue
         for backbone in _find(cfg.get('model') or {}):
@@ -108,17 +109,17 @@ def backbones_of_configs(toolbox):
             small = backbone
             try:
                 small = reduced(toolbox, backbone)
-            except Exception as error:  # reported when it is tried
+            except Exception as error:  # the attempt reports it, too
                 print(f'{path.name}: {one_line(error)}')
             arguments = json.dumps(small, sort_keys=True, default=str)
             key = f'{toolbox} {kind} {arguments}'
-            count = found.get(key, (None, 0))[1]
-            found[key] = backbone, count + 1
-    return found
+            count = backbones.get(key, (None, 0))[1]
+            backbones[key] = backbone, count + 1
+    return backbones
 
 
 def _find(node):
-    """Configs of backbones within that of a model."""
+    """Find the configs of backbones in the config of a model."""
     if isinstance(node, dict):
         for key, value in node.items():
             if key == 'backbone' and isinstance(value, dict) and value.get('type'):
@@ -131,19 +132,19 @@ def _find(node):
 
 
 def families_of_timm():
-    """The smallest model of each of timm's families, which are its modules."""
+    """Find the smallest model of each family (module) of timm."""
     import timm
     from timm.models._registry import _model_to_module as modules
 
     names = {}
     for name in timm.list_models():
         names.setdefault(modules[name], []).append(name)
-    found = {}
+    smallest = {}
     for family, members in sorted(names.items()):
         sizes = {}
         for name in members:
             if name.startswith('test_') and len(members) > 1:
-                continue  # for timm's own tests: too few blocks
+                continue  # models for timm's tests have too few blocks
             if len(members) > 40 and not any(
                 word in name for word in ('18', 'tiny', 'nano', 'small', 'test', 'b0')
             ):
@@ -156,16 +157,16 @@ def families_of_timm():
                 except Exception:
                     sizes[name] = 10**12
         name = min(sizes, key=sizes.get)
-        found[f'timm {family} {name}'] = name, 1
-    return found
+        smallest[f'timm {family} {name}'] = name, 1
+    return smallest
 
 
 def build(toolbox, cfg):
-    """A backbone with random weights, as small as it can be built and run.
+    """Build a backbone with random weights, as small as possible.
 
     Args:
         toolbox (str): Name of the toolbox, or ``timm``.
-        cfg (dict | str): Its config, or its name.
+        cfg (dict | str): Config or name of the backbone.
 
     Returns:
         tuple: The backbone, an input and its outputs.
@@ -175,7 +176,7 @@ def build(toolbox, cfg):
         try:
             torch.manual_seed(0)
             network = make()
-            network.eval()  # that of some returns nothing
+            network.eval()  # some networks return None here
         except Exception as error:
             reason = error
             continue
@@ -199,7 +200,7 @@ def build(toolbox, cfg):
 
 
 def _makers(toolbox, cfg):
-    """Ways to build a backbone, that of the smallest network first."""
+    """List functions that build a backbone, the smallest one first."""
     if toolbox == 'timm':
         import timm
 
@@ -216,7 +217,7 @@ def _makers(toolbox, cfg):
 
 
 def reduced(toolbox, cfg):
-    """The config of a backbone with fewer blocks of the same kinds.
+    """Change the config of a backbone to fewer blocks of the same kinds.
 
     Args:
         toolbox (str): Name of the toolbox.
@@ -251,7 +252,7 @@ def reduced(toolbox, cfg):
 
 
 def run(network, x):
-    # Some draw masks in every forward pass
+    # Some networks draw random masks in every forward pass
     torch.manual_seed(1)
     return [t for _, t in tensors(network(x, *other_arguments(network)))]
 
@@ -266,26 +267,26 @@ def attach(network, size, blocks='auto'):
 
 
 def same(outs, expected):
-    """Whether outputs are equal, but for those that random weights overflow."""
+    """Whether outputs are equal, except those that overflow with random weights."""
     finite = [(a, b) for a, b in zip(outs, expected) if b.isfinite().all()]
     return bool(finite) and all(torch.equal(a, b) for a, b in finite)
 
 
 def check(network, x, before):
-    """Attach, compare, train a step, prune and slim.
+    """Attach layer attention, compare, train a step, prune and slim.
 
     Args:
         network (nn.Module): A backbone.
         x (Tensor): An input.
-        before (list[Tensor]): Its outputs.
+        before (list[Tensor]): Outputs of the backbone.
 
     Returns:
-        str: What was attached.
+        str: Description of the attached attentions.
     """
     size = tuple(x.shape[2:])
     net = attach(copy.deepcopy(network), size)
-    own = {k for k in net.state_dict() if '.layer_attn.' not in k}
-    assert own == set(network.state_dict()), 'keys have changed'
+    keys = {k for k in net.state_dict() if '.layer_attn.' not in k}
+    assert keys == set(network.state_dict()), 'keys have changed'
     net.eval()
     with torch.no_grad():
         assert same(run(net, x), before), 'not equal'
@@ -316,7 +317,7 @@ def check(network, x, before):
     with torch.no_grad():
         expected = run(net, x)
         slim = attach(copy.deepcopy(network), size, blocks[''])
-        # Some drop buffers of their own from what they load.
+        # Some networks drop their buffers from the state dict that they load
         missing, unexpected = slim.load_state_dict(state, strict=False)
         wrong = [*unexpected, *(k for k in missing if '.layer_attn.' in k)]
         assert not wrong, f'slim: {wrong[0]}'
@@ -343,12 +344,12 @@ def limit(seconds):
 
 
 def attempt(toolbox, cfg, seconds):
-    """Result of one backbone.
+    """Test one backbone.
 
     Args:
         toolbox (str): Name of the toolbox, or ``timm``.
-        cfg (dict | str): Its config, or its name.
-        seconds (int): Limit.
+        cfg (dict | str): Config or name of the backbone.
+        seconds (int): Time limit.
 
     Returns:
         dict: ``ok`` and ``note``.
@@ -364,9 +365,9 @@ def attempt(toolbox, cfg, seconds):
 
 
 def write_table(results, path):
-    """Write the results as Markdown, a row for each kind of backbone.
+    """Write the results as Markdown, with a row for each kind of backbone.
 
-    What was not tried counts as the others of its kind do, if these all agree.
+    A variant that was not tried counts like the others of its kind if these all agree.
     """
     lines = [
         '# Coverage',
@@ -425,12 +426,12 @@ def main(argv=None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for toolbox in args.what:
         timm = toolbox == 'timm'
-        found = families_of_timm() if timm else backbones_of_configs(toolbox)
+        backbones = families_of_timm() if timm else backbones_of_configs(toolbox)
         # One of each kind first
-        first = {key.split(' ')[1]: key for key in reversed(list(found))}
-        order = sorted(found, key=lambda key: key not in first.values())
+        first = {key.split(' ')[1]: key for key in reversed(list(backbones))}
+        order = sorted(backbones, key=lambda key: key not in first.values())
         for number, key in enumerate(order, 1):
-            cfg, count = found[key]
+            cfg, count = backbones[key]
             old = results.setdefault(key, dict(ok=None, count=count))
             done = old['ok'] or (old['ok'] is False and not args.retry)
             done = done or (args.first and key not in first.values())
@@ -442,7 +443,7 @@ def main(argv=None) -> None:
             word = 'ok' if r['ok'] else 'FAILED'
             name = key if timm else ' '.join(key.split(' ')[:2])
             print(
-                f'{number}/{len(found)} {name} x{count}: {word} '
+                f'{number}/{len(backbones)} {name} x{count}: {word} '
                 f'{r["note"]} ({r["seconds"]} s)',
                 flush=True,
             )

@@ -1,9 +1,9 @@
-"""List the mmcv operators that mmdet's own configs use, and which are covered.
+"""List the mmcv operators that mmdet's configs use, and which ones mmela provides.
 
-A config names classes by type. From the code of those that are in mmcv and
-mmdet, this follows names to functions and classes of both, down to functions
-of mmcv's compiled module. Nothing is built or run. So an operator is counted
-where a model has code that calls it, also if a setting keeps it from doing so.
+A config names classes by type. The tool follows names in the code of these classes to
+functions and classes of mmcv and mmdet, down to functions of mmcv's compiled module.
+It builds and runs nothing. So an operator counts if a model has code that calls it,
+even if a setting disables the call.
 
 Example:
   python tools/analysis/mmcv_operators.py
@@ -29,12 +29,12 @@ import mmela  # noqa: F401
 from mmela.compat import mmcv_ext
 
 PACKAGES = ('mmcv', 'mmdet')
-# mmdet's code only asks whether a layer is one; those that have one say so.
+# mmdet only uses it in isinstance checks; a config that builds it names it
 ASKED_FOR = (mmcv.ops.CARAFEPack,)
 
 
 def types_in(value: object) -> Iterator[str]:
-    """All names of types in nested dicts and sequences of a config."""
+    """Iterate over type names in nested dicts and sequences of a config."""
     if isinstance(value, dict):
         name = value.get('type')
         if name is not None:
@@ -47,26 +47,26 @@ def types_in(value: object) -> Iterator[str]:
 
 @lru_cache(maxsize=None)
 def operators_of_type(name: str) -> frozenset:
-    """Functions of the compiled module that a type's code leads to.
+    """Find the functions of the compiled module that a type's code uses.
 
     Args:
-        name (str): A type in a config: of a registry, or a name in mmcv.ops,
-            such as ``soft_nms``, which mmdet looks up there.
+        name (str): A type in a config: a registered one, or a name in mmcv.ops such as
+            ``soft_nms``, which mmdet looks up there.
 
     Returns:
-        frozenset[str]: Their names.
+        frozenset[str]: The names of the functions.
     """
-    found = getattr(mmcv.ops, name, None)
+    target = getattr(mmcv.ops, name, None)
     for registry in (MODELS, TASK_UTILS):
         for scope in ('mmdet.', ''):
-            found = found or registry.get(scope + name)
+            target = target or registry.get(scope + name)
     operators: Set[str] = set()
-    _follow(found, operators, set())
+    _follow(target, operators, set())
     return frozenset(operators)
 
 
 def _follow(value: object, operators: Set[str], seen: Set[int]) -> None:
-    """Add the operators that a function's or class's code leads to."""
+    """Add the operators that the code of a function or class uses."""
     if isinstance(value, (types.MethodType, types.BuiltinMethodType)):
         value = value.__self__  # apply of an autograd function: its class
     module = getattr(value, '__module__', None) or ''
@@ -93,7 +93,7 @@ def _follow(value: object, operators: Set[str], seen: Set[int]) -> None:
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    """Global names and attributes in a function's code."""
+    """Iterate over global names and attributes in a function's code."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -102,36 +102,37 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 @lru_cache(maxsize=None)
 def _extension_names(module: str) -> Set[str]:
-    """Operators that a module of mmcv.ops asks the compiled module for."""
+    """Operators that a module of mmcv.ops loads from the compiled module."""
     source = Path(import_module(module).__file__).read_text('utf-8')
     calls = re.findall(r"load_ext\(\s*'_ext',\s*\[(.*?)\]", source, re.DOTALL)
     return set(re.findall(r"'(\w+)'", ' '.join(calls)))
 
 
 def operators_of_configs(folder: Path) -> Dict[str, Set[str]]:
-    """Operators by config.
+    """Find the operators of each config.
 
     Args:
         folder (Path): mmdet's configs.
 
     Returns:
-        dict[str, set[str]]: Operators that each config's model may call, by
-        path relative to the folder. Configs in ``_base_`` are parts only.
+        dict[str, set[str]]: Operators that the model of each config may call, by path
+        relative to the folder. Configs in ``_base_`` are skipped, since they are only
+        parts.
     """
     paths = [p for p in sorted(folder.rglob('*.py')) if '_base_' not in p.parts]
     progress = ProgressBar(len(paths), file=sys.stderr)
-    found = {}
+    operators = {}
     for path in paths:
         name = path.relative_to(folder).as_posix()
         try:
             config = Config.fromfile(path, import_custom_modules=False)
-        except Exception as error:  # a config is code: it may raise anything
+        except Exception as error:  # a config is code and may raise anything
             print(f'\n{name} cannot be read: {error!r}', file=sys.stderr)
         else:
             model = set(types_in(config.get('model')))
-            found[name] = {op for kind in model for op in operators_of_type(kind)}
+            operators[name] = {op for kind in model for op in operators_of_type(kind)}
         progress.update()
-    return found
+    return operators
 
 
 def main() -> None:
@@ -145,7 +146,7 @@ def main() -> None:
     if folder is None:
         folder = Path(find_spec('mmdet').origin).parent / '.mim' / 'configs'
     if not folder.is_dir():
-        raise SystemExit(f'error: no folder {folder}')
+        raise SystemExit(f'error: there is no folder {folder}')
     import_module('mmdet.utils').register_all_modules()
     by_config = operators_of_configs(folder)
     users = defaultdict(list)
@@ -160,7 +161,7 @@ def main() -> None:
     for (configs, yes), names in sorted(groups.items(), key=lambda i: -len(i[0][0])):
         print(f'| {", ".join(names)} | {len(configs)} | {"yes" if yes else "no"} |')
     whole = [config for config, used in by_config.items() if used <= covered]
-    print(f'\n{len(whole)} of {len(by_config)} configs use provided operators only.')
+    print(f'\n{len(whole)} of {len(by_config)} configs use only provided operators.')
     for config in sorted(set(by_config) - set(whole)):
         print(f'{config}: {", ".join(sorted(by_config[config] - covered))}')
 

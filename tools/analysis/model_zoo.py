@@ -1,17 +1,16 @@
-"""Count parameters and FLOPs of every config beside the papers' figures.
+"""Count parameters and FLOPs of every config and compare them with the papers.
 
-Reads configs/papers.yml, writes the configs of rows that have none (a network
-with an attention of configs/_base_), builds each model and writes what it counts to
-metafile.yml and README.md of each folder of configs, and to docs/model_zoo.md.
-FLOPs are those of mmengine.analysis for one image, a multiplication with its
-addition counted once: of convolutions and matrix products, and of normalizations,
-poolings and upsamplings, but not of activations, sums and products of maps. All is
-counted before pruning.
+Reads configs/papers.yml, and writes missing configs of its rows (a network with an
+attention of configs/_base_). Builds each model and writes its counts to metafile.yml
+and README.md of each folder of configs, and to docs/model_zoo.md. mmengine.analysis
+counts the FLOPs for one image, with a multiplication and its addition as one. They
+include convolutions, matrix products, normalizations, poolings and upsamplings, but not
+activations and not sums and products of maps. All counts are before pruning.
 
 Example:
   mmela model-zoo
-  mmela model-zoo cifar imagenet   # only these, and print
-  mmela model-zoo --reuse          # count new rows alone
+  mmela model-zoo cifar imagenet   # only these folders, printed
+  mmela model-zoo --reuse          # only count new rows
 """
 
 import logging
@@ -90,10 +89,10 @@ NONE = 'none: '
 
 
 def load_papers() -> dict:
-    """The papers' figures by folder of ``configs``, notes written out."""
+    """Load the papers' figures by folder of ``configs``, with the texts of notes."""
     papers = yaml.safe_load(PAPERS.read_text('utf-8'))
     notes = papers.pop('notes')
-    papers.pop('quoted')  # of the pages
+    papers.pop('quoted')  # only for the pages
     for section in papers.values():
         for row in section['rows']:
             if 'note' in row:
@@ -102,25 +101,27 @@ def load_papers() -> dict:
 
 
 def bases_of(folder: str, name: str) -> List[str]:
-    """Configs that the config of a row is put together from.
+    """Find the two base configs of a row's config.
 
-    They are a network and an attention of ``configs/_base_/attentions``. In the
-    folders of MMPretrain ``NETWORK-ATTENTION_RECIPE`` is ``NETWORK_RECIPE`` with
-    ``ATTENTION_cifar`` or ``ATTENTION_in1k``, or ``ATTENTION_deit`` for
-    ``deit-tiny`` and the like; in ``unet`` ``NETWORK_DEPTH_ATTENTION_DATA`` is
-    ``NETWORK_DEPTH_plain_DATA`` with ``ATTENTION_unet``; and
-    ``DETECTOR_DEPTH_ATTENTION_REST`` is MMDetection's ``DETECTOR_DEPTH_REST`` with
-    ``ATTENTION_DEPTH_coco`` or ``ATTENTION_coco``.
+    These are a network and an attention of ``configs/_base_/attentions``:
+
+    - For MMPretrain, ``NETWORK-ATTENTION_RECIPE`` is ``NETWORK_RECIPE`` with
+      ``ATTENTION_cifar`` or ``ATTENTION_in1k``, or with ``ATTENTION_deit`` for networks
+      such as ``deit-tiny``.
+    - In ``unet``, ``NETWORK_DEPTH_ATTENTION_DATA`` is ``NETWORK_DEPTH_plain_DATA`` with
+      ``ATTENTION_unet``.
+    - ``DETECTOR_DEPTH_ATTENTION_REST`` is MMDetection's ``DETECTOR_DEPTH_REST`` with
+      ``ATTENTION_DEPTH_coco`` or ``ATTENTION_coco``.
 
     Args:
         folder (str): Folder in ``configs``.
         name (str): Name of the config without suffix.
 
     Returns:
-        list[str]: What ``_base_`` says.
+        list[str]: Value of ``_base_``.
 
     Raises:
-        SystemExit: If there are no two such configs.
+        SystemExit: If no such pair of configs exists.
     """
     candidates = []
     if folder in ('cifar', 'imagenet'):
@@ -146,8 +147,8 @@ def bases_of(folder: str, name: str) -> List[str]:
         if all(file.is_file() for file in files):
             return bases
     raise SystemExit(
-        f'error: configs/{folder}/{name}.py is not there, nor are a network and an '
-        'attention that its name could stand for: '
+        f'error: configs/{folder}/{name}.py does not exist, and neither do a network '
+        'and an attention that match its name: '
         + '; '.join(f'{base} with {attention}.py' for base, attention in candidates)
     )
 
@@ -160,7 +161,7 @@ def write_config(folder: str, name: str) -> None:
         name (str): Name of the config without suffix.
 
     Raises:
-        SystemExit: As :func:`bases_of` does.
+        SystemExit: If its base configs do not exist.
     """
     path = ROOT / 'configs' / folder / f'{name}.py'
     if path.is_file():
@@ -175,7 +176,7 @@ def write_config(folder: str, name: str) -> None:
 
 
 def build(folder: str, name: str) -> 'nn.Module':
-    """Build the model of a config, without its pre-trained weights.
+    """Build the model of a config without pre-trained weights.
 
     Args:
         folder (str): Folder in ``configs``.
@@ -190,7 +191,7 @@ def build(folder: str, name: str) -> 'nn.Module':
     import mmela  # noqa: F401
 
     cfg = Config.fromfile(ROOT / 'configs' / folder / f'{name}.py')
-    # Configs are of different toolboxes; a scope is used once by its name.
+    # Configs belong to different toolboxes, and a scope name can only be used once
     DefaultScope._instance_dict.clear()
     init_default_scope(cfg.default_scope)
     if cfg.default_scope == 'mmdet':
@@ -201,8 +202,8 @@ def build(folder: str, name: str) -> 'nn.Module':
 
 
 def count_parameters(folder: str, model: 'nn.Module') -> float:
-    """Millions of parameters; of a detector, of trainable ones."""
-    model.train()  # freezes what is frozen
+    """Count millions of parameters; only trainable ones for a detector."""
+    model.train()  # freezes stages
     trainable = folder in DETECTORS
     count = sum(
         p.numel() for p in model.parameters() if p.requires_grad or not trainable
@@ -212,16 +213,16 @@ def count_parameters(folder: str, model: 'nn.Module') -> float:
 
 
 def count_macs(model: 'nn.Module', size: Sequence[int]) -> float:
-    """Billions of multiply-adds for one image of (height, width)."""
+    """Count billions of multiply-adds for one image of (height, width)."""
     from mmela.analysis.complexity import ForImages, count_flops
 
     return count_flops(ForImages(model), size) / 1e9
 
 
 def parameters_agree(row: dict, count: float) -> bool:
-    """Whether a count in M agrees with the paper's figure, if there is one.
+    """Whether a count in M agrees with the paper's figure; True if there is none.
 
-    Within 0.01 M, or 0.1 M where the paper prints one decimal.
+    The tolerance is 0.01 M, or 0.1 M if the paper prints one decimal.
     """
     if 'params' not in row:
         return True
@@ -234,8 +235,8 @@ def count_section(folder: str, section: dict, reuse: bool = False) -> List[dict]
 
     Args:
         folder (str): Folder in ``configs``.
-        section (dict): Its part of configs/papers.yml.
-        reuse (bool): Take over what the metafile says. Defaults to False.
+        section (dict): The folder's part of configs/papers.yml.
+        reuse (bool): Use existing counts of the metafile. Defaults to False.
 
     Returns:
         list[dict]: The rows with ``size``, ``count`` and ``macs``.
@@ -261,12 +262,12 @@ def count_section(folder: str, section: dict, reuse: bool = False) -> List[dict]
 
 
 def parameters_key(folder: str) -> str:
-    """What a metafile calls the parameters."""
+    """Name of the parameters in a metafile."""
     return 'Trainable Parameters (M)' if folder in DETECTORS else 'Parameters (M)'
 
 
 def read_metafile(folder: str) -> Dict[str, dict]:
-    """``Metadata`` of the models in a metafile by name, if there is one."""
+    """Read the ``Metadata`` of the models in a metafile by name; empty without one."""
     path = ROOT / 'configs' / folder / 'metafile.yml'
     if not path.is_file():
         return {}
@@ -275,7 +276,7 @@ def read_metafile(folder: str) -> Dict[str, dict]:
 
 
 def metafile(folder: str, section: dict, rows: List[dict]) -> str:
-    """Content of ``configs/<folder>/metafile.yml``."""
+    """Create the content of ``configs/<folder>/metafile.yml``."""
     name = section['collection']['Name']
     kind = parameters_key(folder)
     models = []
@@ -307,18 +308,18 @@ def metafile(folder: str, section: dict, rows: List[dict]) -> str:
         width=79,
     )
     return (
-        '# Written by tools/analysis/model_zoo.py. All is counted before '
+        '# Written by tools/analysis/model_zoo.py. All counts are before '
         'pruning.\n' + text
     )
 
 
 def table(section: dict, rows: List[dict], link: str = '') -> str:
-    """Table of a folder's rows, and its notes.
+    """Create the table of a folder's rows, with notes.
 
     Args:
         section (dict): The folder's part of configs/papers.yml.
-        rows (list[dict]): What :func:`count_section` returns.
-        link (str): The way from the page to the folder. Defaults to ''.
+        rows (list[dict]): Result of :func:`count_section`.
+        link (str): Relative link from the page to the folder. Defaults to ''.
 
     Returns:
         str: Markdown.
@@ -359,20 +360,20 @@ def table(section: dict, rows: List[dict], link: str = '') -> str:
 
 
 def page_section(folder: str, section: dict, rows: List[dict]) -> str:
-    """Section of docs/model_zoo.md."""
+    """Create the section of a folder in docs/model_zoo.md."""
     return f'## {section["title"]}\n\n{table(section, rows, f"../configs/{folder}/")}'
 
 
 def load_tables() -> Dict[str, Dict[str, List[str]]]:
-    """What runs each row of the papers' tables, by paper and table."""
+    """Load the config or study of each row of the papers' tables."""
     return yaml.safe_load(TABLES.read_text('utf-8'))
 
 
 def tables_section(tables: Dict[str, Dict[str, List[str]]]) -> str:
-    """Section of docs/model_zoo.md that counts the rows of the papers' tables.
+    """Create the section of docs/model_zoo.md that counts the rows of papers' tables.
 
     Args:
-        tables (dict[str, dict[str, list[str]]]): What :func:`load_tables` returns.
+        tables (dict[str, dict[str, list[str]]]): Result of :func:`load_tables`.
 
     Returns:
         str: Markdown.
@@ -406,22 +407,22 @@ def tables_section(tables: Dict[str, Dict[str, List[str]]]) -> str:
 
 
 def page(sections: Sequence[str]) -> str:
-    """Content of docs/model_zoo.md."""
+    """Create the content of docs/model_zoo.md."""
     parts = [HEAD, tables_section(load_tables()), *sections]
     return '\n'.join(parts).rstrip('\n') + '\n'
 
 
 def readme(section: dict, rows: List[dict]) -> str:
-    """Content of ``configs/<folder>/README.md``."""
+    """Create the content of ``configs/<folder>/README.md``."""
     others = ''.join(
         f'- `{pattern}`: {text}\n'
         for pattern, text in section.get('others', {}).items()
     )
     return (
         f'# {section["title"]}\n\n{section["text"]}\n\n'
-        'Parameters in millions, FLOPs in billions of multiply-adds, before pruning; '
-        'how they are counted is in [the model zoo](../../docs/model_zoo.md), how a '
-        'config is put together in [configs](../README.md).\n\n'
+        'Parameters are in millions and FLOPs in billions of multiply-adds, before '
+        'pruning. [The model zoo](../../docs/model_zoo.md) explains the counts, and '
+        '[configs](../README.md) how a config is put together.\n\n'
         f'{table(section, rows)}'
         + (f'\nFurther configs:\n\n{others}' if others else '')
     ).rstrip('\n') + '\n'
@@ -431,16 +432,19 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser = tool_parser('model-zoo', __doc__)
     papers = load_papers()
     parser.add_argument(
-        'folders', nargs='*', help=f'count only these of {", ".join(papers)} and print'
+        'folders',
+        nargs='*',
+        help=f'only count these folders, and print the result: {", ".join(papers)}',
     )
     parser.add_argument(
-        '--reuse', action='store_true', help='count only what the metafiles do not have'
+        '--reuse', action='store_true', help='only count rows missing in the metafiles'
     )
     args = parser.parse_args(argv)
     unknown = set(args.folders) - set(papers)
     if unknown:
         raise SystemExit(
-            f'error: no folder {sorted(unknown)[0]}; there are {", ".join(papers)}'
+            f'error: there is no folder {sorted(unknown)[0]}; allowed are '
+            f'{", ".join(papers)}'
         )
     from mmengine.logging import MMLogger
 

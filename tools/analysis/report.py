@@ -1,9 +1,9 @@
-"""Write one page on a training run: report.html, which opens offline.
+"""Write a page on a training run: report.html, which opens offline.
 
-It shows the metrics, the loss, what the networks before the first pruning and
-at the end find on validation images, which layer attentions were pruned when
-and why, what that brought, and the config. The pictures also go to pictures/
-and before_after/ in the work directory.
+It shows metrics, loss, predictions on validation images before the first pruning
+and at the end, which layer attentions were pruned when and why, the savings, and
+the config. The pictures also go to pictures/ and before_after/ in the work
+directory.
 
 Example:
   mmela report work_dirs/demo
@@ -29,8 +29,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         type=int,
         default=100,
         metavar='N',
-        help='detect or classify N validation images, evenly spaced, before and '
-        'after the pruning; 0: none (default: %(default)s)',
+        help='number of validation images, evenly spaced, to run before and after '
+        'pruning; 0 for none (default: %(default)s)',
     )
     parser.add_argument(
         '--device', metavar='NAME', help='default: an accelerator if there is one'
@@ -39,13 +39,13 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def measure(work_dir: str, images: int, device: Optional[str] = None) -> None:
-    """Measure detections before and after; a run has a report without, too."""
+    """Measure detections before and after; if that fails, only print the reason."""
     from mmela.analysis import measure_before_after
     from mmela.analysis.work_dir import Run
     from mmela.command_line import one_line
     from mmela.convert.networks import NETWORK_ERRORS
 
-    Run(work_dir)  # what is wrong with it is an error
+    Run(work_dir)  # but an invalid work directory is an error
     try:
         measure_before_after(work_dir, images, device)
     except (SystemExit, *NETWORK_ERRORS) as error:
@@ -56,7 +56,7 @@ def measure(work_dir: str, images: int, device: Optional[str] = None) -> None:
 def main(argv=None) -> None:
     args = parse_args(argv)
     if args.images < 0:
-        raise SystemExit(f'error: --images={args.images} is below 0')
+        raise SystemExit(f'error: --images={args.images} is negative')
     from mmela.analysis import make_report, summarize
     from mmela.analysis.inputs import check_device
     from mmela.command_line import one_line_errors

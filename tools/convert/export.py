@@ -1,4 +1,4 @@
-"""Export the network of a checkpoint: to ONNX, torch.export or TorchScript."""
+"""Export the network of a checkpoint to ONNX, torch.export or TorchScript."""
 
 from mmela.tools.export import main
 

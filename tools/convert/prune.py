@@ -1,8 +1,8 @@
 """Prune redundant layer attentions of a trained checkpoint.
 
-Measures the KL divergence between adjacent attentions on the test data of the
-config, lets a policy decide once, and writes a pruned checkpoint. Nothing is
-trained: expect to fine-tune afterwards.
+It measures the KL divergence between adjacent attentions on the test data of the
+config, lets a policy decide once, and writes a pruned checkpoint. It trains
+nothing, so plan to fine-tune afterwards.
 
 Example:
   mmela prune my_config.py epoch_12.pth pruned.pth \\
@@ -38,12 +38,19 @@ def parse_args(argv=None) -> argparse.Namespace:
         '--batches',
         type=int,
         default=100,
-        help='batches of test data to measure on (default: %(default)s)',
+        help='number of batches of test data to measure (default: %(default)s)',
     )
     parser.add_argument(
-        '--reduction', default='mean_kl', choices=['mean_kl', 'mean_distribution']
+        '--reduction',
+        default='mean_kl',
+        choices=['mean_kl', 'mean_distribution'],
+        help='how to average divergences (default: %(default)s)',
     )
-    parser.add_argument('--keep-value', action='store_true')
+    parser.add_argument(
+        '--keep-value',
+        action='store_true',
+        help='let later attentions still see the key and value of pruned ones',
+    )
     add_cfg_options(parser)
     return parser.parse_args(argv)
 
@@ -56,7 +63,7 @@ def decide(
     policy: 'PruningPolicy',
     keep_value: bool,
 ) -> 'PruningDecision':
-    """Have a policy decide on the divergences over some batches of data."""
+    """Let a policy decide on the divergences over some batches of data."""
     import torch
     from mmengine.utils import track_iter_progress
 
@@ -87,7 +94,7 @@ def main(argv=None) -> None:
     from mmela.command_line import one_line_errors
     from mmela.convert.networks import build_network, load_fitting, open_network
     from mmela.engine.tables import decision_table
-    from mmela.files import replacing
+    from mmela.files import replacing, write_text
     from mmela.pruning import build_policy
     from mmela.pruning.record import FORMAT
     from mmela.structure import attention_stages, prune
@@ -99,7 +106,9 @@ def main(argv=None) -> None:
     out = Path(args.out)
     report = out.with_suffix('.json')
     if out == report:
-        raise SystemExit(f'error: {out} is a checkpoint; its report takes .json')
+        raise SystemExit(
+            f'error: {out} must not end with .json, which is the name of its report'
+        )
     cfg, meta, state_dict = open_network(args.config, args.checkpoint, out, report)
     cfg.merge_from_dict(args.cfg_options)
     with one_line_errors(KeyError, OSError, TypeError, ValueError):
@@ -124,11 +133,11 @@ def main(argv=None) -> None:
     content = dict(format=FORMAT, pruned=decision.pruned, **decision.to_dict())
     with one_line_errors(OSError):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as weights, replacing(report) as text:
+        with replacing(out) as weights:
             torch.save(
                 dict(meta=meta, state_dict=model.to('cpu').state_dict()), weights
             )
-            text.write_text(json.dumps(content, indent=2), 'utf-8')
+            write_text(report, json.dumps(content, indent=2))
     print(
         f'{len(decision.layers)} -> {len(decision.active)} active attentions, '
         f'{policy}\n{out}\n{report}'

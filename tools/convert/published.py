@@ -1,9 +1,9 @@
 """Convert a checkpoint of the MRLA, DLA or KCLA authors' code to mmela.
 
-Reads what their training scripts for CIFAR, ImageNet, COCO and medical images
-write, and says what becomes of each key. The result has been loaded into the
-network that it is for; a key that has no place there is an error, so nothing gets
-lost. Prints the config of the backbone.
+It reads checkpoints of their training scripts for CIFAR, ImageNet, COCO and medical
+images, and prints the new name of each key and the config of the backbone. It loads
+the result into the target network as a check; an unknown key is an error, so that
+nothing gets lost.
 
 Example:
   mmela published model_best.pth.tar mrla.pth
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mmela_light.arguments import tool_parser
 
-# Under what the authors' scripts keep the weights
+# Keys under which the authors' scripts store the weights
 WEIGHTS = ('state_dict', 'model', 'model_state_dict')
 # Those of mmela.convert.published, which imports torch
 ARCHS = (
@@ -51,29 +51,29 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         '--arch',
         choices=ARCHS,
-        help='architecture (default: told from the keys, which several networks of '
-        'MRLA and of KCLA on CIFAR have the same)',
+        help='architecture (default: detected from the keys; required for some '
+        'networks of MRLA and of KCLA on CIFAR, which have the same keys)',
     )
     parser.add_argument(
         '--head-dim',
         type=int,
         metavar='D',
-        help='channels of a head, where no tensor tells them and the published code '
-        'has several (default: the only one)',
+        help='channels of a head; required if the tensors do not show it and the '
+        'published code uses several values (default: the only published value)',
     )
     parser.add_argument(
         '--target',
         choices=TARGETS,
         default='classifier',
-        help='what the result is for: a classifier of MMPretrain, a detector '
-        'of MMDetection or its backbone, a bare backbone of MMPretrain, or a '
-        'segmentor of MMSegmentation (default: %(default)s)',
+        help='target network: a classifier of MMPretrain, a detector of MMDetection or '
+        'its backbone, a bare backbone of MMPretrain, or a segmentor of '
+        'MMSegmentation (default: %(default)s)',
     )
     return parser.parse_args(argv)
 
 
 def format_table(mapped: dict, dropped: dict) -> str:
-    """Table of the keys, in which a row stands for all blocks."""
+    """Format a table of the keys, with one row for all blocks."""
     from mmela.command_line import one_line
 
     def pattern(key):
@@ -92,9 +92,9 @@ def format_table(mapped: dict, dropped: dict) -> str:
 def main(argv=None) -> None:
     args = parse_args(argv)
     if not Path(args.src).is_file():
-        raise SystemExit(f'error: no file {args.src}')
+        raise SystemExit(f'error: there is no file {args.src}')
     if Path(args.dst).exists():
-        raise SystemExit(f'error: {args.dst} exists already')
+        raise SystemExit(f'error: {args.dst} already exists')
     import torch
 
     from mmela.command_line import one_line, one_line_errors

@@ -1,9 +1,9 @@
 """Remove pruned layer attentions from a checkpoint and its config.
 
 The slim network gives the same outputs: the tool compares both backbones and
-fails if they differ. Optimizer and training state are left out. An output that
-ends with .safetensors is of safetensors, which holds no code; everything that
-loads a checkpoint where mmela is imported loads it.
+fails if they differ. It leaves out the optimizer and the training state. If the
+output ends with .safetensors, it is written in that format, which holds no code
+and works as a checkpoint wherever mmela is imported.
 
 Examples:
   mmela slim work_dirs/ela/my_config.py \\
@@ -30,7 +30,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         '--size',
         type=int,
         default=128,
-        help='image size of the comparison in pixels (default: %(default)s)',
+        help='image size in pixels for the comparison (default: %(default)s)',
     )
     return parser.parse_args(argv)
 

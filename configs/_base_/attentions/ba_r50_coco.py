@@ -1,5 +1,5 @@
-# BA. Starts from the classifier with the same attention, which is trained
-# first: tools/train.py configs/imagenet/resnet50-ba_8xb32_in1k.py
+# BA. Starts from a classifier with the same attention; train it first:
+# tools/train.py configs/imagenet/resnet50-ba_8xb32_in1k.py
 _base_ = './ba_in1k.py'
 
 backbone = dict(

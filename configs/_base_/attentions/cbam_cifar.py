@@ -1,4 +1,4 @@
-# CBAM, in every block; needs timm.
+# CBAM in every block; needs timm.
 backbone = dict(
     type='ELABottleneckResNet_CIFAR',
     layer_attention=dict(type='Plugin', plugin=dict(type='CBAM')),

@@ -1,4 +1,4 @@
-# CBAM, in every block; needs timm.
+# CBAM in every block; needs timm.
 custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 
 backbone = dict(

@@ -1,8 +1,8 @@
-# DLA-L with the cells of its authors' detectors, a twentieth as wide; those of their
-# classifiers, and of ours, are a sixteenth. So the detector starts from the classifier
-# with the same attention, which is trained first:
+# DLA-L with the cells of its authors' detectors, which are a twentieth as wide as the
+# block; in their classifiers, and in ours, cells are a sixteenth as wide. The detector
+# starts from a classifier with the same attention; train it first:
 # tools/train.py configs/imagenet/resnet50-dla-light_8xb32_in1k.py
-# and its cells, whose shapes differ, from random weights, as mmengine then logs.
+# The cells start from random weights, because their shapes differ. mmengine logs that.
 _base_ = './dla-light_in1k.py'
 
 backbone = dict(

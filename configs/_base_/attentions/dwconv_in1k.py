@@ -1,4 +1,4 @@
-# A depth-wise convolution alone, without stochastic depth (MRLA, tables 4, g and
+# Only a depth-wise convolution, without stochastic depth (MRLA, tables 4, g and
 # 12, a).
 _base_ = './mrla-light-none_in1k.py'
 

@@ -1,4 +1,4 @@
-# Efficient channel attention, in every block; needs timm.
+# Efficient channel attention in every block; needs timm.
 custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 
 backbone = dict(

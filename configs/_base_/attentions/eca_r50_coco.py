@@ -1,5 +1,5 @@
-# ECA; needs timm. Starts from the classifier with the same attention, which is trained
-# first: tools/train.py configs/imagenet/resnet50-eca_8xb32_in1k.py
+# ECA; needs timm. Starts from a classifier with the same attention; train it first:
+# tools/train.py configs/imagenet/resnet50-eca_8xb32_in1k.py
 _base_ = './eca_in1k.py'
 
 backbone = dict(

@@ -1,4 +1,4 @@
-# One global context block, where the non-local one is (GCNet, ratio 1/16).
+# One global context block at the place of the non-local block (GCNet, ratio 1/16).
 custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 
 backbone = dict(

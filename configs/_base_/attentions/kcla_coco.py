@@ -1,4 +1,4 @@
-# zero_init: the checkpoint is that of a plain ResNet. head_dim as in the
+# zero_init, because the checkpoint comes from a plain ResNet. head_dim is as in the
 # authors' detectors.
 custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 

@@ -1,5 +1,5 @@
-# Head width and stochastic depth on the attention alone as published with
-# the KCLA paper (section V-A).
+# Head width, and stochastic depth only for the attention, as in the KCLA paper
+# (section V-A).
 custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 
 backbone = dict(

@@ -1,4 +1,4 @@
-# Stochastic depth on the attention alone, survival probability 0.8 (MRLA,
+# Stochastic depth only for the attention, with survival probability 0.8 (MRLA,
 # appendix B.1).
 custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 

@@ -1,4 +1,4 @@
-# MRLA-light without what was before (MRLA, table 4, b).
+# MRLA-light without the previous output (MRLA, table 4, b).
 _base_ = './mrla-light_in1k.py'
 
 backbone = dict(layer_attention=dict(previous='none'))

@@ -1,4 +1,4 @@
-# zero_init: the checkpoint is that of a plain ResNet
+# zero_init, because the checkpoint comes from a plain ResNet
 custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 
 backbone = dict(

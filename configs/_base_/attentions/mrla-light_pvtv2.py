@@ -1,2 +1,2 @@
-# In all blocks; the plain config has it in none.
+# All blocks have attention here; in the plain config none does.
 backbone = dict(layer_attention=dict(type='MRLALight', head_dim=16), blocks='auto')

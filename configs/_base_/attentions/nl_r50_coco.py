@@ -1,3 +1,3 @@
-# One non-local block, in the last but one block of stage 3. It adds nothing at
-# first, so a plain ResNet's checkpoint is its start.
+# One non-local block, in the last but one block of stage 3. At first it adds nothing,
+# so it can start from the checkpoint of a plain ResNet.
 _base_ = './nl_in1k.py'

@@ -1,5 +1,5 @@
-# RLA_g. Starts from the classifier with the same attention, which is trained
-# first: tools/train.py configs/imagenet/resnet50-rla-g_8xb32_in1k.py
+# RLA_g. Starts from a classifier with the same attention; train it first:
+# tools/train.py configs/imagenet/resnet50-rla-g_8xb32_in1k.py
 _base_ = './rla-g_in1k.py'
 
 backbone = dict(

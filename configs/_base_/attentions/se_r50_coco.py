@@ -1,5 +1,5 @@
-# MMPretrain's SE-ResNet and its checkpoint, for comparison. That was trained in
-# MMPretrain, not by the papers' authors.
+# MMPretrain's SE-ResNet for comparison. Its checkpoint was trained by MMPretrain, not
+# by the papers' authors.
 custom_imports = dict(imports=['mmpretrain.models'], allow_failed_imports=False)
 
 backbone = dict(

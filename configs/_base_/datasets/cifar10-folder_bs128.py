@@ -1,10 +1,10 @@
-# CIFAR-10 as image files, one folder per class, as mmela cifar
-# writes it from an archive of images.
+# CIFAR-10 as image files with one folder per class, as `mmela cifar` writes it from an
+# archive of images.
 _base_ = './cifar10_bs128.py'
 
 data_root = 'data/cifar10_folder'
 
-# Files are decoded to BGR, and the statistics are those of RGB.
+# Files are decoded to BGR, but the statistics are for RGB.
 data_preprocessor = dict(to_rgb=True)
 
 train_pipeline = [dict(type='LoadImageFromFile'), *_base_.train_pipeline]

@@ -1,5 +1,4 @@
-# The bottleneck ResNet for CIFAR of the layer attention papers, without
-# attention.
+# The layer attention papers' bottleneck ResNet for CIFAR, without attention.
 _base_ = 'mmpretrain::_base_/models/resnet18_cifar.py'
 custom_imports = dict(imports=['mmela'], allow_failed_imports=False)
 

@@ -1,4 +1,4 @@
-# A short schedule, to see training at work on a CPU.
+# A short schedule to try training on a CPU.
 _base_ = 'mmpretrain::_base_/schedules/cifar10_bs128.py'
 
 param_scheduler = [

@@ -1,6 +1,5 @@
-# The schedule of the KCLA paper, section V-A; ELA trains as long and gives no
-# further detail. SGD with lr 0.1, momentum 0.9 and weight decay 1e-4 is the
-# inherited one.
+# The schedule of the KCLA paper, section V-A. ELA trains for the same time and gives no
+# further details. SGD with lr 0.1, momentum 0.9 and weight decay 1e-4 is inherited.
 _base_ = 'mmpretrain::_base_/schedules/cifar10_bs128.py'
 
 param_scheduler = [

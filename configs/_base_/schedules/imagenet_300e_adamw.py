@@ -1,5 +1,5 @@
-# 300 epochs of AdamW, lr 0.001 for a batch of 1024, warm-up of 5 epochs (MRLA,
-# appendix B.1).
+# 300 epochs of AdamW, with lr 0.001 for a batch of 1024 and a warm-up of 5 epochs
+# (MRLA, appendix B.1).
 _base_ = 'mmpretrain::_base_/schedules/imagenet_bs1024_adamw_swin.py'
 
 param_scheduler = [

@@ -1,7 +1,7 @@
 # EfficientNet's schedule, scaled to a batch of 768 as for MRLA (appendix B.1):
-# 350 epochs, lr 0.048, multiplied by 0.97 every 2.4 epochs. As in timm, which
-# the authors train with, that is counted from epoch 0 and takes effect with the
-# next epoch. The warm-up of 5 epochs is EfficientNet's; MRLA's text has none.
+# 350 epochs with lr 0.048, multiplied by 0.97 every 2.4 epochs. As in timm, which the
+# authors train with, these are counted from epoch 0 and take effect with the next
+# epoch. The warm-up of 5 epochs is EfficientNet's; MRLA's text mentions none.
 optim_wrapper = dict(
     optimizer=dict(
         type='RMSprop', lr=0.048, alpha=0.9, momentum=0.9, eps=1e-3, weight_decay=4e-5
@@ -19,7 +19,7 @@ param_scheduler = [
     dict(
         type='MultiStepLR',
         by_epoch=True,
-        # 2.4 k, rounded up; what falls into the warm-up comes at its end
+        # 2.4 k, rounded up; steps during the warm-up move to its end
         milestones=[max(5, -(-12 * k // 5)) for k in range(1, 146)],
         gamma=0.97,
     ),

@@ -5,8 +5,8 @@ _base_ = [
 
 model = dict(backbone=_base_.backbone)
 
-# Prunes nothing, but has the divergences of the first window in its
-# checkpoints: from that of epoch 1 the runs with pruning go on.
+# Prunes nothing, but its checkpoints have the divergences of the first window. Runs
+# with pruning continue from epoch 1.
 custom_hooks = [
     dict(
         type='LayerAttentionPruningHook',

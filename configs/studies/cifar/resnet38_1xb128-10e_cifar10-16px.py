@@ -1,5 +1,5 @@
-# A tenth of CIFAR-10 in 16 x 16 pixels on a network with four blocks a stage:
-# ten epochs take two to five minutes on one core.
+# A tenth of CIFAR-10 at 16 x 16 pixels, with a network of four blocks per stage. Ten
+# epochs take two to five minutes on one core.
 _base_ = '../../cifar/resnet20_1xb128-10e_cifar10-folder.py'
 
 model = dict(backbone=dict(depth=38))

@@ -1,6 +1,6 @@
 _base_ = './retinanet_lite0_mrla-base_fpn_16e_bccd.py'
 
-# As configs/_base_/swap.py, with windows for this schedule
+# Like configs/_base_/swap.py, with windows for this schedule
 custom_hooks = [
     dict(
         type='LayerAttentionPruningHook',

@@ -1,6 +1,6 @@
-# Blood cells (BCCD) by a RetinaNet over an EfficientNet-Lite0 that was trained on
-# ImageNet. As in mmdet's examples with timm nothing is frozen and norms train. Neck
-# and head are narrow, and anchors small, as images are less than half their size.
+# Blood cells (BCCD) with a RetinaNet on an EfficientNet-Lite0 pre-trained on ImageNet.
+# Nothing is frozen and norms train, as in mmdet's examples with timm. Neck and head are
+# narrow and anchors are small, because images have less than half their usual size.
 _base_ = [
     'mmdet::_base_/models/retinanet_r50_fpn.py',
     'mmdet::_base_/default_runtime.py',

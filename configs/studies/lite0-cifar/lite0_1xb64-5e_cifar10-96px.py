@@ -1,4 +1,4 @@
-# A tenth of CIFAR-10 in 96 x 96 pixels by an EfficientNet-Lite0 that was trained on
+# A tenth of CIFAR-10 at 96 x 96 pixels with an EfficientNet-Lite0 pre-trained on
 # ImageNet; nothing is frozen.
 _base_ = [
     '../../_base_/datasets/cifar10-folder_bs128.py',

@@ -1,6 +1,6 @@
 _base_ = './lite0_mrla-base_1xb64-5e_cifar10-96px.py'
 
-# As configs/_base_/swap.py, with windows for this schedule
+# Like configs/_base_/swap.py, with windows for this schedule
 custom_hooks = [
     dict(
         type='LayerAttentionPruningHook',

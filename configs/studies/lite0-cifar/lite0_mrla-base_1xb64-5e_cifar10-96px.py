@@ -1,6 +1,6 @@
 _base_ = './lite0_mrla-base-zero_1xb64-5e_cifar10-96px.py'
 
-# As configs/_base_/swap.py, but that the heads follow the channels
+# Like configs/_base_/swap.py, but heads depend on the channels
 model = dict(
     backbone=dict(layer_attention=dict(_delete_=True, type='MRLABase', small_init=0.2))
 )
@@ -13,7 +13,7 @@ optim_wrapper = dict(
     )
 )
 
-# Prunes nothing, but measures what the runs with pruning decide by, which go on
+# Prunes nothing, but measures divergences for the runs with pruning, which continue
 # from one of its checkpoints.
 custom_hooks = [
     dict(

@@ -1,5 +1,5 @@
-# All of CIFAR-10 by the papers' ResNet-20, in a one-cycle schedule. In bfloat16: a
-# step takes about half as long on a CPU that has it.
+# All of CIFAR-10 with the papers' ResNet-20 and a one-cycle schedule. It uses bfloat16,
+# which halves the step time on a CPU that supports it.
 _base_ = [
     '../../_base_/models/resnet20_cifar.py',
     '../../_base_/datasets/cifar10-folder_bs128.py',

@@ -1,6 +1,6 @@
 _base_ = './resnet20_mrla-base_1xb128-9e_cifar10.py'
 
-# As configs/_base_/pruning/ela_cifar.py, in windows for this schedule
+# Like configs/_base_/pruning/ela_cifar.py, with windows for this schedule
 custom_hooks = [
     dict(
         type='LayerAttentionPruningHook',

@@ -7,7 +7,7 @@ backbone = _base_.backbone
 backbone.layer_attention.small_init = 0.2
 model = dict(backbone=backbone)
 
-# Prunes nothing, but measures what the runs with pruning decide by, which go on
+# Prunes nothing, but measures divergences for the runs with pruning, which continue
 # from one of its checkpoints.
 custom_hooks = [
     dict(

@@ -15,12 +15,12 @@ model = dict(
         style='pytorch',
         init_cfg=None,
     ),
-    # Objects are two thirds as large as in 192 pixels.
+    # Objects are two thirds as large as at 192 pixels.
     rpn_head=dict(anchor_generator=dict(scales=[8 / 3])),
     roi_head=dict(bbox_roi_extractor=dict(finest_scale=19)),
 )
 
-# More test images than in the demo: with few, what is compared is noise.
+# More test images than in the demo, because differences on few images are noise.
 data_root = 'data/shapes-study/'
 train_pipeline = [
     dict(step, scale=(128, 128)) if step['type'] == 'Resize' else step
@@ -36,7 +36,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
-# As the demo's, but with one learning rate for all parameters
+# Like the demo, but with one learning rate for all parameters
 optim_wrapper = dict(
     _delete_=True,
     _scope_='mmdet',

@@ -1,6 +1,6 @@
 _base_ = './resnet38-ela_1xb128-10e_cifar10-16px.py'
 
-# As configs/_base_/swap.py: norms train, but for those of stage 1.
+# Like configs/_base_/swap.py: norms train, except in stage 1.
 model = dict(
     backbone=dict(
         norm_eval=False,

@@ -1,6 +1,6 @@
 _base_ = './resnet38-mrla-base-zero_1xb128-10e_cifar10-16px.py'
 
-# Pruning as in configs/_base_/pruning/ela_cifar.py, in windows for 10 epochs
+# Pruning as in configs/_base_/pruning/ela_cifar.py, with windows for 10 epochs
 custom_hooks = [
     dict(
         type='LayerAttentionPruningHook',

@@ -1,7 +1,7 @@
 _base_ = './resnet38-mrla-base_1xb128-10e_cifar10-16px.py'
 
-# Pruning as in configs/_base_/pruning/ela_cifar.py, later: query and key learn
-# first.
+# Pruning as in configs/_base_/pruning/ela_cifar.py, but later, after query and key
+# have learned.
 custom_hooks = [
     dict(
         type='LayerAttentionPruningHook',

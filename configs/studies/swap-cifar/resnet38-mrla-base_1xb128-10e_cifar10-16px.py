@@ -1,6 +1,6 @@
 _base_ = './resnet38_1xb128-10e_cifar10-16px.py'
 
-# A small start, with a norm that normalizes under norm_eval too
+# A small start, with a norm that also normalizes with norm_eval=True
 model = dict(
     backbone=dict(
         type='ELABottleneckResNet_CIFAR',

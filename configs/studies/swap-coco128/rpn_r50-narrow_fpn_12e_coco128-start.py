@@ -1,5 +1,5 @@
-# Objects of whatever class in 128 images of COCO, found by a region proposal
-# network: 96 to train on, and every fourth for testing. So few images teach no
+# A region proposal network that finds objects of any class in 128 images of COCO: 96
+# for training, and every fourth one for testing. So few images are not enough to learn
 # classes. It starts from the detector of the shapes.
 _base_ = '../../demo/faster-rcnn_r50-narrow_ela_fpn_shapes.py'
 runner_type = 'Runner'
@@ -59,7 +59,7 @@ test_pipeline = [
             'ori_shape',
             'img_shape',
             'scale_factor',
-            'instances',  # the evaluator takes the truth from here
+            'instances',  # the evaluator reads the ground truth from here
         ),
     ),
 ]
@@ -70,7 +70,7 @@ train_dataloader = dict(
         times=2,
         dataset=dict(
             images,
-            # Both sets count the same images, so none is left out.
+            # Both sets have the same images, so none is skipped
             filter_cfg=dict(filter_empty_gt=False, min_size=0),
             indices=[i for i in range(128) if i % 4],
             pipeline=train_pipeline,
@@ -90,7 +90,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=None, metric='proposal')
 test_evaluator = val_evaluator
 
-# As the demo's, but with one learning rate for all parameters
+# Like the demo, but with one learning rate for all parameters
 optim_wrapper = dict(
     _delete_=True,
     _scope_='mmdet',

@@ -1,5 +1,5 @@
-# Goes on from the weights of a plain network, as mmdet's configs fine-tune:
-# stage 1 frozen, the statistics of the norms kept.
+# Starts from the weights of a plain network, with the setup of mmdet's fine-tuning:
+# stage 1 is frozen, and norms keep their statistics.
 _base_ = './rpn_r50-narrow_fpn_12e_coco128-start.py'
 
 model = dict(backbone=dict(frozen_stages=1, norm_eval=True))

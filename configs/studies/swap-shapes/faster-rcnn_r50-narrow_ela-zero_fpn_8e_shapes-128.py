@@ -1,6 +1,6 @@
 _base_ = './faster-rcnn_r50-narrow_mrla-base-zero_fpn_8e_shapes-128.py'
 
-# Pruning as in configs/_base_/pruning/ela_coco.py, in windows for eight epochs
+# Pruning as in configs/_base_/pruning/ela_coco.py, with windows for eight epochs
 custom_hooks = [
     dict(
         type='LayerAttentionPruningHook',

@@ -1,6 +1,6 @@
 _base_ = './faster-rcnn_r50-narrow_mrla-base_fpn_8e_shapes-128.py'
 
-# Windows after query and key have learned
+# Windows start after query and key have learned
 custom_hooks = [
     dict(
         type='LayerAttentionPruningHook',

@@ -1,5 +1,5 @@
-# Goes on from the weights of a plain detector, as mmdet's configs fine-tune:
-# stage 1 frozen, the statistics of the norms kept.
+# Starts from the weights of a plain detector, with the setup of mmdet's fine-tuning:
+# stage 1 is frozen, and norms keep their statistics.
 _base_ = '../shapes/faster-rcnn_r50-narrow_fpn_12e_shapes-128.py'
 
 model = dict(backbone=dict(frozen_stages=1, norm_eval=True))

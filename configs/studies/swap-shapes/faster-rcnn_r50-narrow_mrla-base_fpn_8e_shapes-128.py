@@ -1,6 +1,6 @@
 _base_ = './faster-rcnn_r50-narrow_fpn_8e_shapes-128.py'
 
-# A small start, with a norm that normalizes under norm_eval too
+# A small start, with a norm that also normalizes with norm_eval=True
 model = dict(
     backbone=dict(
         type='ELAResNet',

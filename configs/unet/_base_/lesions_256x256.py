@@ -1,5 +1,5 @@
-# Images with one foreground class, as `mmela lesions` writes
-# them; how to convert Kvasir-SEG and ISIC is in docs/segmentation.md.
+# Images with one foreground class, as `mmela lesions` writes them.
+# docs/segmentation.md shows how to convert Kvasir-SEG and ISIC.
 dataset_type = 'BaseSegDataset'
 data_root = 'data/kvasir'
 metainfo = dict(classes=('background', 'lesion'), palette=[[0, 0, 0], [255, 80, 80]])

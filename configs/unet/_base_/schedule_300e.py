@@ -1,5 +1,5 @@
-# KCLA, section V-C. With T_max 50 the learning rate falls for 50 epochs and
-# rises for 50 epochs, three times.
+# KCLA, section V-C. With T_max=50, the learning rate falls for 50 epochs and then rises
+# for 50 epochs, three times.
 _base_ = ['mmseg::_base_/default_runtime.py']
 optim_wrapper = dict(
     type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3, weight_decay=1e-2)

@@ -1,5 +1,5 @@
-# The original U-Net in half its width: what KCLA's table IV has for ISIC by its
-# parameters and FLOPs.
+# The original U-Net with half its width. Its parameters and FLOPs match the one for
+# ISIC in KCLA's table IV.
 _base_ = './unet_r18.py'
 model = dict(
     backbone=dict(

@@ -1,8 +1,7 @@
 """Attention modules as plugins of mmcv, for comparison with layer attention.
 
-All are in MMEngine's ``MODELS`` and are built with ``in_channels``, so that
-``plugins`` of MMDetection's backbones takes them as well as
-:class:`mmela.layers.Plugin`.
+They are registered in MMEngine's ``MODELS`` and take ``in_channels``, so both
+``plugins`` of MMDetection's backbones and :class:`mmela.baselines.Plugin` can use them.
 """
 
 from .bam import BAM

@@ -16,12 +16,12 @@ class BAM(nn.Module):
         M_s(X) = \mathrm{BN}(f_3^{1 \times 1}(f_2^{3 \times 3}(
             f_1^{3 \times 3}(f_0^{1 \times 1}(X)))))
 
-    where the 3x3 convolutions are dilated and each of :math:`f_0` to
-    :math:`f_2` has a BN and a ReLU after it, as the authors' code.
+    The 3x3 convolutions are dilated, and a BN and a ReLU follow each of :math:`f_0` to
+    :math:`f_2`, as in the authors' code.
 
     Args:
         in_channels (int): Channels ``C`` of the input.
-        reduction (int): Reduction of the channels in between. Defaults to 16.
+        reduction (int): Reduction factor of the hidden channels. Defaults to 16.
         dilation (int): Dilation of the 3x3 convolutions. Defaults to 4.
 
     Raises:
@@ -45,7 +45,7 @@ class BAM(nn.Module):
         self.spatial = nn.Sequential(*layers, nn.Conv2d(width, 1, 1), nn.BatchNorm2d(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, H, W)."""
+        """Map (B, C, H, W) to (B, C, H, W)."""
         channel = self.channel(x.mean((2, 3)))[..., None, None]
         return x * (1 + (channel + self.spatial(x)).sigmoid())
 

@@ -8,8 +8,8 @@ from .se import reduced
 class DoubleAttention(nn.Module):
     r"""Double attention (A2-Nets, Chen et al. 2018, eq. 6).
 
-    Global descriptors are gathered by attention over positions and given out
-    by attention over descriptors:
+    Attention over positions gathers global descriptors, and attention over descriptors
+    distributes them:
 
     .. math::
         Z = A(X) \, \mathrm{softmax}_{HW}(B(X))^T \,
@@ -19,7 +19,7 @@ class DoubleAttention(nn.Module):
 
     Args:
         in_channels (int): Channels ``C`` of the input.
-        reduction (int): ``C`` by the ``m = n`` channels of ``A``, ``B`` and
+        reduction (int): ``C`` divided by the ``m = n`` channels of ``A``, ``B`` and
             ``V``. Defaults to 4.
 
     Raises:
@@ -35,7 +35,7 @@ class DoubleAttention(nn.Module):
         self.out = nn.Conv2d(width, in_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, H, W)."""
+        """Map (B, C, H, W) to (B, C, H, W)."""
         features = self.gather(x).flatten(2)
         positions = self.attend(x).flatten(2).softmax(-1)
         vectors = self.distribute(x).flatten(2).softmax(1)

@@ -11,7 +11,7 @@ class SqueezeExcitation(nn.Module):
 
     Args:
         in_channels (int): Channels ``C`` of the input.
-        reduction (int): Reduction of the channels in between. Defaults to 16.
+        reduction (int): Reduction factor of the hidden channels. Defaults to 16.
 
     Raises:
         ValueError: If ``reduction`` leaves no channel.
@@ -28,26 +28,26 @@ class SqueezeExcitation(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, H, W)."""
+        """Map (B, C, H, W) to (B, C, H, W)."""
         return x * self.gate(x.mean((2, 3)))[..., None, None]
 
 
 def reduced(channels: int, reduction: int) -> int:
-    """Channels in between, at least one of them.
+    """Number of hidden channels.
 
     Args:
-        channels (int): Channels.
-        reduction (int): How many times fewer are wanted.
+        channels (int): Number of input channels.
+        reduction (int): Reduction factor.
 
     Returns:
-        int: The quotient.
+        int: The quotient, rounded down.
 
     Raises:
         ValueError: If ``reduction`` is not from 1 to ``channels``.
     """
     if not 1 <= reduction <= channels:
         raise ValueError(
-            f'reduction={reduction} of {channels} channels leaves none; allowed are '
+            f'reduction={reduction} leaves none of {channels} channels; allowed are '
             f'1 to {channels}'
         )
     return channels // reduction

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class _TimmModule(nn.Module):
-    """An attention module of timm, which is imported when one is built."""
+    """An attention module from timm, which is imported only when needed."""
 
     source = ''
 
@@ -16,12 +16,13 @@ class _TimmModule(nn.Module):
             layers = import_module(f'timm.layers.{file}')
         except ImportError as error:
             raise ImportError(
-                f"{type(self).__name__} is timm's: pip install timm, or mmela[timm]"
+                f'{type(self).__name__} needs timm, which is not installed; install '
+                'it with: pip install "mmela[timm]"'
             ) from error
         self.module = getattr(layers, name)(in_channels, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, H, W)."""
+        """Map (B, C, H, W) to (B, C, H, W)."""
         return self.module(x)
 
 
@@ -29,8 +30,8 @@ class _TimmModule(nn.Module):
 class ECA(_TimmModule):
     """Efficient channel attention (ECA-Net, Wang et al. 2020, eq. 5 and 12).
 
-    timm's ``EcaModule``: a 1-D convolution over the pooled channels, whose
-    kernel size follows from their number.
+    This is timm's ``EcaModule``: a 1-D convolution over the pooled channels, with a
+    kernel size that depends on their number.
 
     Args:
         in_channels (int): Channels ``C`` of the input.
@@ -47,7 +48,7 @@ class ECA(_TimmModule):
 class CBAM(_TimmModule):
     """Convolutional block attention (CBAM, Woo et al. 2018, eq. 1 to 3).
 
-    timm's ``CbamModule``: attention over channels, then over space.
+    This is timm's ``CbamModule``: attention over channels, then over positions.
 
     Args:
         in_channels (int): Channels ``C`` of the input.

@@ -1,6 +1,6 @@
 """Backbones with layer attention, one module per toolbox.
 
-The modules are not imported here: each needs its toolbox, which is optional.
-:func:`mmela.registry.add_backbones` has the toolboxes' registries import
-them on demand.
+They are not imported here, because each needs its toolbox, which is optional.
+:func:`mmela.registry.register_backbones` lets the toolboxes' registries import them
+on demand.
 """

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 
 class Image2Tokens(BaseModule):
-    """Stem of CeiT: a convolution, a pooling, and patches of the result.
+    """Stem of CeiT: a convolution, a pooling layer, and patches of the result.
 
     Args:
         in_channels (int): Channels of the images.
         stem_channels (int): Channels of the convolution.
         embed_dims (int): Channels of the tokens.
-        patch_size (int): Side of a patch of the image, a multiple of 4; the
-            stem leaves a quarter of it.
+        patch_size (int): Side of a patch in pixels of the image, a multiple of 4,
+            since the stem divides the resolution by 4.
         img_size (int | tuple): Size of the images.
     """
 
@@ -39,19 +39,19 @@ class Image2Tokens(BaseModule):
         self.init_out_size = tuple(s // patch_size for s in to_2tuple(img_size))
 
     def forward(self, x: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
-        """(B, 3, H, W) to tokens, (B, L, C), and the size of their map."""
+        """Map images, (B, 3, H, W), to tokens, (B, L, C), and the size of their map."""
         x = self.projection(self.pool(self.bn(self.conv(x))))
         return x.flatten(2).transpose(1, 2), tuple(x.shape[2:])
 
 
 class LocallyEnhancedFeedForward(BaseModule):
-    """Feed-forward of CeiT, with a depth-wise convolution among the patches.
+    """Feed-forward of CeiT, with a depth-wise convolution over the patches.
 
-    The class token passes it unchanged.
+    The class token stays unchanged.
 
     Args:
         embed_dims (int): Channels of the tokens.
-        feedforward_channels (int): Channels in between.
+        feedforward_channels (int): Hidden channels.
     """
 
     def __init__(self, embed_dims: int, feedforward_channels: int) -> None:
@@ -69,7 +69,7 @@ class LocallyEnhancedFeedForward(BaseModule):
         )
 
     def forward(self, x: Tensor, size: Tuple[int, int]) -> Tensor:
-        """(B, 1 + L, C) to the same, with a map of ``size`` for the patches."""
+        """Map (B, 1 + L, C) to the same shape; ``size`` is that of the patch map."""
         token, patches = x[:, :1], x[:, 1:].transpose(1, 2).unflatten(2, size)
         patches = self.layers(patches).flatten(2).transpose(1, 2)
         return torch.cat([token, patches], dim=1)
@@ -81,8 +81,8 @@ class CeiTLayer(TransformerEncoderLayer):
     Args:
         embed_dims (int): Channels of the tokens.
         num_heads (int): Heads of the self-attention.
-        feedforward_channels (int): Channels within the feed-forward.
-        drop_path_rate (float): Stochastic depth. Defaults to 0.
+        feedforward_channels (int): Hidden channels of the feed-forward.
+        drop_path_rate (float): Stochastic depth rate. Defaults to 0.
         **kwargs: ``drop_rate``, ``attn_drop_rate``, ``qkv_bias`` and
             ``norm_cfg`` of MMPretrain's ``TransformerEncoderLayer``.
     """
@@ -106,22 +106,22 @@ class CeiTLayer(TransformerEncoderLayer):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor, size: Tuple[int, int]) -> Tensor:
-        """(B, 1 + L, C) to the same, with a map of ``size`` for the patches."""
+        """Map (B, 1 + L, C) to the same shape; ``size`` is that of the patch map."""
         x = x + self.attn(self.ln1(x))
         return x + self.drop_path(self.ffn(self.ln2(x), size))
 
 
 class LayerwiseClassTokenAttention(TransformerEncoderLayer):
-    """The last class token attends over those of all layers.
+    """Attention of the last class token over the class tokens of all layers.
 
-    A transformer layer of which only the last token is computed.
+    It is a transformer layer that computes only the last token.
 
     Args:
         embed_dims (int): Channels of the tokens.
         num_heads (int): Heads of the attention.
-        feedforward_channels (int): Channels within the feed-forward.
+        feedforward_channels (int): Hidden channels of the feed-forward.
         num_layers (int): Number of class tokens.
-        **kwargs: Those of MMPretrain's ``TransformerEncoderLayer``.
+        **kwargs: Arguments of MMPretrain's ``TransformerEncoderLayer``.
     """
 
     def __init__(
@@ -133,11 +133,11 @@ class LayerwiseClassTokenAttention(TransformerEncoderLayer):
         **kwargs,
     ) -> None:
         super().__init__(embed_dims, num_heads, feedforward_channels, **kwargs)
-        # Not in the paper, but in its authors' code
+        # Only in the authors' code, not in the paper
         self.pos_embed = nn.Parameter(torch.zeros(1, num_layers, embed_dims))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, T, C) to (B, C)."""
+        """Map (B, T, C) to (B, C)."""
         tokens = tokens + self.pos_embed
         normed = self.ln1(tokens)
         attn = self.attn
@@ -162,35 +162,35 @@ class CeiT(VisionTransformer):
     """CeiT, a vision transformer with convolutions (Yuan et al., 2021).
 
     `Incorporating Convolution Designs into Visual Transformers
-    <https://arxiv.org/abs/2103.11816>`_: a convolutional stem makes the tokens
-    (I2T), the feed-forward has a depth-wise convolution (LeFF), and the class
-    tokens of all layers are attended over at the end (LCA).
+    <https://arxiv.org/abs/2103.11816>`_: a convolutional stem computes the tokens
+    (I2T), the feed-forward has a depth-wise convolution (LeFF), and a final attention
+    runs over the class tokens of all layers (LCA).
 
     Args:
-        arch (str | dict): ``'tiny'``, ``'small'``, or a dict as
-            MMPretrain's ``VisionTransformer`` takes it. Defaults to
-            ``'tiny'``.
-        img_size (int | tuple): The usual size of an image. Defaults to 224.
+        arch (str | dict): ``'tiny'``, ``'small'``, or a dict as for MMPretrain's
+            ``VisionTransformer``. Defaults to ``'tiny'``.
+        img_size (int | tuple): Image size, to which the position embedding belongs.
+            Defaults to 224.
         patch_size (int): Side of a patch. Defaults to 16.
         in_channels (int): Channels of an image. Defaults to 3.
         stem_channels (int): Channels of the stem. Defaults to 64, as in the
             authors' code, which MRLA's networks follow; CeiT's paper has 32.
-        drop_rate (float): Dropout. Defaults to 0.
-        drop_path_rate (float): Stochastic depth of the last layer. Defaults to
-            0.
-        qkv_bias (bool): Have biases in query, key and value. Defaults to True.
+        drop_rate (float): Dropout rate. Defaults to 0.
+        drop_path_rate (float): Stochastic depth rate of the last layer. Defaults
+            to 0.
+        qkv_bias (bool): Whether query, key and value have biases. Defaults to True.
         norm_cfg (dict): Normalization of the tokens. Defaults to
             ``dict(type='LN', eps=1e-6)``.
-        frozen_stages (int): Layers to freeze, with all before them; -1 for
-            none. Defaults to -1.
-        interpolate_mode (str): How the position embedding is resized. Defaults
+        frozen_stages (int): Number of layers to freeze, together with everything
+            before them; -1 for none. Defaults to -1.
+        interpolate_mode (str): Interpolation of the position embedding. Defaults
             to ``'bicubic'``.
         init_cfg (dict | list, optional): Initialization config. Defaults to
             None.
 
     Raises:
-        ValueError: If there is no such ``arch``, or ``patch_size`` is no
-            multiple of 4.
+        ValueError: If ``arch`` is unknown or ``patch_size`` is not a multiple
+            of 4.
 
     Example:
         >>> import torch
@@ -235,8 +235,8 @@ class CeiT(VisionTransformer):
             arch = self.ARCHS[arch]
         if patch_size < 4 or patch_size % 4:
             raise ValueError(
-                f'patch_size={patch_size} is no multiple of 4, by which the stem '
-                'reduces the image'
+                f'patch_size={patch_size} is not a multiple of 4, the factor by which '
+                'the stem reduces the image'
             )
         super().__init__(
             arch=dict(arch),

@@ -5,22 +5,23 @@ from ...attach.families import LAYERS_PER_STAGE
 
 
 class LayerAttentionMixin:
-    """A backbone with layer attention, as a class.
+    """Mixin that turns a backbone class into one with layer attention.
 
-    Put it before the backbone in the bases of a class. The result is what
-    ``type='mmela.WithLayerAttention'`` makes of that backbone: the same function
-    attaches the attentions, the attention of a block is its submodule
-    ``layer_attn``, and all other keys of the state dict stay those of the backbone.
+    Put it before the backbone in the bases of a class. The class then builds the same
+    network as ``type='mmela.WithLayerAttention'`` with that backbone: each attention
+    is the submodule ``layer_attn`` of its block, and all other keys of the state dict
+    are those of the backbone.
 
     Args:
         *args: Positional arguments of the backbone.
         layer_attention (dict, optional): See
             :func:`mmela.attach_layer_attention`. Defaults to
             ``dict(type='MRLABase')``.
-        blocks (str | Sequence): See :func:`mmela.attach_layer_attention`. That is
-            how ``mmela slim`` writes a pruned network down. Defaults to ``'auto'``.
-        attention_blocks (Sequence[Sequence[int]], optional): What versions before
-            0.2 called ``blocks`` by index. Defaults to None.
+        blocks (str | Sequence): See :func:`mmela.attach_layer_attention`.
+            ``mmela slim`` writes the blocks of a pruned network here. Defaults to
+            ``'auto'``.
+        attention_blocks (Sequence[Sequence[int]], optional): The name that versions
+            before 0.2 had for ``blocks`` by index. Defaults to None.
         reset_pruning (bool): See :func:`mmela.attach_layer_attention`. Defaults to
             False.
         input_size (tuple[int, int], optional): See
@@ -32,10 +33,10 @@ class LayerAttentionMixin:
         **kwargs: Keyword arguments of the backbone.
 
     Raises:
-        KeyError: If there is no layer attention of that ``type``.
-        TypeError: If ``layer_attention`` is not a dict with a ``type``, or has an
-            argument that is unknown or of another type.
-        ValueError: As :func:`mmela.attach_layer_attention` does.
+        KeyError: If ``type`` is no registered layer attention.
+        TypeError: If ``layer_attention`` is not a dict with a ``type``, or if an
+            argument in it is unknown or has the wrong type.
+        ValueError: As in :func:`mmela.attach_layer_attention`.
     """
 
     def __init__(

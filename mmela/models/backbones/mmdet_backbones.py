@@ -38,21 +38,27 @@ class ELAResNet(LayerAttentionMixin, ResNet):
 
 @MODELS.register_module()
 class ELAResNetV1d(LayerAttentionMixin, ResNetV1d):
-    """MMDetection's ResNetV1d (deep stem, average pooling in the downsample)
-    with a layer attention after each residual block; arguments as
-    :class:`ELAResNet`."""
+    """MMDetection's ResNetV1d with a layer attention after each residual block.
+
+    It has a deep stem, and average pooling in the downsample. It takes the arguments
+    of :class:`ELAResNet`.
+    """
 
 
 @MODELS.register_module()
 class ELAResNeXt(LayerAttentionMixin, ResNeXt):
-    """MMDetection's ResNeXt with a layer attention after each residual block;
-    arguments as :class:`ELAResNet`, and those of ``mmdet.models.ResNeXt``."""
+    """MMDetection's ResNeXt with a layer attention after each residual block.
+
+    It takes the arguments of :class:`ELAResNet` and of ``mmdet.models.ResNeXt``.
+    """
 
 
 @MODELS.register_module()
 class ELARes2Net(LayerAttentionMixin, Res2Net):
-    """MMDetection's Res2Net with a layer attention after each residual block;
-    arguments as :class:`ELAResNet`, and those of ``mmdet.models.Res2Net``."""
+    """MMDetection's Res2Net with a layer attention after each residual block.
+
+    It takes the arguments of :class:`ELAResNet` and of ``mmdet.models.Res2Net``.
+    """
 
 
 @MODELS.register_module()
@@ -62,9 +68,9 @@ class ELARegNet(LayerAttentionMixin, RegNet):
     Args:
         arch (str | dict): Architecture, e.g. ``'regnetx_3.2gf'``.
         layer_attention (dict): Config of the layer attention, see
-            :class:`mmela.layers.MRLABase`. Its ``head_dim`` must divide the
-            width of each stage, as 8 does for all named architectures; not given,
-            it is the largest that does. Defaults to ``dict(type='MRLABase')``.
+            :class:`mmela.layers.MRLABase`. Its ``head_dim`` must divide the width of
+            every stage; 8 works for all named architectures. Without it, each stage
+            uses its largest divisor up to 32. Defaults to ``dict(type='MRLABase')``.
         **kwargs: All further arguments of ``mmdet.models.RegNet`` and of
             :class:`.LayerAttentionMixin`.
     """
@@ -74,21 +80,21 @@ class ELARegNet(LayerAttentionMixin, RegNet):
 class ELAPyramidVisionTransformerV2(LayerAttentionMixin, PyramidVisionTransformerV2):
     """MMDetection's PVTv2 with a layer attention after each layer.
 
-    The value has a GELU (MRLA, algorithm 4; algorithm 2, of MRLA-base, has
-    none: ``value_act_cfg=None``), and nothing is normalized after the
-    attention. For classification under MMPretrain:
+    The value has a GELU as in MRLA's algorithm 4 (algorithm 2, of MRLA-base, has
+    none: set ``value_act_cfg=None``). There is no normalization after the attention.
+    For classification with MMPretrain, use
     ``type='mmdet.ELAPyramidVisionTransformerV2'``.
 
     Args:
         layer_attention (dict): Config of the layer attention, see
-            :class:`mmela.layers.MRLABase`; the papers have ``head_dim=16``
-            here. Defaults to ``dict(type='MRLABase')``.
+            :class:`mmela.layers.MRLABase`; the papers use ``head_dim=16`` here.
+            Defaults to ``dict(type='MRLABase')``.
         **kwargs: All further arguments of
             ``mmdet.models.PyramidVisionTransformerV2`` and of
             :class:`.LayerAttentionMixin`.
     """
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
-        """(B, 3, H, W) to one map per stage of ``out_indices``."""
-        # A tuple, which the heads of MMPretrain ask for
+        """Map images, (B, 3, H, W), to one map per stage in ``out_indices``."""
+        # MMPretrain's heads need a tuple
         return tuple(super().forward(x))

@@ -45,37 +45,47 @@ class ELAResNet(LayerAttentionMixin, ResNet):
 
 @MODELS.register_module()
 class ELAResNetV1d(LayerAttentionMixin, ResNetV1d):
-    """MMPretrain's ResNetV1d (deep stem, average pooling in the downsample)
-    with a layer attention after each residual block; arguments as
-    :class:`ELAResNet`."""
+    """MMPretrain's ResNetV1d with a layer attention after each residual block.
+
+    It has a deep stem, and average pooling in the downsample. It takes the arguments
+    of :class:`ELAResNet`.
+    """
 
 
 @MODELS.register_module()
 class ELAResNeXt(LayerAttentionMixin, ResNeXt):
-    """MMPretrain's ResNeXt with a layer attention after each residual block;
-    arguments as :class:`ELAResNet`, and those of
-    ``mmpretrain.models.ResNeXt``."""
+    """MMPretrain's ResNeXt with a layer attention after each residual block.
+
+    It takes the arguments of :class:`ELAResNet` and of
+    ``mmpretrain.models.ResNeXt``.
+    """
 
 
 @MODELS.register_module()
 class ELASEResNet(LayerAttentionMixin, SEResNet):
-    """MMPretrain's SE-ResNet with a layer attention after each residual block;
-    arguments as :class:`ELAResNet`, and those of
-    ``mmpretrain.models.SEResNet``."""
+    """MMPretrain's SE-ResNet with a layer attention after each residual block.
+
+    It takes the arguments of :class:`ELAResNet` and of
+    ``mmpretrain.models.SEResNet``.
+    """
 
 
 @MODELS.register_module()
 class ELASEResNeXt(LayerAttentionMixin, SEResNeXt):
-    """MMPretrain's SE-ResNeXt with a layer attention after each residual
-    block; arguments as :class:`ELAResNet`, and those of
-    ``mmpretrain.models.SEResNeXt``."""
+    """MMPretrain's SE-ResNeXt with a layer attention after each residual block.
+
+    It takes the arguments of :class:`ELAResNet` and of
+    ``mmpretrain.models.SEResNeXt``.
+    """
 
 
 @MODELS.register_module()
 class ELARes2Net(LayerAttentionMixin, Res2Net):
-    """MMPretrain's Res2Net with a layer attention after each residual block;
-    arguments as :class:`ELAResNet`, and those of
-    ``mmpretrain.models.Res2Net``."""
+    """MMPretrain's Res2Net with a layer attention after each residual block.
+
+    It takes the arguments of :class:`ELAResNet` and of
+    ``mmpretrain.models.Res2Net``.
+    """
 
 
 @MODELS.register_module()
@@ -85,9 +95,9 @@ class ELARegNet(LayerAttentionMixin, RegNet):
     Args:
         arch (str | dict): Architecture, e.g. ``'regnetx_3.2gf'``.
         layer_attention (dict): Config of the layer attention, see
-            :class:`mmela.layers.MRLABase`. Its ``head_dim`` must divide the
-            width of each stage, as 8 does for all named architectures; not given,
-            it is the largest that does. Defaults to ``dict(type='MRLABase')``.
+            :class:`mmela.layers.MRLABase`. Its ``head_dim`` must divide the width of
+            every stage; 8 works for all named architectures. Without it, each stage
+            uses its largest divisor up to 32. Defaults to ``dict(type='MRLABase')``.
         **kwargs: All further arguments of ``mmpretrain.models.RegNet`` and of
             :class:`.LayerAttentionMixin`.
     """
@@ -95,18 +105,18 @@ class ELARegNet(LayerAttentionMixin, RegNet):
 
 @MODELS.register_module()
 class ELAEfficientNet(LayerAttentionMixin, EfficientNet):
-    """MMPretrain's EfficientNet with a layer attention after each block that
-    has a residual connection (MRLA, section 5.1).
+    """MMPretrain's EfficientNet with a layer attention after each residual block.
 
-    Consecutive such blocks of one width form a stage. The attention has the
-    probability of stochastic depth of its block.
+    Only blocks with a residual connection get one (MRLA, section 5.1). Consecutive
+    such blocks of one width form a stage. The attention has the stochastic depth rate
+    of its block.
 
     Args:
         arch (str): Architecture, e.g. ``'b0'`` or ``'b1'``.
         layer_attention (dict): Config of the layer attention, see
-            :class:`mmela.layers.MRLABase`; the papers have ``head_dim=8``
-            here. With ``KCLA`` nothing crosses the stages, as its heads cannot
-            share out the channels of the stage before. Defaults to
+            :class:`mmela.layers.MRLABase`; the papers use ``head_dim=8`` here. With
+            ``KCLA`` each stage starts without the memory of the previous one, because
+            its heads do not divide the channels of the previous stage. Defaults to
             ``dict(type='MRLABase')``.
         **kwargs: All further arguments of ``mmpretrain.models.EfficientNet``
             and of :class:`.LayerAttentionMixin`.
@@ -117,23 +127,23 @@ class ELAEfficientNet(LayerAttentionMixin, EfficientNet):
 class ELAVisionTransformer(LayerAttentionMixin, VisionTransformer):
     """MMPretrain's vision transformer, such as DeiT, with layer attention.
 
-    The layers are partitioned into stages of four (MRLA, appendix B.1). The
-    value has a GELU (MRLA, algorithm 4; algorithm 2, of MRLA-base, has none:
-    ``value_act_cfg=None``), and nothing is normalized after the attention.
+    Four layers form a stage (MRLA, appendix B.1). The value has a GELU as in MRLA's
+    algorithm 4 (algorithm 2, of MRLA-base, has none: set ``value_act_cfg=None``).
+    There is no normalization after the attention.
 
     Args:
         arch (str | dict): Architecture, e.g. ``'deit-tiny'``.
-        layers_per_stage (int): Layers of a stage. Defaults to 4.
+        layers_per_stage (int): Layers per stage. Defaults to 4.
         layer_attention (dict): Config of the layer attention, see
-            :class:`mmela.layers.MRLABase`; the papers have ``head_dim=16``
-            here. Defaults to ``dict(type='MRLABase')``.
+            :class:`mmela.layers.MRLABase`; the papers use ``head_dim=16`` here.
+            Defaults to ``dict(type='MRLABase')``.
         **kwargs: All further arguments of
             ``mmpretrain.models.VisionTransformer`` and of
             :class:`.LayerAttentionMixin`.
 
     Raises:
-        ValueError: If ``layers_per_stage`` is less than 1, or as
-            :class:`.LayerAttentionMixin` does.
+        ValueError: If ``layers_per_stage`` is less than 1, and as in
+            :class:`.LayerAttentionMixin`.
     """
 
 
@@ -141,19 +151,18 @@ class ELAVisionTransformer(LayerAttentionMixin, VisionTransformer):
 class ELACeiT(ELAVisionTransformer, CeiT):
     """CeiT with layer attention.
 
-    The layers are partitioned into stages of four, and the attention is that
-    of :class:`ELAVisionTransformer` (MRLA, appendix B.1). The class tokens
-    that are attended over at the end are those after the layer attention.
+    Stages and attention are those of :class:`ELAVisionTransformer` (MRLA, appendix
+    B.1). CeiT's final attention over class tokens sees them after the layer attention.
 
     Args:
         arch (str | dict): Architecture, ``'tiny'`` or ``'small'``.
-        layers_per_stage (int): Layers of a stage. Defaults to 4.
+        layers_per_stage (int): Layers per stage. Defaults to 4.
         layer_attention (dict): Config of the layer attention, see
-            :class:`mmela.layers.MRLABase`; the papers have ``head_dim=16``
-            here. Defaults to ``dict(type='MRLABase')``.
+            :class:`mmela.layers.MRLABase`; the papers use ``head_dim=16`` here.
+            Defaults to ``dict(type='MRLABase')``.
         **kwargs: All further arguments of :class:`.CeiT` and of
             :class:`.LayerAttentionMixin`.
 
     Raises:
-        ValueError: As :class:`.CeiT` and :class:`ELAVisionTransformer` do.
+        ValueError: As in :class:`.CeiT` and :class:`ELAVisionTransformer`.
     """

@@ -31,9 +31,9 @@ class ELAResNet(LayerAttentionMixin, ResNet):
 class ELAResNetV1c(LayerAttentionMixin, ResNetV1c):
     """:class:`ELAResNet` with a stem of three 3x3 convolutions.
 
-    Most configs of MMSegmentation have ``ResNetV1c`` as their backbone.
+    Most configs of MMSegmentation use ``ResNetV1c``.
 
     Args:
-        **kwargs: Those of ``mmseg.models.ResNetV1c`` and of
+        **kwargs: Arguments of ``mmseg.models.ResNetV1c`` and of
             :class:`.LayerAttentionMixin`.
     """

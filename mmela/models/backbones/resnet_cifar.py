@@ -10,13 +10,13 @@ from .mixin import LayerAttentionMixin
 
 @MODELS.register_module()
 class BottleneckResNet_CIFAR(ResNet_CIFAR):
-    """The ResNet for CIFAR that the layer attention papers start from.
+    """The ResNet for CIFAR that the layer attention papers use.
 
-    As the ResNet for CIFAR of He et al. (2016, section 4.2) it has a 3x3 stem
-    of 16 channels and three stages of 16, 32 and 64 channels. Its blocks are
-    bottlenecks, which widen that to 64, 128 and 256: only so the parameters
-    are those of the papers (0.24, 0.61 and 1.17 M at depth 20, 56 and 110 with
-    100 classes).
+    Like the ResNet for CIFAR of He et al. (2016, section 4.2), it has a 3x3 stem of 16
+    channels and three stages of 16, 32 and 64 channels. Its blocks are bottlenecks,
+    which widen the stages to 64, 128 and 256 channels; this gives the numbers of
+    parameters in the papers (0.24, 0.61 and 1.17 M at depth 20, 56 and 110 with 100
+    classes).
 
     Args:
         depth (int): 9n + 2 for n blocks per stage, e.g. 20, 56 or 110.
@@ -58,7 +58,7 @@ class BottleneckResNet_CIFAR(ResNet_CIFAR):
                 f'depth={depth} is not 9n + 2 for n bottlenecks in each of 3 '
                 'stages; allowed are 11, 20, 29, ..., 56, ..., 110, ...'
             )
-        # Where the parent looks up what a depth means
+        # The parent looks up the depth here
         blocks = ((depth - 2) // 9,) * num_stages
         self.arch_settings = {depth: (Bottleneck, blocks)}
         super().__init__(
@@ -77,9 +77,9 @@ class BottleneckResNet_CIFAR(ResNet_CIFAR):
 class ELAResNet_CIFAR(LayerAttentionMixin, ResNet_CIFAR):
     """MMPretrain's ResNet for CIFAR with a layer attention after each block.
 
-    Until version 0.1 this was the name of :class:`ELABottleneckResNet_CIFAR`.
-    With a depth that only that one has it still builds that one, with a
-    ``DeprecationWarning``. At depth 101, which both have, it is MMPretrain's.
+    Up to version 0.1, :class:`ELABottleneckResNet_CIFAR` had this name. With a depth
+    that only that class has, this name still builds it, with a
+    ``DeprecationWarning``. Depth 101, which both have, builds MMPretrain's ResNet.
 
     Args:
         depth (int): Depth of the ResNet: 18, 34, 50, 101 or 152.
@@ -99,7 +99,7 @@ class ELAResNet_CIFAR(LayerAttentionMixin, ResNet_CIFAR):
     """
 
     def __new__(cls, depth: Optional[int] = None, *args, **kwargs):
-        # Without arguments where copy and pickle make an instance
+        # copy and pickle call this without arguments
         if cls is ELAResNet_CIFAR and depth not in (None, *cls.arch_settings):
             if _is_bottleneck_depth(depth):
                 warnings.warn(
@@ -120,7 +120,7 @@ class ELABottleneckResNet_CIFAR(ELAResNet_CIFAR, BottleneckResNet_CIFAR):
         depth (int): 9n + 2 for n blocks per stage, e.g. 20, 56 or 110.
         layer_attention (dict): Config of the layer attention, see
             :class:`mmela.layers.MRLABase`. Defaults to
-            ``dict(type='MRLABase')``; the papers have ``head_dim=16`` here.
+            ``dict(type='MRLABase')``; the papers use ``head_dim=16`` here.
         **kwargs: All further arguments of :class:`BottleneckResNet_CIFAR` and
             of :class:`.LayerAttentionMixin`.
 
@@ -138,5 +138,5 @@ class ELABottleneckResNet_CIFAR(ELAResNet_CIFAR, BottleneckResNet_CIFAR):
 
 
 def _is_bottleneck_depth(depth: int) -> bool:
-    """Whether some bottlenecks of 3 layers in each of 3 stages have it."""
+    """Whether three stages of bottlenecks, with 3 layers each, can have this depth."""
     return depth >= 11 and (depth - 2) % 9 == 0

@@ -1,4 +1,4 @@
-"""The U-Net of KCLA: network, decoder and loss; they need mmsegmentation."""
+"""The U-Net of KCLA: encoder, decoder and loss. They need mmsegmentation."""
 
 from .head import UNetHead
 from .loss import ForegroundDiceLoss

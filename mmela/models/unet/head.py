@@ -10,40 +10,35 @@ from torch import Tensor, nn
 
 @MODELS.register_module()
 class UNetHead(BaseDecodeHead):
-    """Decoder of a U-Net, with bilinear upsampling.
+    """Decoder of a U-Net with bilinear upsampling.
 
-    From the deepest feature map up, each step resizes what there is to the
-    next finer feature map of the encoder, joins the two along the channels,
-    and convolves twice with 3x3 kernels. The last step is at the resolution
-    of the finest feature map.
+    It starts from the deepest feature map. Each step resizes the current map to the
+    next finer map of the encoder, concatenates the two along the channels, and applies
+    two 3x3 convolutions. The last step works at the resolution of the finest map.
 
-    MMSegmentation's own ``UNet`` has encoder and decoder in one backbone, and
-    a learned convolution at each upsampling, which the networks of KCLA
-    (section V-C) do not have.
+    MMSegmentation's ``UNet`` holds encoder and decoder in one backbone and learns a
+    convolution at each upsampling; the networks of KCLA (section V-C) do not.
 
     Args:
         in_channels (Sequence[int]): Channels of the encoder's feature maps,
             finest first. Defaults to (16, 32, 64, 128, 128).
         decoder_channels (Sequence[int]): Channels after each step, deepest
-            first; one entry less than ``in_channels``. Defaults to
+            first; one entry fewer than ``in_channels``. Defaults to
             (64, 32, 16, 16).
         norm_cfg (dict): Config of the normalizations. Defaults to
             ``dict(type='BN')``.
-        scale (int, optional): Enlarge so many times at each step and cut out the
-            centre, or pad, instead of resizing to the next map: the authors' U-Net
-            of KCLA enlarges twofold even where the next map is as large. Defaults
-            to None.
-        init_cfg (dict, optional): Initialization config. Defaults to None,
-            which leaves each layer as it initializes itself; the tiny weights
-            that ``BaseDecodeHead`` gives the last convolution would take long
-            to grow.
-        **kwargs: All further arguments of ``BaseDecodeHead`` but
-            ``channels``, ``in_index`` and ``input_transform``, which follow
-            from these.
+        scale (int, optional): Enlarge by this factor at each step and crop or pad at
+            the centre, instead of resizing to the next map. The KCLA authors' U-Net
+            doubles the size even if the next map is not larger. Defaults to None.
+        init_cfg (dict, optional): Initialization config. Defaults to None, which
+            keeps the default initialization of each layer; ``BaseDecodeHead`` would
+            give the last convolution tiny weights, which grow slowly.
+        **kwargs: All further arguments of ``BaseDecodeHead`` except ``channels``,
+            ``in_index`` and ``input_transform``, which follow from these.
 
     Raises:
-        ValueError: If the numbers of channels do not fit each other, or ``scale`` is
-            less than 1.
+        ValueError: If ``decoder_channels`` does not match ``in_channels``, or
+            ``scale`` is less than 1.
     """
 
     def __init__(
@@ -58,8 +53,8 @@ class UNetHead(BaseDecodeHead):
         if len(in_channels) < 2 or len(decoder_channels) != len(in_channels) - 1:
             raise ValueError(
                 f'decoder_channels={tuple(decoder_channels)} must have one '
-                f'entry less than in_channels={tuple(in_channels)}, which '
-                'must have two or more'
+                f'entry fewer than in_channels={tuple(in_channels)}, which '
+                'must have at least two'
             )
         super().__init__(
             tuple(in_channels),
@@ -93,7 +88,7 @@ class UNetHead(BaseDecodeHead):
         )
 
     def forward(self, inputs: Tuple[Tensor, ...]) -> Tensor:
-        """Decode the feature maps into scores of the classes.
+        """Decode the feature maps into class scores.
 
         Args:
             inputs (tuple[Tensor]): The encoder's feature maps, finest first,
@@ -107,7 +102,7 @@ class UNetHead(BaseDecodeHead):
             size = skip.shape[2:]
             if self.scale is not None:
                 size = tuple(self.scale * side for side in x.shape[2:])
-            # Nothing to do where the last stage has stride 1
+            # The last stage may have stride 1
             if x.shape[2:] != size:
                 x = F.interpolate(
                     x, size=size, mode='bilinear', align_corners=self.align_corners
@@ -119,7 +114,7 @@ class UNetHead(BaseDecodeHead):
 
 
 def _centre(x: Tensor, height: int, width: int) -> Tensor:
-    """The centre of maps, padded with zeros where they are smaller.
+    """Crop maps to their centre, or pad them with zeros if they are smaller.
 
     Args:
         x (Tensor): (B, C, H, W).

@@ -9,16 +9,15 @@ from torch import Tensor
 class ForegroundDiceLoss(DiceLoss):
     """Dice loss of the foreground, for a head with one output channel.
 
-    Where the head has one channel, ``DiceLoss`` compares it with a one-hot
-    label of one class, which is the background: it teaches the opposite of
-    what the binary cross entropy teaches. Here the channel is compared with
-    the foreground, label 1.
+    With one output channel, ``DiceLoss`` compares it with the one-hot label of the
+    background, which is the opposite target of binary cross entropy. This loss
+    compares the channel with the foreground, label 1.
 
     Args:
-        naive_dice (bool): Sum the probabilities in the denominator, instead
-            of their squares. Defaults to True.
-        eps (float): Added to numerator and denominator, in pixels. Defaults
-            to 1.
+        naive_dice (bool): Sum the probabilities in the denominator rather than
+            their squares. Defaults to True.
+        eps (float): Constant added to numerator and denominator, in pixels.
+            Defaults to 1.
         **kwargs: All further arguments of ``mmseg.models.DiceLoss``.
     """
 
@@ -40,13 +39,13 @@ class ForegroundDiceLoss(DiceLoss):
             target (Tensor): Labels 0, 1 or ``ignore_index``, (B, H, W).
             weight (Tensor, optional): Weights of the samples, (B,). Defaults
                 to None.
-            ignore_index (int, optional): Label of pixels that do not count.
-                Defaults to 255.
+            ignore_index (int, optional): Label of pixels to ignore. Defaults to
+                255.
             **kwargs: ``avg_factor`` and ``reduction_override``, see
                 ``mmseg.models.DiceLoss``.
 
         Returns:
-            Tensor: The loss, without dimensions unless reduction is 'none'.
+            Tensor: The loss, a scalar unless the reduction is 'none'.
 
         Raises:
             ValueError: If ``pred`` does not have one channel.
@@ -58,9 +57,9 @@ class ForegroundDiceLoss(DiceLoss):
             )
         target = target.unsqueeze(1)
         if ignore_index is not None:
-            # A probability of 0 where the label is 0 adds to no sum.
+            # Probability 0 at label 0 adds nothing to the sums.
             ignored = target == ignore_index
             pred = pred.masked_fill(ignored, float('-inf'))
             target = target.masked_fill(ignored, 0)
-        # To DiceLoss, ignore_index is a channel to leave out.
+        # DiceLoss takes ignore_index as a channel to leave out.
         return super().forward(pred, target, weight, ignore_index=None, **kwargs)

@@ -11,11 +11,10 @@ from ..backbones.mixin import LayerAttentionMixin
 class UNetResNet(ResNet):
     """A narrow ResNet as the encoder of a U-Net.
 
-    The stem keeps the resolution of the image and its output is a feature map
-    of its own, for the last skip connection. Widths and strides are free per
-    stage; the defaults are those of the segmentation networks of KCLA
-    (section V-C, and the code for what the text leaves open: the stem and the
-    strides), with 1.53 M parameters in all of the U-Net.
+    The stem keeps the resolution of the image, and its output is one of the feature
+    maps, for the last skip connection. Each stage has its own width and stride. The
+    defaults are those of KCLA's segmentation networks (section V-C; the authors' code
+    for the stem and the strides); the whole U-Net then has 1.53 M parameters.
 
     Args:
         depth (int): Depth of the ResNet: 18, 34, 50, 101 or 152. Defaults to
@@ -25,12 +24,12 @@ class UNetResNet(ResNet):
             expansion of a bottleneck. Defaults to (32, 64, 128, 128).
         strides (Sequence[int]): Strides of the stages. Defaults to
             (2, 2, 2, 1).
-        **kwargs: All further arguments of ``mmseg.models.ResNet`` but
+        **kwargs: All further arguments of ``mmseg.models.ResNet`` except
             ``base_channels``, which would have no effect.
 
     Raises:
         TypeError: If ``base_channels`` is given.
-        ValueError: If ``stage_channels`` or ``strides`` do not have an entry
+        ValueError: If ``stage_channels`` or ``strides`` does not have one entry
             per stage.
 
     Example:
@@ -52,17 +51,17 @@ class UNetResNet(ResNet):
     ) -> None:
         if 'base_channels' in kwargs:
             raise TypeError(
-                'base_channels has no effect on a UNetResNet; '
-                'stage_channels gives the width of each stage'
+                'base_channels has no effect on a UNetResNet; set the width of each '
+                'stage with stage_channels'
             )
         num_stages = kwargs.get('num_stages', 4)
         for name, value in (('stage_channels', stage_channels), ('strides', strides)):
             if len(value) != num_stages:
                 raise ValueError(
-                    f'{name}={tuple(value)} must have an entry '
-                    f'for each of the {num_stages} stages'
+                    f'{name}={tuple(value)} must have one entry for each of the '
+                    f'{num_stages} stages'
                 )
-        # The constructor of ResNet calls make_res_layer, which needs them.
+        # The constructor of ResNet calls make_res_layer, which needs this.
         self.stage_channels = tuple(stage_channels)
         super().__init__(depth, stem_channels=stem_channels, strides=strides, **kwargs)
         self.feat_dim = self.stage_channels[-1] * self.block.expansion
@@ -117,9 +116,8 @@ class ELAUNetResNet(LayerAttentionMixin, UNetResNet):
 
     Args:
         layer_attention (dict): Config of the layer attention, see
-            :class:`mmela.layers.MRLABase`. KCLA's segmentation networks have
-            ``head_dim=16`` (section V-C). Defaults to
-            ``dict(type='MRLABase')``.
+            :class:`mmela.layers.MRLABase`. KCLA's segmentation networks use
+            ``head_dim=16`` (section V-C). Defaults to ``dict(type='MRLABase')``.
         **kwargs: All further arguments of :class:`UNetResNet` and of
             :class:`.LayerAttentionMixin`.
 

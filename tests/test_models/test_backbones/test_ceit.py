@@ -175,5 +175,5 @@ def test_frozen_layers():
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="arch='base' is unknown; .* tiny, small"):
         build(arch='base')
-    with pytest.raises(ValueError, match='patch_size=6 is no multiple of 4'):
+    with pytest.raises(ValueError, match='patch_size=6 is not a multiple of 4'):
         build(patch_size=6)

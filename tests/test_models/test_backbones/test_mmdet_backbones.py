@@ -188,7 +188,7 @@ def test_attention_blocks_in_order_and_once_each(blocks):
         build(
             attention_blocks=[[0], [*blocks, 7] if blocks == [0, 3] else blocks, [], []]
         )
-    assert 'once each and in order' in str(error.value)
+    assert 'in ascending order, each once' in str(error.value)
 
 
 def test_zero_init_false_differs_from_resnet():
