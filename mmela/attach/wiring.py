@@ -689,7 +689,8 @@ def _sit_down(seats: Sequence[_Seat], undo: ExitStack) -> None:
         for name, method in attention.taps.items():
             undo.callback(ensure_tap(module, name, attention, method).remove)
         source, resolution = block.tells_size, block.features.resolution
-        if source is not None and resolution not in watched:
+        needed = attention.needs_map and source is not None
+        if needed and resolution not in watched:
             watched.add(resolution)
             undo.callback(resolution.watch(source).remove)
         for handle in _expect(module, attention):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -86,6 +87,13 @@ def test_rounds_take_turns():
     times = rounds.run_rounds(actions, 3, CPU, steps=2)
     assert ''.join(calls) == 'aabbccbbccaaccaabb'
     assert {n: len(t) for n, t in times.items()} == dict(a=3, b=3, c=3)
+
+
+def test_the_clock_of_the_cpu_does_not_count_waiting():
+    actions = dict(waits=lambda: time.sleep(0.2))
+    (wall,) = rounds.run_rounds(actions, 1, CPU)['waits']
+    (cpu,) = rounds.run_rounds(actions, 1, CPU, clock='cpu')['waits']
+    assert cpu < 0.1 < 0.2 <= wall
 
 
 def test_statistics():
@@ -192,6 +200,7 @@ def test_wrong_options_are_one_line(tmp_path, capsys):
     for options, text in (
         (['--variants', 'mrla'], "'mrla' is unknown"),
         (['--variants', 'kcla:compile'], "'kcla:compile'"),
+        (['--clock', 'cpu', '--device', 'meta'], '--clock=cpu does not see'),
         (['--variants', 'ela', 'ela'], 'twice'),
         (['--batch', '0'], '--batch=0'),
         (['--prune', path], 'pruning.json'),

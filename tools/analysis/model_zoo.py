@@ -71,6 +71,8 @@ papers'. [Results](results/index.md) has what we trained.
   - The U-Nets: [segmentation](segmentation.md#recipe-and-what-is-different).
 - A note follows where the parameters deviate by more than 0.01 M, or by more than 0.1 M
   where the paper prints one decimal.
+- Attention residuals ([what they are](layer_attentions.md#attention-residuals),
+  arXiv:2603.15031) have no row: their paper is about language models.
 """
 
 
