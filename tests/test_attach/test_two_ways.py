@@ -338,6 +338,8 @@ def test_it_is_the_backbone(scope, name):
     for make in ways(scope, name, dict(type='MRLABase')):
         network = make()
         assert isinstance(network, type(plain))
+        maps = [[out.shape for out in run(net, X)] for net in (network, plain)]
+        assert maps[0] == maps[1]
         own = [key for key in network.state_dict() if '.layer_attn.' not in key]
         assert not set(own) ^ set(plain.state_dict())
         names = dict(network.named_children())
