@@ -256,6 +256,10 @@ class _Mixture(torch.autograd.Function):
         if grad_weights is None:
             grad_weights = torch.zeros_like(weights)
         if torch.is_grad_enabled():  # for a second derivative
+            # Views, as some depend on others, and only what is direct counts here
+            x, contained, query, norms, *values = (
+                t.view_as(t) for t in (x, contained, query, norms, *values)
+            )
             args = x, contained, query, norms, ctx.factor, *values
             out, _, new_weights = reference(*args)
             needs = [n for i, n in enumerate(ctx.needs_input_grad) if i != 5]
