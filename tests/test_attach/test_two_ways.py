@@ -303,7 +303,7 @@ def test_both_refuse_what_works_within_the_blocks_of_resnets(scope, name, attent
             make()
         messages.append(str(error.value))
     assert messages[0] == messages[1]
-    reasons = 'works on .* returns BLC|is no block of ResNet|adds nothing'
+    reasons = 'works on .* returns BLC|a block of the ResNet family|drop_path=.*RLAg'
     assert re.search(reasons, messages[0])
 
 
