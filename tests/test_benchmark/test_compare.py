@@ -139,7 +139,9 @@ def test_what_is_pruned(tmp_path):
     write_decisions(
         tmp_path,
         [
-            PruningDecision((x,), {}, window=(1, 1), unit='epoch', iteration=1)
+            PruningDecision(
+                (x,), dict(type='EBQM'), window=(1, 1), unit='epoch', iteration=1
+            )
             for x in (layer, replace(layer, name=full))
         ],
     )

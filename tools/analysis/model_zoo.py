@@ -386,7 +386,7 @@ def tables_section(tables: Dict[str, Dict[str, List[str]]]) -> str:
     ]
     total = running = 0
     for paper, rows in tables.items():
-        without = [
+        missing = [
             f'{entry[len(NONE) :]} ({number})'
             for number, entries in rows.items()
             for entry in entries
@@ -394,14 +394,14 @@ def tables_section(tables: Dict[str, Dict[str, List[str]]]) -> str:
         ]
         names = ', '.join(
             f'{name} twice' if times == 2 else name
-            for name, times in Counter(without).items()
+            for name, times in Counter(missing).items()
         )
         count = sum(map(len, rows.values()))
         total += count
-        running += count - len(without)
+        running += count - len(missing)
         first, *_, last = rows
         lines.append(
-            f'| {paper} | {first} to {last} | {count} | {count - len(without)} '
+            f'| {paper} | {first} to {last} | {count} | {count - len(missing)} '
             f'| {names or "none"} |'
         )
     lines.append(f'| all | | {total} | {running} | {total - running} |')
