@@ -266,6 +266,12 @@ def sizes(output: Any) -> Iterator[Size]:
 
 
 def _is_int(value: Any) -> bool:
+    if torch.is_tensor(value):  # torch.jit.trace turns sizes into tensors
+        return (
+            torch.jit.is_tracing()
+            and value.dim() == 0
+            and value.dtype in (torch.int32, torch.int64)
+        )
     return isinstance(value, int) and not isinstance(value, bool)
 
 

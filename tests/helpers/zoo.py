@@ -155,6 +155,7 @@ OTHERS: Dict[str, Kind] = {
     'timm.efficientnet': Kind(timm('efficientnet_lite0', num_classes=4)),
     'timm.convnext': Kind(timm('test_convnext'), (64, 96)),
     'timm.vit': Kind(timm('test_vit', img_size=(64, 96)), (64, 96)),
+    'timm.pvt': Kind(timm('pvt_v2_b0', num_classes=4), (64, 96)),
     'torchvision.resnet18': Kind(torchvision('resnet18', num_classes=4)),
     'torchvision.mobilenet_v2': Kind(
         torchvision('mobilenet_v2', width_mult=0.25, num_classes=4)

@@ -343,3 +343,23 @@ def test_meta_device_of_other_networks(name):
     network.eval()
     assert states(network) == states(expected)
     assert equal(run(network, x), run(expected, x))
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('attention', ['MRLABase', 'KCLA', 'AttnRes'])
+def test_traced(name, attention):
+    """Sizes of maps are tensors in a trace. What traces without attentions does so
+    with them."""
+    network, x = attached(name, attention), image(name)
+    with torch.no_grad():
+        try:
+            torch.jit.trace(plain(name), x, strict=False, check_trace=False)
+            traces = True
+        except RuntimeError:
+            traces = False
+        try:
+            traced = torch.jit.trace(network, x, strict=False, check_trace=False)
+        except RuntimeError:
+            assert not traces
+        else:
+            assert gap(run(traced, x), run(network, x)) < 1e-4  # sums in other orders
