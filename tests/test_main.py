@@ -86,7 +86,7 @@ def test_one_line_of_error(run, tool):
     assert done.exit_code == 1 and done.output == 'error: no file a\n'
     tool.unlink()
     done = run('slim')
-    assert done.exit_code == 1 and 'no tools/convert/slim.py' in done.output
+    assert done.exit_code == 1 and 'tools/convert/slim.py is neither' in done.output
     assert done.output.count('\n') == 1
 
 

@@ -226,7 +226,7 @@ def test_report_without_data(classified, capsys):
     main = runpy.run_path(str(TOOL))['main']
     main([str(work_dir)])
     assert 'Detections are not measured: ' in capsys.readouterr().err
-    assert 'They are not measured' in Page(work_dir / 'report.html').text
+    assert 'Not measured.' in Page(work_dir / 'report.html').text
 
 
 @pytest.mark.parametrize(

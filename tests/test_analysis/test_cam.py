@@ -229,7 +229,7 @@ def test_tokens_with_layer_attention():
 
 
 def test_errors(classifier):
-    with pytest.raises(ValueError, match='layer9.9 .*layer1.0, layer1.1'):
+    with pytest.raises(ValueError, match='layer9.9; allowed are layer1.0, layer1.1'):
         cam.target_layer(classifier, 'layer9.9')
     for target in (-1, 5):
         with pytest.raises(ValueError, match=f'target={target}.* 0 to 4'):

@@ -500,7 +500,7 @@ def test_value_only_keeps_its_parameters(tmp_path, states):
     counts = Run(tmp_path).parameters()
     assert (counts.total, counts.pruned) == (30, 10)
     assert (counts.active, counts.value_only) == (1, 1)
-    assert '1 retrieve nothing' in Page(make_report(tmp_path)).text
+    assert '1 only keep their key' in Page(make_report(tmp_path)).text
 
 
 def test_tool(synthetic, tmp_path, capsys):

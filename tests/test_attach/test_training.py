@@ -274,7 +274,7 @@ def test_the_hook_names_attentions_that_no_pass_reached(tmp_path, kind):
     cfg = toy_config(tmp_path, hook, epochs=2, model=dict(type=kind))
     # By the hook, or by the first backward pass, which comes before
     heard = heard_in(lambda: train(cfg))
-    said = [t for t in heard if 'body.4' in t and ('reach' in t or 'not run' in t)]
+    said = [t for t in heard if 'body.4' in t and ('not run' in t or 'never ran' in t)]
     assert bool(said) == (kind != 'AttachedToy')
     assert not any('body.3.layer_attn' in text for text in said)
 
@@ -526,7 +526,7 @@ def test_checkpointing_of_networks(name, attention):
 
 @pytest.mark.parametrize(
     'attention, name, mode',
-    itertools.product(AFTER_BLOCKS, ('own.maps', 'own.tokens'), (False, True)),
+    [*itertools.product(AFTER_BLOCKS, ('own.maps', 'own.tokens'), (False, True))],
 )
 def test_gradients_are_those_of_finite_differences(attention, name, mode):
     network = attached(name, attention, drop_path=0.0).double()

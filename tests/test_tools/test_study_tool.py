@@ -59,7 +59,7 @@ def test_changed_settings(study):
 
 def test_a_metric_that_is_not_there(study):
     code, out = study('--seeds', '0', metric='coco/bbox_mAP')
-    assert "it has no 'coco/bbox_mAP', but accuracy/top1" in out
+    assert "there is no metric 'coco/bbox_mAP', only accuracy/top1" in out
 
 
 def test_a_failure(study):
