@@ -216,7 +216,7 @@ def find_sources(inputs: Sequence[Union[str, Path]]) -> List[Source]:
     Raises:
         FileNotFoundError: If an input does not exist, a folder has no images or a
             pattern matches nothing.
-        ValueError: If an input is no image, video or camera.
+        ValueError: If an input is not an image, video or camera.
     """
     sources: List[Source] = []
     for name in map(str, inputs):

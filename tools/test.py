@@ -1,4 +1,4 @@
-"""Test a detector or a classifier with the toolbox's tools/test.py.
+"""Test a detector or a classifier with the toolbox's own tools/test.py.
 
 usage: mmela test CONFIG CHECKPOINT [--force] [arguments of the toolbox's test.py]
 

@@ -1,4 +1,4 @@
-"""Train a detector or a classifier with the toolbox's tools/train.py.
+"""Train a detector or a classifier with the toolbox's own tools/train.py.
 
 usage: mmela train CONFIG [arguments of the toolbox's train.py]
 

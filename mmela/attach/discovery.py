@@ -454,7 +454,7 @@ def describe(trial: Trial, call: _Call) -> Optional[Block]:
 
 
 def _layout(trial: Trial, call: _Call, shape: Tuple[int, ...]) -> Optional[str]:
-    """Layout of a tensor; None if it is no map. Ambiguous ones go to ``trial.tied``."""
+    """Layout of a tensor; None if it is no map. ``trial.tied`` gets ambiguous ones."""
     if call.name in trial.layouts:
         return trial.layouts[call.name]
     first = _stretch(shape[2:], trial.size)

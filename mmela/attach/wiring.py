@@ -116,7 +116,7 @@ def attach_layer_attention(
         nn.Module: The backbone.
 
     Raises:
-        KeyError: If ``type`` is no registered layer attention.
+        KeyError: If ``type`` is not a registered layer attention.
         TypeError: If ``layer_attention`` is not a dict with a ``type``, or if an
             argument in it is unknown or has the wrong type.
         ValueError: If the network is wrapped or already has layer attentions, if
@@ -689,7 +689,8 @@ def _sit_down(seats: Sequence[_Seat], undo: ExitStack) -> None:
         for name, method in attention.taps.items():
             undo.callback(ensure_tap(module, name, attention, method).remove)
         source, resolution = block.tells_size, block.features.resolution
-        if source is not None and resolution not in watched:
+        needed = attention.needs_map and source is not None
+        if needed and resolution not in watched:
             watched.add(resolution)
             undo.callback(resolution.watch(source).remove)
         for handle in _expect(module, attention):
@@ -796,11 +797,11 @@ def _row(
     names = names or (f'{attended[0]} ... {attended[-1]}' if attended else 'none')
     if absent:
         names = f'none: {first.name} ... {members[-1].name} are frozen'
-    what = first.features.layout
+    features = first.features.layout
     if first.size is not None:
-        what = f'{first.size[0]}x{first.size[1]}, {what}'
+        features = f'{first.size[0]}x{first.size[1]}, {features}'
     if first.features.extra:
-        what += f', {first.features.extra} more'
+        features += f', {first.features.extra} more'
     heads = {seat.attention.head_dim for seat in seats}
     return (
         str(number),
@@ -809,7 +810,7 @@ def _row(
         type(first.module).__name__,
         str(first.channels),
         ', '.join(map(str, sorted(heads))),
-        what,
+        features,
     )
 
 

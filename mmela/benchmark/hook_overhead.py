@@ -23,7 +23,6 @@ import sys
 import tempfile
 from functools import partial
 from importlib.util import find_spec
-from time import perf_counter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Sequence
 
@@ -111,7 +110,10 @@ def with_hook(
 
 
 def time_observers(
-    model: 'nn.Module', device: 'torch.device', seconds: List[float]
+    model: 'nn.Module',
+    device: 'torch.device',
+    seconds: List[float],
+    clock: Callable[[], float],
 ) -> None:
     """Time the observers of the scores, until the hook removes them.
 
@@ -119,6 +121,7 @@ def time_observers(
         model (nn.Module): A network in a window.
         device (torch.device): Its device.
         seconds (list[float]): The seconds of each call are added here.
+        clock (callable): Returns the time in seconds.
     """
 
     from ..structure import attention_stages
@@ -126,10 +129,10 @@ def time_observers(
 
     def timed(observer: Callable, scores: List['torch.Tensor']) -> None:
         synchronize(device)
-        start = perf_counter()
+        start = clock()
         observer(scores)
         synchronize(device)
-        seconds.append(perf_counter() - start)
+        seconds.append(clock() - start)
 
     for stage in attention_stages(model).values():
         if stage.observer is not None:
@@ -184,7 +187,7 @@ def measure(args: argparse.Namespace) -> dict:
     """
     from ..structure import attention_stages
     from .networks import Contestant, Network
-    from .rounds import machine, run_rounds, set_up, summary, write_results
+    from .rounds import clock_of, machine, run_rounds, set_up, summary, write_results
 
     device = set_up(args)
     network = Network(args)
@@ -216,7 +219,8 @@ def measure(args: argparse.Namespace) -> dict:
         groups = dict(
             steps=run_rounds(steps, args.rounds, device, args.steps, args.clock)
         )
-        watch = partial(time_observers, contestant.model, device, seconds)
+        now = clock_of(args.clock)
+        watch = partial(time_observers, contestant.model, device, seconds, now)
         step = with_hook(contestant, work_dir, inside, watch)
         for _ in range(args.rounds):
             step()

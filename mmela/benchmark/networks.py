@@ -134,8 +134,8 @@ class Network:
         built.load_state_dict(state)
         if name == 'ela':
             names = list(layer_attentions(built))
-            gone = half(names) if self.pruned is None else self.pruned
-            prune(built, gone, self.keep_value)
+            pruned = half(names) if self.pruned is None else self.pruned
+            prune(built, pruned, self.keep_value)
         return built
 
     def batch(self, model: nn.Module, device: torch.device) -> dict:

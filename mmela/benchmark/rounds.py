@@ -65,6 +65,11 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
+def clock_of(name: str) -> Callable[[], float]:
+    """What tells the time, ``'wall'`` or ``'cpu'``, in seconds."""
+    return time.process_time if name == 'cpu' else time.perf_counter
+
+
 def run_rounds(
     actions: Dict[str, Callable[[], object]],
     rounds: int,
@@ -90,7 +95,7 @@ def run_rounds(
     Returns:
         dict[str, list[float]]: Seconds per call, one for each round.
     """
-    now = time.process_time if clock == 'cpu' else time.perf_counter
+    now = clock_of(clock)
     names = list(actions)
     times: Dict[str, List[float]] = {name: [] for name in names}
     bar = ProgressBar(rounds * len(names), file=sys.stderr)

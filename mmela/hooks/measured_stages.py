@@ -66,8 +66,8 @@ def measured_stages(
             more than two active attentions.
 
     Returns:
-        dict[str, AttentionStage]: The stages by name, of networks that are trained
-        now and are no followers; empty if all of these are frozen.
+        dict[str, AttentionStage]: Stages, by name, of networks that are trained now
+        and are not followers; empty if all of these are frozen.
 
     Raises:
         ValueError: If no stage can be measured, if all trained networks are

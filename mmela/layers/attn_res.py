@@ -5,16 +5,13 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_count
-from ..ops import (
+from ..ops import check_backend, depth_mixture, is_compiling, layer_weighted_sum
+from ..ops.depth_mixture import (
     add_scaled,
     added_since,
     changes_of,
-    check_backend,
-    depth_mixture,
     depth_scores,
     inverse_rms,
-    is_compiling,
-    layer_weighted_sum,
 )
 from ..registry import LAYER_ATTENTIONS
 from .base import LayerAttention, StageMemory, pool
@@ -266,7 +263,7 @@ class AttnRes(LayerAttention):
         """Compute the output, (B, C, H, W), and scores, (t, B, G, h, w)."""
         norms = torch.stack(memory.norms)
         factor = float(len(memory.tokens)) if self.total == 'sum' else 1.0
-        drops = not isinstance(self.drop_path, nn.Identity)
+        drops = self.training and not isinstance(self.drop_path, nn.Identity)
         if self.per == 'position' and not drops:
             out, scores, memory.weights, memory.tokens = depth_mixture(
                 x,
@@ -289,7 +286,7 @@ class AttnRes(LayerAttention):
         return self._add(x, changes, values), scores
 
     def _add(self, x: Tensor, weights: Tensor, values: List[Tensor]) -> Tensor:
-        """Add a weighted sum to a map, see :func:`mmela.ops.add_scaled`."""
+        """Add a weighted sum to a map, in at least single precision."""
         if self.per == 'position':
             return add_scaled(x, weights, values)
         weights = torch.cat([torch.ones_like(weights[:1]), weights])

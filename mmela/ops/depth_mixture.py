@@ -144,7 +144,8 @@ def depth_scores(
     """
     query = query.to(norms.dtype)[:, None, None]
     # Not a matmul, which autocast would compute in half precision
-    products = [by_head(k * query, heads).sum(2) for k, _ in zip(keys, norms)]
+    keys = keys[: len(norms)]
+    products = [by_head(k * query, heads).sum(2) for k in keys]
     return torch.stack(products) * norms
 
 
@@ -179,7 +180,7 @@ def add_scaled(
         Tensor: (B, C, H, W), in the data type of the values.
     """
     total: Any = x
-    for weight, value in zip(weights, values):
+    for weight, value in zip(weights.unbind(), values):
         product = weight.unsqueeze(2) * by_head(value, weight.shape[1])
         total = (
             product.flatten(1, 2) if total is None else total + product.flatten(1, 2)
@@ -255,6 +256,10 @@ class _Mixture(torch.autograd.Function):
         if grad_weights is None:
             grad_weights = torch.zeros_like(weights)
         if torch.is_grad_enabled():  # for a second derivative
+            # Views, as some depend on others, and only what is direct counts here
+            x, contained, query, norms, *values = (
+                t.view_as(t) for t in (x, contained, query, norms, *values)
+            )
             args = x, contained, query, norms, ctx.factor, *values
             out, _, new_weights = reference(*args)
             needs = [n for i, n in enumerate(ctx.needs_input_grad) if i != 5]

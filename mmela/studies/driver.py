@@ -33,8 +33,8 @@ Failures = Dict[str, str]
 def visible_gpus() -> List[str]:
     """Name of each GPU for ``CUDA_VISIBLE_DEVICES``."""
     count = torch.cuda.device_count()
-    given = os.environ.get('CUDA_VISIBLE_DEVICES', '')
-    names = [name.strip() for name in given.split(',') if name.strip()]
+    devices = os.environ.get('CUDA_VISIBLE_DEVICES', '')
+    names = [name.strip() for name in devices.split(',') if name.strip()]
     return names[:count] if names else [str(i) for i in range(count)]
 
 

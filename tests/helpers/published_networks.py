@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 EXPANSION = 4
 RESTART = 11
-"""Block of a stage at which KCLA goes on with its normalized mean alone."""
+"""Block of a stage at which KCLA continues with only its normalized mean."""
 
 
 CELLS = dict(dla_light=3, dla_base=3, dia=4)

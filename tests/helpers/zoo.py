@@ -44,7 +44,7 @@ WITHIN_BLOCKS = {
     'AA': dict(type='AA', heads=2, min_key=4),
     'Plugin': dict(type='Plugin', plugin=dict(type='SqueezeExcitation', reduction=4)),
 }
-"""Attentions that work within the residual blocks of ResNets and relatives."""
+"""Attentions within the residual blocks of the ResNet family."""
 
 ATTENTIONS = {**AFTER_BLOCKS, **WITHIN_BLOCKS}
 PAPERS = ('MLA', 'MRLABase', 'MRLALight', 'KCLA', 'AttnRes')
@@ -53,7 +53,7 @@ PAPERS = ('MLA', 'MRLABase', 'MRLALight', 'KCLA', 'AttnRes')
 STARTS_PLAIN = [
     name for name in AFTER_BLOCKS if name not in ('MLA-replace', 'AttnRes-groups')
 ]
-"""Those that leave the network as it is with ``zero_init``."""
+"""Attentions that do not change the outputs of the network with ``zero_init``."""
 
 
 class Kind(NamedTuple):
@@ -185,10 +185,10 @@ ONE_OF_EACH = (
     'torchvision.resnet18',
     'own.maps',
 )
-"""One network of each origin, for tests that take long."""
+"""One network from each source, for slow tests."""
 
 RESNETS = ('mmdet.ResNet', 'mmpretrain.ResNet', 'mmseg.ResNetV1c')
-"""Those that attentions can work within the blocks of."""
+"""Networks that fit attentions within their blocks."""
 
 
 def plain(name: str, seed: int = 0) -> nn.Module:

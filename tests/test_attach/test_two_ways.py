@@ -303,7 +303,7 @@ def test_both_refuse_what_works_within_the_blocks_of_resnets(scope, name, attent
             make()
         messages.append(str(error.value))
     assert messages[0] == messages[1]
-    reasons = 'works on .* returns BLC|is no block of ResNet|adds nothing'
+    reasons = 'works on .* returns BLC|a block of the ResNet family|drop_path=.*RLAg'
     assert re.search(reasons, messages[0])
 
 
@@ -338,6 +338,8 @@ def test_it_is_the_backbone(scope, name):
     for make in ways(scope, name, dict(type='MRLABase')):
         network = make()
         assert isinstance(network, type(plain))
+        maps = [[out.shape for out in run(net, X)] for net in (network, plain)]
+        assert maps[0] == maps[1]
         own = [key for key in network.state_dict() if '.layer_attn.' not in key]
         assert not set(own) ^ set(plain.state_dict())
         names = dict(network.named_children())

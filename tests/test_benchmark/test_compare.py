@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -88,6 +89,13 @@ def test_rounds_take_turns():
     assert {n: len(t) for n, t in times.items()} == dict(a=3, b=3, c=3)
 
 
+def test_the_clock_of_the_cpu_does_not_count_waiting():
+    actions = dict(waits=lambda: time.sleep(0.2))
+    (wall,) = rounds.run_rounds(actions, 1, CPU)['waits']
+    (cpu,) = rounds.run_rounds(actions, 1, CPU, clock='cpu')['waits']
+    assert cpu < 0.1 < 0.2 <= wall
+
+
 def test_statistics():
     found = rounds.summary([1.0, 2.0, 3.0, 4.0, 10.0], [1.0] * 5)
     assert found['median'] == 3 and found['iqr'] == 2
@@ -131,7 +139,9 @@ def test_what_is_pruned(tmp_path):
     write_decisions(
         tmp_path,
         [
-            PruningDecision((x,), {}, window=(1, 1), unit='epoch', iteration=1)
+            PruningDecision(
+                (x,), dict(type='EBQM'), window=(1, 1), unit='epoch', iteration=1
+            )
             for x in (layer, replace(layer, name=full))
         ],
     )
@@ -190,6 +200,7 @@ def test_wrong_options_are_one_line(tmp_path, capsys):
     for options, text in (
         (['--variants', 'mrla'], "'mrla' is unknown"),
         (['--variants', 'kcla:compile'], "'kcla:compile'"),
+        (['--clock', 'cpu', '--device', 'meta'], '--clock=cpu does not see'),
         (['--variants', 'ela', 'ela'], 'twice'),
         (['--batch', '0'], '--batch=0'),
         (['--prune', path], 'pruning.json'),

@@ -9,6 +9,7 @@ from mmela import attach_layer_attention
 from mmela.convert.export import check_export, export_backbone, export_network
 from mmela.structure import layer_attentions, prune
 from tests.helpers.attachable import Nested
+from tests.helpers.zoo import AFTER_BLOCKS, stir
 
 
 class Backbone(torch.nn.Module):
@@ -45,11 +46,15 @@ def test_onnx_of_an_older_torch(tmp_path, monkeypatch):
             torch.testing.assert_close(torch.as_tensor(found), expected)
 
 
-def test_onnx_of_an_attached_network(tmp_path):
+@pytest.mark.parametrize('attention', ['MRLABase', 'AttnRes', 'AttnRes-groups'])
+def test_onnx_of_an_attached_network(tmp_path, attention):
     pytest.importorskip('onnx')
     onnxruntime = pytest.importorskip('onnxruntime')
     torch.manual_seed(0)
-    backbone = attach_layer_attention(Nested(), input_size=(32, 48)).eval()
+    config = AFTER_BLOCKS[attention]
+    backbone = attach_layer_attention(Nested(), config, input_size=(32, 48)).eval()
+    for seed, module in enumerate(layer_attentions(backbone).values()):
+        stir(module, seed)
     names = list(layer_attentions(backbone))
     prune(backbone, names[1:2])
     path = tmp_path / 'x.onnx'

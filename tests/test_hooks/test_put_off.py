@@ -130,7 +130,7 @@ def test_sums_of_an_earlier_version_are_dropped(tmp_path):
 
 @pytest.mark.parametrize('until', [1, 0, 2.5, '3', True])
 def test_values_that_put_nothing_off_are_refused(tmp_path, until):
-    with pytest.raises((TypeError, ValueError), match=f'put_off_until={until!r} is'):
+    with pytest.raises((TypeError, ValueError), match=f'put_off_until={until!r} '):
         train(config(tmp_path, until=until))
 
 

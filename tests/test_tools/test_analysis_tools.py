@@ -29,7 +29,8 @@ PRUNED = ['backbone.layer1.1.layer_attn', 'backbone.layer3.1.layer_attn']
 
 
 def tool(name, *args):
-    runpy.run_path(str(TOOLS / f'{name}.py'))['main'](list(map(str, args)))
+    arguments = ['--device', 'cpu', *map(str, args)]
+    runpy.run_path(str(TOOLS / f'{name}.py'))['main'](arguments)
 
 
 @pytest.fixture
@@ -53,17 +54,7 @@ def network(tmp_path):
 def test_classifier_on_a_folder(network, images, tmp_path, capsys):
     config, checkpoint = network
     checkpoint = checkpoint.with_name('cls_pruned.pth')
-    tool(
-        'layer_attention',
-        config,
-        checkpoint,
-        '--data',
-        images,
-        '--device',
-        'cpu',
-        '--num-images',
-        2,
-    )
+    tool('layer_attention', config, checkpoint, '--data', images, '--num-images', 2)
     out = tmp_path / 'layer_attention' / 'cls_pruned'
     result = json.loads((out / 'layer_attention.json').read_text())
     assert result['images'] == 2 and result['config'] == 'cls.py'
@@ -91,15 +82,7 @@ def test_no_distribution(tmp_path, images, capsys):
     )
     out = tmp_path / 'out'
     tool(
-        'layer_attention',
-        config,
-        checkpoint,
-        '--data',
-        images / 'b.jpg',
-        '--device',
-        'cpu',
-        '--out',
-        out,
+        'layer_attention', config, checkpoint, '--data', images / 'b.jpg', '--out', out
     )
     assert {p.name for p in out.iterdir()} == {
         f'{n}{t}.png'
@@ -154,17 +137,7 @@ def detector(shapes):
 def test_detector_on_its_validation_data(tmp_path, shapes, capsys):
     config, checkpoint = save(tmp_path, 'det', detector(shapes))
     out = tmp_path / 'out'
-    tool(
-        'layer_attention',
-        config,
-        checkpoint,
-        '--device',
-        'cpu',
-        '--out',
-        out,
-        '--num-images',
-        2,
-    )
+    tool('layer_attention', config, checkpoint, '--out', out, '--num-images', 2)
     result = json.loads((out / 'layer_attention.json').read_text())
     assert result['images'] == 2 and result['data'] == 'validation data'
     # The policy of the config's hook
@@ -181,8 +154,6 @@ def test_detector_cam(tmp_path, shapes, capsys):
         config,
         checkpoint,
         image,
-        '--device',
-        'cpu',
         '--layers',
         'layer1.1',
         '--max-channels',
@@ -206,8 +177,6 @@ def test_detector_cam(tmp_path, shapes, capsys):
             config,
             checkpoint,
             image,
-            '--device',
-            'cpu',
             '--score-thr',
             0.99,
             '--out',
@@ -221,8 +190,6 @@ def test_classifier_cam(network, images, tmp_path):
         'cam',
         *network,
         images,
-        '--device',
-        'cpu',
         '--target',
         2,
         '--max-channels',
@@ -266,7 +233,7 @@ def test_query_of_two_networks(transformer, images, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'pytorch_grad_cam', None)  # is not needed
     plain, light = transformer
     out = tmp_path / 'cam'
-    arguments = (*plain, images / 'b.jpg', '--compare', *light, '--device', 'cpu')
+    arguments = (*plain, images / 'b.jpg', '--compare', *light)
     tool('cam', *arguments, '--query', 0.6, 0.3, '--heads', 0, 2, '--out', out)
     numbers = json.loads((out / '0_b_query.json').read_text())
     assert [(n['network'], n['layer'], n['head']) for n in numbers] == [
@@ -304,16 +271,7 @@ def test_cam_errors_are_one_line(network, images, tmp_path):
         (['--compare', network[0], 'nowhere.pth'], 'there is no file nowhere.pth'),
     ]:
         with pytest.raises(SystemExit, match=match) as error:
-            tool(
-                'cam',
-                *network,
-                images,
-                '--device',
-                'cpu',
-                '--out',
-                tmp_path / 'cam',
-                *args,
-            )
+            tool('cam', *network, images, '--out', tmp_path / 'cam', *args)
         assert '\n' not in error.value.code
 
 
@@ -350,7 +308,7 @@ def test_errors_are_one_line(network, images, tmp_path):
     hook = dict(type='LayerAttentionPruningHook', policy=dict(type='EBQM', mu=7))
     bad_policy = tmp_path / 'bad_policy.py'
     Config(classifier() | dict(custom_hooks=[hook])).dump(bad_policy)
-    data = ['--data', images, '--device', 'cpu']
+    data = ['--data', images]
     for args, match in [
         (('no.py', checkpoint, *data), 'there is no file no.py'),
         ((config, checkpoint), 'has no val_dataloader; .* --data'),

@@ -97,7 +97,7 @@ def test_export(network, tmp_path, capsys, suffix):
     said = capsys.readouterr().out.strip().splitlines()[-1]
     megabytes = out.stat().st_size / 1e6
     assert said == (
-        f'{out}: {megabytes:.1f} MB, without the 2 pruned of 13 layer attentions'
+        f'{out}: {megabytes:.1f} MB, without 2 pruned of 13 layer attentions'
     )
     if suffix == '.onnx':
         onnxruntime = pytest.importorskip('onnxruntime')

@@ -71,6 +71,8 @@ papers'. [Results](results/index.md) has what we trained.
   - The U-Nets: [segmentation](segmentation.md#recipe-and-what-is-different).
 - A note follows where the parameters deviate by more than 0.01 M, or by more than 0.1 M
   where the paper prints one decimal.
+- Attention residuals ([what they are](layer_attentions.md#attention-residuals),
+  arXiv:2603.15031) have no row: their paper is about language models.
 """
 
 
@@ -384,7 +386,7 @@ def tables_section(tables: Dict[str, Dict[str, List[str]]]) -> str:
     ]
     total = running = 0
     for paper, rows in tables.items():
-        without = [
+        missing = [
             f'{entry[len(NONE) :]} ({number})'
             for number, entries in rows.items()
             for entry in entries
@@ -392,14 +394,14 @@ def tables_section(tables: Dict[str, Dict[str, List[str]]]) -> str:
         ]
         names = ', '.join(
             f'{name} twice' if times == 2 else name
-            for name, times in Counter(without).items()
+            for name, times in Counter(missing).items()
         )
         count = sum(map(len, rows.values()))
         total += count
-        running += count - len(without)
+        running += count - len(missing)
         first, *_, last = rows
         lines.append(
-            f'| {paper} | {first} to {last} | {count} | {count - len(without)} '
+            f'| {paper} | {first} to {last} | {count} | {count - len(missing)} '
             f'| {names or "none"} |'
         )
     lines.append(f'| all | | {total} | {running} | {total - running} |')

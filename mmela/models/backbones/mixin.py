@@ -33,7 +33,7 @@ class LayerAttentionMixin:
         **kwargs: Keyword arguments of the backbone.
 
     Raises:
-        KeyError: If ``type`` is no registered layer attention.
+        KeyError: If ``type`` is not a registered layer attention.
         TypeError: If ``layer_attention`` is not a dict with a ``type``, or if an
             argument in it is unknown or has the wrong type.
         ValueError: As in :func:`mmela.attach_layer_attention`.
