@@ -106,14 +106,14 @@ train_cfg = dict(val_interval=12)
 """
 
 
-# Where an option stands for the size of the work, or a name for a block that the
-# narrow network has not
+# Where an option or a number stands for the size of the work, or a name for a block
+# that the narrow network has not
 SMALLER = {
     'tools/analysis/cam.py': ['--max-channels', '2', '--score-thr', '0'],
     'tools/dataset/make_shapes.py': ['--train', '4', '--val', '2', '--size', '64'],
     'shapes': ['--train', '4', '--val', '2', '--size', '64'],  # mmela shapes
 }
-OTHER_NAMES = {'layer3.4': 'layer3.0', 'layer3.5': 'layer3.1'}
+OTHER_NAMES = {'layer3.4': 'layer3.0', 'layer3.5': 'layer3.1', '20': '4'}
 
 
 @pytest.fixture(scope='module')

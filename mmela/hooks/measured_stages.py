@@ -44,7 +44,9 @@ def candidate_stages(
             'LayerAttentionPruningHook needs a backbone with a prunable layer '
             'attention, one that computes a distribution over layers, such as '
             f'MRLABase; found: {kinds}. Use for example '
-            "backbone=dict(type='ELAResNet', layer_attention=dict(type='MRLABase'))"
+            "backbone=dict(type='ELAResNet', layer_attention=dict(type='MRLABase')). "
+            'With zero_init or small_init, stages that the backbone freezes get no '
+            'attention: check frozen_stages'
         )
     return candidates
 

@@ -281,6 +281,7 @@ class _Mixture(torch.autograd.Function):
         grad_contained, grad_norms = torch.empty_like(scores), torch.empty_like(norms)
         layout = _layout(x)
         grad = grad.contiguous(memory_format=layout)
+        scratch: Optional[Tensor] = None
         # Add to gradients of later mixtures in place, because nothing else uses them
         earlier = [g is not None for g in grad_tokens] or [False] * len(values)
         grad_values = [
@@ -294,7 +295,11 @@ class _Mixture(torch.autograd.Function):
                 g = _cut(grad, at).to(wide)
                 parts = [_cut(v, at).to(wide) for v in values]
                 w, c, r = _cut(weights, at), _cut(contained, at), _cut(norms, at)
-                products = [by_head(g * v, heads).sum(2) for v in parts]
+                if scratch is None or scratch.shape != g.shape:
+                    scratch = torch.empty_like(g)  # fresh memory takes long to get
+                products = [
+                    by_head(torch.mul(g, v, out=scratch), heads).sum(2) for v in parts
+                ]
                 of_changes = torch.stack(products)
                 of_w = of_changes[:count] + _cut(grad_weights, at)
                 of_s = w * (of_w - (w * of_w).sum(0) / ctx.factor)

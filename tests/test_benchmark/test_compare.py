@@ -200,7 +200,7 @@ def test_wrong_options_are_one_line(tmp_path, capsys):
     for options, text in (
         (['--variants', 'mrla'], "'mrla' is unknown"),
         (['--variants', 'kcla:compile'], "'kcla:compile'"),
-        (['--clock', 'cpu', '--device', 'meta'], '--clock=cpu does not see'),
+        (['--clock', 'cpu', '--device', 'meta'], '--clock=cpu does not measure'),
         (['--variants', 'ela', 'ela'], 'twice'),
         (['--batch', '0'], '--batch=0'),
         (['--prune', path], 'pruning.json'),

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from mmengine.registry import MODELS
 from torch import nn
 
 from mmela.layers import KCLA, AttentionState, MRLABase, MRLALight
@@ -180,18 +179,7 @@ def test_an_exception_leaves_nothing_behind(attention, where):
 )
 def test_stage_compiled_by_inductor():
     """Outputs and gradients are those of the eager stage."""
-    pytest.importorskip('mmdet')
-    torch.manual_seed(0)
-    backbone = MODELS.build(
-        dict(
-            type='mmdet.ELAResNet',
-            depth=34,
-            base_channels=8,
-            stem_channels=8,
-            layer_attention=dict(type='MRLABase', head_dim=8),
-        )
-    )
-    stage = backbone.layer1.double()
+    stage = make_stage().double()
     stage[1].layer_attn.attention_state = AttentionState.VALUE_ONLY
     torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(stage), backend='inductor', fullgraph=True)
