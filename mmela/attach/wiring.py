@@ -185,7 +185,7 @@ def attach_layer_attention(
     before_attaching = _outputs(backbone, *images) if containers else None
     with ExitStack() as undo:
         _sit_down(seats, undo)
-        hook = PassHook(list({seat.attention.place.stage: 0 for seat in seats}))
+        hook = PassHook(list(dict.fromkeys(s.attention.place.stage for s in seats)))
         handle = backbone.register_forward_pre_hook(hook, with_kwargs=True)
         undo.callback(handle.remove)
         if before_attaching is not None:

@@ -4,7 +4,7 @@ from typing import Any, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_count
+from ..arguments import check_choice, check_count
 from ..ops import check_backend, depth_mixture, is_compiling, layer_weighted_sum
 from ..ops.depth_mixture import (
     add_scaled,
@@ -14,7 +14,7 @@ from ..ops.depth_mixture import (
     inverse_rms,
 )
 from ..registry import LAYER_ATTENTIONS
-from .base import LayerAttention, StageMemory, pool
+from .base import LayerAttention, StageMemory, check_divides, pool
 
 
 @LAYER_ATTENTIONS.register_module()
@@ -125,21 +125,9 @@ class AttnRes(LayerAttention):
         block: int = 1,
         init_cfg: Optional[dict] = None,
     ) -> None:
-        for name, value, allowed in (
-            ('per', per, ('position', 'image')),
-            ('total', total, ('mean', 'sum')),
-        ):
-            if value not in allowed:
-                raise ValueError(
-                    f'{name}={value!r} is unknown; allowed are {allowed[0]!r} and '
-                    f'{allowed[1]!r}'
-                )
-        if heads < 1 or channels % heads:
-            divisors = [n for n in range(1, channels + 1) if channels % n == 0]
-            raise ValueError(
-                f'heads={heads} does not divide the {channels} channels of a block; '
-                f'allowed are {divisors}'
-            )
+        check_choice('per', per, ('position', 'image'))
+        check_choice('total', total, ('mean', 'sum'))
+        check_divides('heads', heads, channels)
         check_count('every', every, 1)
         check_count('block', block, 0)
         if zero_init and total != 'sum':

@@ -117,12 +117,7 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
     ) -> None:
         super().__init__(init_cfg)
         check_count('channels', channels, 1)
-        if head_dim < 1 or channels % head_dim:
-            divisors = [d for d in range(1, channels + 1) if channels % d == 0]
-            raise ValueError(
-                f'head_dim={head_dim} does not divide the {channels} channels '
-                f'of the block; allowed are {divisors}'
-            )
+        check_divides('head_dim', head_dim, channels)
         check_number('drop_path', drop_path, 0, 1, open_high=True)
         self.channels = channels
         self.head_dim = head_dim
@@ -622,6 +617,25 @@ class QKVLayerAttention(LayerAttention):
         if not self.training:
             return F.relu(out)
         return relu_open_at_zero(out)
+
+
+def check_divides(name: str, value: int, channels: int) -> None:
+    """Check an argument that splits the channels of a block.
+
+    Args:
+        name (str): Name of the argument.
+        value (int): Its value.
+        channels (int): Channels of the block.
+
+    Raises:
+        ValueError: If it does not divide them; the message lists what does.
+    """
+    if value < 1 or channels % value:
+        divisors = [d for d in range(1, channels + 1) if channels % d == 0]
+        raise ValueError(
+            f'{name}={value} does not divide the {channels} channels of the block; '
+            f'allowed are {divisors}'
+        )
 
 
 def pool(x: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def test_a_constructor_that_fails(monkeypatch, attention, number, error):
     built = []
     original = kind.__init__
 
-    @functools.wraps(original)  # with its arguments, of which wiring gives some
+    @functools.wraps(original)  # keeps its signature, which wiring reads
     def failing(self, *args, **kwargs):
         built.append(self)
         if len(built) == number:

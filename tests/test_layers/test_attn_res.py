@@ -328,8 +328,8 @@ def test_parameters_and_fingerprint():
 @pytest.mark.parametrize(
     'kwargs, message',
     [
-        (dict(per='pixel'), "per='pixel' is unknown; allowed are 'position' and"),
-        (dict(total='max'), "total='max' is unknown; allowed are 'mean' and 'sum'"),
+        (dict(per='pixel'), "per='pixel' is unknown; allowed are 'position', 'image'"),
+        (dict(total='max'), "total='max' is unknown; allowed are 'mean', 'sum'"),
         (dict(heads=3), r'heads=3 does not divide the 8 channels .* \[1, 2, 4, 8\]'),
         (dict(heads=0), 'heads=0 does not divide'),
         (dict(every=0), 'every=0 is not an integer >= 1'),
