@@ -8,6 +8,7 @@ from abc import ABCMeta
 from collections import abc
 from contextlib import contextmanager
 from difflib import SequenceMatcher, get_close_matches
+from functools import lru_cache
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence, Tuple, Union
 
 # Check and description of each simple annotation
@@ -102,8 +103,10 @@ def arguments_of(target: Callable) -> Dict[str, Any]:
     return annotations
 
 
-def _signatures(target: Callable) -> Iterator[List[inspect.Parameter]]:
+@lru_cache(maxsize=256)
+def _signatures(target: Callable) -> List[List[inspect.Parameter]]:
     """Parameters of a function, or of each constructor that a class calls."""
+    found = []
     functions = [target]
     if inspect.isclass(target):
         constructors = [vars(base).get('__init__') for base in target.__mro__]
@@ -114,12 +117,15 @@ def _signatures(target: Callable) -> Iterator[List[inspect.Parameter]]:
             hints = typing.get_type_hints(function)
         except Exception:  # some names may only exist for type checkers
             hints = {}
-        yield [
-            p.replace(annotation=hints.get(p.name, p.annotation))
-            for p in parameters[inspect.isclass(target) :]
-        ]
+        found.append(
+            [
+                p.replace(annotation=hints.get(p.name, p.annotation))
+                for p in parameters[inspect.isclass(target) :]
+            ]
+        )
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return
+            break
+    return found
 
 
 def _is_opaque(parameters: Iterable[inspect.Parameter]) -> bool:

@@ -12,6 +12,22 @@ class NotWritten(OSError):
     """A file could not be written; the message is one line with its name."""
 
 
+def check_target(path: Union[str, Path]) -> None:
+    """Check that a file could be written, before work that it would be lost with.
+
+    Args:
+        path (str | Path): The file.
+
+    Raises:
+        NotWritten: If the path is a folder, or the folder of the file does not exist.
+    """
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise NotWritten(f'{path} cannot be written: it is a folder, not a file')
+    if not path.parent.is_dir():
+        raise NotWritten(f'{path} cannot be written: there is no folder {path.parent}')
+
+
 @contextmanager
 def replacing(path: Union[str, Path]) -> Iterator[Path]:
     """Write to a temporary file, and rename it when it is complete.
@@ -34,19 +50,17 @@ def replacing(path: Union[str, Path]) -> Iterator[Path]:
         it. Other files written there are renamed too.
 
     Raises:
-        NotWritten: If the folder does not exist, or if writing raises an OSError or
-            a RuntimeError, which torch raises when the disk is full.
+        NotWritten: If the file could not be written, see :func:`check_target`, or if
+            writing raises an OSError or a RuntimeError, which torch raises when the
+            disk is full.
     """
+    check_target(path)
     path = Path(os.path.realpath(path))
     folder = None
     try:
-        if path.is_dir():
-            raise IsADirectoryError('it is a folder, not a file')
         if path.exists() and not path.is_file():
             yield path
             return
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f'there is no folder {path.parent}')
         folder = Path(tempfile.mkdtemp(prefix=f'.{path.stem[:50]}.', dir=path.parent))
         temporary = folder / path.name
         yield temporary

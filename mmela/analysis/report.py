@@ -5,7 +5,7 @@ from typing import Callable, List, Optional, Tuple, Union
 
 from ..command_line import printable
 from ..engine.tables import decision_table
-from ..files import write_text
+from ..files import check_target, write_text
 from ..pruning.record import check_name
 from ..templates import template
 from ..visualization.decision_plots import kl_plot, mapping_plot
@@ -48,11 +48,15 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
     Raises:
         FileNotFoundError: If the directory does not exist or has no log of scalars.
         NotADirectoryError: If it is a file.
+        NotWritten: If ``out`` is a folder, or in one that does not exist.
         ValueError: If a log, ``pruning.json``, ``layer_attention.json`` or
             ``before_after.json`` is invalid.
     """
     run = Run(work_dir)
+    path = run.work_dir / 'report.html' if out is None else Path(out)
+    check_target(path)
     analyses = read_analyses(run.work_dir)
+    comparison = read_before_after(run.work_dir)
     pictures = run.work_dir / 'pictures'
     pictures.mkdir(exist_ok=True)
 
@@ -69,7 +73,7 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
         bars = inline(kl_plot(decision), f'kl_{name}')
         decisions.append((decision, bars, curve, before, after))
     shown, maps = [], {}
-    for path, name, prefix, result in analyses:
+    for source, name, prefix, result in analyses:
         drawn = []
         for picture in attention_pictures(result):
             if picture.detail:
@@ -77,7 +81,7 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
             try:
                 pair = inline(picture.plot, f'{prefix}_{picture.name}')
             except _MALFORMED as error:
-                raise ValueError(f'{path} cannot be drawn: {error!r}') from error
+                raise ValueError(f'{source} cannot be drawn: {error!r}') from error
             if len(analyses) > 1 and picture.stage:
                 # Side by side, for comparison
                 states = result['stages'][picture.stage]['states']
@@ -87,7 +91,6 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
             else:
                 drawn.append((picture.title, picture.caption, pair))
         shown.append((name, result, drawn))
-    comparison = read_before_after(run.work_dir)
     try:
         detections = _detections(run.work_dir, comparison, inline)
     except (*_MALFORMED, OSError) as error:
@@ -126,7 +129,6 @@ def make_report(work_dir: Union[str, Path], out: Union[str, Path, None] = None) 
         if run.decisions
         else None,
     )
-    path = run.work_dir / 'report.html' if out is None else Path(out)
     write_text(path, page)
     return path
 

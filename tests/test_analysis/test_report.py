@@ -57,13 +57,14 @@ def check_pictures(work_dir):
 @pytest.fixture(scope='module')
 def synthetic(tmp_path_factory):
     work_dir = tmp_path_factory.mktemp('synthetic')
-    return work_dir, make_work_dir(work_dir)
+    decisions = make_work_dir(work_dir)
+    assert make_report(work_dir) == work_dir / 'report.html'
+    return work_dir, decisions
 
 
 def test_numbers(synthetic):
     work_dir, decisions = synthetic
-    path = make_report(work_dir)
-    assert path == work_dir / 'report.html'
+    path = work_dir / 'report.html'
     page = Page(path)
     check_offline(page)
     rows = [tuple(row) for row in page.rows]
@@ -132,7 +133,6 @@ def test_numbers(synthetic):
 
 def test_summary(synthetic):
     work_dir, decisions = synthetic
-    make_report(work_dir)
     text = summarize(work_dir)
     for decision in decisions:
         assert (
@@ -156,15 +156,7 @@ def test_summary(synthetic):
     assert max(map(len, text.splitlines())) <= max(120, len(str(work_dir)) + 60)
 
 
-def test_out(synthetic, tmp_path):
-    out = tmp_path / 'page.html'
-    assert make_report(synthetic[0], out) == out
-    check_offline(Page(out))
-    assert str(out) in summarize(synthetic[0], out)
-
-
 def test_no_global_figure(synthetic):
-    make_report(synthetic[0])
     pyplot = sys.modules.get('matplotlib.pyplot')
     assert pyplot is None or not pyplot.get_fignums()
 
@@ -507,7 +499,8 @@ def test_tool(synthetic, tmp_path, capsys):
     main = runpy.run_path(str(TOOL))['main']
     out = tmp_path / 'page.html'
     main([str(synthetic[0]), '--out', str(out)])
-    assert out.exists() and str(out) in capsys.readouterr().out
+    check_offline(Page(out))
+    assert str(out) in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(['--help'])
     assert 'Example:' in capsys.readouterr().out

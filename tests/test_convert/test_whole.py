@@ -322,13 +322,12 @@ def program(tmp_path_factory):
     detector = build_detector('faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py')
     path = tmp_path_factory.mktemp('program') / 'detector.pt2'
     export_network(detector, path, (224, 288))
-    return detector, path
+    return detector, path, ExportedDetector(path)
 
 
 def test_program_of_a_detector(program):
     """Smallest maps of even and odd sizes, as FPN takes every other pixel of one."""
-    detector, path = program
-    runs = ExportedDetector(path)
+    detector, _, runs = program
     for shape in [(1, 224, 288), (1, 250, 161), (1, 192, 256), (1, 97, 130)]:
         x = images(*shape)
         (found,) = runs(list(x), samples(x))
@@ -342,10 +341,10 @@ def test_program_of_a_detector(program):
 
 
 def test_program_finds_nothing(program):
-    detector, path = program
+    detector, _, runs = program
     black = torch.zeros(1, 3, 224, 288, dtype=torch.uint8)
     assert len(predictions(detector, black)[0]) == 0
-    (found,) = ExportedDetector(path)(list(black), samples(black))
+    (found,) = runs(list(black), samples(black))
     assert len(found.pred_instances) == 0
 
 

@@ -60,8 +60,11 @@ def main(argv=None) -> None:
     from mmela.analysis import make_report, summarize
     from mmela.analysis.inputs import check_device
     from mmela.command_line import one_line_errors
+    from mmela.files import check_target
 
     with one_line_errors(OSError, ValueError):
+        if args.out:
+            check_target(args.out)
         if args.images:
             measure(args.work_dir, args.images, check_device(args.device))
         report = make_report(args.work_dir, args.out)
