@@ -15,10 +15,14 @@ settings.load_profile('mmela')
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Start these first, or one process ends with them while the others have nothing to do
+SLOW = ('test_notebook.py', 'test_interruption.py', 'test_end_to_end.py')
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Run tests that share a module's fixture in one process, to build it once."""
+    """Run tests that share a module's fixture in one process, and slow ones first."""
+    items.sort(key=lambda item: item.path.name not in SLOW)
     if not config.pluginmanager.hasplugin('xdist'):
         return
     for item in items:

@@ -87,7 +87,16 @@ def torchvision(name: str, **kwargs) -> Callable[[], nn.Module]:
 
 
 RESNET = dict(depth=18, base_channels=16, stem_channels=16)
-BOTTLENECKS = dict(depth=50, base_channels=8, stem_channels=8)
+BOTTLENECKS = dict(
+    depth=50,
+    base_channels=8,
+    stem_channels=8,
+    # Two of four stages, with 3 and 4 blocks
+    num_stages=2,
+    strides=(1, 2),
+    dilations=(1, 1),
+    out_indices=(0, 1),
+)
 VIT = dict(embed_dims=32, num_layers=5, num_heads=2, feedforward_channels=64)
 SWIN = dict(embed_dims=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 2, 4))
 CONVNEXT = dict(depths=[2, 2, 2, 2], channels=[8, 16, 24, 32])
