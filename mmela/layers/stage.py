@@ -90,6 +90,7 @@ class _Run:
         self.done = 0  # blocks with an attention that have run
         self.block: Optional[nn.Module] = None  # the block that is running
         self.version: Optional[int] = None  # version of its input
+        self.with_grad = torch.is_grad_enabled()
 
 
 class _Running(threading.local):
@@ -179,7 +180,7 @@ def before_block(block: nn.Module, args: tuple, kwargs: dict) -> None:
     """
     attention: Any = block.layer_attn
     place: Place = attention.place
-    run = _start(attention, args) if place.index == 0 else _current(place)
+    run = _start(attention, args) if place.index == 0 else _current(place, args)
     _running.runs[place.stage] = run
     run.block = block
     if attention.needs_identity:
@@ -249,7 +250,7 @@ def _start(attention: LayerAttention, args: tuple) -> _Run:
     return _Run(memory)
 
 
-def _current(place: Place) -> _Run:
+def _current(place: Place, args: tuple) -> _Run:
     """The run of the stage in the current pass."""
     run = _running.runs.get(place.stage)
     if run is None or run.block is not None or run.done != place.index:
@@ -262,7 +263,20 @@ def _current(place: Place) -> _Run:
             'blocks=[...]. For checkpointing, use with_cp=True, which works within '
             'the block'
         )
+    if not run.with_grad and _need_grad(args):
+        _running.runs.pop(place.stage, None)
+        raise RuntimeError(
+            f'layer attention: block {place.block} runs with gradients, but earlier '
+            f'blocks of its stage ({", ".join(place.stage.blocks)}) ran without, as '
+            'happens if reentrant activation checkpointing runs a part of a stage. Use '
+            'use_reentrant=False, or with_cp=True, which checkpoints blocks'
+        )
     return run
+
+
+def _need_grad(args: tuple) -> bool:
+    """Whether a gradient is to flow back through the arguments of a block."""
+    return torch.is_grad_enabled() and any(t.requires_grad for _, t in tensors(args))
 
 
 def _taken_over(before: Stage, args: tuple) -> StageMemory:
@@ -272,8 +286,7 @@ def _taken_over(before: Stage, args: tuple) -> StageMemory:
         [] if memory is None else list(filter(torch.is_tensor, vars(memory).values()))
     )
     detached = stored and not any(t.requires_grad for t in stored)
-    needs_grad = any(t.requires_grad for _, t in tensors(args))
-    if memory is None or needs_grad and detached:
+    if memory is None or detached and _need_grad(args):
         raise RuntimeError(
             'layer attention: a stage starts from the memory of the previous stage '
             f'({", ".join(before.blocks)}), which '

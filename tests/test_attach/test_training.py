@@ -415,6 +415,11 @@ class Checkpointed(Trunk):
     def forward(self, x):
         stem, *blocks = self.body
         x = stem(x)
+        if self.how and self.how[1] == 'part of a stage':
+            first, blocks = nn.Sequential(*blocks[:2]), blocks[2:]
+            return nn.Sequential(*blocks)(
+                checkpoint(first, x, use_reentrant=self.how[0])
+            )
         for block in blocks:
             x = block(x) if self.how is None else self.run(block, x)
         return x
@@ -460,7 +465,7 @@ def right_or_refused(network, x, expected):
 
 @pytest.mark.parametrize('attention', AFTER_BLOCKS)
 @pytest.mark.parametrize('reentrant', [False, True])
-@pytest.mark.parametrize('how', ['call', 'function'])
+@pytest.mark.parametrize('how', ['call', 'function', 'part of a stage'])
 def test_checkpointed_blocks(attention, reentrant, how):
     torch.manual_seed(0)
     network = Checkpointed()
