@@ -271,6 +271,20 @@ class LayerAttention(BaseModule, metaclass=_LayerAttentionMeta):
         """
         return {}, {}
 
+    def reset_parameters(self) -> None:
+        """Set all weights to their start; those of submodules may do so themselves."""
+
+    def init_weights(self) -> None:
+        """Initialize the weights, replacing those that a parent has set."""
+        if self.init_cfg:
+            super().init_weights()
+            return
+        for child in self.children():
+            if hasattr(child, 'init_weights'):
+                child.init_weights()
+        self.reset_parameters()
+        self._is_init = True
+
     # -- pruning state --------------------------------------------------------
 
     @property
@@ -555,12 +569,11 @@ class QKVLayerAttention(LayerAttention):
             nn.init.constant_(self.norm.bias, 0.0)
 
     def init_weights(self) -> None:
-        """Initialize the weights, replacing those that a parent set by type."""
-        if self.init_cfg:
-            super().init_weights()
-        else:
-            self.reset_parameters()
-            self._is_init = True
+        if not self.init_cfg:
+            for module in self.modules():
+                if module is not self and hasattr(module, 'reset_parameters'):
+                    module.reset_parameters()
+        super().init_weights()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         has_norm = f'{prefix}norm.weight' in state_dict

@@ -92,6 +92,13 @@ class LinearizedMLA(MLA):
             self.mix_keys = nn.Linear(block + 1, RANK, bias=False)
             self.mix_values = nn.Linear(block + 1, RANK, bias=False)
 
+    def reset_parameters(self) -> None:
+        """Draw new weights."""
+        super().reset_parameters()
+        if hasattr(self, 'position'):  # the parent's constructor calls this too early
+            nn.init.zeros_(self.position)
+            nn.init.zeros_(self.spread)
+
     def store(self, x: Tensor, memory: MLA.Memory) -> None:
         """Add the output of the block to the memory."""
         super().store(x + self.position if self.kind == 'focused' else x, memory)

@@ -15,7 +15,7 @@ from mmela.pruning import FixedCount
 from mmela.structure import attention_stages, layer_attentions, prune
 from tests.helpers.attachable import Nested, Patches, Trunk, TwoBranches
 from tests.helpers.toy import ToyNetwork
-from tests.helpers.zoo import ATTENTIONS, PAPERS
+from tests.helpers.zoo import ATTENTIONS, PAPERS, STARTS_PLAIN
 
 NETWORKS = {
     'nested': Nested,
@@ -316,20 +316,27 @@ def test_on_a_meta_device():
     assert len(layer_attentions(network)) == 3
 
 
-def test_weights_are_initialized_as_asked():
+@pytest.mark.parametrize('attention', STARTS_PLAIN)
+def test_a_network_that_sets_all_weights_leaves_attentions_their_start(attention):
     class Network(Patches):
         def init_weights(self):
-            for module in self.modules():
-                for param in module.parameters(recurse=False):
-                    nn.init.constant_(param, 7.0)
+            for param in self.parameters():
+                nn.init.constant_(param, 7.0)
 
-    network = attach(Network(8), zero_init=True)
+    config = dict(ATTENTIONS[attention], zero_init=True)
+    network, fresh = attach(Network(8), **config), attach(Patches(8), **config)
     network.init_weights()
     assert (network.proj.weight == 7).all()
-    for attention in layer_attentions(network).values():
-        assert (attention.scale == 0).all()
-        assert not (attention.value.weight == 7).any()
+    expected = layer_attentions(fresh)
+    for name, module in layer_attentions(network).items():
+        for key, param in module.named_parameters():
+            start = expected[name].get_parameter(key)
+            assert not (param == 7).any(), key
+            for value in (0, 1):
+                assert (param == value).all() == (start == value).all(), key
 
+
+def test_weights_that_a_network_loads_stay():
     class Loading(Patches):
         def init_weights(self):
             self.load_state_dict(saved)
