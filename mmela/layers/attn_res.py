@@ -41,7 +41,8 @@ class AttnRes(LayerAttention):
 
     A pruned block is the plain residual block. What it adds then belongs to the token
     of the next attention, as if both were in one group; with ``keep_value`` it stays a
-    separate token. The first block of a stage has one token and no pseudo-query.
+    separate token, unless ``every`` has it share the token of the previous block. The
+    first block of a stage has one token and no pseudo-query.
 
     Args:
         channels (int): Channels ``C`` of the block's output.
@@ -168,7 +169,9 @@ class AttnRes(LayerAttention):
     def update(self, features: Tensor, memory: Any, args: tuple, output: Any) -> Tensor:
         if memory.version is not None and memory.output._version != memory.version:
             # The network has written into the output
+            written = memory.output
             memory.output = add_scaled(None, memory.weights, memory.tokens)
+            memory.output = memory.output.to(written.dtype)
         new = super().update(features, memory, args, output)
         if self.active:
             passed_on, _ = self.place.features.to_positions(new)
@@ -269,7 +272,9 @@ class AttnRes(LayerAttention):
         memory.weights = scores.softmax(0) * factor
         changes = changes_of(memory.weights, contained, values)
         if drops:
-            changes = self.drop_path(changes.transpose(0, 1)).transpose(0, 1)
+            # Not scaled as a branch is, because the weights have to be a mixture
+            kept = self.drop_path(torch.ones_like(norms[0, :, :1, :1, :1])) > 0
+            changes = changes * kept
             memory.weights = contained + changes
         return self._add(x, changes, values), scores
 

@@ -177,7 +177,7 @@ def add_scaled(
         values (Sequence[Tensor]): ``t`` maps, (B, C, H, W) each.
 
     Returns:
-        Tensor: (B, C, H, W), in the data type of the values.
+        Tensor: (B, C, H, W), in the data type of ``x``, or else of the values.
     """
     total: Any = x
     for weight, value in zip(weights.unbind(), values):
@@ -185,7 +185,7 @@ def add_scaled(
         total = (
             product.flatten(1, 2) if total is None else total + product.flatten(1, 2)
         )
-    return total.to(values[0].dtype)
+    return total.to((values[0] if x is None else x).dtype)
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:
@@ -213,10 +213,11 @@ class _Added(torch.autograd.Function):
         added, norms = ctx.saved_tensors
         # d r / d v = - r^3 v / C
         of_norms = grad_norms * norms**3 / -added.shape[1]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or of_norms.dtype != added.dtype:
+            # Half precision could not hold r^3 of a token close to 0
             grad = (grad + of_norms * added).to(added.dtype)
         else:
-            grad = torch.addcmul(grad, of_norms.to(added.dtype), added)
+            grad = torch.addcmul(grad, of_norms, added)
         return grad, -grad if ctx.of_two else None
 
 
@@ -241,8 +242,8 @@ class _Mixture(torch.autograd.Function):
                 piece.copy_(total)
                 for whole, part in ((scores, s), (weights, w)):
                     _cut(whole, at).copy_(part)
-        ctx.save_for_backward(x, contained, query, norms, scores, weights, *values)
-        ctx.factor = factor
+        ctx.save_for_backward(contained, query, norms, scores, weights, *values)
+        ctx.factor, ctx.dtype, ctx.layout = factor, x.dtype, _layout(x)
         ctx.set_materialize_grads(False)
         tokens = values if chained else ()
         constant = [v for v in tokens if not v.requires_grad]
@@ -251,15 +252,18 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _, grad_weights, *grad_tokens):
-        x, contained, query, norms, scores, weights, *values = ctx.saved_tensors
-        grad = torch.zeros_like(x) if grad is None else grad
+        contained, query, norms, scores, weights, *values = ctx.saved_tensors
+        if grad is None:
+            grad = torch.zeros_like(values[0], dtype=ctx.dtype)
         if grad_weights is None:
             grad_weights = torch.zeros_like(weights)
         if torch.is_grad_enabled():  # for a second derivative
             # Views, as some depend on others, and only what is direct counts here
-            x, contained, query, norms, *values = (
-                t.view_as(t) for t in (x, contained, query, norms, *values)
+            contained, query, norms, *values = (
+                t.view_as(t) for t in (contained, query, norms, *values)
             )
+            # The derivatives do not depend on x
+            x = torch.zeros_like(grad, requires_grad=ctx.needs_input_grad[0])
             args = x, contained, query, norms, ctx.factor, *values
             out, _, new_weights = reference(*args)
             needs = [n for i, n in enumerate(ctx.needs_input_grad) if i != 5]
@@ -279,7 +283,7 @@ class _Mixture(torch.autograd.Function):
         rows = _rows_by_head(query.to(wide), heads)
         grad_rows = torch.zeros_like(rows)
         grad_contained, grad_norms = torch.empty_like(scores), torch.empty_like(norms)
-        layout = _layout(x)
+        layout = ctx.layout
         grad = grad.contiguous(memory_format=layout)
         scratch: Optional[Tensor] = None
         # Add to gradients of later mixtures in place, because nothing else uses them
@@ -291,7 +295,7 @@ class _Mixture(torch.autograd.Function):
             for i, v in enumerate(values)
         ]
         with torch.autocast('cpu', enabled=False):
-            for at in _pieces(x):
+            for at in _pieces(grad):
                 g = _cut(grad, at).to(wide)
                 parts = [_cut(v, at).to(wide) for v in values]
                 w, c, r = _cut(weights, at), _cut(contained, at), _cut(norms, at)

@@ -280,6 +280,11 @@ def test_stochastic_depth_leaves_samples_as_their_blocks_have_them(total):
     weights = memory.weights
     rebuilt = sum(w * t for w, t in zip(weights, memory.tokens))
     torch.testing.assert_close(rebuilt, out)
+    # A sample that no attention has dropped has what it has in evaluation
+    assert (weights >= 0).all()
+    expected = make_stage(total=total).eval()(x)
+    same = [torch.equal(a, b) for a, b in zip(out, expected)]
+    assert same == [all(samples) for samples in zip(*kept[1:])]
     stage.eval()
     whole = make_stage(total=total).eval()
     assert torch.equal(stage(x), whole(x))

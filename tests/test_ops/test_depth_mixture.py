@@ -136,6 +136,28 @@ def test_what_was_added(two, layout):
     assert torch.autograd.gradgradcheck(function, args, fast_mode=True)
 
 
+def test_gradients_of_a_token_close_to_zero_in_half_precision():
+    """Its norm to the power of 3 is beyond half precision."""
+    x = torch.full((1, 4, 2, 2), 1e-5, dtype=torch.half, requires_grad=True)
+    grads = []
+    for backend in ('auto', 'reference'):
+        added, norms = added_since(x, None, backend)
+        loss = (added * norms).sum()  # RMSNorm
+        grads.append(torch.autograd.grad(loss, x)[0])
+    assert grads[0].isfinite().all() and grads[0].abs().sum() > 0
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize('backend', ['auto', 'reference'])
+def test_data_type_is_that_of_the_map(backend):
+    """Also if the first token is in half precision, as with autocast."""
+    x, contained, query, norms, *values = (a.detach() for a in arguments())
+    x, *single = (a.float() for a in (x, contained, query, norms))
+    values[0] = values[0].bfloat16()
+    out, *_ = mixture(x, *single, *values, backend=backend)
+    assert out.dtype == torch.float
+
+
 @pytest.mark.parametrize('twice', [False, True])
 def test_a_stage_keeps_no_gradient_of_an_earlier_pass(twice):
     """What mixtures add to in place is of one backward pass."""
