@@ -10,7 +10,7 @@ from typing import Any, Iterator, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from .layer_weighted_sum import is_compiling
+from .layer_weighted_sum import needs_plain_code
 
 # Number of elements in a piece of a map
 PIECE = 2**18
@@ -105,12 +105,7 @@ def inverse_rms(x: Tensor) -> Tensor:
 
 def _by_pieces(x: Tensor) -> bool:
     """Whether to process a map in pieces."""
-    return (
-        x.device.type == 'cpu'
-        and not is_compiling()
-        and not torch.jit.is_tracing()
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
+    return x.device.type == 'cpu' and not needs_plain_code()
 
 
 def reference(

@@ -50,7 +50,7 @@ def layer_weighted_sum(
     channels, heads = values[0].size(1), attn.size(1)
     if channels % heads:
         raise ValueError(f'{heads} heads do not divide {channels} channels')
-    if backend == 'reference' or is_compiling() or torch.jit.is_tracing():
+    if backend == 'reference' or needs_plain_code():
         return reference(attn, values)
     return _sum(attn, values, _Add.apply)
 
@@ -125,6 +125,19 @@ def is_compiling() -> bool:
     # torch 2.0 has no torch.compiler
     compiler = getattr(torch, 'compiler', None)
     return compiler is not None and compiler.is_compiling()
+
+
+def needs_plain_code() -> bool:
+    """Whether a graph is recorded or ``torch.func`` transforms the code.
+
+    Returns:
+        bool: If True, autograd functions of our own cannot run.
+    """
+    return (
+        is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 class _Add(torch.autograd.Function):

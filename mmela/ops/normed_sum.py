@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layer_weighted_sum import is_compiling
+from .layer_weighted_sum import needs_plain_code
 
 # Elements of a piece, so that several pieces fit into the caches
 PIECE = 2**19
@@ -37,8 +37,7 @@ def can_norm_sum(norm: Any, values: Sequence[Tensor]) -> bool:
     """
     if (
         type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm)
-        or is_compiling()
-        or torch.jit.is_tracing()
+        or needs_plain_code()
         or not norm.track_running_stats
         or norm._forward_hooks
         or norm._forward_pre_hooks

@@ -14,6 +14,7 @@ from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, DefaultScope
 from torch import nn
+from torch.func import functional_call, grad, vmap
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -558,3 +559,25 @@ def test_gradients_are_those_of_finite_differences(attention, name, mode):
     assert torch.autograd.gradcheck(
         function, inputs, fast_mode=True, eps=1e-7, atol=1e-4, rtol=1e-3
     )
+
+
+@pytest.mark.parametrize('attention', AFTER_BLOCKS)
+def test_gradients_of_each_sample_by_torch_func(attention):
+    network = attach_layer_attention(
+        Checkpointed(), AFTER_BLOCKS[attention], input_size=(16, 24)
+    )
+    for seed, module in enumerate(layer_attentions(network).values()):
+        stir(module, seed)
+    network = network.double().eval()
+    x = torch.randn(2, 3, 16, 24).double()
+
+    def loss(params, image):
+        return functional_call(network, params, (image[None],)).square().mean()
+
+    params = {k: p.detach() for k, p in network.named_parameters()}
+    found = vmap(grad(loss), (None, 0), randomness='same')(params, x)
+    for index, image in enumerate(x):
+        _, expected = gradients(network, image[None])
+        for key, value in expected.items():
+            each = torch.zeros_like(params[key]) if value is None else value
+            torch.testing.assert_close(found[key][index], each)
