@@ -14,7 +14,6 @@ from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, DefaultScope
 from torch import nn
-from torch.func import functional_call, grad, vmap
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -571,13 +570,15 @@ def test_gradients_of_each_sample_by_torch_func(attention):
     network = network.double().eval()
     x = torch.randn(2, 3, 16, 24).double()
 
-    def loss(params, image):
-        return functional_call(network, params, (image[None],)).square().mean()
+    def loss(params, sample):
+        out = torch.func.functional_call(network, params, (sample[None],))
+        return out.square().mean()
 
     params = {k: p.detach() for k, p in network.named_parameters()}
-    found = vmap(grad(loss), (None, 0), randomness='same')(params, x)
-    for index, image in enumerate(x):
-        _, expected = gradients(network, image[None])
+    each_sample = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness='same')
+    found = each_sample(params, x)
+    for index, sample in enumerate(x):
+        _, expected = gradients(network, sample[None])
         for key, value in expected.items():
             each = torch.zeros_like(params[key]) if value is None else value
             torch.testing.assert_close(found[key][index], each)
