@@ -17,7 +17,7 @@ backbone = dict(
 )
 
 # At the learning rate of fine-tuning, query and key stay at their random start, and
-# pruning would be arbitrary.
+# pruning would be arbitrary. AttnRes needs the opposite: lr_mult=0.1 for its query.
 paramwise_cfg = dict(
     custom_keys={
         'layer_attn.query': dict(lr_mult=10, decay_mult=0),
