@@ -567,13 +567,8 @@ class QKVLayerAttention(LayerAttention):
         if self.norm is not None:
             nn.init.constant_(self.norm.weight, weight)
             nn.init.constant_(self.norm.bias, 0.0)
-
-    def init_weights(self) -> None:
-        if not self.init_cfg:
-            for module in self.modules():
-                if module is not self and hasattr(module, 'reset_parameters'):
-                    module.reset_parameters()
-        super().init_weights()
+        if hasattr(self, 'pre_norm'):
+            self.pre_norm.reset_parameters()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         has_norm = f'{prefix}norm.weight' in state_dict

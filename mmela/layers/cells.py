@@ -47,6 +47,12 @@ class BottleneckCell(nn.Module):
         self.hidden = bottleneck()
         self.gates = gates
 
+    def reset_parameters(self) -> None:
+        """Draw new weights."""
+        for module in (*self.input, *self.hidden):
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+
     def forward(
         self, x: Tensor, state: Optional[Tuple[Tensor, Tensor]] = None
     ) -> Tuple[Tensor, Tensor]:

@@ -74,6 +74,13 @@ class DLALight(MRLALight):
                 channels, channels, 3, padding=1, groups=channels, bias=False
             )
 
+    def reset_parameters(self) -> None:
+        """Draw new weights."""
+        super().reset_parameters()
+        if hasattr(self, 'dsu'):  # the parent's constructor calls this too early
+            self.dsu.reset_parameters()
+            self.refresh.reset_parameters()
+
     def attend(self, x: Tensor, memory: Memory) -> Tensor:
         shared = memory.first or self
         memory.state = shared.dsu(pool(x).squeeze(1), memory.state)
@@ -141,6 +148,12 @@ class DLABase(MRLABase):
         self.reduction = reduction
         if owns_shared:
             self.dsu = BottleneckCell(channels, reduction, output_gate=False)
+
+    def reset_parameters(self) -> None:
+        """Draw new weights."""
+        super().reset_parameters()
+        if hasattr(self, 'dsu'):  # the parent's constructor calls this too early
+            self.dsu.reset_parameters()
 
     def attend(self, x: Tensor, memory: Memory) -> Tensor:
         dsu = (memory.first or self).dsu

@@ -98,6 +98,9 @@ class LinearizedMLA(MLA):
         if hasattr(self, 'position'):  # the parent's constructor calls this too early
             nn.init.zeros_(self.position)
             nn.init.zeros_(self.spread)
+        if hasattr(self, 'mix_keys'):
+            self.mix_keys.reset_parameters()
+            self.mix_values.reset_parameters()
 
     def store(self, x: Tensor, memory: MLA.Memory) -> None:
         """Add the output of the block to the memory."""

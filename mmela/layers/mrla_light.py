@@ -95,6 +95,8 @@ class MRLALight(QKVLayerAttention):
         super().reset_parameters()
         if hasattr(self, 'lambda_o'):  # the parent's constructor calls this too early
             nn.init.normal_(self.lambda_o)
+        if hasattr(self, 'identity_norm'):
+            self.identity_norm.reset_parameters()
 
     def connect(self, block):
         shortcut = self.place.shortcut if self.needs_identity else None
