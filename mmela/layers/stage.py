@@ -180,11 +180,15 @@ def before_block(block: nn.Module, args: tuple, kwargs: dict) -> None:
     """
     attention: Any = block.layer_attn
     place: Place = attention.place
-    run = _start(attention, args) if place.index == 0 else _current(place, args)
+    everything = (*args, *kwargs.values())
+    if place.index == 0:
+        run = _start(attention, everything)
+    else:
+        run = _current(place, everything)
     _running.runs[place.stage] = run
     run.block = block
     if attention.needs_identity:
-        x = _input(place, (*args, *kwargs.values()))
+        x = _input(place, everything)
         run.memory.identity = x.clone() if place.changes_input else x
         run.version = None if is_compiling() or x.is_inference() else x._version
     if not is_compiling():
