@@ -169,9 +169,8 @@ class AttnRes(LayerAttention):
     def update(self, features: Tensor, memory: Any, args: tuple, output: Any) -> Tensor:
         if memory.version is not None and memory.output._version != memory.version:
             # The network has written into the output
-            written = memory.output
-            memory.output = add_scaled(None, memory.weights, memory.tokens)
-            memory.output = memory.output.to(written.dtype)
+            rebuilt = add_scaled(None, memory.weights, memory.tokens)
+            memory.output = rebuilt.to(memory.output.dtype)
         new = super().update(features, memory, args, output)
         if self.active:
             passed_on, _ = self.place.features.to_positions(new)
