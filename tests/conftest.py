@@ -1,7 +1,9 @@
+import logging
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
 import mmela  # noqa: F401  (first, so that mmcv-lite has operators)
@@ -32,9 +34,11 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True)
-def no_default_scope() -> None:
-    """Reset the default scope, which an earlier run may have set."""
+def as_new() -> None:
+    """Reset the default scope and the level of the log, which a test may have set."""
     DefaultScope._instance_dict.clear()
+    # init_weights logs a line for each parameter
+    MMLogger.get_current_instance().setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope='session')

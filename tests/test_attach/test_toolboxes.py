@@ -1,12 +1,10 @@
 """Layer attention attached to backbones of the toolboxes and of timm."""
 
 import copy
-import logging
 
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
 from mmela import attach_layer_attention
@@ -23,12 +21,6 @@ SWIN = dict(
     num_heads=(1, 2, 2, 4),
     out_indices=(1, 3),
 )
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    # init_weights logs a line per parameter
-    MMLogger.get_current_instance().setLevel(logging.ERROR)
 
 
 def with_layer_attention(backbone, **kwargs):

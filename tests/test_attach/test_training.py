@@ -334,7 +334,6 @@ LAYER_WISE = {
 
 @pytest.mark.parametrize('case', LAYER_WISE)
 def test_an_attention_learns_at_the_rate_of_its_block(case):
-    MMLogger.get_current_instance().setLevel(logging.ERROR)
     scope, name, cfg = LAYER_WISE[case]
     pytest.importorskip(f'{scope}.engine')
     # ConvNeXt is mmpretrain's in all three

@@ -1,12 +1,10 @@
 """``ELA<X>`` is ``WithLayerAttention`` over ``<X>`` by another name."""
 
 import itertools
-import logging
 import re
 
 import pytest
 import torch
-from mmengine.logging import MMLogger
 from mmengine.registry import MODELS
 
 from mmela.layers import AttentionState
@@ -34,11 +32,6 @@ from tests.helpers.zoo import (
 )
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    MMLogger.get_current_instance().setLevel(logging.ERROR)
 
 
 def ways(scope, name, attention, config=None, **kwargs):

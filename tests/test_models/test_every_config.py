@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 import yaml
 from mmengine.config import Config
 from mmengine.dataset import Compose
-from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import (
     HOOKS,
@@ -163,7 +161,6 @@ def test_trains_and_predicts(path):
     key = json.dumps([model.to_dict(), cfg.optim_wrapper.to_dict()], sort_keys=True)
     if key in done:
         return
-    MMLogger.get_current_instance().setLevel(logging.ERROR)
     init_default_scope(cfg.default_scope)
     data = batch(cfg, model)
     network = MODELS.build(model)

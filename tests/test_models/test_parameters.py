@@ -1,7 +1,6 @@
 """Parameters of every config against the papers, and the written figures."""
 
 import ast
-import logging
 import re
 import runpy
 from fnmatch import fnmatch
@@ -11,7 +10,6 @@ import pytest
 import torch
 import yaml
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +53,6 @@ def test_parameters(folder, row, uninitialized):
     """Counted anew: as in the metafile, and as in the paper or noted."""
     name = row['config']
     skip_without(folder, name)
-    MMLogger.get_current_instance().setLevel(logging.ERROR)
     count = ZOO['count_parameters'](folder, ZOO['build'](folder, name))
     written = ZOO['read_metafile'](folder)[name]
     key = ZOO['parameters_key'](folder)

@@ -1,7 +1,6 @@
 """The U-Net with layer attention, its loss and its data."""
 
 import json
-import logging
 import math
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.registry import PARAM_SCHEDULERS, DefaultScope
 from mmengine.runner import Runner
 
@@ -27,12 +25,6 @@ MRLA = dict(type='MRLABase', head_dim=16)
 LIGHT = dict(type='MRLALight', head_dim=16)
 KCLA = dict(type='KCLA', head_dim=16, head_attention='plain')
 ATTENTIONS = [None, MRLA, LIGHT, KCLA]
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    # init_weights logs a line per parameter
-    MMLogger.get_current_instance().setLevel(logging.WARNING)
 
 
 def encoder(layer_attention=None, **kwargs):

@@ -1,10 +1,8 @@
 import copy
-import logging
 
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
 pytest.importorskip('mmdet')
@@ -16,12 +14,6 @@ import mmela  # noqa: E402, F401
 from mmela.attach import wiring  # noqa: E402
 from mmela.layers import AttentionState  # noqa: E402
 from mmela.structure import layer_attentions  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    # init_weights logs a line per parameter
-    MMLogger.get_current_instance().setLevel(logging.WARNING)
 
 
 def build(type='ELAResNet', **kwargs):

@@ -1,10 +1,8 @@
-import logging
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.runner import save_checkpoint
 
 pytest.importorskip('mmpretrain')
@@ -24,12 +22,6 @@ NARROW = dict(
     base_channels=8,
     layer_attention=dict(type='MRLABase', head_dim=8),
 )
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    # init_weights logs a line per parameter
-    MMLogger.get_current_instance().setLevel(logging.ERROR)
 
 
 @pytest.fixture

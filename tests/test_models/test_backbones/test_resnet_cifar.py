@@ -1,7 +1,6 @@
 """The two ResNets for CIFAR: MMPretrain's, and the bottleneck network."""
 
 import copy
-import logging
 import pickle
 import warnings
 
@@ -11,7 +10,6 @@ import torch
 pytest.importorskip('mmpretrain')
 
 from mmengine.hub import get_config  # noqa: E402
-from mmengine.logging import MMLogger  # noqa: E402
 from mmpretrain.registry import MODELS  # noqa: E402
 
 from mmela.layers import LayerAttention  # noqa: E402
@@ -24,11 +22,6 @@ from mmela.structure import attention_stages  # noqa: E402
 # Of all stages, by depth
 BLOCKS = {18: 8, 34: 16, 50: 16, 101: 33, 152: 50}
 ATTENTION = dict(type='MRLABase', head_dim=16)
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    MMLogger.get_current_instance().setLevel(logging.ERROR)
 
 
 @pytest.mark.parametrize('depth', BLOCKS)
