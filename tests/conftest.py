@@ -1,3 +1,4 @@
+import gc
 import logging
 from pathlib import Path
 
@@ -31,6 +32,24 @@ def pytest_collection_modifyitems(config, items):
         fixtures = item._fixtureinfo.name2fixturedefs.values()
         if any(fixture.scope == 'module' for (*_, fixture) in fixtures):
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Leave out of later collections of garbage what a module has imported.
+
+    Each collection would look through all modules of torch and the toolboxes again,
+    which takes up to a second.
+    """
+    if nextitem is not None and nextitem.module is not item.module:
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

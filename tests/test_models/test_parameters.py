@@ -4,6 +4,7 @@ import ast
 import re
 import runpy
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from mmengine.registry import MODELS, init_default_scope
 ROOT = Path(__file__).resolve().parents[2]
 ZOO = runpy.run_path(str(ROOT / 'tools' / 'analysis' / 'model_zoo.py'))
 PAPERS = ZOO['load_papers']()
+read_metafile = lru_cache(maxsize=None)(ZOO['read_metafile'])
 ROWS = [(folder, row) for folder, section in PAPERS.items() for row in section['rows']]
 NEEDS = dict(
     cifar='mmpretrain',
@@ -54,7 +56,7 @@ def test_parameters(folder, row, uninitialized):
     name = row['config']
     skip_without(folder, name)
     count = ZOO['count_parameters'](folder, ZOO['build'](folder, name))
-    written = ZOO['read_metafile'](folder)[name]
+    written = read_metafile(folder)[name]
     key = ZOO['parameters_key'](folder)
     assert written[key] == pytest.approx(count, abs=6e-4)
     assert ZOO['parameters_agree'](row, count) == ('note' not in row)
@@ -83,7 +85,7 @@ def test_printed_figures(name):
     """Rounded as the papers round."""
     folder = 'cifar' if 'cifar' in name else 'imagenet'
     decimals = len(METHOD[name].partition('.')[2])
-    count = ZOO['read_metafile'](folder)[name]['Parameters (M)']
+    count = read_metafile(folder)[name]['Parameters (M)']
     assert f'{count:.{decimals}f}' == METHOD[name]
 
 
@@ -298,7 +300,7 @@ def test_the_pages_are_up_to_date():
     sections = []
     for folder, section in PAPERS.items():
         listed = [row['config'] for row in section['rows']]
-        assert list(ZOO['read_metafile'](folder)) == listed
+        assert list(read_metafile(folder)) == listed
         rows = ZOO['count_section'](folder, section, reuse=True)
         path = ROOT / 'configs' / folder
         for name, text in (
