@@ -1,15 +1,13 @@
 """The site: it builds without a warning, opens offline, and all its links lead on."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from tests.helpers import fresh
 from tests.helpers.documents import ROOT
 
 for module in ('mmdet', 'mmpretrain', 'mmseg'):  # the reference is read from them
@@ -41,14 +39,8 @@ class Html(HTMLParser):
 def site(tmp_path_factory):
     """Folder of the site, built as the command says that users have."""
     out = tmp_path_factory.mktemp('site') / 'html'
-    done = subprocess.run(
-        [sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', 'docs', str(out)],
-        cwd=ROOT,
-        env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    code = "import runpy; runpy.run_module('sphinx', run_name='__main__')"
+    fresh.check(code, '-q', '-W', '--keep-going', 'docs', out)
     return out
 
 

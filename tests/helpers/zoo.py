@@ -1,6 +1,7 @@
 """Small networks from all sources, and every registered layer attention."""
 
 import copy
+from functools import lru_cache
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import pytest
@@ -203,9 +204,17 @@ RESNETS = ('mmdet.ResNet', 'mmpretrain.ResNet', 'mmseg.ResNetV1c')
 
 def plain(name: str, seed: int = 0) -> nn.Module:
     """A network of the zoo with weights and statistics as after training."""
+    network = copy.deepcopy(_made(name, seed))
     torch.manual_seed(seed)
-    network = NETWORKS[name].make()
-    return stir(network, seed).eval() or network
+    return network
+
+
+@lru_cache(maxsize=None)
+def _made(name: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    network = stir(NETWORKS[name].make(), seed)
+    network.eval()  # which returns None in some toolboxes
+    return network
 
 
 def image(name: str, batch: int = 2, seed: int = 1) -> Tensor:
