@@ -114,7 +114,6 @@ class KCLA(QKVLayerAttention):
         before: Optional['KCLA.Memory'] = None
 
     crosses_stages = True
-    takes_block = True
 
     def __init__(
         self,

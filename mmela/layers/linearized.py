@@ -62,7 +62,6 @@ class LinearizedMLA(MLA):
     """
 
     prunable = False
-    takes_block = True
 
     def __init__(
         self,
