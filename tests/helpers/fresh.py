@@ -4,6 +4,7 @@ Starting Python with torch, mmengine and what the toolboxes import takes seconds
 Forking a process that has only imported them takes a hundredth of that.
 """
 
+import gc
 import os
 import runpy
 import sys
@@ -22,11 +23,11 @@ CONTEXT.set_forkserver_preload(
 
 
 def hurry():
-    """Cache slow work of mmengine, which takes half the time of a short run.
+    """Cache slow work of mmengine, and collect garbage more rarely.
 
-    mmengine reads all of pip's records and a toolbox's whole index for each config that
-    it looks up. For each checkpoint, log and file, it formats the config with yapf, and
-    asks git for the commit.
+    The first takes half the time of a short run: mmengine reads all of pip's records
+    and a toolbox's whole index for each config that it looks up. For each checkpoint,
+    log and file, it formats the config with yapf, and asks git for the commit.
     """
     from mmengine.config import config, utils
     from mmengine.utils import version_utils
@@ -35,6 +36,9 @@ def hurry():
         compile(text, 'config', 'exec')
         return text, False
 
+    # The compiler makes millions of objects, and Python's default is 700
+    gc.set_threshold(20_000, 20, 20)
+    gc.freeze()
     utils.load = lru_cache(maxsize=None)(utils.load)
     config.is_installed = lru_cache(maxsize=None)(config.is_installed)
     config.FormatCode = unchanged
