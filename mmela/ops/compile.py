@@ -8,7 +8,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .layer_weighted_sum import is_compiling
+from .layer_weighted_sum import needs_plain_code
 
 # The compiler behind torch.compile
 COMPILER = 'inductor'
@@ -94,12 +94,7 @@ def can_compile() -> bool:
         bool: False while something records or intercepts operators, such as an
         export, a trace, a FLOP counter or ``torch.func``.
     """
-    return (
-        not is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
+    return not needs_plain_code() and not torch._C._len_torch_dispatch_stack()
 
 
 def _is_watched(module: nn.Module) -> bool:
