@@ -34,22 +34,25 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item, nextitem):
-    """Leave out of later collections of garbage what a module has imported.
+def set_aside() -> None:
+    """Leave out of later collections of garbage what is alive now.
 
-    Each collection would look through all modules of torch and the toolboxes again,
-    which takes up to a second.
+    Each would look through all modules of torch and the toolboxes again, which takes
+    up to a second.
     """
-    if nextitem is not None and nextitem.module is not item.module:
-        gc.collect()
-        gc.freeze()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish():
-    gc.collect()
-    gc.freeze()
+    set_aside()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    if nextitem is not None and nextitem.module is not item.module:
+        set_aside()
 
 
 @pytest.fixture(autouse=True)

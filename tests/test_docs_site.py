@@ -39,8 +39,7 @@ class Html(HTMLParser):
 def site(tmp_path_factory):
     """Folder of the site, built as the command says that users have."""
     out = tmp_path_factory.mktemp('site') / 'html'
-    code = "import runpy; runpy.run_module('sphinx', run_name='__main__')"
-    fresh.check(code, '-q', '-W', '--keep-going', 'docs', out)
+    fresh.check(fresh.module('sphinx'), '-q', '-W', '--keep-going', 'docs', out)
     return out
 
 

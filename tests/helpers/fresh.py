@@ -66,6 +66,11 @@ def run(what, *args, cwd=ROOT, timeout=500):
     return Done(process.exitcode, output.read_text())
 
 
+def module(name):
+    """Code that runs a module as ``python -m`` does."""
+    return f'import runpy; runpy.run_module({name!r}, run_name="__main__")'
+
+
 def check(what, *args, **kwargs):
     """Run code or a script, which must succeed, and return its output."""
     done = run(what, *args, **kwargs)

@@ -205,7 +205,7 @@ RESNETS = ('mmdet.ResNet', 'mmpretrain.ResNet', 'mmseg.ResNetV1c')
 def plain(name: str, seed: int = 0) -> nn.Module:
     """A network of the zoo with weights and statistics as after training."""
     network = copy.deepcopy(_made(name, seed))
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # for what is attached, whether it was made now or not
     return network
 
 

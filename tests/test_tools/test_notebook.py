@@ -27,8 +27,7 @@ CODE = [
 def run_command(command, **kwargs):
     """What the notebook has of ``subprocess.run``, but with a start of its own."""
     assert command[:3] == [sys.executable, '-m', 'mmela']
-    code = "import runpy; runpy.run_module('mmela', run_name='__main__')"
-    done = fresh.run(code, *command[3:], cwd=os.getcwd())
+    done = fresh.run(fresh.module('mmela'), *command[3:], cwd=os.getcwd())
     return subprocess.CompletedProcess(command, *done)
 
 
